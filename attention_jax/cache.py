@@ -1,0 +1,340 @@
+"""A cache of keys and values for decoding: a pytree, and pure functions from one to the next.
+
+    cache = init(batch, capacity, num_key_heads, key_depth, value_depth)
+    cache, view = extend(cache, key, value)           # any number of new tokens
+    context = attend_cached(query, view, mask=...)    # the mask of the whole sequence
+
+Each slot knows the position of the token it holds, so masks, biases and scores are asked about
+positions as in the full pass, whatever slot a token is in. That gives ragged batches (each
+example has its own length) and eviction under a local mask (slots are used in a ring).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from attention_jax import checks, leading, masks
+from attention_jax.attention import attend
+from attention_jax.binding import PerHead, as_pytree
+from attention_jax.composition import is_positional, positional, separate
+from attention_jax.intervals import Lookup, indices, judge
+
+Array = jax.Array
+
+EMPTY = -1
+"""The position of a slot that holds nothing."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "value", "positions", "length"],
+    meta_fields=["window"],
+)
+@dataclasses.dataclass(frozen=True)
+class KeyValueCache:
+    """Keys [B, C, K, H] and values [B, C, K, V] in C slots.
+
+    `positions` [C] says where the token of a slot stands, `length` [] how many tokens were seen;
+    in a ragged batch they are [B, C] and [B]. With a `window`, slots are used in a ring.
+    """
+
+    key: Array
+    value: Array
+    positions: Array
+    length: Array
+    window: int | None = None
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots C."""
+        return self.positions.shape[-1]
+
+
+class View(NamedTuple):
+    """What new queries attend to: keys, values and their positions, and where the queries stand.
+
+    `start` is the position of the first query, `count` how many of them are tokens and not
+    padding; `overflow` is True where the cache was too small to hold the tokens.
+    """
+
+    key: Array
+    value: Array
+    positions: Array
+    start: Array
+    count: Array
+    overflow: Array
+
+
+def init(
+    batch: int,
+    capacity: int,
+    num_key_heads: int,
+    key_depth: int,
+    value_depth: int | None = None,
+    *,
+    window: int | None = None,
+    ragged: bool = False,
+    dtype: Any = jnp.float32,
+) -> KeyValueCache:
+    """Return an empty cache.
+
+    Args:
+      batch: B.
+      capacity: C, how many tokens are kept.
+      num_key_heads: K.
+      key_depth: H.
+      value_depth: V; H unless given.
+      window: keep at least this many tokens before the newest ones and forget older ones: the
+        `left` of a `masks.Window`. None keeps all, up to the capacity.
+      ragged: let each example have its own length.
+      dtype: of keys and values.
+
+    Raises:
+      ValueError: a capacity below 1, or below the window.
+
+    >>> init(2, 16, 4, 8, ragged=True).length
+    Array([0, 0], dtype=int32)
+    """
+    if capacity < max(window or 0, 1):
+        raise ValueError(
+            f"init: capacity must be at least 1 and at least the window, got {capacity} and "
+            f"window {window}."
+        )
+    if window is not None and window < 0:
+        raise ValueError(f"init: window must be 0 or more tokens, got {window}.")
+    examples = (batch,) if ragged else ()
+    value_depth = key_depth if value_depth is None else value_depth
+    return KeyValueCache(
+        key=jnp.zeros((batch, capacity, num_key_heads, key_depth), dtype),
+        value=jnp.zeros((batch, capacity, num_key_heads, value_depth), dtype),
+        positions=jnp.full((*examples, capacity), EMPTY, jnp.int32),
+        length=jnp.zeros(examples, jnp.int32),
+        window=window,
+    )
+
+
+def next_positions(cache: KeyValueCache, tokens: int) -> Array:
+    """Return where the next tokens stand: [T], or [B, T] in a ragged batch.
+
+    >>> next_positions(init(1, 8, 1, 1), 3)
+    Array([0, 1, 2], dtype=int32)
+    """
+    return cache.length[..., None] + jnp.broadcast_to(
+        indices(tokens), (*cache.length.shape, tokens)
+    )
+
+
+def extend(
+    cache: KeyValueCache, key: Array, value: Array, count: Any = None
+) -> tuple[KeyValueCache, View]:
+    """Add tokens and return the next cache, and what their queries attend to.
+
+    Args:
+      cache: the cache so far.
+      key: [B, T, K, H], T new tokens.
+      value: [B, T, K, V].
+      count: how many of the T are tokens, [B] in a ragged batch; the rest is padding.
+
+    Returns:
+      The next cache, and the view for `attend_cached`.
+
+    Raises:
+      ShapeError: keys or values that do not fit the cache.
+      ValueError: more tokens than the capacity, where it is known outside `jit`. Within `jit` a
+        cache that overflows makes its queries' contexts NaN.
+
+    >>> cache = init(1, 8, 1, 1)
+    >>> cache, view = extend(cache, jnp.ones((1, 3, 1, 1)), jnp.ones((1, 3, 1, 1)))
+    >>> cache.positions
+    Array([ 0,  1,  2, -1, -1, -1, -1, -1], dtype=int32)
+    """
+    checks.axes("extend", cached=(cache.key, "BCKH"), key=(key, "BTKH"))
+    checks.axes("extend", cached=(cache.value, "BCKV"), value=(value, "BTKV"), key=(key, "BTKH"))
+    tokens, start = key.shape[1], cache.length
+    count = jnp.broadcast_to(
+        jnp.asarray(tokens if count is None else count, jnp.int32), start.shape
+    )
+    overflow = _overflows(cache, tokens, count)
+    new = next_positions(cache, tokens)
+    is_token = new < (start + count)[..., None]
+    new_positions = jnp.where(is_token, new, EMPTY)
+
+    last = is_token & (new >= (start + count)[..., None] - cache.capacity)
+    slots = jnp.where(last, new % cache.capacity, cache.capacity)
+    by_example = 0 if start.ndim else None
+    write = jax.vmap(_write, in_axes=(0, 0, by_example))
+    written = dataclasses.replace(
+        cache,
+        key=write(cache.key, key.astype(cache.key.dtype), slots),
+        value=write(cache.value, value.astype(cache.value.dtype), slots),
+        positions=(jax.vmap(_write) if start.ndim else _write)(
+            cache.positions, new_positions, slots
+        ),
+        length=start + count,
+    )
+    if cache.window is None or tokens + cache.window <= cache.capacity:
+        view = View(written.key, written.value, written.positions, start, count, overflow)
+        return written, view
+    # The first of the new tokens still need what the last ones push out.
+    view = View(
+        jnp.concatenate([cache.key, key.astype(cache.key.dtype)], axis=1),
+        jnp.concatenate([cache.value, value.astype(cache.value.dtype)], axis=1),
+        jnp.concatenate([cache.positions, new_positions], axis=-1),
+        start,
+        count,
+        overflow,
+    )
+    return written, view
+
+
+def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any) -> Any:
+    """Attend from new tokens to all that the cache holds, as the full pass would.
+
+    Args:
+      query: [B, T, N, Hq], the queries of the tokens just added.
+      view: from `extend`.
+      mask: the mask of the whole sequence; index 0 is its first token.
+      **options: score, bias, normalizer, implementation and return_weights of `attend`; a score
+        that is `positional` and a bias are asked about positions in the whole sequence.
+
+    Returns:
+      What `attend` returns; zeros for padding.
+
+    Raises:
+      ShapeError: operands that do not fit each other.
+
+    >>> cache, view = extend(init(1, 8, 2, 4), *2 * [jnp.ones((1, 3, 2, 4))])
+    >>> attend_cached(jnp.ones((1, 3, 2, 4)), view, mask=masks.Causal()).shape
+    (1, 3, 2, 4)
+    """
+    sizes = checks.axes("attend_cached", query=(query, "BTNH"), key=(view.key, "BSKE"))
+    mask = masks.Shift(masks.as_mask(mask))
+    if view.start.ndim == 0:
+        return _attend(query, view, mask, **options)
+    mask, letters = leading.of_mask("attend_cached", mask, sizes)
+    arrays, structure = jax.tree.flatten(mask)
+    shared_bias = options.pop("bias", None)
+    own_bias = None
+    if _is_array(shared_bias) and shared_bias.ndim == 4 and len(shared_bias) > 1:
+        shared_bias, own_bias = None, shared_bias
+
+    def one_example(query: Array, view: View, arrays: list[Any], own_bias: Any) -> Any:
+        heads = [x[None] if "N" in axes else x for x, axes in zip(arrays, letters, strict=True)]
+        alone = view._replace(key=view.key[None], value=view.value[None])
+        bias = shared_bias if own_bias is None else own_bias[None]
+        result = _attend(query[None], alone, structure.unflatten(heads), bias=bias, **options)
+        return jax.tree.map(lambda x: x[0], result)
+
+    mask_axes = [0 if "B" in axes else None for axes in letters]
+    lifted = jax.vmap(one_example, in_axes=(0, 0, mask_axes, 0))
+    return lifted(query, view, arrays, own_bias)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placed(masks.Mask):
+    """A mask of the whole sequence, asked by slot: the tokens of a cache where they stand.
+
+    Query i stands at start + i and is padding from `count` on; slot j holds the token at
+    positions[j], or none.
+    """
+
+    mask: masks.Mask
+    start: Any
+    count: Any
+    positions: Any
+    example_rank: ClassVar[dict[str, int]] = {"start": 0, "count": 0, "positions": 1}
+
+    def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
+        stands = Lookup(self.positions)[kv_idx]
+        present = (stands >= 0) & (q_idx < self.count)
+        return present & judge(self.mask, q_idx + self.start, stands)
+
+
+def _attend(
+    query: Array, view: View, mask: masks.Mask, *, score: Any = None, bias: Any = None, **rest: Any
+) -> Any:
+    """Attend where all examples stand at the same positions."""
+    heads = query.shape[2]
+    if score is not None:
+        rest["score"] = _score_at(score, view, heads)
+    query = jnp.where(view.overflow, jnp.nan, query)
+    return attend(
+        query,
+        view.key.astype(query.dtype),
+        view.value.astype(query.dtype),
+        mask=Placed(mask, view.start, view.count, view.positions),
+        bias=_bias_at(bias, query, view, heads),
+        **rest,
+    )
+
+
+def _score_at(score: Any, view: View, num_heads: int) -> Any:
+    """Let a positional score know where rows stand; any other needs nothing."""
+    parts = separate(score.function if isinstance(score, PerHead) else score)
+    if not is_positional(parts.pairs):
+        return score
+    where = _where(view, num_heads if isinstance(score, PerHead) else None)
+    placed = parts._replace(pairs=Partial(_pairs_at, pairs=parts.pairs, **where))
+    return PerHead(placed) if isinstance(score, PerHead) else placed
+
+
+def _bias_at(bias: Any, query: Array, view: View, num_heads: int) -> Any:
+    if bias is None:
+        return None
+    if _is_array(bias):
+        for axis, places in ((-2, view.start + indices(query.shape[1])), (-1, view.positions)):
+            if bias.shape[axis] > 1:
+                bias = jnp.take(bias, places, axis=axis, mode="clip")
+        return bias
+    function = bias.function if isinstance(bias, PerHead) else bias
+    where = _where(view, num_heads if isinstance(bias, PerHead) else None)
+    placed = Partial(_bias_of_slots, bias=as_pytree(function), **where)
+    return PerHead(placed) if isinstance(bias, PerHead) else placed
+
+
+def _where(view: View, num_heads: int | None) -> dict[str, Array]:
+    """Return start and positions, once for each head where the function is one for each."""
+    where = {"start": view.start, "positions": view.positions}
+    if num_heads is None:
+        return where
+    return {name: jnp.broadcast_to(x, (num_heads, *x.shape)) for name, x in where.items()}
+
+
+@positional
+def _pairs_at(query, key, *, pairs, start, positions, q_idx, kv_idx):
+    stands = positions.at[kv_idx].get(mode="clip")
+    return pairs(query, key, q_idx=q_idx + start, kv_idx=stands)
+
+
+def _bias_of_slots(q_idx, kv_idx, *, bias, start, positions):
+    return bias(q_idx + start, positions.at[kv_idx].get(mode="clip"))
+
+
+def _write(slots_of_cache: Array, new: Array, slots: Array) -> Array:
+    """Write new [T, ...] into slots [T]; a slot past the end drops its token."""
+    return slots_of_cache.at[slots].set(new, mode="drop", wrap_negative_indices=False)
+
+
+def _overflows(cache: KeyValueCache, tokens: int, count: Array) -> Array:
+    if cache.window is not None:
+        return jnp.zeros(cache.length.shape, bool)
+    overflow = cache.length + count > cache.capacity
+    known = not isinstance(overflow, jax.core.Tracer)
+    if tokens > cache.capacity or (known and bool(jnp.any(overflow))):
+        raise ValueError(
+            f"extend: {tokens} more tokens do not fit a cache of {cache.capacity} slots"
+            + (f" that holds {cache.length}" if known else "")
+            + "; init it with a larger capacity, or with the window of a local mask."
+        )
+    return overflow
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "dtype") and hasattr(x, "shape")

@@ -1,0 +1,130 @@
+"""Chex checks whose messages name the operation, the tensor and the axis.
+
+They cost nothing at run time (shapes are known while tracing) and `chex.disable_asserts()`
+turns them off together with the caller's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+
+class ShapeError(ValueError):
+    """A tensor whose shape or dtype does not fit; the message says which and what to do."""
+
+
+def axes(operation: str, /, **tensors: tuple[Any, str]) -> dict[str, int]:
+    """Match each tensor against its axis letters and return the size behind every letter.
+
+    Args:
+      operation: name that the message begins with.
+      **tensors: `name=(array, letters)`; equal letters must have equal sizes.
+
+    Returns:
+      The size of every letter.
+
+    Raises:
+      ShapeError: a wrong number of axes, or two sizes for one letter.
+
+    >>> axes("dot", query=(jnp.zeros((2, 3)), "TH"), key=(jnp.zeros((5, 3)), "SH"))
+    {'T': 2, 'H': 3, 'S': 5}
+    """
+    sizes: dict[str, int] = {}
+    origin: dict[str, str] = {}
+    for name, (array, letters) in tensors.items():
+        layout = f"[{', '.join(letters)}]"
+        _raise_if_refused(
+            lambda array=array, letters=letters: chex.assert_rank(array, len(letters)),
+            f"{operation}: {name} must have the {len(letters)} axes {layout}, got shape "
+            f"{jnp.shape(array)}; reshape it, or lift the function with jax.vmap.",
+        )
+        for axis, letter in enumerate(letters):
+            size = jnp.shape(array)[axis]
+            expected = sizes.setdefault(letter, size)
+            origin.setdefault(letter, name)
+            _raise_if_refused(
+                lambda array=array, axis=axis, expected=expected: chex.assert_axis_dimension(
+                    array, axis, expected
+                ),
+                f"{operation}: axis {letter} (number {axis}) of {name} {layout} must be "
+                f"{expected} as in {origin[letter]}, got {size}; give both the same {letter}.",
+            )
+    return sizes
+
+
+def features(operation: str, name: str, array: Any, expected: int) -> None:
+    """Require the last axis of an input to be as large as a module was built for.
+
+    Raises:
+      ShapeError: it is not.
+
+    >>> features("MultiHeadAttention", "query", jnp.zeros((2, 3, 8)), expected=8)
+    """
+    shape = jnp.shape(array)
+    if not shape or shape[-1] != expected:
+        raise ShapeError(
+            f"{operation}: the last axis of {name} must be {expected}, as the module was built "
+            f"for, got shape {shape}."
+        )
+
+
+def floating(operation: str, /, **tensors: Any) -> None:
+    """Require floating-point tensors of one dtype.
+
+    Raises:
+      ShapeError: an integer tensor, or two dtypes.
+    """
+    first = None
+    for name, array in tensors.items():
+        dtype = jnp.result_type(array)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ShapeError(
+                f"{operation}: {name} must be floating point, got {dtype}; "
+                f"convert it with {name}.astype(jnp.float32)."
+            )
+        first = first or (name, dtype)
+        if dtype != first[1]:
+            raise ShapeError(
+                f"{operation}: {name} must have the dtype of {first[0]}, {first[1]}, "
+                f"got {dtype}; cast one of them."
+            )
+
+
+def multiple(operation: str, name: str, value: int, of_name: str, of: int) -> int:
+    """Return value / of, which must be a whole number.
+
+    Raises:
+      ShapeError: value is not a multiple of `of`.
+    """
+    if of == 0 or value % of:
+        raise ShapeError(
+            f"{operation}: {name} must be a multiple of {of_name}, got {name} = {value} and "
+            f"{of_name} = {of}."
+        )
+    return value // of
+
+
+def at_least(operation: str, smallest: int, /, **arguments: Any) -> None:
+    """Require numbers of a smallest size; one that is known only inside `jit` is not looked at.
+
+    Raises:
+      ValueError: a smaller number.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, jax.core.Tracer) and np.any(np.asarray(value) < smallest):
+            raise ValueError(f"{operation}: {name} must be {smallest} or more, got {value}.")
+
+
+def _raise_if_refused(assertion: Callable[[], None], message: str) -> None:
+    """Run a chex assertion and say in our own sentence what it refused."""
+    try:
+        assertion()
+    except AssertionError:
+        raise ShapeError(message) from None

@@ -1,0 +1,1 @@
+"""The ways to compute one head of attention; none imports another."""

@@ -1,0 +1,37 @@
+"""The oracle: attention of one head in the plainest code, with every number in sight.
+
+context = normalizer(score(query, key) + bias, mask) value
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from attention_jax.implementations.head import Head, Result, finite_rows, kept
+from attention_jax.intervals import indices
+from attention_jax.normalizers import Exponential, log_normalizer, streaming
+
+
+def dense(head: Head) -> Result:
+    """Attend with all T x S logits and weights held at once."""
+    query, query_poison = finite_rows(head.query)
+    key, key_poison = finite_rows(head.key)
+    value, value_poison = finite_rows(head.value)
+    q_idx = indices(query.shape[0])[:, None]
+    kv_idx = indices(key.shape[0])[None, :]
+
+    allowed = jnp.broadcast_to(head.mask(q_idx, kv_idx), (query.shape[0], key.shape[0]))
+    logits = head.score.at(query, key, q_idx[:, 0], kv_idx[0])
+    if head.bias is not None:
+        bias = head.bias(q_idx, kv_idx) if callable(head.bias) else head.bias
+        logits = logits + jnp.asarray(bias, logits.dtype)
+    logits = logits + query_poison[:, None] + (key_poison + value_poison)[None, :]
+
+    weights = head.normalizer(logits, allowed)
+    used = weights
+    if head.dropout is not None:
+        used = weights * kept(head.dropout, q_idx, kv_idx, weights.dtype)
+
+    how = streaming(head.normalizer)
+    logsumexp = log_normalizer(logits, allowed, how.sink) if isinstance(how, Exponential) else None
+    return Result(used @ value, used, logsumexp)

@@ -1,0 +1,71 @@
+"""What every implementation of one head is given, and what it gives back.
+
+`Head` holds the operands of one head after `attend` has checked, cast and lifted them; the two
+functions here are the parts that the oracle and the fast implementations must agree on to the
+bit: which entries of the input are usable, and which pairs dropout keeps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+
+from attention_jax.composition import Separated
+from attention_jax.masks import Mask
+
+Array = jax.Array
+
+
+class Head(NamedTuple):
+    """The operands of one head: query [T, Hq], key [S, Hk], value [S, V], and how they meet.
+
+    `bias` is None, an array that broadcasts to [T, S] or a function of (q_idx, kv_idx);
+    `dropout` is None or the two words (uint32 [2]) and the rate that decide what is kept.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    score: Separated
+    mask: Mask
+    bias: Any
+    normalizer: Any
+    dropout: Any
+
+
+class Result(NamedTuple):
+    """The context [T, V] of one head, and its weights [T, S] and log-sum-exp [T] where known."""
+
+    context: Array
+    weights: Array | None
+    logsumexp: Array | None
+
+
+def finite_rows(x: Array) -> tuple[Array, Array]:
+    """Split rows [S, H] into usable numbers and a poison [S]: NaN for a row that holds NaN or Inf.
+
+    The poison joins the logits of the pairs that may attend, so such a row spoils what attends to
+    it and nothing else: 0 * NaN never enters a sum, in the value or in a derivative.
+    """
+    finite = jnp.isfinite(x)
+    poison = jnp.where(jnp.all(finite, axis=-1), 0.0, jnp.nan).astype(x.dtype)
+    return jnp.where(finite, x, 0.0), poison
+
+
+def kept(dropout: tuple[Array, Array], q_idx: Array, kv_idx: Array, dtype: Any) -> Array:
+    """Return the factor of each pair: 0 where dropped, 1 / (1 - rate) where kept.
+
+    A hash of (key, head, q_idx, kv_idx) alone (Threefry-2x32, Salmon et al. 2011), so the size of
+    a tile does not change the answer.
+    """
+    words, rate = dropout
+    shape = jnp.broadcast_shapes(q_idx.shape, kv_idx.shape)
+    counter = jnp.stack([jnp.broadcast_to(index, shape) for index in (q_idx, kv_idx)])
+    bits = jax.extend.random.threefry_2x32(words, counter.astype(jnp.uint32).ravel())
+    uniform = jax.lax.shift_right_logical(bits[: counter[0].size], jnp.uint32(8)).reshape(shape)
+    threshold = jnp.ceil(rate * 2**24).astype(jnp.uint32)
+    scale = (1.0 / (1.0 - rate)).astype(dtype)
+    return jnp.where(uniform >= threshold, scale, jnp.zeros((), dtype))

@@ -1,0 +1,109 @@
+"""Online softmax: sums over the keys of one query tile that grow tile by tile."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.matmul import times
+from attention_jax.normalizers import Elementwise, Exponential
+
+Array = jax.Array
+
+
+class Tile(NamedTuple):
+    """One tile of logits [bt, bk] with what belongs to it.
+
+    `allowed` is None where every pair may attend, `keep` None without dropout. The poison is NaN
+    for a query [bt] or key [bk] that holds NaN or Inf, else zero.
+    """
+
+    logits: Array
+    value: Array
+    allowed: Array | None
+    keep: Array | None
+    query_poison: Array
+    key_poison: Array
+
+    def hidden(self, masked: float) -> Array:
+        """Return the logits with poison, and `masked` where the pair may not attend."""
+        if self.allowed is None:
+            return self.logits
+        poison = self.query_poison[:, None] + self.key_poison[None, :]
+        return jnp.where(self.allowed, self.logits + poison, masked)
+
+    def row_poison(self) -> Array:
+        """Return the poison of each row that need not be added to every logit, [bt]."""
+        if self.allowed is not None:
+            return jnp.zeros_like(self.query_poison)
+        return self.query_poison + jnp.sum(self.key_poison)
+
+    def used(self, weights: Array) -> Array:
+        """Return the weights after dropout."""
+        return weights if self.keep is None else weights * self.keep
+
+
+class Sums(NamedTuple):
+    """Largest logit [bt], sum of exponentials [bt] and context [bt, V] so far.
+
+    For a normalizer without sum, `total` holds the poison of the rows.
+    """
+
+    maximum: Array
+    total: Array
+    context: Array
+
+    @classmethod
+    def start(cls, rows: int, depth: int, dtype: jnp.dtype) -> Sums:
+        """Return the sums over no keys."""
+        maximum = jnp.full(rows, -jnp.inf, dtype)
+        return cls(maximum, jnp.zeros(rows, dtype), jnp.zeros((rows, depth), dtype))
+
+
+def accumulate(how: Exponential | Elementwise, sums: Sums, tile: Tile) -> Sums:
+    """Add a tile to the sums."""
+    if isinstance(how, Elementwise):
+        weights = how.function(tile.hidden(masked=0.0))
+        if tile.allowed is not None:
+            weights = jnp.where(tile.allowed, weights, 0.0)
+        context = sums.context + times(tile.used(weights), tile.value)
+        return Sums(sums.maximum, sums.total + tile.row_poison(), context)
+
+    logits = tile.hidden(masked=-jnp.inf)
+    maximum = jnp.maximum(sums.maximum, jnp.max(logits, axis=1))
+    base = finite_or_zero(maximum)
+    shrink = jnp.exp(sums.maximum - base)
+    weights = jnp.exp(logits - base[:, None])
+    total = sums.total * shrink + jnp.sum(weights, axis=1) + tile.row_poison()
+    context = sums.context * shrink[:, None] + times(tile.used(weights), tile.value)
+    return Sums(maximum, total, context)
+
+
+def finished(how: Exponential | Elementwise, sums: Sums) -> tuple[Array, Array]:
+    """Return context [bt, V] and log-sum-exp [bt]; for a normalizer without sum, the poison."""
+    if isinstance(how, Elementwise):
+        return sums.context + sums.total[:, None], sums.total
+    empty = sums.total == 0
+    total = jnp.where(empty, 1.0, sums.total)
+    logsumexp = jnp.where(empty, -jnp.inf, sums.maximum + jnp.log(total))
+    return sums.context / total[:, None], logsumexp
+
+
+def weights_given(how: Exponential | Elementwise, tile: Tile, base: Array) -> Array:
+    """Return the weights [bt, bk] of a tile, given the log-sum-exp (or poison) of its rows."""
+    logits = (
+        tile.logits + base[:, None]
+        if isinstance(how, Elementwise)
+        else (tile.logits - base[:, None])
+    )
+    function = how.function if isinstance(how, Elementwise) else jnp.exp
+    if tile.allowed is None:
+        return function(logits)
+    return jnp.where(tile.allowed, function(jnp.where(tile.allowed, logits, 0.0)), 0.0)
+
+
+def finite_or_zero(logsumexp: Array) -> Array:
+    """Replace -inf, the log of an empty sum, by a number that can be subtracted."""
+    return jnp.where(jnp.isneginf(logsumexp), 0.0, logsumexp)

@@ -1,0 +1,307 @@
+"""The second reading of a predicate: on intervals of indices, in three-valued logic.
+
+A mask is one predicate over indices, such as `q_idx >= kv_idx`. Called on an `Interval` of
+query indices and one of key indices, the same source answers for a whole tile at once: FULL
+(every pair may attend), EMPTY (none may) or PARTIAL (not decided). Bounds are arrays, so one
+call answers for all tiles, and nothing of size T x S is built.
+
+Every operation returns bounds that contain all values its operands can take, hence FULL and
+EMPTY are always true; PARTIAL may be said of a tile that is neither when an index occurs twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+def _module(*operands: Any) -> ModuleType:
+    """NumPy while everything is known at trace time, jax.numpy otherwise."""
+    return jnp if any(isinstance(operand, jax.Array) for operand in operands) else np
+
+
+class Truth:
+    """What is known of a statement on each tile: EMPTY, PARTIAL or FULL (Kleene's logic)."""
+
+    __hash__ = None  # type: ignore[assignment]
+    __array_ufunc__ = None  # numpy scalars on the left defer to the operators here
+
+    def __init__(self, state: Any):
+        self.state = state
+
+    def __and__(self, other: Any) -> Truth:
+        return self._combine(other, "minimum")
+
+    def __or__(self, other: Any) -> Truth:
+        return self._combine(other, "maximum")
+
+    def __xor__(self, other: Any) -> Truth:
+        other = as_truth(other)
+        return (self & ~other) | (~self & other)
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
+    def __invert__(self) -> Truth:
+        return Truth(FULL - self.state)
+
+    def __ne__(self, other: Any) -> Truth:  # type: ignore[override]
+        return self ^ other
+
+    def __eq__(self, other: Any) -> Truth:  # type: ignore[override]
+        return ~(self ^ other)
+
+    def __bool__(self) -> bool:
+        raise TypeError("mask: combine conditions with & | ~, not with and, or, not.")
+
+    def _combine(self, other: Any, name: str) -> Truth:
+        other = as_truth(other)
+        return Truth(getattr(_module(self.state, other.state), name)(self.state, other.state))
+
+
+def as_truth(value: Any) -> Truth:
+    """Read a truth value or a plain boolean as what is known of a tile.
+
+    Raises:
+      TypeError: the predicate returned something that is neither.
+    """
+    if isinstance(value, Truth):
+        return value
+    if isinstance(value, bool | np.bool_):
+        return Truth(np.int8(FULL if value else EMPTY))
+    raise TypeError(f"mask: a predicate must return a boolean, got {type(value).__name__}.")
+
+
+def known(false: Any, true: Any) -> Truth:
+    """Build a truth value from "no pair satisfies it" and "every pair satisfies it"."""
+    module = _module(false, true)
+    state = module.where(true, module.int8(FULL), module.int8(PARTIAL))
+    return Truth(module.where(false, module.int8(EMPTY), state))
+
+
+def _defers_to_unknown(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a value that is not there answer for the operation, whichever side it stands on."""
+
+    @functools.wraps(operator)
+    def deferring(self: Interval, other: Any) -> Any:
+        return NotImplemented if isinstance(other, Unknown) else operator(self, other)
+
+    return deferring
+
+
+class Interval:
+    """All integers from `low` to `high`, both included; one interval per tile."""
+
+    __hash__ = None  # type: ignore[assignment]
+    __array_ufunc__ = None  # numpy scalars on the left defer to the operators here
+
+    def __init__(self, low: Any, high: Any):
+        self.low, self.high = low, high
+
+    @_defers_to_unknown
+    def __add__(self, other: Any) -> Interval:
+        low, high = bounds(other)
+        return Interval(self.low + low, self.high + high)
+
+    def __neg__(self) -> Interval:
+        return Interval(-self.high, -self.low)
+
+    @_defers_to_unknown
+    def __sub__(self, other: Any) -> Interval:
+        low, high = bounds(other)
+        return Interval(self.low - high, self.high - low)
+
+    def __rsub__(self, other: Any) -> Interval:
+        return -self + other
+
+    @_defers_to_unknown
+    def __mul__(self, other: Any) -> Interval:
+        corners = [a * b for a in (self.low, self.high) for b in bounds(other)]
+        module = _module(*corners)
+        low, high = corners[0], corners[0]
+        for corner in corners[1:]:
+            low, high = module.minimum(low, corner), module.maximum(high, corner)
+        return Interval(low, high)
+
+    @_defers_to_unknown
+    def __floordiv__(self, divisor: Any) -> Interval:
+        _check_divisor("//", divisor)
+        return Interval(self.low // divisor, self.high // divisor)
+
+    @_defers_to_unknown
+    def __mod__(self, divisor: Any) -> Interval:
+        _check_divisor("%", divisor)
+        same_period = self.low // divisor == self.high // divisor
+        module = _module(same_period)
+        return Interval(
+            module.where(same_period, self.low % divisor, 0),
+            module.where(same_period, self.high % divisor, divisor - 1),
+        )
+
+    def __abs__(self) -> Interval:
+        module = _module(self.low, self.high)
+        zero = 0 * self.low
+        low = module.maximum(zero, module.maximum(self.low, -self.high))
+        return Interval(low, module.maximum(-self.low, self.high))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    @_defers_to_unknown
+    def __lt__(self, other: Any) -> Truth:
+        low, high = bounds(other)
+        return known(self.low >= high, self.high < low)
+
+    @_defers_to_unknown
+    def __le__(self, other: Any) -> Truth:
+        low, high = bounds(other)
+        return known(self.low > high, self.high <= low)
+
+    @_defers_to_unknown
+    def __gt__(self, other: Any) -> Truth:
+        return ~(self <= other)
+
+    @_defers_to_unknown
+    def __ge__(self, other: Any) -> Truth:
+        return ~(self < other)
+
+    @_defers_to_unknown
+    def __eq__(self, other: Any) -> Truth:  # type: ignore[override]
+        if other is self:
+            return Truth(np.int8(FULL))
+        low, high = bounds(other)
+        apart = (self.high < low) | (high < self.low)
+        single = (self.low == self.high) & (low == high) & (self.low == low)
+        return known(apart, single)
+
+    @_defers_to_unknown
+    def __ne__(self, other: Any) -> Truth:  # type: ignore[override]
+        return ~(self == other)
+
+    def __bool__(self) -> bool:
+        raise TypeError("mask: an index has no truth value; compare it, and combine with & | ~.")
+
+
+def bounds(value: Any) -> tuple[Any, Any]:
+    """Return the smallest and the largest value of an interval or of a known number."""
+    return (value.low, value.high) if isinstance(value, Interval) else (value, value)
+
+
+def _check_divisor(symbol: str, divisor: Any) -> None:
+    """Require a positive divisor, one that is known only inside `jit` excepted."""
+    if isinstance(divisor, jax.core.Tracer):
+        return
+    is_number = isinstance(divisor, int | np.generic | np.ndarray | jax.Array)
+    if not is_number or np.any(np.asarray(divisor) <= 0):
+        raise TypeError(f"mask: an index can be divided ({symbol}) by positive numbers only.")
+
+
+class Unknown:
+    """A value that is not there at trace time: nothing is known of any statement about it."""
+
+    __hash__ = None  # type: ignore[assignment]
+    __array_ufunc__ = None
+
+    def _unknown(self, *_: Any) -> Unknown:
+        return self
+
+    def _undecided(self, _: Any) -> Truth:
+        return Truth(np.int8(PARTIAL))
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _unknown
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __neg__ = __abs__ = __getitem__ = _unknown
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _undecided  # type: ignore[assignment]
+
+
+class Lookup:
+    """A table of numbers, indexed by positions or by intervals of positions.
+
+    On intervals the answer is the range of the table between the bounds, found in constant
+    time from the minima and maxima over all runs of 2^k entries: O(S log S) numbers.
+    """
+
+    def __init__(self, table: Any):
+        self.table = table
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(self.table, Unknown) or isinstance(index, Unknown):
+            return Unknown()
+        if not isinstance(index, Interval):
+            table = jnp.asarray(self.table)
+            return table.at[index].get(mode="clip", wrap_negative_indices=False)
+        return Interval(self._extreme(index, "minimum"), self._extreme(index, "maximum"))
+
+    def _extreme(self, index: Interval, name: str) -> Any:
+        module = _module(self.table, index.low, index.high)
+        select = getattr(module, name)
+        last = self.table.shape[0] - 1
+        low, high = module.clip(index.low, 0, last), module.clip(index.high, 0, last)
+        runs = [module.asarray(self.table)]
+        for k in range(last.bit_length()):
+            shifted = module.concatenate([runs[-1][2**k :], runs[-1][-1:].repeat(2**k)])
+            runs.append(select(runs[-1], shifted[: last + 1]))
+        level = module.frexp(module.float32(high - low + 1))[1] - 1  # floor(log2), exactly
+        stacked = module.stack(runs)
+        return select(stacked[level, low], stacked[level, high - 2**level + 1])
+
+
+def indices(length: int) -> jax.Array:
+    """Return the indices of a sequence, int32 whatever the default integer is."""
+    return jnp.arange(length, dtype=jnp.int32)
+
+
+def tile_intervals(length: int, size: int, axis: int) -> Interval:
+    """Return the interval of indices of each tile, along axis 0 or 1 of the grid of tiles."""
+    low = np.arange(0, length, size, dtype=np.int32)
+    shape = (-1, 1) if axis == 0 else (1, -1)
+    return Interval(low.reshape(shape), np.minimum(low + size, length).reshape(shape) - 1)
+
+
+def judge(predicate: Callable[..., Any], q_idx: Any, kv_idx: Any) -> Any:
+    """Ask a predicate, over indices or over intervals of them, and insist on a boolean answer.
+
+    A predicate that cannot be read over intervals counts as PARTIAL: correct, just not skipped.
+
+    Raises:
+      TypeError: asked over indices, the predicate answers with something else than booleans.
+    """
+    if not isinstance(q_idx, Interval | Unknown) and not isinstance(kv_idx, Interval | Unknown):
+        return _as_boolean(predicate(q_idx, kv_idx))
+    try:
+        return as_truth(predicate(q_idx, kv_idx))
+    except (TypeError, ValueError, AttributeError, IndexError, jax.errors.JAXTypeError):
+        return Truth(np.int8(PARTIAL))
+
+
+def judge_untraced(predicate: Callable[..., Any], q_idx: Any, kv_idx: Any) -> Any:
+    """Ask a predicate that may close over values known only inside `jit`: then PARTIAL."""
+    answer = judge(predicate, q_idx, kv_idx)
+    is_traced = isinstance(answer, Truth) and isinstance(answer.state, jax.core.Tracer)
+    return Truth(np.int8(PARTIAL)) if is_traced else answer
+
+
+def read(predicate: Callable[..., Any], q_idx: Interval, kv_idx: Interval) -> Any:
+    """Answer EMPTY, PARTIAL or FULL for the grid of tiles `q_idx [nq, 1]` x `kv_idx [1, nk]`."""
+    grid = np.broadcast_shapes(np.shape(q_idx.low), np.shape(kv_idx.low))
+    state = judge(predicate, q_idx, kv_idx).state
+    return _module(state).broadcast_to(state, grid)
+
+
+def _as_boolean(answer: Any) -> Any:
+    """Return arrays of booleans as they are, and True or False as one of them."""
+    if isinstance(answer, bool):
+        return np.bool_(answer)
+    if getattr(answer, "dtype", None) != np.bool_:
+        kind = getattr(answer, "dtype", type(answer).__name__)
+        raise TypeError(
+            f"mask: a predicate must return booleans, got {kind}; compare the indices, and "
+            "combine conditions with & | ~."
+        )
+    return answer

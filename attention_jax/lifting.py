@@ -1,0 +1,122 @@
+"""From one head to [B, N]: which axes of each operand are mapped, and how."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def lift(
+    function: Callable[..., Any],
+    axes: Sequence[str],
+    result_axes: Any,
+    order: str = "BKG",
+    sequential: str = "",
+) -> Callable[..., Any]:
+    """Map a function of one head over batch, key/value heads and query heads in a group.
+
+    Args:
+      function: takes as many arrays as there are entries in `axes`.
+      axes: for each argument the letters of its axes, of which those in `order` are mapped, in
+        this order; the others, and axes after the last letter, are left to the function. An
+        argument that lacks a letter is shared along that axis.
+      result_axes: the same for each result, with every letter of `order`; a pytree as returned.
+      order: the letters that are mapped, outermost first.
+      sequential: letters that are looped over instead of vectorised. One head at a time keeps
+        its tiles in cache, and a condition that differs between examples then really skips work.
+
+    Returns:
+      A function of whole arguments that returns whole results.
+
+    >>> outer = lift(lambda x, y: x * y, axes=["A", "B"], result_axes="BA", order="AB")
+    >>> outer(jnp.arange(2), jnp.arange(3))
+    Array([[0, 0],
+           [0, 1],
+           [0, 2]], dtype=int32)
+    """
+
+    def lifted(*arguments: Any) -> Any:
+        sizes = {
+            letter: size
+            for letters, argument in zip(axes, arguments, strict=True)
+            for letter, size in zip(letters, jnp.shape(argument), strict=False)
+        }
+        is_empty = any(sizes[letter] == 0 for letter in order)  # a loop could not even be traced
+        looped = [letter for letter in order if letter in sequential and not is_empty]
+        vectorised = [letter for letter in order if letter not in looped]
+        one = function
+        for n, letter in reversed(list(enumerate(vectorised))):
+            position = functools.partial(_position, letter, gone={*looped, *vectorised[:n]})
+            one = jax.vmap(one, [position(x) for x in axes], jax.tree.map(position, result_axes))
+        if not looped:
+            return one(*arguments)
+        return _looped(one, arguments, axes, result_axes, {x: sizes[x] for x in looped})
+
+    return lifted
+
+
+def _position(letter: str, letters: str, gone: set[str]) -> int | None:
+    left = [one for one in letters if one not in gone]
+    return left.index(letter) if letter in left else None
+
+
+def _looped(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    axes: Sequence[str],
+    result_axes: Any,
+    sizes: dict[str, int],
+) -> Any:
+    """Loop over the axes in `sizes`, reading and writing each head where it stands.
+
+    To have the loop split and stack its operands would move the heads outermost, and so copy all
+    of them first: for a sparse mask that costs as much as attention itself.
+    """
+
+    def standing(n: Any) -> dict[str, Any]:
+        return dict(zip(sizes, jnp.unravel_index(n, tuple(sizes.values())), strict=True))
+
+    @jax.jit  # so that it is traced once, although it is also asked for the shapes it returns
+    def at(n: Any) -> Any:
+        where = standing(n)
+        return function(*(_read(*pair, where) for pair in zip(arguments, axes, strict=True)))
+
+    def step(results: Any, n: Any) -> tuple[Any, None]:
+        write = functools.partial(_write, where=standing(n))
+        return jax.tree.map(write, results, at(n), letters), None
+
+    heads = jnp.arange(math.prod(sizes.values()))
+    one = jax.eval_shape(at, heads[0])
+    letters = jax.tree.broadcast(result_axes, one)
+    results = jax.tree.map(functools.partial(_zeros, sizes=sizes), one, letters)
+    return lax.scan(step, results, heads)[0]
+
+
+def _read(whole: Any, letters: str, where: dict[str, Any]) -> Any:
+    mapped = [axis for axis, letter in enumerate(letters) if letter in where]
+    if not mapped:
+        return whole
+    starts = [where.get(letter, 0) for letter in letters.ljust(whole.ndim)]
+    sizes = [1 if axis in mapped else size for axis, size in enumerate(whole.shape)]
+    return lax.squeeze(lax.dynamic_slice(whole, starts, sizes), mapped)
+
+
+def _write(whole: Array, part: Array, letters: str, where: dict[str, Any]) -> Array:
+    mapped = [axis for axis, letter in enumerate(letters) if letter in where]
+    starts = [where.get(letter, 0) for letter in letters.ljust(whole.ndim)]
+    return lax.dynamic_update_slice(whole, lax.expand_dims(part, mapped), starts)
+
+
+def _zeros(part: Any, letters: str, sizes: dict[str, int]) -> Array:
+    """Return zeros for all heads; under `shard_map` they vary over the mesh as the parts do."""
+    rest = iter(part.shape)
+    front = [sizes[letter] if letter in sizes else next(rest) for letter in letters]
+    return jnp.zeros_like(part, shape=(*front, *rest))

@@ -1,0 +1,22 @@
+"""Attention modules for Flax NNX: thin, they create parameters and call the library's functions.
+
+>>> import jax.numpy as jnp
+>>> from flax import nnx
+>>> from attention_jax import nnx as attention_nnx
+>>> attention = attention_nnx.AdditiveAttention(8, 16, rngs=nnx.Rngs(0))
+>>> context, weights = attention(jnp.zeros((2, 8)), jnp.zeros((2, 5, 16)))
+>>> context.shape, weights.shape
+((2, 16), (2, 5))
+"""
+
+from attention_jax.nnx.bound import Bound
+from attention_jax.nnx.decoder import AdditiveAttention, DecoderAttention, GlobalAttention
+from attention_jax.nnx.multi_head import MultiHeadAttention
+
+__all__ = [
+    "AdditiveAttention",
+    "Bound",
+    "DecoderAttention",
+    "GlobalAttention",
+    "MultiHeadAttention",
+]

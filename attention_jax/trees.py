@@ -1,0 +1,62 @@
+"""Splitting a pytree into what can be differentiated and what cannot; axes it varies over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_pytree_node_class
+class Rest:
+    """What is left of a pytree without its floating-point leaves."""
+
+    def __init__(self, leaves: list[Any], is_float: tuple[bool, ...], structure: Any):
+        self.leaves, self.is_float, self.structure = leaves, is_float, structure
+
+    def tree_flatten(self) -> tuple[tuple[list[Any]], tuple[Any, Any]]:
+        return (self.leaves,), (self.is_float, self.structure)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, Any], children: tuple[list[Any]]) -> Rest:
+        return cls(*children, *static)
+
+
+def split_floats(tree: Any) -> tuple[list[Any], Rest]:
+    """Split a pytree into its floating-point leaves and the rest.
+
+    >>> floats, rest = split_floats({"weight": 1.5, "table": 2})
+    >>> floats, merge_floats([2.5], rest)
+    ([1.5], {'table': 2, 'weight': 2.5})
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    is_float = tuple(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves)
+    floats = [leaf for leaf, floating in zip(leaves, is_float, strict=True) if floating]
+    others = [leaf for leaf, floating in zip(leaves, is_float, strict=True) if not floating]
+    return floats, Rest(others, is_float, structure)
+
+
+def merge_floats(floats: list[Any], rest: Rest) -> Any:
+    """Put floating-point leaves back where `split_floats` took them from."""
+    first, second = iter(floats), iter(rest.leaves)
+    leaves = [next(first) if floating else next(second) for floating in rest.is_float]
+    return jax.tree.unflatten(rest.structure, leaves)
+
+
+def varying_like(tree: Any, *like: Any) -> Any:
+    """Let arrays vary over the mesh axes that others vary over; the same outside `shard_map`.
+
+    A sum that starts from zeros must be of the type of what is added to it.
+    """
+    axes = frozenset().union(*(_mesh_axes(leaf) for leaf in jax.tree.leaves(like)))
+
+    def vary(leaf: Any) -> Any:
+        missing = tuple(axes - _mesh_axes(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)
+
+
+def _mesh_axes(leaf: Any) -> frozenset[str]:
+    return jax.typeof(leaf).manual_axis_type.varying

@@ -1,0 +1,1 @@
+"""Experiments with attention_jax; each program is ``python -m experiments.NAME``."""

@@ -1,0 +1,113 @@
+"""Taking turns: what each program costs, and the ratio of two in every turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Program(NamedTuple):
+    """A function and its arguments, to be compiled; without `jit`, one that is called as it is.
+
+    The results of a call must have been computed when it returns, or be JAX arrays.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    jit: bool = True
+
+
+class Cost(NamedTuple):
+    """What one turn took; `cpu` is the processor time of all threads, if `wall` is a time.
+
+    Processor time says more than time by the clock where other work shares the machine.
+    """
+
+    wall: float
+    cpu: float
+
+
+Meter = Callable[[], Cost]
+
+
+def milliseconds(program: Program) -> Meter:
+    """Return what runs a program, compiled before, and measures the milliseconds."""
+    function, arguments, jit = program
+    call = jax.jit(function).lower(*arguments).compile() if jit else function
+    jax.block_until_ready(call(*arguments))
+    return lambda: _timed(lambda: jax.block_until_ready(call(*arguments)), 1e3)
+
+
+def compile_seconds(program: Program) -> Meter:
+    """Return what traces and compiles a program from nothing and measures the seconds."""
+
+    def compile_it() -> None:
+        jax.jit(program.function).lower(*program.arguments).compile()
+
+    def measure() -> Cost:
+        jax.clear_caches()
+        return _timed(compile_it, 1)
+
+    return measure
+
+
+def mebibytes(program: Program) -> Meter:
+    """Return what tells the memory of temporaries in MiB, as the compiler planned it."""
+    compiled = jax.jit(program.function).lower(*program.arguments).compile()
+    analysis = compiled.memory_analysis()
+    held = float("nan") if analysis is None else analysis.temp_size_in_bytes / 2**20
+    return lambda: Cost(held, held)
+
+
+METERS = {"ms": milliseconds, "s": compile_seconds, "MiB": mebibytes}
+
+
+def take_turns(meters: Mapping[str, Meter], repeats: int) -> dict[str, list[Cost]]:
+    """Measure all in turn, `repeats` times; who begins changes from turn to turn.
+
+    >>> costs = take_turns({"a": lambda: Cost(1, 1), "b": lambda: Cost(2, 2)}, repeats=2)
+    >>> compared(costs["a"], costs["b"]).ratio
+    2.0
+    """
+    names = list(meters)
+    costs: dict[str, list[Cost]] = {name: [] for name in names}
+    for turn in range(repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            costs[name].append(meters[name]())
+    return costs
+
+
+class Compared(NamedTuple):
+    """Medians of two programs and how many times more the second costs, turn by turn."""
+
+    ours: float
+    peer: float
+    ratio: float
+    least: float
+    most: float
+    cpu_ratio: float
+
+
+def compared(ours: list[Cost], peer: list[Cost]) -> Compared:
+    """Compare the turns of two programs."""
+    pairs = list(zip(ours, peer, strict=True))
+    ratios = [theirs.wall / mine.wall for mine, theirs in pairs]
+    return Compared(
+        statistics.median(cost.wall for cost in ours),
+        statistics.median(cost.wall for cost in peer),
+        statistics.median(ratios),
+        min(ratios),
+        max(ratios),
+        statistics.median(theirs.cpu / mine.cpu for mine, theirs in pairs),
+    )
+
+
+def _timed(call: Callable[[], Any], scale: float) -> Cost:
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return Cost((time.perf_counter() - wall) * scale, (time.process_time() - cpu) * scale)

@@ -1,0 +1,154 @@
+"""What is measured: `attend` and its peers as programs of the same inputs.
+
+Every program takes query, key and value [1, S, N, H] in float32 (PyTorch in its own layout
+[1, N, S, H]); `with_gradients` makes it also compute the gradients of all its arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax import attend, bind, masks, scores
+from experiments.benchmark.measure import Program
+
+Array = jax.Array
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+class Shape(NamedTuple):
+    """Length, heads and depth of a head."""
+
+    length: int
+    heads: int = 8
+    depth: int = 64
+
+
+def inputs(shape: Shape, count: int = 3) -> tuple[Array, ...]:
+    """Return independent normal arrays [1, S, N, H]."""
+    keys = jax.random.split(jax.random.key(0), count)
+    size = (1, shape.length, shape.heads, shape.depth)
+    return tuple(jax.random.normal(key, size) for key in keys)
+
+
+def with_gradients(function: Callable[..., Array]) -> Callable[..., Any]:
+    """Return what computes a result and the gradients of all arguments along fixed cotangents."""
+
+    def both(*arguments: Any) -> Any:
+        result, pull = jax.vjp(function, *arguments)
+        return result, pull(jnp.cos(result))
+
+    return both
+
+
+def ours(shape: Shape, backward: bool = False, **options: Any) -> Program:
+    """`attend` with the given options."""
+    return _program(functools.partial(attend, **options), shape, backward)
+
+
+def jax_nn(shape: Shape, backward: bool = False, **options: Any) -> Program:
+    """`jax.nn.dot_product_attention`."""
+    function = functools.partial(jax.nn.dot_product_attention, **options)
+    return _program(function, shape, backward)
+
+
+def packed(shape: Shape, document: int) -> Program:
+    """`attend` within documents of one length, which documents these are being an argument."""
+
+    def function(query: Array, key: Array, value: Array, ids: Array) -> Array:
+        return attend(query, key, value, mask=masks.Segment(ids, ids))
+
+    ids = jnp.arange(shape.length, dtype=jnp.int32)[None, :] // document
+    return Program(function, (*inputs(shape), ids))
+
+
+def additive_ours(shape: Shape, backward: bool = False, **options: Any) -> Program:
+    """`attend` with the additive score."""
+
+    def function(query: Array, key: Array, value: Array, parameters: Any) -> Array:
+        score = bind(scores.additive, **parameters)
+        return attend(query, key, value, score=score, **options)
+
+    return _additive_program(function, shape, backward)
+
+
+def additive_textbook(shape: Shape, backward: bool = False) -> Program:
+    """Additive attention as the formula says: tanh of an array of every pair and feature."""
+
+    def function(query: Array, key: Array, value: Array, parameters: Any) -> Array:
+        query = query @ parameters["query_weight"]
+        key = key @ parameters["key_weight"] + parameters["bias"][None, None, None, :]
+        features = jnp.tanh(query[:, :, None] + key[:, None, :])
+        weights = jax.nn.softmax(features @ parameters["value"], axis=2)
+        return jnp.einsum("btsn,bsnv->btnv", weights, value)
+
+    return _additive_program(function, shape, backward)
+
+
+def torch_dot(shape: Shape, backward: bool = False) -> Program:
+    """PyTorch's `scaled_dot_product_attention`."""
+    import torch.nn.functional  # pyright: ignore[reportMissingImports]
+
+    return _torch_program(torch.nn.functional.scaled_dot_product_attention, shape, {}, backward)
+
+
+def torch_additive(shape: Shape, backward: bool = False) -> Program:
+    """The textbook formula in PyTorch."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    def function(query: Any, key: Any, value: Any, query_weight, key_weight, **vectors: Any) -> Any:
+        query, key = query @ query_weight, key @ key_weight + vectors["bias"]
+        features = torch.tanh(query[:, :, :, None] + key[:, :, None, :])
+        return torch.softmax(features @ vectors["value_weight"], dim=3) @ value
+
+    parameters = dict(_additive_parameters(shape))
+    parameters["value_weight"] = parameters.pop("value")
+    return _torch_program(function, shape, parameters, backward)
+
+
+def _program(function: Callable[..., Array], shape: Shape, backward: bool) -> Program:
+    return Program(with_gradients(function) if backward else function, inputs(shape))
+
+
+def _additive_program(function: Callable[..., Array], shape: Shape, backward: bool) -> Program:
+    program = _program(function, shape, backward)
+    return program._replace(arguments=(*program.arguments, _additive_parameters(shape)))
+
+
+def _additive_parameters(shape: Shape) -> dict[str, Array]:
+    depth = shape.depth
+    square = {"query_weight": (depth, depth), "key_weight": (depth, depth)}
+    sizes = square | {"value": (depth,), "bias": (depth,)}
+    keys = jax.random.split(jax.random.key(1), len(sizes))
+    return {
+        name: jax.random.normal(key, size) / depth**0.5
+        for (name, size), key in zip(sizes.items(), keys, strict=True)
+    }
+
+
+def _torch_program(
+    function: Callable[..., Any], shape: Shape, parameters: dict[str, Array], backward: bool
+) -> Program:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    def tensor(array: Array) -> Any:
+        return torch.from_numpy(np.array(array)).requires_grad_(backward)
+
+    tokens = [tensor(x.swapaxes(1, 2)) for x in inputs(shape)]
+    weights = {name: tensor(x) for name, x in parameters.items()}
+    leaves = [*tokens, *weights.values()]
+
+    def call() -> None:
+        with torch.set_grad_enabled(backward):
+            result = function(*tokens, **weights)
+            if backward:
+                torch.autograd.grad(result, leaves, torch.cos(result.detach()))
+
+    return Program(call, jit=False)

@@ -1,0 +1,144 @@
+"""Measuring the suites, and what is made of it: a table, JSON and plots."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+from importlib import metadata
+from typing import Any
+
+import jax
+import rich.box
+import rich.console
+import rich.table
+
+from experiments.benchmark.command_line import Options
+from experiments.benchmark.measure import METERS, Compared, compared, take_turns
+from experiments.benchmark.plots import plot
+from experiments.benchmark.programs import HAS_TORCH
+from experiments.benchmark.suites import SUITES, Comparison, Group, Sweep
+
+SCALE_OF_QUICK = 64
+WIDTH = 116
+"""Columns that the table needs; a narrower terminal wraps it, and a file keeps it whole."""
+
+
+def run(options: Options) -> None:
+    """Measure the suites that are asked for, print their tables and write their results."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = rich.console.Console(highlight=False)
+    console.width = max(console.width, WIDTH)
+    surroundings = machine()
+    console.print(", ".join(f"{name} {value}" for name, value in surroundings.items()))
+    if not HAS_TORCH:
+        console.print("PyTorch is not installed, so it is not compared with.")
+    scale = SCALE_OF_QUICK if options.quick else 1
+    for name in options.suites:
+        suite = SUITES[name]
+        measured = [_measure(group, options.repeats) for group in suite.groups(scale)]
+        console.print(_table(name, [row for group in measured for row in group["rows"]]))
+        result = {"machine": surroundings, "load": load(), "groups": measured}
+        if suite.sweep is not None and options.plots:
+            sweep = suite.sweep(scale)
+            result["sweep"] = _swept(sweep, min(options.repeats, 3))
+            plot(sweep, result["sweep"], options.out / name)
+        _write(options.out / f"{name}.json", result)
+    console.print(f"load {load()}; results in {options.out}/")
+
+
+def machine() -> dict[str, str]:
+    """Name what the numbers depend on."""
+    names = ["jax", "jaxlib", "numpy"] + ["torch"] * HAS_TORCH
+    return {
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in names},
+        "load": load(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def load() -> str:
+    """Return the processes that wanted to run in the last minute, a mean."""
+    return f"{os.getloadavg()[0]:.1f}"
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _measure(group: Group, repeats: int) -> dict[str, Any]:
+    meter = METERS[group.unit]
+    meters = {name: meter(program()) for name, program in group.programs.items()}
+    costs = take_turns(meters, 1 if group.unit == "MiB" else repeats)
+    rows = [
+        row | {"unit": group.unit}
+        for row in (_row(c, compared(costs[c.ours], costs[c.peer])) for c in group.comparisons)
+    ]
+    return {"unit": group.unit, "costs": costs, "rows": rows}
+
+
+def _row(comparison: Comparison, found: Compared) -> dict[str, Any]:
+    return comparison._asdict() | {
+        "ours_median": found.ours,
+        "peer_median": found.peer,
+        "ratio": found.ratio,
+        "least": found.least,
+        "most": found.most,
+        "cpu_ratio": found.cpu_ratio,
+        "met": found.ratio >= comparison.target,
+    }
+
+
+def _swept(sweep: Sweep, repeats: int) -> dict[str, list[tuple[int, float]]]:
+    """Return the medians at every length, line by line; the lines take turns."""
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in sweep.lines}
+    for length in sorted({s for _, lengths in sweep.lines.values() for s in lengths}):
+        programs = {
+            name: program(length)
+            for name, (program, lengths) in sweep.lines.items()
+            if length in lengths
+        }
+        meters = {name: METERS[sweep.unit](program) for name, program in programs.items()}
+        for name, costs in take_turns(meters, repeats).items():
+            found[name].append((length, statistics.median(cost.wall for cost in costs)))
+    return found
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> rich.table.Table:
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("case", "ours", "peer"):
+        table.add_column(name, no_wrap=True)
+    for name in ("", "", "ratio", "min..max", "cpu", "target", "met"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["case"],
+            row["ours"],
+            row["peer"],
+            f"{row['ours_median']:.3g} {row['unit']}",
+            f"{row['peer_median']:.3g} {row['unit']}",
+            f"{row['ratio']:.2f}",
+            f"{row['least']:.2f}..{row['most']:.2f}",
+            f"{row['cpu_ratio']:.2f}",
+            f">= {row['target']:g}",
+            "yes" if row["met"] else "no",
+        )
+    return table
+
+
+def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Replace a file at once, so that an interruption leaves the old one whole."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)

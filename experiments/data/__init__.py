@@ -1,0 +1,22 @@
+"""Parallel corpora for translation: generated with gold alignments, or read from files."""
+
+from experiments.data.corpus import Corpus, DataError, Links, Pair
+from experiments.data.load import GENERATED, load
+from experiments.data.tokens import detokenize, tokenize
+from experiments.data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "GENERATED",
+    "PAD",
+    "UNK",
+    "Corpus",
+    "DataError",
+    "Links",
+    "Pair",
+    "Vocabulary",
+    "detokenize",
+    "load",
+    "tokenize",
+]

@@ -1,0 +1,198 @@
+"""Parallel corpora on disk: FILE.tsv, DIRECTORY/train.en, PREFIX.train.en."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.data.alignments import is_alignment, parse
+from experiments.data.corpus import DataError, Pair
+from experiments.data.text import read_lines
+from experiments.data.tokens import tokenize
+
+Splits = dict[str, list[Pair]]
+
+# The empty name is that of a prefix without splits: PREFIX.en, PREFIX.de.
+SPLIT_NAMES = {
+    "train": ("train", "training", ""),
+    "valid": ("valid", "val", "dev", "validation"),
+    "test": ("test",),
+}
+_LANGUAGES = {"en": ("english", "eng"), "de": ("german", "deutsch", "deu", "ger")}
+_COLUMN_NAMES = frozenset(("1", "2", "source", "target", "src", "tgt", "trg", *_LANGUAGES)).union(
+    *_LANGUAGES.values()
+)
+
+
+@dataclass
+class Reader:
+    """Reads pairs in one direction, and collects what the user must know about them."""
+
+    source: str
+    target: str
+    lowercase: bool
+    notices: list[str] = field(default_factory=list)
+
+    def read(self, data: str) -> tuple[Splits, Splits]:
+        """The splits that are on disk, by name, and further test sets by name.
+
+        Raises:
+          DataError: nothing is there, or what is there cannot be read as a parallel corpus.
+        """
+        path = Path(data)
+        if path.is_dir():
+            if path.suffix == ".tsv":
+                raise DataError(f"{path} is a folder where a .tsv file was expected; name a file.")
+            return self._splits(path, "")
+        if path.exists():
+            return {"train": self._table(path)}, {}
+        if path.parent.is_dir() and any(path.parent.glob(f"{path.name}.*")):
+            return self._splits(path.parent, f"{path.name}.")
+        raise DataError(
+            f"{data} does not exist: it is no generated corpus (grammar, numbers, copy, reverse), "
+            f"no file, no folder and no prefix of files like {path.name}.train.{self.source}; "
+            "check the spelling and the path."
+        )
+
+    def _splits(self, folder: Path, prefix: str) -> tuple[Splits, Splits]:
+        if self.source == self.target:
+            raise DataError(
+                f"source and target are both {self.source!r}; name two different languages."
+            )
+        splits: Splits = {}
+        for split, names in SPLIT_NAMES.items():
+            for name in names:
+                if split not in splits and (pairs := self._split(folder, prefix + name)):
+                    splits[split] = pairs
+        extra: Splits = {}
+        for path in sorted(folder.glob(f"{prefix}test?*.{self.source}")):
+            name = path.name.removeprefix(prefix).removesuffix(f".{self.source}")
+            extra[name] = self._split(folder, prefix + name) or []
+        if "test" not in splits and extra:
+            name = next(iter(extra))
+            splits["test"] = extra.pop(name)
+            self.notices.append(f"The test set is {name}.")
+        if "train" not in splits:
+            left, right = f"{prefix}train.{self.source}", f"{prefix}train.{self.target}"
+            raise DataError(
+                f"{folder} has neither {left} with {right} nor {prefix}train.tsv; name another "
+                "folder, or set source and target to the endings of its files."
+            )
+        return splits, extra
+
+    def _split(self, folder: Path, name: str) -> list[Pair] | None:
+        name = name.removesuffix(".")
+        table, left, right = (
+            folder / f"{name}.{ending}" for ending in ("tsv", self.source, self.target)
+        )
+        if table.exists():
+            return self._table(table)
+        if left.exists() and right.exists():
+            return self._two_files(left, right)
+        if left.exists() or right.exists():
+            there, missing = (left, right) if left.exists() else (right, left)
+            raise DataError(f"{there} has no partner: {missing} does not exist; both are needed.")
+        return None
+
+    def _two_files(self, left: Path, right: Path) -> list[Pair]:
+        sources, targets = read_lines(left), read_lines(right)
+        if len(sources) != len(targets):
+            raise DataError(
+                f"{left} has {len(sources)} lines but {right} has {len(targets)}; line n of one "
+                "must translate line n of the other."
+            )
+        pairs = (
+            (number, self._tokenize(*lines))
+            for number, lines in enumerate(zip(sources, targets, strict=True), 1)
+        )
+        return self._without_empty(pairs, f"{left} and {right.name}")
+
+    def _tokenize(self, source: str, target: str) -> Pair:
+        return Pair(tokenize(source, self.lowercase), tokenize(target, self.lowercase))
+
+    def _table(self, path: Path) -> list[Pair]:
+        """Columns source, target and, where it can be read as one, gold alignment.
+
+        With an alignment the text is taken as tokenised already, because links count its tokens.
+        """
+        rows = [line.split("\t") if line.strip() else ["", ""] for line in read_lines(path)]
+        for number, row in enumerate(rows, 1):
+            if len(row) < 2:
+                raise DataError(
+                    f"{path} line {number} has no tab, but source<TAB>target was expected; put "
+                    "one tab between the two sentences, or name the folder or prefix of two files."
+                )
+        columns, header = self._columns(path, rows[0])
+        numbered = list(enumerate(rows, 1))[header:]
+        third = [row[2] for _, row in numbered if len(row) > 2 and row[2].strip()]
+        aligned = any(map(is_alignment, third))
+        if aligned:
+            self.notices.append(f"{path.name} has gold alignments, so it was split at spaces only.")
+            pairs = ((n, _aligned(path, n, row, columns)) for n, row in numbered)
+        else:
+            if third:
+                self.notices.append(f"{path.name}: its third column is no alignment: ignored.")
+            pairs = ((n, self._tokenize(*(row[i] for i in columns))) for n, row in numbered)
+        return self._without_empty(pairs, str(path))
+
+    def _columns(self, path: Path, first: list[str]) -> tuple[tuple[int, int], bool]:
+        """The columns of source and target, and whether the first line names the columns."""
+        names = [name.strip().lower() for name in first[:2]]
+        header = names[0] != names[1] and _COLUMN_NAMES.union((self.source, self.target)) >= set(
+            names
+        )
+        if header:
+            self.notices.append(
+                f"{path.name}: line 1 ({names[0]}, {names[1]}) was read as the names of columns."
+            )
+
+        def column(language: str, otherwise: int) -> int:
+            for name in (language, *_LANGUAGES.get(language, ())):
+                if header and name in names:
+                    return names.index(name)
+            return {"1": 0, "2": 1}.get(language, otherwise)
+
+        source, target = column(self.source, 0), column(self.target, 1)
+        if source == target:
+            raise DataError(
+                f"{path}: source {self.source!r} and target {self.target!r} are the same column; "
+                "name two columns, or 1 and 2."
+            )
+        self.notices.append(
+            f"{path.name}: column {source + 1} is the source ({self.source}) and column "
+            f"{target + 1} the target ({self.target}); source={target + 1} with "
+            f"target={source + 1} exchanges them."
+        )
+        return (source, target), header
+
+    def _without_empty(self, pairs: Iterable[tuple[int, Pair]], where: str) -> list[Pair]:
+        kept, empty = [], []
+        for number, pair in pairs:
+            if pair.source and pair.target:
+                kept.append(pair)
+            else:
+                empty.append(number)
+        if not kept:
+            raise DataError(f"{where}: no line has both sentences; give at least three full pairs.")
+        if empty:
+            self.notices.append(
+                f"{where}: lines with an empty sentence were skipped: {len(empty)}, the first is "
+                f"line {empty[0]}."
+            )
+        return kept
+
+
+def _aligned(path: Path, number: int, row: list[str], columns: tuple[int, int]) -> Pair:
+    """A line of tokenised text with its gold alignment, which is written for columns 1 and 2."""
+    words = tuple(row[0].split()), tuple(row[1].split())
+    source, target = (words[column] for column in columns)
+    if len(row) < 3 or not row[2].strip() or not (source and target):
+        return Pair(source, target)
+    try:
+        sure, possible = parse(row[2], len(words[0]), len(words[1]))
+    except ValueError as error:
+        raise DataError(f"{path} line {number}: the alignment {error}.") from None
+    if columns == (1, 0):
+        sure, possible = (frozenset((j, i) for i, j in links) for links in (sure, possible))
+    return Pair(source, target, sure, possible)

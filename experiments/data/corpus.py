@@ -1,0 +1,46 @@
+"""What a parallel corpus is: pairs of sentences, their splits, and what the user must know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from experiments.data.vocabulary import Vocabulary
+
+Links = frozenset[tuple[int, int]]
+
+
+class DataError(ValueError):
+    """A corpus that cannot be used; the message is one sentence for the person who asked for it."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sentence and its translation, with the gold alignment where there is one.
+
+    Links are (source position, target position), zero-based, without BOS and EOS. ``possible``
+    contains ``sure`` (Och & Ney 2003); both are None where no gold alignment is known.
+    """
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    sure: Links | None = None
+    possible: Links | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training, validation and test pairs with their vocabularies.
+
+    ``extra`` holds further test sets by name, such as ``"long"``: sentences longer than any in
+    training. ``notices`` has one sentence for each thing the user must know about the data.
+    """
+
+    name: str
+    train: tuple[Pair, ...]
+    valid: tuple[Pair, ...]
+    test: tuple[Pair, ...]
+    source_vocabulary: Vocabulary
+    target_vocabulary: Vocabulary
+    extra: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()

@@ -1,0 +1,97 @@
+"""One function for every corpus."""
+
+from __future__ import annotations
+
+from random import Random
+
+from experiments.data import grammar, numbers, sequences
+from experiments.data.corpora import Reader
+from experiments.data.corpus import Corpus, DataError
+from experiments.data.splits import Sizes, assemble, generated
+
+GENERATED = ("grammar", "numbers", "copy", "reverse")
+# Generated sentences are at most this long; the split "long" holds longer ones.
+_LONGEST = {"grammar": 21, "numbers": 9, "copy": 12, "reverse": 12, "files": 60}
+
+
+def load(
+    data: str,
+    *,
+    source: str = "en",
+    target: str = "de",
+    train_size: int | None = None,
+    valid_size: int | None = None,
+    test_size: int | None = None,
+    seed: int = 0,
+    max_length: int | None = None,
+    min_count: int = 2,
+    max_vocabulary: int | None = 10_000,
+    lowercase: bool = True,
+) -> Corpus:
+    """The corpus named by ``data``; it depends on the arguments (and the files) alone.
+
+    Args:
+      data: ``grammar``, ``numbers``, ``copy`` or ``reverse`` for a generated corpus; FILE.tsv with
+        columns source, target and, if there is one, gold alignment; DIRECTORY with ``train.en``,
+        ``train.de`` and so on, or ``train.tsv``; or PREFIX of files like ``PREFIX.train.en``.
+      source: ending of the source files, or the name or number of a column of FILE.tsv.
+      target: the same for the target.
+      train_size: pairs to train on; by default 20000 generated pairs, or all in the files.
+      valid_size: pairs to validate on; by default 500, all in the file, or 5% (at most 1000).
+      test_size: pairs to test on; by default 1000, all in the file, or 5% (at most 1000).
+      seed: of the generator, of splitting and of the order of the training pairs.
+      max_length: tokens of the longer side, without EOS; longer pairs are dropped and counted.
+      min_count: words of the training files seen less often are read as ``<unk>``.
+      max_vocabulary: the most frequent words of the training files that are kept, for each side.
+      lowercase: whether text in files is lower-cased, unless it is tokenised already.
+
+    Raises:
+      DataError: an argument or a file cannot be used; one sentence says which, where and why.
+    """
+    if max_length is not None and max_length < 1:
+        raise DataError(f"max_length is {max_length}, but at least 1 token is needed.")
+    if min_count < 1:
+        raise DataError(f"min_count is {min_count}, but at least 1 is needed to keep a word.")
+    if max_vocabulary is not None and max_vocabulary < 1:
+        raise DataError(f"max_vocabulary is {max_vocabulary}, but at least 1 word is needed.")
+    if not data:
+        raise DataError("The name of the data is empty; name a generated corpus or a path.")
+    longest = max_length or _LONGEST.get(data, _LONGEST["files"])
+    if data not in GENERATED:
+        sizes = Sizes(train_size, valid_size, test_size)
+        reader = Reader(source, target, lowercase)
+        return assemble(
+            data,
+            *reader.read(data),
+            sizes,
+            seed=seed,
+            max_length=longest,
+            min_count=min_count,
+            max_vocabulary=max_vocabulary,
+            notices=reader.notices,
+        )
+    sizes = Sizes(
+        *(
+            size if size is not None else default
+            for size, default in ((train_size, 20_000), (valid_size, 500), (test_size, 1_000))
+        )
+    )
+    streams, always = _streams(data, seed, longest)
+    return generated(data, *streams, sizes, max_length=longest, always=always)
+
+
+def _streams(data: str, seed: int, longest: int):
+    """Endless pairs, endless longer ones, and pairs that training must contain."""
+    first, second = Random(f"{data} {seed}"), Random(f"{data} {seed} long")
+    if data == "grammar":
+        brief, elaborate = min(1.0, longest / 10), max(1.0, longest / 10)
+        return (grammar.sentences(first, brief), grammar.sentences(second, elaborate)), ()
+    if data == "numbers":
+        # Numbers below a hundred teach the words, some of which occur nowhere else.
+        below_hundred = [numbers.translate(n) for n in range(100)]
+        return (numbers.sentences(first), numbers.sentences(second)), below_hundred
+    reverse = data == "reverse"
+    return (
+        sequences.sentences(first, longest=longest, reverse=reverse),
+        sequences.sentences(second, longest=longest * 3 // 2, reverse=reverse),
+    ), ()

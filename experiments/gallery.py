@@ -1,0 +1,196 @@
+"""Draws every mask and published pattern: ``python -m experiments.gallery``.
+
+In text, beside each the tiles that a tiled computation would visit; with --out=DIR also as PNG
+and SVG.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+_HELP = """\
+Draws every mask and published pattern: which key (column) a query (row) may attend to, and
+beside it the tiles that are empty (.), partial or full.
+
+  python -m experiments.gallery
+  python -m experiments.gallery --only=bigbird,longformer --length=32 --tile=4
+  python -m experiments.gallery --out=runs/gallery
+
+  --only=      comma-separated names; all unless given
+  --length=16  queries and keys, a multiple of --tile
+  --tile=4     edge of a tile
+  --out=       directory for gallery.png and gallery.svg; none written unless given"""
+
+_NAMES = (
+    "full", "causal", "window", "prefix_lm", "segments", "lengths", "strided", "fixed", "dilated",
+    "chunked", "block", "global_tokens", "random_blocks", "sparse_strided", "sparse_fixed",
+    "longformer", "longformer_dilated", "bigbird", "edges", "swin", "swin_shifted",
+    "swin_in_window_order",
+)  # fmt: skip
+
+
+class UsageError(Exception):
+    """A request that cannot be met; the argument is the sentence to print."""
+
+
+class Options(NamedTuple):
+    """What to draw, how large, and where to save it."""
+
+    only: tuple[str, ...]
+    length: int
+    tile: int
+    out: pathlib.Path | None
+
+
+def parse(arguments: Sequence[str]) -> Options | None:
+    """Read the arguments behind the program's name; None stands for a call for help.
+
+    Raises:
+      UsageError: an unknown flag or name, or a size that cannot be used.
+
+    >>> parse(["--only=causal", "--length=8"])
+    Options(only=('causal',), length=8, tile=4, out=None)
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_list("only", list(_NAMES), "", flag_values=values)
+    flags.DEFINE_integer("length", 16, "", flag_values=values)
+    flags.DEFINE_integer("tile", 4, "", flag_values=values)
+    flags.DEFINE_string("out", None, "", flag_values=values)
+    flags.DEFINE_flag(flags.BooleanFlag("help", False, "", short_name="h"), values)
+    try:
+        rest = values(["gallery", *arguments])[1:]
+    except flags.Error as error:
+        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
+    if values["help"].value:
+        return None
+    if rest:
+        raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
+    given: dict[str, Any] = {name: values[name].value for name in values}
+    only, length, tile = given["only"], given["length"], given["tile"]
+    for name in only:
+        if name not in _NAMES:
+            near = difflib.get_close_matches(name, _NAMES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_NAMES)}."
+            raise UsageError(f"--only: no mask {name!r}; {hint}")
+    if tile < 1 or length < 4 or length > 256 or length % tile:
+        raise UsageError(
+            "--length must be 4 to 256 and a multiple of --tile, got "
+            f"--length={length} and --tile={tile}."
+        )
+    out = pathlib.Path(given["out"]) if given["out"] else None
+    if out and out.exists() and not out.is_dir():
+        raise UsageError(f"--out: {out} is a file; give a directory.")
+    return Options(tuple(only), length, tile, out)
+
+
+def masks_of(length: int) -> dict[str, Callable[[], Any]]:
+    """Return how each mask is made for a sequence of that length."""
+    import jax
+    import numpy as np
+
+    from attention_jax import grids, masks, patterns
+
+    key = jax.random.key(0)
+    step = max(length // 4, 1)
+    ids = np.arange(length) * 3 // length
+    side = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
+    grid = (side, length // side)
+    window = max(side // 2, 1)
+    ring = [(i, (i + d) % length) for i in range(length) for d in (0, 1, step)]
+    return {
+        "full": masks.Full,
+        "causal": masks.Causal,
+        "window": lambda: masks.Window(step, 0),
+        "prefix_lm": lambda: masks.Prefix(step) | masks.Causal(),
+        "segments": lambda: masks.Segment(ids),
+        "lengths": lambda: masks.Lengths(3 * step),
+        "strided": lambda: patterns.Strided(step),
+        "fixed": lambda: patterns.Fixed(step),
+        "dilated": lambda: patterns.Dilated(2, 2, 2),
+        "chunked": lambda: patterns.Chunked(step),
+        "block": lambda: patterns.Block(masks.Causal(), step),
+        "global_tokens": lambda: patterns.GlobalTokens(2),
+        "random_blocks": lambda: patterns.random_blocks(key, length, 2, 2),
+        "sparse_strided": lambda: patterns.sparse_strided(step),
+        "sparse_fixed": lambda: patterns.sparse_fixed(step),
+        "longformer": lambda: patterns.longformer(4, tokens=1),
+        "bigbird": lambda: patterns.bigbird(key, length, 2, global_blocks=1, random=1),
+        "longformer_dilated": lambda: patterns.longformer(4, dilation=[1, 2]).of(head=1),
+        "edges": lambda: patterns.edges(ring, length),
+        "swin": lambda: grids.swin(*grid, window),
+        "swin_shifted": lambda: grids.GridWindow(*grid, window, shift=window // 2),
+        "swin_in_window_order": lambda: grids.window_order(grids.swin(*grid, window))[1],
+    }
+
+
+def in_text(name: str, mask: Any, length: int, tile: int) -> str:
+    """Draw a mask with its tiles beside it."""
+    import numpy as np
+
+    from attention_jax.masks import EMPTY, draw
+
+    states = np.asarray(mask.tiles(length, length, tile, tile))
+    live = int((states != EMPTY).sum())
+    tiles = ["".join("·▒█"[state] for state in row) for row in states]
+    rows = draw(mask, length).splitlines()
+    beside = [
+        f"{row}   {tiles[i] if i < len(tiles) else ''}".rstrip() for i, row in enumerate(rows)
+    ]
+    title = f"{name}: {live} of {states.size} tiles of {tile} x {tile} are live"
+    return "\n".join([title, *beside, ""])
+
+
+def save(chosen: dict[str, Any], length: int, tile: int, out: pathlib.Path) -> list[pathlib.Path]:
+    """Draw all masks into one figure, tiles shaded; writes gallery.png and gallery.svg."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    columns = min(len(chosen), 6)
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")
+    grid = np.ravel(figure.subplots(rows, columns))
+    for axes, (name, mask) in zip(grid, chosen.items(), strict=False):
+        states = np.asarray(mask.tiles(length, length, tile, tile))
+        shade = np.kron(states, np.ones((tile, tile))) / 2
+        axes.imshow(2 * np.asarray(mask.to_dense(length)) + shade, cmap="Blues", vmin=0, vmax=3)
+        axes.set_title(name, fontsize=9)
+    for axes in grid:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes in grid[len(chosen) :]:
+        axes.axis("off")
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"gallery.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code: 0, 2 for a request that cannot be met."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+    except UsageError as error:
+        print(f"gallery: {error}", file=sys.stderr)
+        return 2
+    if options is None:
+        print(_HELP)
+        return 0
+    makers = masks_of(options.length)
+    chosen = {name: makers[name]() for name in options.only}
+    for name, mask in chosen.items():
+        print(in_text(name, mask, options.length, options.tile))
+    if options.out:
+        for path in save(chosen, options.length, options.tile, options.out):
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

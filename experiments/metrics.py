@@ -1,0 +1,147 @@
+"""How good a translation and an alignment are.
+
+Hypotheses and references are tuples of words. References are the words of the text, so that an
+``<unk>`` in a hypothesis never matches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.data.alignments import pharaoh
+from experiments.data.corpus import Links, Pair
+from experiments.data.tokens import detokenize
+
+__all__ = [
+    "AlignmentQuality",
+    "Score",
+    "alignment_quality",
+    "bleu",
+    "chrf",
+    "exact_match",
+    "links",
+    "pharaoh",
+    "token_accuracy",
+]
+
+Sentences = Sequence[Sequence[str]]
+
+
+class Score(NamedTuple):
+    """A corpus score in 0..100 and sacrebleu's signature, without which it means little."""
+
+    value: float
+    signature: str
+
+
+class AlignmentQuality(NamedTuple):
+    """Error rate, precision and recall of alignments, in 0..1; NaN where nothing is defined."""
+
+    error_rate: float
+    precision: float
+    recall: float
+
+
+def _check(name: str, hypotheses: Sequence, references: Sequence) -> None:
+    if len(hypotheses) != len(references) or not references:
+        raise ValueError(
+            f"{name}: expected one hypothesis for each of at least one reference, got "
+            f"{len(hypotheses)} hypotheses and {len(references)} references."
+        )
+
+
+def exact_match(hypotheses: Sentences, references: Sentences) -> float:
+    """The share of sentences that equal their reference in every word.
+
+    >>> exact_match([("a", "b"), ("a",)], [("a", "b"), ("b",)])
+    0.5
+    """
+    _check("exact_match", hypotheses, references)
+    pairs = zip(hypotheses, references, strict=True)
+    return sum(tuple(h) == tuple(r) for h, r in pairs) / len(references)
+
+
+def token_accuracy(hypotheses: Sentences, references: Sentences) -> float:
+    """Words that are right at their position, among max(len(hypothesis), len(reference)) each.
+
+    >>> token_accuracy([("a", "b", "c")], [("a", "x")])
+    0.333...
+    """
+    _check("token_accuracy", hypotheses, references)
+    pairs = list(zip(hypotheses, references, strict=True))
+    right = sum(a == b for h, r in pairs for a, b in zip(h, r, strict=False))
+    return right / max(1, sum(max(len(h), len(r)) for h, r in pairs))
+
+
+def bleu(hypotheses: Sentences, references: Sentences) -> Score:
+    """Corpus BLEU of the detokenised text (Papineni et al. 2002; Post 2018)."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    return _corpus_score("bleu", BLEU(), hypotheses, references)
+
+
+def chrf(hypotheses: Sentences, references: Sentences) -> Score:
+    """Corpus chrF2 of the detokenised text (Popović 2015)."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    return _corpus_score("chrf", CHRF(), hypotheses, references)
+
+
+def _corpus_score(name: str, metric, hypotheses: Sentences, references: Sentences) -> Score:
+    _check(name, hypotheses, references)
+    texts = [[detokenize(s) for s in sentences] for sentences in (hypotheses, references)]
+    value = metric.corpus_score(texts[0], [texts[1]]).score
+    return Score(value, str(metric.get_signature()))
+
+
+def links(weights: np.ndarray, source_length: int, target_length: int) -> Links:
+    """The alignment that attention weights [T, S] show: for each target word its argmax.
+
+    Positions from ``source_length`` on (EOS, padding) are the empty word: they give no link.
+    Rows from ``target_length`` on are left out. Of equal weights the first position counts.
+
+    >>> sorted(links(np.array([[.1, .8, .1], [.2, .2, .6], [.9, 0., .1]]), 2, 3))
+    [(0, 2), (1, 0)]
+    """
+    weights = np.asarray(weights)
+    if weights.ndim != 2 or weights.shape[0] < target_length or weights.shape[1] < source_length:
+        raise ValueError(
+            f"links: expected weights [T, S] with T >= {target_length} and S >= {source_length}, "
+            f"got shape {weights.shape}."
+        )
+    if target_length == 0 or source_length == 0:
+        return frozenset()
+    best = weights[:target_length].argmax(axis=1)
+    return frozenset((int(i), j) for j, i in enumerate(best) if i < source_length)
+
+
+def alignment_quality(alignments: Iterable[Links], gold: Iterable[Pair]) -> AlignmentQuality:
+    """AER = 1 - (|A∩S| + |A∩P|) / (|A| + |S|) over the corpus (Och & Ney 2003).
+
+    Precision is |A∩P| / |A|, recall |A∩S| / |S|, with the sure links S and possible links P of
+    each pair; pairs without gold alignment are left out. The alignments must belong to the
+    reference translations: weights of forced decoding, not of free translations.
+
+    >>> gold = Pair(("a", "b"), ("c", "d"), frozenset({(0, 0)}), frozenset({(0, 0), (1, 1)}))
+    >>> alignment_quality([frozenset({(0, 0), (0, 1)})], [gold])
+    AlignmentQuality(error_rate=0.333..., precision=0.5, recall=1.0)
+    """
+    size = sure = in_sure = in_possible = 0
+    for found, pair in zip(alignments, gold, strict=True):
+        if pair.sure is not None and pair.possible is not None:
+            size += len(found)
+            sure += len(pair.sure)
+            in_sure += len(found & pair.sure)
+            in_possible += len(found & pair.possible)
+
+    def ratio(part: int, whole: int) -> float:
+        return part / whole if whole else float("nan")
+
+    return AlignmentQuality(
+        1 - ratio(in_sure + in_possible, size + sure),
+        ratio(in_possible, size),
+        ratio(in_sure, sure),
+    )

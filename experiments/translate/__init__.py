@@ -1,0 +1,1 @@
+"""Train translators that differ in nothing but their attention score, and compare them."""

@@ -1,0 +1,62 @@
+"""How large each translator is, and how to make them equally large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from experiments.data.corpus import Corpus
+from experiments.translate.config import Config
+from experiments.translate.learning import count_parameters
+from experiments.translate.model import Sizes
+
+_TOLERANCE = 0.01
+
+
+def sizes_of(config: Config, corpus: Corpus) -> dict[str, Sizes]:
+    """Return the sizes of the translator of every score, matched if that is asked for."""
+    plain = Sizes(
+        source_words=len(corpus.source_vocabulary),
+        target_words=len(corpus.target_vocabulary),
+        width=config.width,
+        attention_size=config.attention_size or config.width,
+        readout_size=config.width,
+    )
+    first, *others = config.scores
+    sizes = {first: plain}
+    budget = count_parameters(first, plain)
+    for score in others:
+        sizes[score] = matched(score, plain, budget) if config.match_parameters else plain
+    return sizes
+
+
+def matched(score: str, sizes: Sizes, budget: int) -> Sizes:
+    """Return sizes with which a translator has `budget` parameters, or nearly so.
+
+    Attention pays for the difference if it can. Where the score has no size to choose, the
+    layers are made wider as long as the budget lasts, and the readout takes the rest.
+    """
+
+    def count(sizes: Sizes) -> int:
+        return count_parameters(score, sizes)
+
+    attended = sizes._replace(
+        attention_size=_solve(lambda n: count(sizes._replace(attention_size=n)), budget)
+    )
+    if abs(count(attended) - budget) <= _TOLERANCE * budget:
+        return attended
+    widths = range(2, 4 * sizes.width + 2, 2)
+    low, high = 0, len(widths)
+    while high - low > 1:
+        middle = (low + high) // 2
+        wider = sizes._replace(width=widths[middle], readout_size=widths[middle])
+        low, high = (middle, high) if count(wider) <= budget else (low, middle)
+    wide = sizes._replace(width=widths[low], readout_size=widths[low])
+    return wide._replace(
+        readout_size=_solve(lambda n: count(wide._replace(readout_size=n)), budget)
+    )
+
+
+def _solve(affine: Callable[[int], int], wanted: int) -> int:
+    """Return the whole number of at least 1 at which an affine function is nearest a value."""
+    slope = affine(2) - affine(1)
+    return max(1, 1 + round((wanted - affine(1)) / slope)) if slope else 1

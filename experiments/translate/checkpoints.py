@@ -1,0 +1,106 @@
+"""Checkpoints that are whole or not there: saved by Orbax, sealed by checksums, checked on load.
+
+Orbax notices a missing file but not a flipped bit. The seal of a checkpoint lists the SHA-256 of
+its files and is written last, so that a checkpoint without one was never finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from experiments.translate.config import UsageError
+from experiments.translate.workdir import write_text
+
+_KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints of one mechanism; the last two are kept."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+        self.damaged: list[str] = []
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all sealed checkpoints, the last one first."""
+        return sorted((int(seal.stem) for seal in self.folder.glob("*.seal")), reverse=True)
+
+    def save(self, step: int, state: Any) -> None:
+        """Save a pytree of arrays, and forget all but the last checkpoints.
+
+        Raises:
+          UsageError: the disk is full, or not to be written to.
+        """
+        path = self._path(step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._forget(step)
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(path, _named(state))
+            write_text(self._seal(step), json.dumps(_checksums(path)))
+            for old in self.steps[_KEPT:]:
+                self._forget(old)
+        except (OSError, ValueError) as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise UsageError(
+                f"checkpoint {step} cannot be saved in {self.folder}: {error}; the ones before it "
+                "are kept, and the same command goes on from there."
+            ) from None
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """Load the last whole checkpoint; `damaged` then has a sentence for each one passed over.
+
+        Args:
+          like: a pytree of arrays of the same shapes.
+        """
+        self._forget_unsealed()
+        for step in self.steps:
+            path = self._path(step)
+            sealed = json.loads(self._seal(step).read_text() or "null")
+            if not path.is_dir() or _checksums(path) != sealed:
+                self.damaged.append(f"checkpoint {step} in {self.folder} is damaged: passed over.")
+                continue
+            leaves, structure = jax.tree.flatten(like)
+            with ocp.StandardCheckpointer() as checkpointer:
+                named = checkpointer.restore(path, _named(jax.eval_shape(lambda: like)))
+            return step, structure.unflatten([named[_name(i)] for i in range(len(leaves))])
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}"
+
+    def _seal(self, step: int) -> Path:
+        return self.folder / f"{step:08d}.seal"
+
+    def _forget_unsealed(self) -> None:
+        for path in self.folder.glob("*"):
+            if path.is_dir() and not path.with_name(f"{path.name}.seal").exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _forget(self, step: int) -> None:
+        self._seal(step).unlink(missing_ok=True)
+        shutil.rmtree(self._path(step), ignore_errors=True)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {_name(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _name(index: int) -> str:
+    return f"{index:04d}"
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }

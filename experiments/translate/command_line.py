@@ -1,0 +1,114 @@
+"""The command line: absl flags made from the fields of `Config`, and a help text to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import textwrap
+import typing
+from collections.abc import Sequence
+
+from absl import flags
+
+from experiments.translate.config import Config, UsageError
+
+_SUMMARY = """\
+Trains translators that differ in nothing but their attention score, several seeds of each at
+once, and writes a table, learning curves, alignments and a report of who won.
+
+  python -m experiments.translate
+  python -m experiments.translate --scores=additive,scaled_dot,dot,uniform,none --match_parameters
+  python -m experiments.translate --data=corpus.tsv --source=en --target=de --width=256 \\
+      --learning_rate=0.002 --dropout=0.2 --steps=5000
+
+The same command again resumes an interrupted run. --flagfile=FILE reads flags from a file."""
+
+
+class HelpRequested(Exception):  # noqa: N818  it is no error
+    """`--help` was given; the argument is the text to print."""
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Read a configuration from the arguments behind the program's name, and check it.
+
+    Raises:
+      UsageError: an unknown flag, or a value that cannot be used.
+      HelpRequested: the help text was asked for.
+
+    >>> parse(["--seeds=2", "--scores=dot,none", "--noline_noise"])
+    Traceback (most recent call last):
+    experiments.translate.config.UsageError: unknown flag --noline_noise; --help lists all flags.
+    >>> parse(["--seeds=2", "--scores=dot,none"]).scores
+    ('dot', 'none')
+    """
+    values = _flags()
+    try:
+        rest = values(["translate", *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, Config.__dataclass_fields__, n=1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists all flags."
+        raise UsageError(f"unknown flag --{error.flagname}; {hint}") from None
+    except flags.Error as error:
+        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
+    if values["help"].value:
+        raise HelpRequested(help_text())
+    if rest:
+        raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
+    config = Config(**{name: _python(values[name].value) for name in Config.__dataclass_fields__})
+    config.check()
+    return config
+
+
+def help_text(width: int = 98) -> str:
+    """Return all flags by group, with their defaults."""
+    indent = 27
+    lines = [_SUMMARY]
+    group = None
+    for field in dataclasses.fields(Config):
+        if field.metadata["group"] != group:
+            group = field.metadata["group"]
+            lines += ["", group]
+        help = textwrap.wrap(field.metadata["help"], width - indent)
+        default = _shown(field.default)
+        head = f"  --{field.name}" + (f"={default}" if default else "")
+        if len(head) >= indent - 1:
+            lines.append(head)
+            head = ""
+        lines.append(head.ljust(indent) + help[0])
+        lines += [" " * indent + line for line in help[1:]]
+    return "\n".join(lines)
+
+
+def _flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    types = typing.get_type_hints(Config)
+    define = {
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        int | None: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+        tuple[str, ...]: flags.DEFINE_list,
+    }
+    for field in dataclasses.fields(Config):
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        define[types[field.name]](
+            field.name, default, field.metadata["help"], flag_values=values, module_name="translate"
+        )
+    flags.DEFINE_flag(flags.BooleanFlag("help", False, "this text", short_name="h"), values)
+    flags.DEFINE_string("flagfile", "", "file of flags", flag_values=values)
+    return values
+
+
+def _python(value: typing.Any) -> typing.Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, tuple):
+        return ",".join(default)
+    if isinstance(default, bool):
+        return str(default).lower()
+    if default is None:
+        return ""
+    return f"{default:g}" if isinstance(default, float) else str(default)

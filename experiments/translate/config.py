@@ -1,0 +1,193 @@
+"""What a run is: one frozen dataclass, whose fields are the flags of the command line.
+
+Nothing here imports JAX, so that `--help` and a mistyped flag are answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SCORES = (
+    "additive",
+    "bilinear",
+    "concat",
+    "cosine",
+    "dot",
+    "gaussian",
+    "key_normalized_dot",
+    "location",
+    "low_rank_bilinear",
+    "normalized_additive",
+    "scaled_dot",
+    "shared_projection",
+    "trilinear",
+)
+CONTROLS = ("uniform", "none")
+
+# Steps in a row from one bucket: with more, a translator forgets sentences of other lengths.
+_LONGEST_CHUNK = 5
+# Steps between two synchronisations with the host: more do not make training faster.
+_LONGEST_ROUND = 25
+
+
+class UsageError(ValueError):
+    """A request that cannot be met; the message is one sentence for the person who made it."""
+
+
+class Range(NamedTuple):
+    """The values a field may have, in words and as a predicate that NaN does not pass."""
+
+    words: str
+    contains: Callable[[Any], bool]
+
+
+POSITIVE = Range("a whole number of at least 1", lambda x: x >= 1)
+NOT_NEGATIVE = Range("a finite number of at least 0", lambda x: 0 <= x < math.inf)
+ABOVE_ZERO = Range("a finite number above 0", lambda x: 0 < x < math.inf)
+BELOW_ONE = Range("a number in [0, 1)", lambda x: 0 <= x < 1)
+EVEN = Range("an even whole number of at least 2", lambda x: x >= 2 and x % 2 == 0)
+
+
+def _field(group: str, default: Any, help: str, range: Range | None = None) -> Any:
+    metadata = {"group": group, "help": help, "range": range}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _data(default: Any, help: str, range: Range | None = None) -> Any:
+    return _field("Data", default, help, range)
+
+
+def _model(default: Any, help: str, range: Range | None = None) -> Any:
+    return _field("Model", default, help, range)
+
+
+def _training(default: Any, help: str, range: Range | None = None) -> Any:
+    return _field("Training", default, help, range)
+
+
+def _output(default: Any, help: str, range: Range | None = None) -> Any:
+    return _field("Output", default, help, range)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that determines a run; equal configurations give equal results."""
+
+    data: str = _data(
+        "grammar",
+        "grammar, numbers, copy or reverse (generated); FILE.tsv with source, target and perhaps "
+        "a gold alignment; DIRECTORY with train.en, train.de, ...; or PREFIX of such files.",
+    )
+    source: str = _data("en", "Ending of the source files, or column of the table.")
+    target: str = _data("de", "Ending of the target files, or column of the table.")
+    train_size: int | None = _data(None, "Training pairs; all in the files, or 20000.", POSITIVE)
+    valid_size: int | None = _data(None, "Validation pairs; all, or 500.", POSITIVE)
+    test_size: int | None = _data(None, "Test pairs; all, or 1000.", POSITIVE)
+    max_length: int | None = _data(
+        None, "Longest sentence in tokens; longer pairs are dropped and counted.", POSITIVE
+    )
+    min_count: int = _data(2, "Words of the files seen less often are read as <unk>.", POSITIVE)
+    max_vocabulary: int = _data(10_000, "Most frequent words kept on each side.", POSITIVE)
+    lowercase: bool = _data(True, "Lower-case the text of files.")
+    data_seed: int = _data(0, "Seed of the generator and of splitting.", NOT_NEGATIVE)
+
+    scores: tuple[str, ...] = _model(
+        ("additive", "scaled_dot"),
+        f"What is compared, in this order: {', '.join(SCORES)}; the controls uniform (the mean "
+        "of the source) and none (no attention); or package.module.function, a score of your own.",
+    )
+    width: int = _model(64, "Size of embeddings, decoder state, source states, readout.", EVEN)
+    attention_size: int | None = _model(
+        None, "Size that query and key are projected to; the width unless given.", POSITIVE
+    )
+    match_parameters: bool = _model(
+        False, "Give every translator about as many parameters as the first one has."
+    )
+    dropout: float = _model(0.0, "Share of embedding and readout features dropped.", BELOW_ONE)
+
+    seeds: int = _training(3, "Translators of each score, all trained at once.", POSITIVE)
+    steps: int = _training(800, "Training steps; best a multiple of 25.", POSITIVE)
+    batch_size: int = _training(64, "Sentence pairs in a step.", POSITIVE)
+    buckets: int = _training(3, "Shapes that sentences of similar length share.", POSITIVE)
+    learning_rate: float = _training(1e-2, "Largest learning rate of AdamW.", ABOVE_ZERO)
+    warmup: float = _training(
+        0.1, "Share of the steps in which the learning rate grows, before its cosine.", BELOW_ONE
+    )
+    weight_decay: float = _training(1e-4, "Decoupled weight decay.", NOT_NEGATIVE)
+    clip: float = _training(1.0, "Largest norm of the gradient.", ABOVE_ZERO)
+    label_smoothing: float = _training(
+        0.1, "Share of the probability that training spreads over all words.", BELOW_ONE
+    )
+    evaluate_every: int = _training(
+        50, "Steps between two validations; best a multiple of 25.", POSITIVE
+    )
+
+    workdir: str = _output(
+        "", "Folder of the run; runs/DATA-KEY unless given. The same command resumes."
+    )
+    checkpoint_seconds: float = _output(
+        20.0, "Seconds between two checkpoints; 0 saves at every opportunity.", NOT_NEGATIVE
+    )
+
+    @property
+    def chunk(self) -> int:
+        """Steps in one call, all from one bucket: a divisor of `round`."""
+        return _largest_divisor(self.round, _LONGEST_CHUNK)
+
+    @property
+    def round(self) -> int:
+        """Steps between two synchronisations with the host: a divisor of every interval."""
+        return _largest_divisor(math.gcd(self.steps, self.evaluate_every), _LONGEST_ROUND)
+
+    @property
+    def key(self) -> str:
+        """Eight letters that two different runs do not share."""
+        return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All fields that results depend on, as JSON has them."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if group_of(k) != "Output"}
+        return json.loads(json.dumps(fields))
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the run."""
+        name = Path(self.data).stem or "data"
+        return Path(self.workdir) if self.workdir else Path("runs") / f"{name}-{self.key}"
+
+    def check(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+          UsageError: one sentence with flag, value and what is needed.
+        """
+        for field in dataclasses.fields(self):
+            value, range = getattr(self, field.name), field.metadata["range"]
+            if range and value is not None and not range.contains(value):
+                raise UsageError(f"--{field.name} is {value}, but {range.words} is needed.")
+        if not self.scores:
+            raise UsageError("--scores is empty; name at least one score.")
+        for name in self.scores:
+            if self.scores.count(name) > 1:
+                raise UsageError(f"--scores names {name} twice; name every score once.")
+            if name not in SCORES + CONTROLS and "." not in name:
+                raise UsageError(
+                    f"--scores: there is no score {name!r}; choose from "
+                    f"{', '.join(SCORES + CONTROLS)}, or give package.module.function."
+                )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(n for n in range(1, limit + 1) if number % n == 0)
+
+
+def group_of(name: str) -> str:
+    """Return the heading that the help text lists a field under."""
+    return Config.__dataclass_fields__[name].metadata["group"]

@@ -1,0 +1,82 @@
+"""Translating: with the reference given, to measure loss and alignment, and freely, by argmax.
+
+All seeds of one mechanism translate the same batch at once; their parameters have a leading
+axis N.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.data.vocabulary import BOS, EOS, PAD
+from experiments.translate.learning import Graph, token_losses
+from experiments.translate.model import Memory, from_input
+
+Array = jax.Array
+
+
+def force(graph: Graph, parameters: Any, source: Array, target: Array) -> tuple[Array, Array]:
+    """Read a translation aloud: its words are given, not chosen.
+
+    Args:
+      graph: structure of the translator.
+      parameters: with leading axis N.
+      source: [B, S].
+      target: [B, T].
+
+    Returns:
+      The sum of the losses of all words, [N], and the weights [N, B, T, S].
+    """
+
+    def one_seed(parameters: Any) -> tuple[Array, Array]:
+        logits, weights = nnx.merge(graph, parameters)(source, target)
+        return jnp.sum(token_losses(logits, target)), weights.swapaxes(0, 1)
+
+    return jax.vmap(one_seed)(parameters)
+
+
+def greedy(graph: Graph, longest: int, parameters: Any, source: Array) -> Array:
+    """Choose the most probable word until every sentence of every seed has ended.
+
+    Args:
+      graph: structure of the translator.
+      longest: words after which a translation is cut off.
+      parameters: with leading axis N.
+      source: [B, S].
+
+    Returns:
+      Words [N, B, longest], PAD behind EOS.
+    """
+    memory = jax.vmap(lambda p: nnx.merge(graph, p).encode(source))(parameters)
+
+    def next_word(parameters: Any, memory: Memory, state: Array, previous: Array) -> Any:
+        decoder = nnx.merge(graph, parameters).decoder
+        embedded = decoder.embedding(previous)
+        state, context, _ = decoder.step(state, from_input(decoder.inputs(embedded)), memory)
+        logits = decoder.output(decoder.read(state, context, embedded))
+        return state, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def some_go_on(carry: Any) -> Array:
+        position, _, _, ended, _ = carry
+        return (position < longest) & ~jnp.all(ended)
+
+    def step(carry: Any) -> Any:
+        position, state, previous, ended, words = carry
+        state, word = jax.vmap(next_word)(parameters, memory, state, previous)
+        word = jnp.where(ended, PAD, word)
+        words = words.at[:, :, position].set(word)
+        return position + 1, state, word, ended | (word == EOS), words
+
+    shape = memory.state.shape[:2]
+    start = (
+        jnp.int32(0),
+        memory.state,
+        jnp.full(shape, BOS, jnp.int32),
+        jnp.zeros(shape, bool),
+        jnp.full((*shape, longest), PAD, jnp.int32),
+    )
+    return jax.lax.while_loop(some_go_on, step, start)[-1]

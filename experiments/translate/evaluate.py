@@ -1,0 +1,122 @@
+"""What a set of pairs says about the translators of one mechanism, seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import metrics
+from experiments.data.batches import Buckets, bucket, choose_widths, sweep
+from experiments.data.corpus import Corpus, Links, Pair
+from experiments.data.vocabulary import EOS, PAD
+from experiments.translate.programs import Programs
+
+Words = tuple[str, ...]
+Weights = np.ndarray
+
+# Every shape is compiled twice, and evaluation is short.
+_SHAPES = 2
+
+
+class Examples(NamedTuple):
+    """Pairs, encoded and sorted into buckets."""
+
+    pairs: Sequence[Pair]
+    buckets: Buckets
+    corpus: Corpus
+
+
+def examples(
+    sets: Mapping[str, Sequence[Pair]], corpus: Corpus, batch_size: int
+) -> dict[str, Examples]:
+    """Sort sets of pairs into buckets of a few shapes that all of them share."""
+    vocabularies = corpus.source_vocabulary, corpus.target_vocabulary
+    pairs = [pair for pairs in sets.values() for pair in pairs]
+    lengths = np.array([(len(pair.source) + 1, len(pair.target) + 1) for pair in pairs])
+    widths = choose_widths(lengths, _SHAPES)
+    return {
+        name: Examples(
+            pairs, bucket(pairs, *vocabularies, batch_size=batch_size, widths=widths), corpus
+        )
+        for name, pairs in sets.items()
+    }
+
+
+def losses(programs: Programs, parameters: Any, given: Examples) -> list[float]:
+    """Cross-entropy of a target token, end symbol included, in nats, for each seed."""
+    sums = [loss for _, _, loss, _ in _forced(programs, parameters, given)]
+    tokens = sum(int((held.target != PAD).sum()) for held in given.buckets.members)
+    of_seeds = np.sum(jax.device_get(sums), axis=0, dtype=np.float64) / tokens
+    return np.atleast_1d(of_seeds).tolist()
+
+
+def translations(programs: Programs, parameters: Any, given: Examples) -> list[list[Words]]:
+    """Greedy translations of all pairs, in their order, for each seed."""
+    pending = []
+    for number, rows, real in sweep(given.buckets, programs.batch_size):
+        held = given.buckets.members[number]
+        source = held.source[rows]
+        words = programs.greedy[source.shape[1]](parameters, source)
+        pending.append((held.index[rows[real]], real, words))
+    seeds = jax.tree.leaves(parameters)[0].shape[0]
+    found: list[list[Words]] = [[()] * len(given.pairs) for _ in range(seeds)]
+    for index, real, words in pending:
+        for seed, sentences in enumerate(np.asarray(words)[:, real].tolist()):
+            for position, sentence in zip(index.tolist(), sentences, strict=True):
+                # What was cut off ends in padding only if it is full of words.
+                ended = sentence if EOS in sentence else [*sentence, EOS]
+                found[seed][position] = given.corpus.target_vocabulary.decode(ended)
+    return found
+
+
+def attended(
+    programs: Programs, parameters: Any, given: Examples
+) -> tuple[list[list[Links]], list[Weights]]:
+    """The links that attention shows when it reads the references, and its weights.
+
+    Returns:
+      For each seed the links of all pairs; and of the first seed all weights [T, S].
+    """
+    links: list[list[Links]] = []
+    weights: list[Weights] = [np.zeros((0, 0), np.float32)] * len(given.pairs)
+    for index, real, _, batch in _forced(programs, parameters, given):
+        arrays = np.asarray(batch)[:, real]
+        links = links or [[frozenset()] * len(given.pairs) for _ in arrays]
+        for row, position in enumerate(index.tolist()):
+            pair = given.pairs[position]
+            lengths = len(pair.source), len(pair.target)
+            for seed, array in enumerate(arrays if pair.sure is not None else ()):
+                links[seed][position] = metrics.links(array[row], *lengths)
+            weights[position] = arrays[0, row, : lengths[1] + 1, : lengths[0] + 1]
+    return links, weights
+
+
+def quality(hypotheses: list[list[Words]], pairs: Sequence[Pair]) -> dict[str, list[float]]:
+    """Exact match, token accuracy, BLEU and chrF for each seed, all in 0..100."""
+    references = [pair.target for pair in pairs]
+    return {
+        "exact_match": [100 * metrics.exact_match(h, references) for h in hypotheses],
+        "token_accuracy": [100 * metrics.token_accuracy(h, references) for h in hypotheses],
+        "bleu": [metrics.bleu(h, references).value for h in hypotheses],
+        "chrf": [metrics.chrf(h, references).value for h in hypotheses],
+    }
+
+
+def alignment_error(links: list[list[Links]], pairs: Sequence[Pair]) -> list[float] | None:
+    """Alignment error rate for each seed in 0..100; None without gold alignments."""
+    rates = [100 * metrics.alignment_quality(found, pairs).error_rate for found in links]
+    return None if any(math.isnan(rate) for rate in rates) else rates
+
+
+def _forced(programs: Programs, parameters: Any, given: Examples):
+    """Yield for every batch which pairs it holds in which rows, loss [N], weights [N, B, T, S]."""
+    for number, rows, real in sweep(given.buckets, programs.batch_size):
+        held = given.buckets.members[number]
+        source = held.source[rows]
+        target = np.where(real[:, None], held.target[rows], PAD)
+        width = source.shape[1], target.shape[1]
+        yield held.index[rows[real]], real, *programs.force[width](parameters, source, target)

@@ -1,0 +1,130 @@
+"""Pictures of a run: learning curves with bands, and alignments beside the gold ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+from experiments.data.alignments import parse
+from experiments.data.corpus import Links
+from experiments.statistics import interval
+from experiments.translate.workdir import Record
+
+# Okabe and Ito's colours, which those who are colour-blind can tell apart; no yellow on white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_GOLD = "#D55E00"
+_END = "<eos>"
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": "#888888",
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "attention_jax",
+}
+_ACROSS = 4
+
+
+def draw_all(
+    outcomes: Sequence[Record], log: Mapping[str, Sequence[Record]], folder: Path
+) -> list[str]:
+    """Draw all figures of a run, each as PNG and SVG, and return their names."""
+    folder.mkdir(exist_ok=True)
+    with mpl.rc_context(cast("Any", _STYLE)):
+        figures = {"learning_curves": learning_curves(log)}
+        scores = [outcome["score"] for outcome in outcomes]
+        pictures = zip(*(outcome["pictures"] for outcome in outcomes), strict=True)
+        for number, panels in enumerate(pictures, 1):
+            figures[f"alignment_{number}"] = alignments(scores, panels)
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=160)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    return list(figures)
+
+
+def learning_curves(log: Mapping[str, Sequence[Record]]) -> Figure:
+    """Draw exact match and loss on the validation set against steps, with bands over seeds."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (score, records), color in zip(log.items(), itertools.cycle(_COLORS), strict=False):
+        validated = [record for record in records if "exact_match" in record]
+        for axes, name in ((left, "exact_match"), (right, "valid_loss")):
+            _curve(axes, validated, name, score, color)
+    left.axhline(90, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
+    left.set(title="Exact match on validation (%)", xlabel="training step", ylim=(-2, 102))
+    right.set(title="Loss on validation (nats a token)", xlabel="training step", yscale="log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    right.yaxis.set_minor_locator(NullLocator())
+    left.legend(loc="lower right")
+    for axes in (left, right):
+        axes.grid(True)
+        axes.set_axisbelow(True)
+    return figure
+
+
+def alignments(scores: Sequence[str], panels: Sequence[Record]) -> Figure:
+    """Draw the weights with which each mechanism reads one reference, beside the gold links."""
+    source = [*panels[0]["source"], _END]
+    target = [*panels[0]["target"], _END]
+    gold = panels[0]["gold"]
+    links = None if gold is None else parse(gold, len(source), len(target))
+    titles = list(scores) if links is None else ["gold", *scores]
+    across = min(_ACROSS, len(titles))
+    down = -(-len(titles) // across)
+    width, height = 0.26 * len(source) + 0.3, 0.26 * len(target) + 0.5
+    figure = Figure(figsize=(across * width + 1.2, down * height + 0.9), layout="constrained")
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(titles) :]:
+        axes.set_visible(False)
+    for axes, title in zip(grid.flat, titles, strict=False):
+        if title == "gold" and links is not None:
+            weights = _gold_weights(*links, (len(target), len(source)))
+        else:
+            weights = np.array(panels[scores.index(title)]["weights"])
+            _outline(axes, *(links or (frozenset(), frozenset())))
+        axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="equal")
+        axes.set_title(title)
+        axes.set_xticks(range(len(source)), source, rotation=90)
+        axes.set_yticks(range(len(target)), target)
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(True)
+    return figure
+
+
+def _curve(axes: Axes, validated: Sequence[Record], name: str, label: str, color: str) -> None:
+    found = [interval(record[name]) for record in validated]
+    steps = [record["step"] for record in validated]
+    axes.plot(steps, [i.mean for i in found], label=label, color=color, linewidth=1.8)
+    low, high = [i.low for i in found], [i.high for i in found]
+    axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+
+
+def _gold_weights(sure: Links, possible: Links, shape: tuple[int, int]) -> np.ndarray:
+    weights = np.zeros(shape)
+    for links, darkness in ((possible, 0.35), (sure, 1.0)):
+        for i, j in links:
+            weights[j, i] = darkness
+    return weights
+
+
+def _outline(axes: Axes, sure: Links, possible: Links) -> None:
+    for i, j in possible:
+        style = "-" if (i, j) in sure else ":"
+        box = Rectangle((i - 0.44, j - 0.44), 0.88, 0.88, fill=False, edgecolor=_GOLD, ls=style)
+        axes.add_patch(box)

@@ -1,0 +1,135 @@
+"""Training as a pure function: some steps of all seeds of one mechanism, in one call.
+
+Every seed has its own parameters, optimizer state, order of batches and dropout, on a leading
+axis N over which the step is vectorised. All of them follow from seed and step alone, so that
+a run that was interrupted goes on exactly as if it had not been.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from experiments.data.vocabulary import PAD
+from experiments.translate.config import Config
+from experiments.translate.model import Sizes, Translator
+
+Array = jax.Array
+Graph = Any
+
+
+class State(NamedTuple):
+    """Where training stands: the number of steps taken, and parameters and optimizer per seed."""
+
+    step: Array
+    parameters: Any
+    optimizer: Any
+
+
+def graph_of(score: str, sizes: Sizes, dropout: float = 0.0) -> tuple[Graph, Any]:
+    """Return the structure of a translator, and the shapes of its parameters."""
+    abstract = nnx.eval_shape(lambda: Translator(score, sizes, dropout, rngs=nnx.Rngs(0)))
+    return nnx.split(abstract, nnx.Param)
+
+
+def count_parameters(score: str, sizes: Sizes) -> int:
+    """Return the number of parameters of a translator."""
+    return sum(leaf.size for leaf in jax.tree.leaves(graph_of(score, sizes)[1]))
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019) on clipped gradients, warmed up, then annealed.
+
+    It sees all parameters as one vector: one fused update instead of one for each of them.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=round(config.warmup * config.steps),
+        decay_steps=config.steps,
+        end_value=0.01 * config.learning_rate,
+    )
+    return optax.flatten(
+        optax.chain(
+            optax.clip_by_global_norm(config.clip),
+            optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay),
+        )
+    )
+
+
+def quick_options(effort: int) -> dict[str, int]:
+    """Options for XLA's CPU compiler that limit the effort of LLVM, 0 to 3."""
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_backend_optimization_level": effort} if on_cpu else {}
+
+
+def initial_state(score: str, sizes: Sizes, config: Config) -> State:
+    """Draw the parameters of every seed."""
+
+    def one_seed(seed: Array) -> tuple[Any, Any]:
+        rngs = nnx.Rngs(jax.random.key(seed))
+        translator = Translator(score, sizes, config.dropout, rngs=rngs)
+        parameters = nnx.state(translator, nnx.Param)
+        return parameters, optimizer_of(config).init(parameters)
+
+    # It runs once, so that the time to optimize it is lost.
+    draw = jax.jit(jax.vmap(one_seed), compiler_options=quick_options(0))
+    parameters, optimizer = draw(jnp.arange(config.seeds))
+    return State(jnp.int32(0), parameters, optimizer)
+
+
+def token_losses(logits: Array, target: Array, smoothing: float = 0.0) -> Array:
+    """Cross-entropy [T, B] of logits [T, B, W] with target [B, T], zero for padding.
+
+    The wanted distribution has 1 - smoothing on the right word and spreads the rest evenly
+    over all words (Szegedy et al. 2016, section 7).
+    """
+    right = jnp.take_along_axis(logits, target.T[..., None], axis=-1)[..., 0]
+    wanted = (1 - smoothing) * right + smoothing * jnp.mean(logits, axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - wanted
+    return jnp.where(target.T == PAD, 0.0, losses)
+
+
+def train(
+    graph: Graph, config: Config, state: State, source: Array, target: Array, rows: Array
+) -> tuple[State, Array]:
+    """Take n steps with every seed.
+
+    Args:
+      graph: from `graph_of`.
+      config: of the run.
+      state: with leading axis N of seeds.
+      source: a whole bucket, [rows, S].
+      target: [rows, T].
+      rows: which to take in each step, [N, n, B].
+
+    Returns:
+      The new state, and the mean loss of a token in every step, [n, N].
+    """
+    optimizer = optimizer_of(config)
+
+    def loss(parameters: Any, source: Array, target: Array, key: Array) -> Array:
+        logits, _ = nnx.merge(graph, parameters)(source, target, key)
+        losses = token_losses(logits, target, config.label_smoothing)
+        return jnp.sum(losses) / jnp.sum(target != PAD)
+
+    def one_seed(seed: Array, parameters: Any, moments: Any, step: Array, rows: Array) -> Any:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        value, gradient = jax.value_and_grad(loss)(parameters, source[rows], target[rows], key)
+        updates, moments = optimizer.update(gradient, moments, parameters)
+        return optax.apply_updates(parameters, updates), moments, value
+
+    every_seed = jax.vmap(one_seed, in_axes=(0, 0, 0, None, 0))
+    seeds = jnp.arange(rows.shape[0])
+
+    def one_step(state: State, rows: Array) -> tuple[State, Array]:
+        parameters, moments, losses = every_seed(
+            seeds, state.parameters, state.optimizer, state.step, rows
+        )
+        return State(state.step + 1, parameters, moments), losses
+
+    return jax.lax.scan(one_step, state, rows.swapaxes(0, 1))

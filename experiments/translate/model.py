@@ -1,0 +1,195 @@
+"""RNNsearch: a bidirectional GRU reads the source, a GRU with attention writes the target.
+
+Bahdanau, Cho and Bengio 2015, appendix A, with the score of the attention left open. Where the
+paper leaves a choice or later practice has improved on it: the decoder begins from the last
+state of both directions, and the readout sees the new state.
+
+Batches come as [B, S] and [B, T]; inside, arrays are time-major, [S, B, ...] and [T, B, ...],
+the order in which the recurrences visit them. What does not depend on a recurrence is computed
+for all positions at once: the gates' share of the input, the keys, the readout, the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from attention_jax.nnx import DecoderAttention
+from attention_jax.source import Source
+from experiments.data.vocabulary import BOS, PAD
+from experiments.translate.mechanisms import score_of
+
+Array = jax.Array
+
+
+class Sizes(NamedTuple):
+    """What the shapes of a translator follow from."""
+
+    source_words: int
+    target_words: int
+    width: int
+    attention_size: int
+    readout_size: int
+
+
+class Memory(NamedTuple):
+    """A source that has been read: what attention asks, and the state that decoding begins with.
+
+    `mask` [B, S] is True for tokens, `state` is [B, D].
+    """
+
+    source: Source | None
+    mask: Array
+    state: Array
+
+
+def gated(state: Array, gates: Array) -> Array:
+    """Step a GRU whose gate inputs are known: h' = z h + (1 - z) tanh(n + r m).
+
+    Cho et al. 2014, equations 5 to 8, but with the reset gate r behind the product of state and
+    matrix, so that one product serves three gates. The inputs lie in the order n, r, z, m: n
+    has no share of the state, m none of the input.
+    """
+    candidate, reset, update, memory = jnp.split(gates, 4, axis=-1)
+    update = jax.nn.sigmoid(update)
+    return update * state + (1 - update) * jnp.tanh(candidate + jax.nn.sigmoid(reset) * memory)
+
+
+def from_input(share: Array) -> Array:
+    """Place the share that an input has in n, r and z, [..., 3 D], among all gates, [..., 4 D]."""
+    return jnp.pad(share, [(0, 0)] * (share.ndim - 1) + [(0, share.shape[-1] // 3)])
+
+
+def from_state(share: Array) -> Array:
+    """Place the share that a state has in r, z and m, [..., 3 D], among all gates, [..., 4 D]."""
+    return jnp.pad(share, [(0, 0)] * (share.ndim - 1) + [(share.shape[-1] // 3, 0)])
+
+
+def orthogonal_gates(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Draw an orthogonal matrix for each of three gates: [..., D, 3 D]."""
+    *leading, depth, _ = shape
+    gates = initializers.orthogonal()(key, (*leading, 3, depth, depth), dtype)
+    return jnp.moveaxis(gates, -3, -2).reshape(shape)
+
+
+class Encoder(nnx.Module):
+    """Annotations of the source, the states of a GRU in each direction (appendix A.2.1)."""
+
+    def __init__(self, words: int, width: int, *, rngs: nnx.Rngs):
+        self.depth = width // 2
+        self.embedding = nnx.Embed(words, width, rngs=rngs)
+        self.inputs = nnx.Linear(width, 2 * 3 * self.depth, rngs=rngs)
+        self.recurrent = nnx.Param(orthogonal_gates(rngs.params(), (2, self.depth, 3 * self.depth)))
+        self.bias = nnx.Param(jnp.zeros((2, 3 * self.depth)))
+
+    def __call__(self, embedded: Array, mask: Array) -> tuple[Array, Array]:
+        """Map [S, B, E] and mask [S, B] to annotations [B, S, D] and the last states [B, D]."""
+        forward, backward = jnp.split(self.inputs(embedded), 2, axis=-1)
+        gates = from_input(jnp.stack([forward, backward[::-1]], axis=1))
+        recurrent, bias = self.recurrent[...], self.bias[...][:, None]
+
+        def step(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            gates, present = inputs
+            share = jnp.einsum("dbh,dhg->dbg", state, recurrent) + bias
+            state = jnp.where(present[..., None], gated(state, gates + from_state(share)), state)
+            return state, state
+
+        initial = jnp.zeros((2, embedded.shape[1], self.depth), embedded.dtype)
+        present = jnp.stack([mask, mask[::-1]], axis=1)
+        last, states = jax.lax.scan(jax.checkpoint(step), initial, (gates, present))
+        annotations = jnp.concatenate([states[:, 0], states[::-1, 1]], axis=-1)
+        return annotations.swapaxes(0, 1), jnp.concatenate([last[0], last[1]], axis=-1)
+
+
+class Decoder(nnx.Module):
+    """A GRU that asks the annotations with its previous state (appendix A.2.2)."""
+
+    def __init__(self, score: str, sizes: Sizes, *, rngs: nnx.Rngs):
+        width = sizes.width
+        self.embedding = nnx.Embed(sizes.target_words, width, rngs=rngs)
+        self.bridge = nnx.Linear(width, width, rngs=rngs)
+        self.inputs = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.recurrent = nnx.Param(orthogonal_gates(rngs.params(), (width, 3 * width)))
+        self.bias = nnx.Param(jnp.zeros(3 * width))
+        if score == "none":
+            self.attention = self.context = None
+        else:
+            bound = score_of(score, width, width, sizes.attention_size)
+            self.attention = DecoderAttention(bound, width, width, sizes.attention_size, rngs=rngs)
+            self.context = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
+        seen = (2 if score == "none" else 3) * width
+        self.readout = nnx.Linear(seen, 2 * sizes.readout_size, rngs=rngs)
+        self.output = nnx.Linear(sizes.readout_size, sizes.target_words, rngs=rngs)
+
+    def remember(self, annotations: Array, last: Array, mask: Array) -> Memory:
+        """Do once per source what all steps share."""
+        source = self.attention and self.attention.keys(annotations)
+        return Memory(source, mask, jnp.tanh(self.bridge(last)))
+
+    def step(self, state: Array, gates: Array, memory: Memory) -> tuple[Array, Array, Array]:
+        """Return the next state [B, D], the context [B, C] and the weights [B, S]."""
+        gates = gates + from_state(state @ self.recurrent[...] + self.bias[...][None])
+        if self.attention is None or self.context is None or memory.source is None:
+            weights = jnp.zeros(memory.mask.shape, state.dtype)
+            return gated(state, gates), state[:, :0], weights
+        context, weights = self.attention(state, memory.source, memory.mask)
+        return gated(state, gates + from_input(self.context(context))), context, weights
+
+    def logits(self, state: Array, context: Array, embedded: Array) -> Array:
+        """Read words out of states, contexts and previous words by a layer of maxout units."""
+        return self.output(self.read(state, context, embedded))
+
+    def read(self, state: Array, context: Array, embedded: Array) -> Array:
+        """Return the maxout units, the larger of two linear maps each."""
+        units = self.readout(jnp.concatenate([state, context, embedded], axis=-1))
+        return jnp.maximum(*jnp.split(units, 2, axis=-1))
+
+
+class Translator(nnx.Module):
+    """Encoder and decoder.
+
+    Args:
+      score: a name of `mechanisms.score_of`, or `none` for a decoder without attention.
+      sizes: of vocabularies and layers.
+      dropout: share of embedding and readout features that is dropped in training.
+      rngs: the stream `params` draws the parameters.
+    """
+
+    def __init__(self, score: str, sizes: Sizes, dropout: float = 0.0, *, rngs: nnx.Rngs):
+        self.encoder = Encoder(sizes.source_words, sizes.width, rngs=rngs)
+        self.decoder = Decoder(score, sizes, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
+
+    def encode(self, source: Array, dropout_key: Array | None = None) -> Memory:
+        """Read a batch of sources [B, S]."""
+        mask = source != PAD
+        embedded = self._dropped(self.encoder.embedding(source.T), dropout_key, 0)
+        return self.decoder.remember(*self.encoder(embedded, mask.T), mask)
+
+    def __call__(
+        self, source: Array, target: Array, dropout_key: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Return logits [T, B, W] and weights [T, B, S], each target word given those before it."""
+        memory = self.encode(source, dropout_key)
+        begin = jnp.full_like(target[:, :1], BOS)
+        previous = jnp.concatenate([begin, target[:, :-1]], axis=1).T
+        embedded = self._dropped(self.decoder.embedding(previous), dropout_key, 1)
+
+        def step(state: Array, gates: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+            state, context, weights = self.decoder.step(state, gates, memory)
+            return state, (state, context, weights)
+
+        gates = from_input(self.decoder.inputs(embedded))
+        # Kept by the step, all that lies between two states would be larger than what it saves.
+        _, (states, contexts, weights) = jax.lax.scan(jax.checkpoint(step), memory.state, gates)
+        units = self._dropped(self.decoder.read(states, contexts, embedded), dropout_key, 2)
+        return self.decoder.output(units), weights
+
+    def _dropped(self, x: Array, key: Array | None, place: int) -> Array:
+        if key is None or self.dropout.rate == 0:
+            return x
+        return self.dropout(x, deterministic=False, rngs=jax.random.fold_in(key, place))

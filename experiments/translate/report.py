@@ -1,0 +1,249 @@
+"""report.html: everything about a run in one file that needs nothing else to be read."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import shlex
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from experiments.translate import table
+from experiments.translate.config import Config
+from experiments.translate.workdir import Record
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light; --ink: #1c1e21; --soft: #5f6670; --line: #dfe3e8; --paper: #fff; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 17px/1.55 Charter, "Bitstream Charter", Cambria, Georgia, serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h2 { font-size: 1.25rem; margin: 3rem 0 .6rem; }
+p { max-width: 44rem; margin: .5rem 0; }
+.lead { font-size: 1.1rem; color: var(--soft); }
+small, figcaption, .soft { color: var(--soft); font-size: .86rem; line-height: 1.45; }
+.scroll { overflow-x: auto; }
+p + .scroll { margin-top: 1.5rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%;
+  font-size: .92rem; }
+th { text-align: right; font-weight: 600; font-size: .82rem; white-space: nowrap;
+  border-bottom: 1.5px solid var(--ink); padding: .35rem .6rem; }
+td { text-align: right; border-bottom: 1px solid var(--line); padding: .45rem .6rem;
+  vertical-align: top; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: 600; }
+td small { display: block; white-space: nowrap; }
+.text td { text-align: left; font-weight: 400; padding-left: 0; border: 0; padding: .1rem 0; }
+.text td:first-child { color: var(--soft); font-weight: 400; white-space: nowrap; width: 1%;
+  padding-right: 1.5rem; }
+.text tbody tr:last-child td { border-bottom: 1px solid var(--line); padding-bottom: .7rem; }
+.text tbody tr:first-child td { padding-top: .7rem; }
+.settings { columns: 19rem; column-gap: 2rem; font-size: .86rem; }
+.settings div { display: flex; justify-content: space-between; gap: 1rem; break-inside: avoid;
+  border-bottom: 1px solid var(--line); padding: .15rem 0; }
+.settings span:first-child { color: var(--soft); }
+.wrong { background: #fde9dd; }
+figure { margin: 1rem 0 2rem; }
+figure img { max-width: 100%; height: auto; display: block; }
+code, pre { font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+pre { background: #f5f6f8; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; }
+@media print { main { padding: 0; } }
+</style>
+</head>
+<body>
+<main>
+<h1>$title</h1>
+<p class="lead">$lead</p>
+
+<h2>Result</h2>
+<div class="scroll">$table</div>
+<p class="soft">$legend</p>
+$comparison
+
+<h2>How fast each one gets there</h2>
+<figure><img alt="Learning curves" src="$curves">
+<figcaption>Mean over $seeds seeds; the band is the 95% bootstrap interval. The dashed line marks
+90% exact match.</figcaption></figure>
+
+<h2>Where they look</h2>
+<p class="soft">Attention weights of seed 0 while it reads the reference aloud, from 0 (white) to
+1 (dark blue). Across is the source, down the target;
+&lt;eos&gt; is the end of the sentence.$gold</p>
+$alignments
+
+<h2>What they say</h2>
+<p class="soft">The first sentences of the test set, not chosen; translations of seed 0, with the
+words marked that are not the reference's.</p>
+<div class="scroll">$translations</div>
+
+$extra
+
+<h2>How to get this again</h2>
+<pre>$command</pre>
+$notices
+<div class="settings">$settings</div>
+</main>
+</body>
+</html>
+""")
+
+_EXTRA = (
+    ("exact_match", "exact match %", 1),
+    ("token_accuracy", "token acc. %", 1),
+    ("bleu", "BLEU", 1),
+    ("chrf", "chrF", 1),
+    ("alignment_error", "AER %", 1),
+)
+_GOLD = (
+    " Frames are gold links: a translator would be right to look there (dotted: possible, not "
+    "required)."
+)
+
+
+def write(
+    results: Record, outcomes: Sequence[Record], figures: Sequence[str], folder: Path
+) -> Path:
+    """Write the report and return its path."""
+    scores = [outcome["score"] for outcome in outcomes]
+    data, config = results["data"], results["config"]
+    page = _PAGE.substitute(
+        title=escape(" against ".join(scores[:2]) if len(scores) == 2 else ", ".join(scores)),
+        lead=escape(
+            f"Translators that differ in nothing but the score of their attention, trained on "
+            f"{data['pairs']['train']:,} pairs of {data['name']} in {config['steps']:,} steps, "
+            f"{config['seeds']} seed{'s' * (config['seeds'] > 1)} each."
+        ),
+        table=_result_table(results),
+        legend=escape(
+            f"Test set of {data['pairs']['test']:,} pairs, greedy decoding. Mean over seeds, and "
+            "below it the 95% bootstrap interval. AER is the alignment error rate of the largest "
+            "weight of each target word against the gold alignment. “Steps to 90%”: first "
+            "validated step with 90% exact match. Tokens per second count both languages and all "
+            f"seeds together. BLEU {results['signatures']['bleu']}; chrF "
+            f"{results['signatures']['chrf']}."
+        ),
+        comparison=_comparison(results),
+        curves=_inline(folder / "figures" / "learning_curves.svg"),
+        seeds=config["seeds"],
+        gold=_GOLD if outcomes[0]["pictures"][0]["gold"] else "",
+        alignments="".join(
+            f'<figure><img alt="{name}" src="{_inline(folder / "figures" / f"{name}.svg")}">'
+            "</figure>"
+            for name in figures
+            if name.startswith("alignment")
+        ),
+        translations=_translations(outcomes),
+        extra=_extra(results),
+        command=escape(command(config)),
+        notices="".join(f"<p class='soft'>{escape(n)}</p>" for n in data["notices"]),
+        settings=_settings({**config, **results["environment"]}),
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def command(config: Record) -> str:
+    """Return the command line of a run, with the flags that differ from their defaults."""
+    plain = Config().identity
+    flags = [
+        f"--{name}={','.join(value) if isinstance(value, list) else value}"
+        for name, value in config.items()
+        if value != plain[name]
+    ]
+    return shlex.join(["python", "-m", "experiments.translate", *flags])
+
+
+def _result_table(results: Record) -> str:
+    rows = [
+        "".join(
+            f"<td>{escape(cell.value)}{f'<small>{cell.interval}</small>' if cell.interval else ''}"
+            "</td>"
+            for cell in row
+        )
+        for row in table.rows(results)
+    ]
+    return _table(table.header(), rows)
+
+
+def _translations(outcomes: Sequence[Record]) -> str:
+    """The first sentences of the test set, not chosen, with the words that went wrong marked."""
+    parts = []
+    for samples in zip(*(outcome["samples"] for outcome in outcomes), strict=True):
+        target = samples[0]["target"]
+        lines = {"source": " ".join(samples[0]["source"]), "reference": " ".join(target)}
+        rows = [f"<td>{name}</td><td>{escape(text)}</td>" for name, text in lines.items()]
+        for outcome, sample in zip(outcomes, samples, strict=True):
+            marked = _marked(sample["translation"], target)
+            rows.append(f"<td>{escape(outcome['score'])}</td><td>{marked}</td>")
+        parts.append("".join(f"<tr>{row}</tr>" for row in rows))
+    bodies = "".join(f"<tbody>{part}</tbody>" for part in parts)
+    return f'<table class="text">{bodies}</table>'
+
+
+def _marked(words: Sequence[str], reference: Sequence[str]) -> str:
+    """Words as HTML, those that are not of the reference in a mark."""
+    matcher = difflib.SequenceMatcher(a=reference, b=words, autojunk=False)
+    right = {b + n for _, b, size in matcher.get_matching_blocks() for n in range(size)}
+    return " ".join(
+        escape(word) if n in right else f'<span class="wrong">{escape(word)}</span>'
+        for n, word in enumerate(words)
+    )
+
+
+def _extra(results: Record) -> str:
+    """A table for each further test set, such as sentences longer than any in training."""
+    parts = []
+    for name in results["mechanisms"][0]["extra"]:
+        rows = []
+        for mechanism in results["mechanisms"]:
+            measured = mechanism["extra"][name]
+            cells = (table.cell(measured[key], digits) for key, _, digits in _EXTRA)
+            rows.append(
+                f"<td>{escape(mechanism['score'])}</td>"
+                + "".join(f"<td>{c.value}<small>{c.interval}</small></td>" for c in cells)
+            )
+        pairs = results["data"]["pairs"][name]
+        text = _table(["score", *(title for _, title, _ in _EXTRA)], rows)
+        parts.append(f"<h2>On “{escape(name)}”, {pairs:,} pairs</h2><div class=scroll>{text}</div>")
+    return "".join(parts)
+
+
+def _comparison(results: Record) -> str:
+    if not results["comparisons"]:
+        return ""
+    rows = ["".join(f"<td>{escape(text)}</td>" for text in row) for row in table.compared(results)]
+    sentence = escape(results["comparisons"][0]["sentence"])
+    return (
+        f"<div class=scroll>{_table(table.compared_header(results), rows)}</div><p>{sentence}</p>"
+    )
+
+
+def _settings(values: Record) -> str:
+    shown = {
+        name: ", ".join(value) if isinstance(value, list) else str(value)
+        for name, value in values.items()
+        if value is not None
+    }
+    return "".join(
+        f"<div><span>{escape(name)}</span><span>{escape(value)}</span></div>"
+        for name, value in shown.items()
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in header)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _inline(path: Path) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,0 +1,103 @@
+"""results.json: means, intervals and comparisons over seeds, from what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from experiments import metrics, statistics
+from experiments.translate.config import Config
+from experiments.translate.task import Task
+from experiments.translate.workdir import Record
+
+# Of the first two mechanisms these are compared: is there a difference, and was one faster?
+COMPARED = {
+    "exact_match": "exact match on test (%)",
+    "bleu": "BLEU on test",
+    "valid_loss": "validation loss",
+    "mean_exact_match": "mean exact match over training (%)",
+}
+
+
+def summarize(config: Config, task: Task, outcomes: Sequence[Record], host: Record) -> Record:
+    """Collect everything that table, figures and report show."""
+    corpus = task.corpus
+    mechanisms = [_mechanism(outcome) for outcome in outcomes]
+    return {
+        "config": config.identity,
+        "environment": host,
+        "data": {
+            "name": corpus.name,
+            "pairs": {"train": len(corpus.train)}
+            | {name: len(given.pairs) for name, given in task.sets.items()},
+            "source_words": len(corpus.source_vocabulary),
+            "target_words": len(corpus.target_vocabulary),
+            "notices": list(corpus.notices),
+        },
+        "signatures": {
+            "bleu": metrics.bleu([("a",)], [("a",)]).signature,
+            "chrf": metrics.chrf([("a",)], [("a",)]).signature,
+        },
+        "mechanisms": mechanisms,
+        "comparisons": _comparisons(mechanisms[:2]) if len(mechanisms) > 1 else [],
+    }
+
+
+def _mechanism(outcome: Record) -> Record:
+    test, valid = outcome["sets"]["test"], outcome["sets"]["valid"]
+    values = {
+        "valid_loss": valid["loss"],
+        "test_loss": test["loss"],
+        **{k: test[k] for k in ("exact_match", "token_accuracy", "bleu", "chrf")},
+        "alignment_error": test["alignment_error"],
+        **{k: outcome[k] for k in ("steps_to_90", "mean_exact_match")},
+    }
+    extra = {
+        name: {k: _summary(v) for k, v in measured.items()}
+        for name, measured in outcome["sets"].items()
+        if name not in ("valid", "test")
+    }
+    kept = ("score", "parameters", "sizes", "compile_seconds", "train_seconds")
+    return {
+        **{k: outcome[k] for k in (*kept, "tokens_per_second")},
+        "metrics": {name: _summary(of_seeds) for name, of_seeds in values.items()},
+        "extra": extra,
+    }
+
+
+def _summary(values: list[float | None] | None) -> Record | None:
+    """Mean and 95% bootstrap interval over seeds; None where a seed has no value."""
+    if values is None:
+        return None
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return {"values": values, "mean": None, "low": None, "high": None, "note": "not reached"}
+    found = statistics.interval(known)
+    one = len(known) == 1
+    return {
+        "values": values,
+        "mean": found.mean,
+        "low": None if one else found.low,
+        "high": None if one else found.high,
+        "note": found.note,
+    }
+
+
+def _comparisons(mechanisms: list[Record]) -> list[Record]:
+    first, second = mechanisms
+    compared = []
+    for metric, words in COMPARED.items():
+        values = [m["metrics"][metric]["values"] for m in (first, second)]
+        found = statistics.compare(*values, names=(first["score"], second["score"]), metric=words)
+        record = _without_nan(dataclasses.asdict(found))
+        compared.append({**record, "metric": metric})
+    return compared
+
+
+def _without_nan(record: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(record, dict):
+        return {name: _without_nan(value) for name, value in record.items()}
+    return None if isinstance(record, float) and math.isnan(record) else record

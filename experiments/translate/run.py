@@ -1,0 +1,80 @@
+"""A whole run: train every mechanism, measure it, and report; each part only if it is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments.translate import figures, outcome, report, results, table, task, train, workdir
+from experiments.translate.budget import sizes_of
+from experiments.translate.config import Config
+from experiments.translate.learning import count_parameters
+from experiments.translate.model import Sizes
+from experiments.translate.workdir import Log, Record
+
+
+def run(config: Config) -> Path:
+    """Do what is left to do of a run, and return the path of its report.
+
+    Raises:
+      UsageError: the data or the folder cannot be used.
+      Diverged: a loss is not a number any more.
+      Interrupted: the run was asked to stop; the same call goes on.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    workdir.check(config)
+    given = task.read(config)
+    sizes = sizes_of(config, given.corpus)
+    with workdir.opened(config) as folder:
+        _describe(console, config, given, sizes)
+        outcomes = [
+            _outcome(score, sizes[score], config, given, folder, console) for score in sizes
+        ]
+        host = json.loads((folder / "config.json").read_text(encoding="utf-8"))["environment"]
+        summary = results.summarize(config, given, outcomes, host)
+        workdir.write_json(folder / "results.json", summary)
+        log = Log(folder / "metrics.jsonl")
+        names = figures.draw_all(
+            outcomes, {score: log.read(score) for score in sizes}, folder / "figures"
+        )
+        path = report.write(summary, outcomes, names, folder)
+    table.show(console, summary)
+    print(path.absolute(), flush=True)
+    return path
+
+
+def _outcome(
+    score: str, sizes: Sizes, config: Config, given: task.Task, folder: Path, console: Console
+) -> Record:
+    """Train and measure one mechanism, or read what was measured before."""
+    path = folder / "outcomes" / f"{score}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    trained = train.train(score, sizes, config, given, folder, console)
+    with console.status(f"{score}: evaluating"):
+        measured = outcome.measure(score, sizes, trained, given, folder)
+    measured |= outcome.speed(Log(folder / "metrics.jsonl").read(score))
+    path.parent.mkdir(exist_ok=True)
+    workdir.write_json(path, measured)
+    return measured
+
+
+def _describe(console: Console, config: Config, given: task.Task, sizes: dict[str, Sizes]) -> None:
+    corpus = given.corpus
+    parameters = ", ".join(
+        f"{score} {count_parameters(score, size):,}" for score, size in sizes.items()
+    )
+    pairs = {"train": len(corpus.train)} | {n: len(s.pairs) for n, s in given.sets.items()}
+    lines = [
+        f"{corpus.name}: {', '.join(f'{count:,} {name}' for name, count in pairs.items())} pairs, "
+        f"{len(corpus.source_vocabulary):,} and {len(corpus.target_vocabulary):,} words",
+        *corpus.notices,
+        f"parameters: {parameters}",
+        f"folder: {config.directory}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

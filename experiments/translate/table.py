@@ -1,0 +1,123 @@
+"""The result as a table: in the terminal, and the same cells in the report."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.statistics import seeds_needed
+from experiments.translate.results import COMPARED
+from experiments.translate.workdir import Record
+
+
+class Cell(NamedTuple):
+    """A mean and its interval, as text."""
+
+    value: str
+    interval: str = ""
+
+
+COLUMNS = (
+    ("valid_loss", "valid loss", 3),
+    ("exact_match", "exact match %", 1),
+    ("token_accuracy", "token acc. %", 1),
+    ("bleu", "BLEU", 1),
+    ("chrf", "chrF", 1),
+    ("alignment_error", "AER %", 1),
+    ("steps_to_90", "steps to 90%", 0),
+)
+
+
+def header() -> list[str]:
+    """Return the names of the columns."""
+    return ["score", "parameters", *(title for _, title, _ in COLUMNS), "tokens/s"]
+
+
+def rows(results: Record) -> list[list[Cell]]:
+    """Return a row of cells for each mechanism."""
+    return [
+        [
+            Cell(mechanism["score"]),
+            Cell(f"{mechanism['parameters']:,}"),
+            *(cell(mechanism["metrics"][name], digits) for name, _, digits in COLUMNS),
+            Cell(f"{mechanism['tokens_per_second'] / 1000:.0f}k"),
+        ]
+        for mechanism in results["mechanisms"]
+    ]
+
+
+def compared_header(results: Record) -> list[str]:
+    """Return the names of the columns of `compared`."""
+    first, second = (results["comparisons"][0][which] for which in ("first", "second"))
+    return [f"{first} - {second}", "difference", "95% interval", "p", "conclusion"]
+
+
+def compared(results: Record) -> list[list[str]]:
+    """Return a row for each metric in which the first two mechanisms are compared."""
+    seeds = results["config"]["seeds"]
+    rows = []
+    for found in results["comparisons"]:
+        difference, so = found["difference"], "no difference shown"
+        if found["conclusive"]:
+            so = f"{found['first'] if difference['mean'] > 0 else found['second']} is higher"
+        elif seeds < seeds_needed():
+            so = f"{seeds} seeds are too few"
+        bounds = [difference["low"], difference["high"]]
+        rows.append(
+            [
+                COMPARED[found["metric"]],
+                f"{difference['mean']:+.3g}",
+                "–" if None in bounds else " to ".join(f"{bound:+.3g}" for bound in bounds),
+                "–" if found["p_value"] is None else f"{found['p_value']:.2g}",
+                so,
+            ]
+        )
+    return rows
+
+
+def show(console: Console, results: Record) -> None:
+    """Print the table, and what it does and does not say."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for number, title in enumerate(header()):
+        table.add_column(title, justify="left" if number == 0 else "right")
+    for row in rows(results):
+        table.add_row(*(f"{c.value}\n[dim]{c.interval}[/]" if c.interval else c.value for c in row))
+    seeds = results["config"]["seeds"]
+    signatures = results["signatures"]
+    parts = [
+        table,
+        f"Test set of {results['data']['pairs']['test']:,} pairs; mean and 95% bootstrap interval "
+        f"over {seeds} seed{'s' * (seeds > 1)}.",
+        f"BLEU {signatures['bleu']}",
+        f"chrF {signatures['chrf']}",
+        *(_on_extra(results, name) for name in results["mechanisms"][0]["extra"]),
+    ]
+    if results["comparisons"]:
+        table = Table(*compared_header(results), box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in compared(results):
+            table.add_row(*row)
+        parts += [table, results["comparisons"][0]["sentence"]]
+    for part in parts:
+        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+
+
+def _on_extra(results: Record, name: str) -> str:
+    cells = [(m["score"], cell(m["extra"][name]["exact_match"], 1)) for m in results["mechanisms"]]
+    found = ", ".join(f"{score} {c.value} ({c.interval})" for score, c in cells)
+    return f"{name}, {results['data']['pairs'][name]:,} pairs: exact match % {found}"
+
+
+def cell(summary: Record | None, digits: int) -> Cell:
+    """Return a mean and its interval over seeds as text."""
+    if summary is None:
+        return Cell("–")
+    if summary["mean"] is None:
+        reached = sum(value is not None for value in summary["values"])
+        return Cell("–", f"{reached} of {len(summary['values'])} seeds")
+    value = f"{summary['mean']:.{digits}f}"
+    if summary["low"] is None:
+        return Cell(value)
+    return Cell(value, f"{summary['low']:.{digits}f}–{summary['high']:.{digits}f}")

@@ -1,0 +1,96 @@
+"""What is learned: the pairs as arrays, and which of them each seed sees in each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.data import DataError, load
+from experiments.data.batches import Buckets, bucket, schedule
+from experiments.data.corpus import Corpus
+from experiments.data.vocabulary import PAD
+from experiments.translate.config import Config, UsageError
+from experiments.translate.evaluate import Examples, examples
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Task:
+    """A corpus made ready for training.
+
+    Chunk c takes its steps from bucket `order[c]`, and seed n in step i of it the rows
+    `rows[c, n, i]`; `tokens[c]` counts words and end symbols of both sides, for all seeds.
+    """
+
+    corpus: Corpus
+    training: Buckets
+    arrays: tuple[tuple[Array, Array], ...]
+    order: np.ndarray
+    rows: np.ndarray
+    tokens: np.ndarray
+    sets: Mapping[str, Examples]
+
+    @property
+    def widths(self) -> tuple[tuple[int, int], ...]:
+        """All shapes (S, T) that are evaluated."""
+        widths = (width for given in self.sets.values() for width in given.buckets.widths)
+        return tuple(dict.fromkeys(widths))
+
+    @property
+    def longest(self) -> int:
+        """Words after which a translation is cut off: half as long again as any in training."""
+        return 3 * max(target for _, target in self.training.widths) // 2
+
+
+def read(config: Config) -> Task:
+    """Load the corpus and lay out all steps.
+
+    Raises:
+      UsageError: the data cannot be used as asked.
+    """
+    try:
+        corpus = load(
+            config.data,
+            source=config.source,
+            target=config.target,
+            train_size=config.train_size,
+            valid_size=config.valid_size,
+            test_size=config.test_size,
+            seed=config.data_seed,
+            max_length=config.max_length,
+            min_count=config.min_count,
+            max_vocabulary=config.max_vocabulary,
+            lowercase=config.lowercase,
+        )
+        training = bucket(
+            corpus.train,
+            corpus.source_vocabulary,
+            corpus.target_vocabulary,
+            batch_size=config.batch_size,
+            count=config.buckets,
+        )
+        schedules = [
+            schedule(training, config.steps, config.batch_size, seed, chunk=config.chunk)
+            for seed in range(config.seeds)
+        ]
+    except DataError as error:
+        raise UsageError(str(error)) from None
+    order = schedules[0].bucket
+    rows = np.stack([of_seed.rows for of_seed in schedules], axis=1)
+    lengths = [(b.source != PAD).sum(1) + (b.target != PAD).sum(1) for b in training.members]
+    tokens = [lengths[number][taken].sum() for number, taken in zip(order, rows, strict=True)]
+    sets = {"valid": corpus.valid, "test": corpus.test, **corpus.extra}
+    return Task(
+        corpus=corpus,
+        training=training,
+        arrays=tuple((jnp.asarray(b.source), jnp.asarray(b.target)) for b in training.members),
+        order=order,
+        rows=rows,
+        tokens=np.array(tokens),
+        sets=examples(sets, corpus, config.batch_size),
+    )

@@ -1,0 +1,155 @@
+"""The folder of a run: whose it is, what was measured in it, and how it is written to."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from experiments.translate.config import Config, UsageError
+
+Record = dict[str, Any]
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sacrebleu")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or as it was before."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, as a whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def check(config: Config) -> None:
+    """Refuse a folder that is not this run's, before anything is computed or written.
+
+    Raises:
+      UsageError: it holds another run or other files, or cannot be written to.
+    """
+    folder = config.directory
+    hint = "give another --workdir."
+    if not folder.exists():
+        parent = next(path for path in folder.absolute().parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"--workdir {folder} cannot be created in {parent}; {hint}")
+        return
+    if not folder.is_dir():
+        raise UsageError(f"--workdir {folder} is a file, not a folder; {hint}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--workdir {folder} is not to be written to; {hint}")
+    path = folder / "config.json"
+    if not path.exists():
+        if any(file.name != ".lock" for file in folder.iterdir()):
+            raise UsageError(f"--workdir {folder} holds other files and no run; {hint}")
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is not the configuration of a run; {hint}") from None
+    differing = [name for name, value in config.identity.items() if held.get(name) != value]
+    if differing:
+        name = differing[0]
+        raise UsageError(
+            f"--workdir {folder} holds another run (--{name} was {_shown(held.get(name))}, now it "
+            f"is {_shown(config.identity[name])}); {hint}"
+        )
+
+
+@contextlib.contextmanager
+def opened(config: Config) -> Iterator[Path]:
+    """Create the folder, keep other processes out of it, and write what the run is.
+
+    Raises:
+      UsageError: it cannot be written to, or another process is at work in it.
+    """
+    folder = config.directory
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UsageError(
+            f"--workdir {folder} cannot be written to: {error.strerror}; give another --workdir."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"--workdir {folder} is in use by another process; wait for it, or give another."
+            ) from None
+        if not (folder / "config.json").exists():
+            write_json(
+                folder / "config.json", {"config": config.identity, "environment": environment()}
+            )
+        yield folder
+
+
+def environment() -> Record:
+    """Return what else a result depends on: versions, device and revision of the code."""
+    import jax
+
+    return {
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in _PACKAGES},
+        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        "processors": os.cpu_count(),
+        "machine": platform.platform(),
+        "revision": _revision(),
+    }
+
+
+def _revision() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+class Log:
+    """metrics.jsonl: one JSON object a line, each with `score` and `step`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self, score: str) -> list[Record]:
+        """Return the records of one mechanism, without a last line that was cut off."""
+        return [record for record in self._all() if record["score"] == score]
+
+    def append(self, record: Record) -> None:
+        """Add a record at the end."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def rewind(self, score: str, step: int) -> None:
+        """Drop what one mechanism measured after a step, to measure it again."""
+        kept = [r for r in self._all() if r["score"] != score or r["step"] <= step]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def _all(self) -> list[Record]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,21 @@
+"""Both ends of what is supported, where the interpreters exist: `nox`."""
+
+import nox
+
+nox.options.error_on_missing_interpreters = False
+
+
+@nox.session(python=["3.11", "3.13"])
+def tests(session: nox.Session) -> None:
+    """Run the tests with the versions in constraints.txt: jax 0.10 on 3.11, 0.12 on 3.13."""
+    session.install("-e", ".[test]", "-c", "constraints.txt")
+    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
+
+
+@nox.session(python="3.11")
+def lint(session: nox.Session) -> None:
+    """Check style, format and types."""
+    session.install("-e", ".[test,lint]", "-c", "constraints.txt")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("pyright")

@@ -1,0 +1,39 @@
+"""Strictness for every test: implicit rank or dtype promotion is an error."""
+
+import chex
+import hypothesis
+import jax
+import pytest
+
+from attention_jax import attention
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def x64():
+    """Run a test in float64, for oracles and finite differences."""
+    with jax.enable_x64(True):
+        yield
+
+
+# Tiles small enough that even the shortest sequences have several; cuDNN is tested on a GPU.
+OPTIONS = {"tiled": {"tile_sizes": (2, 3)}}
+PORTABLE = [name for name in attention.IMPLEMENTATIONS if name != "cudnn"]
+
+
+@pytest.fixture(params=PORTABLE)
+def implementation(request):
+    """Run a test once for every implementation, as arguments of `attend` that ask for it."""
+    return {"implementation": request.param} | OPTIONS.get(request.param, {})
+
+
+@pytest.fixture(autouse=True)
+def fresh_trace_counter():
+    """Count the traces of `chex.assert_max_traces` for each test by itself."""
+    chex.clear_trace_counter()

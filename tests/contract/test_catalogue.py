@@ -1,0 +1,133 @@
+"""Every exported score, mask and normalizer together, under every implementation.
+
+Values are compared with float64 loops, gradients with finite differences of those loops.
+"""
+
+import inspect
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_jax import attend, attention, grids, masks, normalizers, patterns, scores
+from attention_jax.normalizers import streaming
+from attention_jax.parameters import parameters_of
+from tests import oracle
+from tests.contract import examples
+
+BATCH, QUERY_LENGTH, KEY_LENGTH, HEADS, KEY_HEADS, DEPTH, VALUE_DEPTH = 2, 5, 7, 2, 1, 4, 3
+PORTABLE = set(attention.IMPLEMENTATIONS) - {"cudnn"}  # cuDNN has no float64
+SLOW_TO_COMPILE = {"additive", "concat", "gaussian", "normalized_additive"}
+STEP = 1e-6
+NOT_LEARNED = {"activation", "after_sum", "q_idx", "kv_idx"}
+BUILT_FROM_SCORES = {
+    "Separated",
+    "bind",
+    "projected",
+    "row_normalized",
+    "scaled",
+    "separate",
+    "soft_capped",
+}
+
+
+@pytest.mark.parametrize(
+    ("exported", "examples_of", "others"),
+    [
+        (scores, examples.SCORES, examples.NOT_SCORES),
+        (masks, examples.MASKS, examples.NOT_MASKS),
+        (patterns, examples.MASKS, examples.NOT_MASKS),
+        (grids, examples.MASKS, examples.NOT_MASKS),
+        (normalizers, examples.NORMALIZERS, examples.NOT_NORMALIZERS),
+    ],
+)
+def test_every_export_has_an_example(exported, examples_of, others):
+    missing = set(exported.__all__) - set(examples_of) - others
+    assert not missing, f"add to tests/contract/examples.py: {sorted(missing)}"
+
+
+def combinations():
+    """Under dense every score with every mask, normalizers in turn; under others each once.
+
+    What takes long to compile meets less: other implementations and scores of several layers are
+    given different masks and normalizers each, and other gradients than dense ones less often.
+    """
+    masks_in_turn, normalizers_in_turn = (
+        itertools.cycle(sorted(names)) for names in (examples.MASKS, examples.NORMALIZERS)
+    )
+    for score in examples.SCORES:
+        meets = examples.MASKS
+        if score in SLOW_TO_COMPILE:
+            meets = itertools.islice(masks_in_turn, 3)
+        for mask in meets:
+            yield "dense", score, mask, next(normalizers_in_turn), True
+    scores_in_turn = itertools.cycle(examples.SCORES)
+    streamable = itertools.cycle(
+        name for name, example in examples.NORMALIZERS.items() if streaming(example.normalizer)
+    )
+    for name in PORTABLE - {"dense"}:
+        for turn in range(max(len(examples.SCORES), len(examples.MASKS))):
+            mask = next(masks_in_turn)
+            yield name, next(scores_in_turn), mask, next(streamable), turn % 4 == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "score", "mask", "normalizer", "with_gradient"), list(combinations())
+)
+def test_values_and_gradients(name, score, mask, normalizer, with_gradient, x64):
+    rng = np.random.default_rng(7)
+    key_depth = DEPTH + 1 if score in examples.DIFFERENT_DEPTHS else DEPTH
+    inputs = (
+        rng.normal(size=(BATCH, QUERY_LENGTH, HEADS, DEPTH)),
+        rng.normal(size=(BATCH, KEY_LENGTH, KEY_HEADS, key_depth)),
+        rng.normal(size=(BATCH, KEY_LENGTH, KEY_HEADS, VALUE_DEPTH)),
+    )
+    step = tuple(rng.normal(size=x.shape) for x in inputs)
+    bound, formula = examples.score_example(
+        score, lambda *shape: rng.normal(size=shape), DEPTH, key_depth
+    )
+    mask, allowed = examples.mask_example(mask, BATCH, HEADS, QUERY_LENGTH, KEY_LENGTH)
+    normalizer, of_row = examples.NORMALIZERS[normalizer]
+
+    def attended(query, key, value):
+        return attend(
+            query,
+            key,
+            value,
+            score=bound,
+            mask=mask,
+            normalizer=normalizer,
+            implementation=name,
+            tile_sizes=(3, 4),
+        )
+
+    def expected(query, key, value):
+        return oracle.attention(query, key, value, formula, allowed, normalizer=of_row)[0]
+
+    if not with_gradient:
+        context = attended(*map(jnp.asarray, inputs))
+        np.testing.assert_allclose(context, expected(*inputs), rtol=1e-10, atol=1e-12)
+        return
+    context, pullback = jax.vjp(attended, *map(jnp.asarray, inputs))
+    np.testing.assert_allclose(context, expected(*inputs), rtol=1e-10, atol=1e-12)
+
+    cotangent = rng.normal(size=context.shape)
+    gradients = pullback(jnp.asarray(cotangent))
+    derivative = sum(np.vdot(g, dx) for g, dx in zip(gradients, step, strict=True))
+    ahead, behind = (
+        expected(*(x + sign * STEP * dx for x, dx in zip(inputs, step, strict=True)))
+        for sign in (1, -1)
+    )
+    slope = np.vdot(cotangent, (ahead - behind) / (2 * STEP))
+    np.testing.assert_allclose(derivative, slope, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(set(scores.__all__) - BUILT_FROM_SCORES))
+def test_every_score_declares_its_parameters(name):
+    """A module can create what a score needs: every argument beside query and key."""
+    score = getattr(scores, name)
+    declared = parameters_of(score, query_depth=4, key_depth=4, attention_size=8)
+    arguments = set(inspect.signature(score).parameters) - {"query", "key"} - NOT_LEARNED
+    assert set(declared) == arguments

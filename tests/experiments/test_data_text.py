@@ -1,0 +1,151 @@
+"""Tokeniser, vocabulary and written alignments."""
+
+import sys
+from subprocess import run
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.data import EOS, UNK, Pair, Vocabulary, detokenize, tokenize
+from experiments.data.alignments import is_alignment, parse, pharaoh
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Two young, White males.", "Two young , White males ."),
+        ("I can't; it's they're we'll", "I ca n't ; it 's they 're we 'll"),
+        ("Don’t! Wie geht’s?", "Do n’t ! Wie geht ’s ?"),
+        ("O'Brien's o'clock", "O'Brien 's o'clock"),
+        ("z.B. e.g. U.S. Mr. X", "z.B. e.g. U.S. Mr . X"),
+        ("3.5% of 1,000 at 10:30.", "3.5 % of 1,000 at 10:30 ."),
+        ("Vor- und Nachteile, T-Shirt - ja", "Vor- und Nachteile , T-Shirt - ja"),
+        ("„Grüße“, «oui» “yes”", "„ Grüße “ , « oui » “ yes ”"),
+        ("(a/b) [c] wait... so…", "( a / b ) [ c ] wait ... so …"),
+        ("I_TURN_RIGHT x_1", "I_TURN_RIGHT x_1"),
+        ("नमस्ते दुनिया।", "नमस्ते दुनिया ।"),
+        ("e\u0301te\u0301", "été"),
+        ("a\u2028b\x0bc\x0cd\x85e\u200bf\x00g", "a b c d e f g"),
+        ("Donau\u00addampf\ufeff", "Donaudampf"),
+        ("👩\u200d👧 ❤\ufe0f!", "👩\u200d👧 ❤\ufe0f !"),
+        ("", ""),
+        (" \t ", ""),
+    ],
+)
+def test_tokenize(text, tokens):
+    assert tokenize(text) == tuple(tokens.split(" ") if tokens else ())
+
+
+def test_lowercase():
+    assert tokenize("Die GRÖSSE, İ", lowercase=True) == ("die", "grösse", ",", "i̇")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'She said: "I don\'t know (yet)."',
+        "Wie geht's? Er sagte: „Gut“, und ging.",
+        "“Yes,” they said, ‘no’.",
+        "Vor- und Nachteile: 3.5% von 1,000 (z.B. a/b)!",
+        "»So«, «oui».",
+    ],
+)
+def test_detokenize_gives_the_text_back(text):
+    assert detokenize(tokenize(text)) == text
+
+
+@given(st.text())
+def test_tokens_are_clean_and_nothing_visible_is_lost(text):
+    tokens = tokenize(text)
+    assert all(token and len(token.split()) == 1 for token in tokens)
+    for character in text:
+        if character.isalnum():
+            assert any(part in "".join(tokens) for part in tokenize(character))
+
+
+@given(st.lists(st.sampled_from(["a", "b.", "'s", '"', "(", ")", "n't", "…", "„", "“", "/"])))
+def test_detokenize_keeps_every_token(tokens):
+    assert detokenize(tokens).replace(" ", "") == "".join(tokens)
+
+
+def test_vocabulary_orders_by_count_then_spelling_and_cuts():
+    pairs = [Pair(("b", "a", "a", "c"), ("x",)), Pair(("b", "d"), ("y", "y"))]
+    assert Vocabulary.from_pairs(pairs, "source").words[4:] == ("a", "b", "c", "d")
+    assert Vocabulary.from_pairs(pairs, "source", min_count=2).words[4:] == ("a", "b")
+    assert Vocabulary.from_pairs(pairs, "source", max_size=3).words[4:] == ("a", "b", "c")
+    assert Vocabulary.from_pairs(pairs, "target").words[4:] == ("y", "x")
+
+
+def test_decode_stops_at_eos_and_shows_other_symbols():
+    vocabulary = Vocabulary(["a", "b"])
+    assert vocabulary.decode([4, UNK, 0, 1, 5, EOS, 4]) == ("a", "<unk>", "<pad>", "<bos>", "b")
+    assert vocabulary.decode([]) == ()
+
+
+def test_words_spelled_like_special_symbols_cannot_end_a_sentence():
+    vocabulary = Vocabulary.from_pairs([Pair(("<eos>", "a"), ("<pad>",))], "source")
+    assert vocabulary.words == ("<pad>", "<bos>", "<eos>", "<unk>", "a")
+    assert vocabulary.encode(["<eos>", "<pad>", "<unk>", "a"]) == [3, 3, 3, 4]
+
+
+def test_json_round_trip_and_equality():
+    vocabulary = Vocabulary(["größe", '"', "\u2028"])
+    again = Vocabulary.from_json(vocabulary.to_json())
+    assert again == vocabulary and hash(again) == hash(vocabulary)
+    assert again != Vocabulary(["größe"])
+    assert len(again) == 7 and "größe" in again and "<pad>" not in again
+    assert repr(again) == "Vocabulary(7 symbols)"
+
+
+def test_a_word_listed_twice_is_refused():
+    with pytest.raises(ValueError, match=r"^Vocabulary: a word is listed twice; list every word "):
+        Vocabulary(["a", "a"])
+
+
+def test_alignment_notations():
+    assert parse("0-0 1?2 2-1", 3, 3) == ({(0, 0), (2, 1)}, {(0, 0), (2, 1), (1, 2)})
+    assert parse("2 0 1 9", 3, 3)[0] == {(2, 0), (0, 1), (1, 2)}
+    assert parse("2 0 1", 3, 3)[1] == {(2, 0), (0, 1), (1, 2)}
+    assert [is_alignment(text) for text in ("0-0 1?2", "3", "CC-BY 2.0", "0-0 x", "")] == [
+        *(True, True, False, False, False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0-0 1:1", "has the entry '1:1', which is neither i-j nor i?j"),
+        ("0 1 2 3 4", "has 5 positions for 3 target tokens and the end symbol"),
+        ("0-0 2-1", "links 2 to 1, outside of 2 source and 3 target tokens counted from 0"),
+        ("0-3", "links 0 to 3, outside of 2 source and 3 target tokens counted from 0"),
+        ("0 2 1", "links 2 to 1, outside of 2 source and 3 target tokens counted from 0"),
+    ],
+)
+def test_bad_alignments(text, message):
+    with pytest.raises(ValueError) as error:
+        parse(text, 2, 3)
+    assert str(error.value) == message
+
+
+@given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 8))), st.data())
+def test_pharaoh_round_trip(possible, data):
+    sure = {link for link in possible if data.draw(st.booleans())}
+    text = pharaoh(frozenset(sure), frozenset(possible))
+    if possible:
+        assert is_alignment(text)
+        assert parse(text, 7, 9) == (sure, possible)
+    else:
+        assert text == ""
+
+
+def test_importing_the_data_loads_nothing_heavy():
+    code = (
+        "import sys, experiments.data, experiments.data.load;"
+        "print([name for name in ('jax', 'flax', 'numpy', 'scipy', 'sacrebleu')"
+        " if name in sys.modules]);"
+        "import experiments.metrics, experiments.statistics, experiments.data.batches;"
+        "print([name for name in ('jax', 'flax', 'scipy', 'sacrebleu') if name in sys.modules])"
+    )
+    result = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[:2] == ["[]", "[]"]

@@ -1,0 +1,127 @@
+"""Metrics against hand-computed values and sacrebleu on plain text."""
+
+import math
+
+import numpy as np
+import pytest
+import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.data import Pair, load
+from experiments.metrics import (
+    alignment_quality,
+    bleu,
+    chrf,
+    exact_match,
+    links,
+    pharaoh,
+    token_accuracy,
+)
+
+LINKS = st.frozensets(st.tuples(st.integers(0, 4), st.integers(0, 4)))
+
+
+def pair(sure, possible):
+    return Pair(("s",) * 5, ("t",) * 5, frozenset(sure), frozenset(possible))
+
+
+def test_exact_match_and_token_accuracy():
+    references = [("a", "b"), ("c",), ("d", "e", "f"), ("g",)]
+    hypotheses = [["a", "b"], ("c", "c"), ("d", "x"), ()]
+    assert exact_match(hypotheses, references) == 1 / 4
+    assert token_accuracy(hypotheses, references) == (2 + 1 + 1 + 0) / (2 + 2 + 3 + 1)
+    assert exact_match(references, references) == token_accuracy(references, references) == 1.0
+
+
+def test_unk_never_matches_the_text():
+    assert exact_match([("the", "<unk>")], [("the", "walrus")]) == 0.0
+
+
+@pytest.mark.parametrize("metric", [exact_match, token_accuracy, bleu, chrf])
+def test_every_reference_needs_a_hypothesis(metric):
+    with pytest.raises(ValueError) as error:
+        metric([("a",)], [("a",), ("b",)])
+    assert str(error.value) == (
+        f"{metric.__name__}: expected one hypothesis for each of at least one reference, got 1 "
+        "hypotheses and 2 references."
+    )
+    with pytest.raises(ValueError, match="got 0 hypotheses and 0 references"):
+        metric([], [])
+
+
+def test_bleu_and_chrf_are_sacrebleu_on_the_text():
+    hypotheses = [("the", "dog", ",", "it", "'s", "a", "big", "dog", "."), ("no", "cat")]
+    references = [("the", "dog", ",", "it", "'s", "a", "dog", "."), ("no", "cat", "is", "here")]
+    texts = ["the dog, it's a big dog.", "no cat"], [["the dog, it's a dog.", "no cat is here"]]
+    assert bleu(hypotheses, references).value == sacrebleu.corpus_bleu(*texts).score
+    assert chrf(hypotheses, references).value == sacrebleu.corpus_chrf(*texts).score
+    assert bleu(hypotheses, references).signature.startswith(
+        "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:"
+    )
+    assert chrf(hypotheses, references).signature.startswith(
+        "nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:"
+    )
+    perfect = [("a", "b", "c", "d", "e")]
+    assert bleu(perfect, perfect).value == pytest.approx(100)
+    assert bleu([()], perfect).value == 0.0
+
+
+def test_links_take_the_argmax_and_leave_out_eos_and_padding():
+    weights = np.zeros((4, 5))
+    weights[[0, 1, 2, 3], [1, 0, 2, 1]] = 1.0
+    assert links(weights, 2, 3) == {(1, 0), (0, 1)}
+    assert links(weights, 3, 4) == {(1, 0), (0, 1), (2, 2), (1, 3)}
+    assert links(weights, 3, 0) == links(weights, 0, 3) == frozenset()
+    assert links(np.full((1, 3), 1 / 3), 3, 1) == {(0, 0)}
+
+
+def test_weights_that_are_too_small_are_refused():
+    with pytest.raises(ValueError) as error:
+        links(np.ones((2, 3)), 4, 2)
+    assert str(error.value) == (
+        "links: expected weights [T, S] with T >= 2 and S >= 4, got shape (2, 3)."
+    )
+
+
+def test_alignment_quality_by_hand():
+    gold = [pair({(0, 0), (1, 1)}, {(0, 0), (1, 1), (2, 2)}), pair({(3, 3)}, {(3, 3)})]
+    found = [frozenset({(0, 0), (2, 2), (4, 4)}), frozenset({(3, 3)})]
+    quality = alignment_quality(found, gold)
+    assert quality.error_rate == pytest.approx(1 - (2 + 3) / (4 + 3))
+    assert quality.precision == pytest.approx(3 / 4)
+    assert quality.recall == pytest.approx(2 / 3)
+
+
+@given(st.lists(st.tuples(LINKS, LINKS, LINKS), min_size=1))
+def test_alignment_error_rate_is_between_zero_and_one(triples):
+    gold = [pair(sure, sure | more) for sure, more, _ in triples]
+    quality = alignment_quality([found for _, _, found in triples], gold)
+    if any(found or sure for sure, _, found in triples):
+        assert 0 <= quality.error_rate <= 1
+    else:
+        assert math.isnan(quality.error_rate)
+    if any(sure for sure, _, _ in triples):
+        between = alignment_quality([p.sure for p in gold], gold)
+        assert between == (0.0, 1.0, 1.0)
+        assert alignment_quality([p.possible for p in gold], gold).error_rate == 0.0
+
+
+def test_pairs_without_gold_are_left_out():
+    bare = Pair(("a",), ("b",))
+    some = frozenset({(0, 0)})
+    assert alignment_quality([some, some], [bare, pair(some, some)]) == (0.0, 1.0, 1.0)
+    assert all(math.isnan(value) for value in alignment_quality([some], [bare]))
+
+
+def test_gold_alignments_of_the_grammar_score_perfectly_and_the_diagonal_does_not():
+    test = load("grammar", train_size=200, valid_size=1, test_size=200).test
+    assert alignment_quality([p.sure for p in test], test).error_rate == 0.0
+    diagonal = [
+        frozenset((min(j, len(p.source) - 1), j) for j in range(len(p.target))) for p in test
+    ]
+    assert alignment_quality(diagonal, test).error_rate > 0.4
+
+
+def test_pharaoh():
+    assert pharaoh(frozenset({(10, 0), (2, 1)})) == "2-1 10-0"

@@ -1,0 +1,254 @@
+"""The translator: its cell, its attention with the previous state, and padding without effect."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from attention_jax import scores
+from attention_jax.nnx import DecoderAttention
+from attention_jax.parameters import bind_parameters, initialize
+from experiments.data.vocabulary import BOS, EOS, PAD
+from experiments.translate import budget, decoding
+from experiments.translate.config import CONTROLS, SCORES, UsageError
+from experiments.translate.learning import count_parameters, graph_of, quick_options, token_losses
+from experiments.translate.mechanisms import between_projections, score_of
+from experiments.translate.model import Sizes, Translator, from_input, from_state, gated
+
+SIZES = Sizes(source_words=11, target_words=13, width=6, attention_size=5, readout_size=6)
+SOURCE = jnp.array([[4, 5, 6, 7, EOS], [8, 9, EOS, PAD, PAD]], jnp.int32)
+TARGET = jnp.array([[4, 9, 5, EOS], [12, EOS, PAD, PAD]], jnp.int32)
+
+quick = functools.partial(jax.jit, compiler_options=quick_options(0))
+
+
+def perturbed(parameters, seed=1):
+    """Move parameters away from zeros, which would hide one behind the other."""
+    leaves, structure = jax.tree.flatten(parameters)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [x + jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return structure.unflatten(moved)
+
+
+def draw(score, seed=0, sizes=SIZES):
+    parameters = nnx.state(Translator(score, sizes, rngs=nnx.Rngs(seed)), nnx.Param)
+    return perturbed(parameters, seed)
+
+
+@functools.partial(quick, static_argnums=0)
+def forward(graph, parameters, source, target, key=None):
+    return nnx.merge(graph, parameters)(source, target, key)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return graph_of("additive", SIZES)[0]
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    return draw("additive")
+
+
+@pytest.fixture(scope="module")
+def translate(graph, parameters):
+    return functools.partial(forward, graph, parameters)
+
+
+@pytest.mark.parametrize("score", SCORES + CONTROLS[:1])
+def test_every_score_attends_and_every_parameter_of_it_learns(score):
+    attention = DecoderAttention(score_of(score, 6, 6, 5), 6, 6, 5, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(attention, nnx.Param)
+    state, memory, wanted = (
+        jax.random.normal(jax.random.key(n), shape)
+        for n, shape in enumerate([(2, 6), (2, 5, 6), (2, 6)])
+    )
+
+    @quick
+    def read(parameters):
+        attention = nnx.merge(graph, parameters)
+        context, weights = attention(state, attention.keys(memory), SOURCE != PAD)
+        return jnp.sum(context * wanted), weights
+
+    parameters = perturbed(parameters)
+    weights = read(parameters)[1]
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(weights[1, 3:], 0.0)
+    gradient = jax.grad(lambda p: read(p)[0])(parameters)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        name = jax.tree_util.keystr(path)
+        # Softmax takes no notice of what all keys of a source share.
+        is_shared = score == "trilinear" and "'query_weight'" in name
+        is_shared |= score == "normalized_additive" and "'offset'" in name
+        assert (jnp.max(jnp.abs(leaf)) > 1e-5) != is_shared, name
+
+
+@pytest.mark.parametrize("score", ["additive", "none"])
+def test_every_parameter_of_a_translator_learns(score):
+    graph, _ = graph_of(score, SIZES)
+
+    @quick
+    def loss(parameters):
+        return jnp.sum(token_losses(forward(graph, parameters, SOURCE, TARGET)[0], TARGET))
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(draw(score))):
+        assert jnp.any(leaf != 0), jax.tree_util.keystr(path)
+
+
+def test_controls_attend_to_all_alike_and_to_nothing():
+    for score, weight in (("uniform", 1 / 3), ("none", 0.0)):
+        _, weights = forward(graph_of(score, SIZES)[0], draw(score), SOURCE, TARGET)
+        np.testing.assert_allclose(weights[:, 1, :3], weight, rtol=1e-6)
+        np.testing.assert_array_equal(weights[:, 1, 3:], 0.0)
+
+
+def test_attention_is_asked_with_the_previous_state(translate):
+    """The word y_1 enters the state s_2, so that it moves the weights of y_3 and not of y_2."""
+    _, weights = translate(SOURCE, TARGET)
+    _, changed = translate(SOURCE, TARGET.at[0, 0].set(7))
+    np.testing.assert_array_equal(weights[:2], changed[:2])
+    assert jnp.any(weights[2, 0] != changed[2, 0])
+    np.testing.assert_array_equal(weights[:, 1], changed[:, 1])
+
+
+def test_no_word_sees_itself_or_a_later_one(translate):
+    logits, _ = translate(SOURCE, TARGET)
+    changed, _ = translate(SOURCE, TARGET.at[0, 2].set(11))
+    np.testing.assert_array_equal(logits[:3], changed[:3])
+    assert jnp.any(logits[3, 0] != changed[3, 0])
+
+
+def test_padding_has_no_effect(translate):
+    logits, weights = translate(SOURCE, TARGET)
+    wide = jnp.pad(SOURCE, ((0, 0), (0, 3)))
+    padded, more = translate(wide, jnp.pad(TARGET, ((0, 0), (0, 2))))
+    np.testing.assert_allclose(logits, padded[:4], atol=1e-4)
+    np.testing.assert_allclose(weights, more[:4, :, :5], atol=1e-5)
+    alone, _ = translate(SOURCE[1:, :3], TARGET[1:, :2])
+    np.testing.assert_allclose(logits[:2, 1:], alone, atol=1e-4)
+
+
+def test_the_cell_is_a_gated_recurrent_unit():
+    random = np.random.default_rng(0)
+    state, share, own = (random.normal(size=(3, n)).astype(np.float32) for n in (4, 12, 12))
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    n, r, z = np.split(share, 3, axis=1)
+    r_own, z_own, m = np.split(own, 3, axis=1)
+    z = sigmoid(z + z_own)
+    expected = z * state + (1 - z) * np.tanh(n + sigmoid(r + r_own) * m)
+    gates = from_input(jnp.asarray(share)) + from_state(jnp.asarray(own))
+    np.testing.assert_allclose(gated(jnp.asarray(state), gates), expected, atol=1e-6)
+
+
+def test_the_encoder_reads_in_both_directions(graph, parameters):
+    mask = (SOURCE != PAD).T
+
+    @quick
+    def annotate(embedded):
+        return nnx.merge(graph, parameters).encoder(embedded, mask)[0]
+
+    embedded = jax.random.normal(jax.random.key(0), (5, 2, 6))
+    annotations, changed = annotate(embedded), annotate(embedded.at[2, 0].add(1.0))
+    differs = np.asarray(annotations != changed)[0].reshape(5, 2, 3).any(-1)
+    # Forward states from position 2 on, backward states up to it.
+    np.testing.assert_array_equal(differs, [[0, 1], [0, 1], [1, 1], [1, 0], [1, 0]])
+
+
+def test_dropout_follows_its_key(translate, parameters):
+    dropping = functools.partial(forward, graph_of("additive", SIZES, 0.5)[0], parameters)
+    plain, _ = translate(SOURCE, TARGET)
+    np.testing.assert_array_equal(dropping(SOURCE, TARGET)[0], plain)
+    first, again, other = (dropping(SOURCE, TARGET, jax.random.key(n))[0] for n in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert jnp.any(first != other)
+    assert jnp.any(first != plain)
+
+
+def test_greedy_chooses_the_best_word_again_and_again():
+    longest = 6
+    graph, _ = graph_of("scaled_dot", SIZES)
+    of_seeds = [draw("scaled_dot", seed) for seed in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_seeds)
+    found = quick(functools.partial(decoding.greedy, graph, longest))(stacked, SOURCE)
+    for seed, parameters in enumerate(of_seeds):
+        words = np.full((2, longest), PAD, np.int32)
+        for position in range(longest):
+            logits, _ = forward(graph, parameters, SOURCE, jnp.asarray(words))
+            ended = (words == EOS).any(axis=1)
+            words[:, position] = np.where(ended, PAD, np.argmax(logits[position], axis=-1))
+        np.testing.assert_array_equal(found[seed], words)
+
+
+def test_greedy_stops_at_the_end_of_every_sentence(graph, parameters):
+    translator = nnx.merge(graph, parameters)
+    bias = translator.decoder.output.bias
+    assert bias is not None
+    bias[...] = bias[...].at[EOS].set(100.0)
+    stacked = jax.tree.map(lambda leaf: leaf[None], nnx.state(translator, nnx.Param))
+    found = quick(functools.partial(decoding.greedy, graph, 9))(stacked, SOURCE)
+    np.testing.assert_array_equal(found, [[[EOS] + [PAD] * 8] * 2])
+
+
+def test_forced_losses_are_those_of_the_model(graph, parameters, translate):
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), parameters)
+    losses, weights = quick(functools.partial(decoding.force, graph))(stacked, SOURCE, TARGET)
+    logits, expected = translate(SOURCE, TARGET)
+    np.testing.assert_allclose(losses, [token_losses(logits, TARGET).sum()] * 2, rtol=1e-4)
+    np.testing.assert_allclose(weights[1], expected.swapaxes(0, 1), atol=1e-5)
+
+
+def test_the_first_word_is_given_the_begin_symbol(graph, parameters, translate):
+    @quick
+    def first_logits(source):
+        translator = nnx.merge(graph, parameters)
+        memory, decoder = translator.encode(source), translator.decoder
+        embedded = decoder.embedding(jnp.full(2, BOS, jnp.int32))
+        gates = from_input(decoder.inputs(embedded))
+        state, context, _ = decoder.step(memory.state, gates, memory)
+        return decoder.output(decoder.read(state, context, embedded))
+
+    logits, _ = translate(SOURCE, TARGET)
+    np.testing.assert_allclose(logits[0], first_logits(SOURCE), atol=1e-4)
+
+
+def test_a_score_between_projections_is_the_score_of_projected_rows():
+    asked = between_projections(scores.cosine, 3, 4, 5)
+    values = initialize(jax.random.key(0), dict(asked.parameters))
+    query, key = jnp.ones((2, 3)), jax.random.normal(jax.random.key(1), (6, 4))
+    score = bind_parameters(asked, values)
+    projected = query @ values["query_matrix"], key @ values["key_matrix"]
+    expected = scores.cosine(*projected, temperature=values["temperature"])
+    np.testing.assert_allclose(score(query, key), expected, rtol=1e-5)
+    np.testing.assert_allclose(scores.separate(score)(query, key), expected, rtol=1e-5)
+
+
+def test_a_score_of_ones_own_is_named_by_its_path():
+    score = score_of("experiments.translate.mechanisms.uniform", 6, 6, 5)
+    assert {p.shape for p in score.parameters.values()} == {(6, 5)}
+    with pytest.raises(UsageError, match=r"--scores: no\.such\.score cannot be imported: .*"):
+        score_of("no.such.score", 6, 6, 5)
+
+
+@pytest.mark.parametrize("score", SCORES + CONTROLS)
+def test_matched_translators_have_equally_many_parameters(score):
+    sizes = Sizes(source_words=114, target_words=159, width=64, attention_size=64, readout_size=64)
+    wanted = count_parameters("additive", sizes)
+    found = count_parameters(score, budget.matched(score, sizes, wanted))
+    assert abs(found / wanted - 1) <= 0.01
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_are_those_of_smoothed_labels(smoothing):
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(random.normal(size=(4, 2, 13)), jnp.float32)
+    labels = optax.smooth_labels(jax.nn.one_hot(TARGET.T, 13), smoothing)
+    expected = jnp.where(TARGET.T == PAD, 0.0, optax.softmax_cross_entropy(logits, labels))
+    found = token_losses(logits, TARGET, smoothing)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

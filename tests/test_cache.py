@@ -1,0 +1,247 @@
+"""Decoding with a cache equals the full forward pass: every mask, position, prompt and batch."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attention_jax import bind, cache, masks, per_head, positions, scores
+from attention_jax import linen as attention_linen
+from attention_jax.nnx import MultiHeadAttention
+
+LENGTH = 11
+X = jax.random.normal(jax.random.key(0), (2, LENGTH, 12))
+SEGMENTS = jnp.array([[0] * 4 + [1] * 7, [0] * 9 + [1] * 2])
+
+MASKS = {
+    "causal": masks.Causal(),
+    "window": masks.Window(3, 0),
+    "prefix": masks.Prefix(1) | masks.Causal(),
+    "segments": masks.Causal() & masks.Segment(SEGMENTS),
+    "ragged prefix": masks.Causal() & ~masks.Prefix(jnp.array([0, 2])),
+    "strided": masks.Causal() & masks.Predicate(lambda q_idx, kv_idx: (q_idx - kv_idx) % 3 == 0),
+    "array": jnp.tril(jnp.ones((2, 1, LENGTH, LENGTH), bool)).at[1, 0, :, 2].set(False),
+    "heads": jnp.tril(jnp.ones((2, 3, LENGTH, LENGTH), bool)).at[0, 1, :, 3].set(False),
+}
+KINDS = {
+    "none": {},
+    "rotary": {"position": positions.rotary},
+    "partial rotary": {"position": functools.partial(positions.rotary, rotated=2, base=50.0)},
+    "alibi": {"bias": positions.alibi_bias(3)},
+    "t5": {"bias": positions.learned_buckets(8, 7)},
+    "grid": {"bias": positions.learned_grid((2, 3), 4)},
+    "shaw": {"score": positions.relative_key, "attention_size": 3},
+    "shared shaw": {"score": positions.relative_key, "attention_size": 3, "share_score": True},
+    "additive": {"score": scores.additive, "initializers": {"value": jax.nn.initializers.ones}},
+    "array": {"bias": per_head(bind(lambda q, k, table: table[q, k], table=jnp.ones((3, 11, 11))))},
+}
+STATIC = ("implementation", "tile_sizes")
+CHUNKS = {"prompt": [9, 1, 1], "pieces": [5, 1, 5], "all": [11]}
+
+
+def layer(**options):
+    return MultiHeadAttention(3, 12, rngs=nnx.Rngs(0), **options)
+
+
+def decode(module, chunks, state, x=X, **options):
+    outputs, start = [], 0
+    for size in chunks:
+        output, state = module.decode(x[:, start : start + size], state, **options)
+        outputs.append(output)
+        start += size
+    return jnp.concatenate(outputs, axis=1), state
+
+
+def check_both_layouts(module, chunks, capacity=LENGTH, window=None, **options):
+    """Compare with the full pass, where examples share their length and where each has its own."""
+
+    @jax.jit
+    def run(x):
+        states = [
+            module.init_cache(2, capacity, window=window, ragged=ragged) for ragged in (False, True)
+        ]
+        return module(x, **options), [decode(module, chunks, s, x, **options) for s in states]
+
+    full, results = run(X)
+    for output, state in results:
+        chex.assert_trees_all_close(output, full, atol=1e-5)
+        assert np.all(state.length == LENGTH)
+    return [state for _, state in results]
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_every_mask(mask):
+    check_both_layouts(layer(position=positions.rotary), [6, 5], 13, mask=mask)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_kind_of_position(kind):
+    check_both_layouts(layer(**kind), [10, 1], mask=masks.Causal())
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_a_prompt_of_any_length(chunks):
+    module = layer(bias=positions.alibi_bias(3), num_key_heads=1)
+    uniform, _ = check_both_layouts(module, chunks, mask=masks.Causal())
+    np.testing.assert_array_equal(uniform.positions, np.arange(LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("capacity", "chunks"),
+    [(3, [9, 1, 1]), (3, [11]), (4, [5, 1, 5]), (6, [3, 3, 5]), (11, [8, 3])],
+)
+def test_a_window_needs_no_more_than_its_tokens(capacity, chunks):
+    module = layer(position=positions.rotary, bias=positions.learned_buckets(8, 7))
+    states = check_both_layouts(module, chunks, capacity, window=3, mask=MASKS["window"])
+    for state in states:
+        assert state.key.shape == (2, capacity, 3, 4)
+        slots = np.broadcast_to(state.positions, (2, capacity))
+        np.testing.assert_array_equal(np.sort(slots[1]), np.arange(LENGTH - capacity, LENGTH))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_examples_of_different_lengths_do_not_wait_for_each_other(window):
+    """Prompts of 5 and 2 tokens, padded to 5; then both go on from where they stand."""
+    module = layer(position=positions.rotary, score=positions.relative_key, attention_size=3)
+    mask = masks.Causal() if window is None else MASKS["window"]
+    lengths = jnp.array([5, 2])
+    padded = jnp.where(jnp.arange(5)[None, :, None] < lengths[:, None, None], X[:, :5], jnp.nan)
+
+    @jax.jit
+    def run(x, padded):
+        state = module.init_cache(2, 8 if window is None else 4, window=window, ragged=True)
+        prompt, state = module.decode(padded, state, mask=mask, count=lengths)
+        steps, counts = [], state.length
+        for step in range(3):
+            token = x[jnp.arange(2), lengths + step][:, None]
+            output, state = module.decode(token, state, mask=mask)
+            steps.append(output[:, 0])
+        return module(x, mask=mask), prompt, counts, steps
+
+    full, prompt, counts, steps = run(X, padded)
+    np.testing.assert_array_equal(counts, lengths)
+    chex.assert_trees_all_close(prompt[0], full[0, :5], atol=1e-5)
+    chex.assert_trees_all_close(prompt[1, :2], full[1, :2], atol=1e-5)
+    for step, output in enumerate(steps):
+        expected = full[jnp.arange(2), lengths + step]
+        chex.assert_trees_all_close(output, expected, atol=1e-5)
+
+
+def test_padding_gives_zeros_before_the_output_projection():
+    module = layer(use_bias=False)
+    state = module.init_cache(2, 8, ragged=True)
+    count = jnp.array([4, 1])
+    output, _ = jax.jit(lambda x: module.decode(x, state, mask=masks.Causal(), count=count))(
+        X[:, :4]
+    )
+    assert not np.any(output[1, 1:]) and np.all(np.any(output[0] != 0, axis=-1))
+
+
+@pytest.mark.parametrize("shape", [(11, 11), (3, 11, 1), (2, 3, 11, 11)])
+def test_a_bias_array_of_the_whole_sequence(shape):
+    bias = jax.random.normal(jax.random.key(1), shape)
+    check_both_layouts(layer(), [6, 5], 12, mask=masks.Causal(), bias=bias)
+
+
+def test_steps_inside_scan_compile_once_and_give_the_weights():
+    module = layer(position=positions.rotary)
+    full, full_weights = module(X, mask=masks.Causal(), return_weights=True)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(x):
+        def step(state, x):
+            output, state, weights = module.decode(
+                x[:, None], state, mask=masks.Causal(), return_weights=True
+            )
+            return state, (output[:, 0], weights[:, :, 0])
+
+        return jax.lax.scan(step, module.init_cache(2, LENGTH), x.swapaxes(0, 1))[1]
+
+    output, weights = run(X)
+    chex.assert_trees_all_close(output.swapaxes(0, 1), full, atol=1e-5)
+    chex.assert_trees_all_close(jnp.moveaxis(weights, 0, 2), full_weights, atol=1e-5)
+    run(X + 1)
+
+
+def test_tiled_decoding_is_dense_decoding():
+    state = cache.init(2, 40, 2, 4)
+    query = jax.random.normal(jax.random.key(1), (2, 9, 4, 4))
+    key, value = jax.random.normal(jax.random.key(2), (2, 2, 9, 2, 4))
+    state, _ = cache.extend(state, key, value)
+    _, view = cache.extend(state, key + 1, value - 1)
+    options = {"mask": masks.Causal() & masks.Window(12, 0), "bias": positions.alibi_bias(4)}
+    dense = cache.attend_cached(query, view, implementation="dense", **options)
+    tiled = cache.attend_cached(query, view, implementation="tiled", tile_sizes=(4, 8), **options)
+    chex.assert_trees_all_close(tiled, dense, atol=1e-5)
+
+
+def test_bfloat16_cache():
+    module = layer()
+    full = jax.jit(lambda x: module(x, mask=masks.Causal()))(X)
+    state = module.init_cache(2, LENGTH, dtype=jnp.bfloat16)
+    run = jax.jit(lambda x, state: decode(module, [6, 5], state, x, mask=masks.Causal()))
+    output, state = run(X, state)
+    assert state.key.dtype == jnp.bfloat16 and output.dtype == jnp.float32
+    chex.assert_trees_all_close(output, full, atol=0.03)
+
+
+def test_linen_decodes_like_its_twin():
+    module = layer(bias=positions.learned_buckets(8, 7))
+    twin = attention_linen.MultiHeadAttention(3, 12, bias=positions.learned_buckets(8, 7))
+    tree = {"params": nnx.to_pure_dict(nnx.state(module, nnx.Param))}
+    state = twin.apply(tree, 2, 12, method="init_cache")
+    chex.assert_trees_all_equal(state, module.init_cache(2, 12))
+
+    def both(x, state):
+        result = twin.apply(tree, x, state, mask=masks.Causal(), method="decode")
+        return result, module.decode(x, state, mask=masks.Causal())
+
+    (_, state), _ = jax.jit(both)(X[:, :6], state)
+    chex.assert_trees_all_equal(*jax.jit(both)(X[:, 6:], state))
+
+
+def test_projected_memory_for_cross_attention():
+    module = layer()
+    memory = jax.random.normal(jax.random.key(3), (2, 7, 12))
+    once = module.keys(memory)
+    chex.assert_trees_all_equal(module(X, once), module(X, memory))
+
+
+def test_overflow_is_an_error_or_nan_and_never_silent():
+    state = cache.init(1, 4, 1, 2)
+    new = jnp.ones((1, 3, 1, 2))
+    state, view = cache.extend(state, new, new)
+    with pytest.raises(
+        ValueError, match=r"3 more tokens do not fit a cache of 4 slots that holds 3"
+    ):
+        cache.extend(state, new, new)
+    with pytest.raises(ValueError, match=r"5 more tokens do not fit a cache of 4 slots;"):
+        jax.jit(cache.extend)(state, *2 * [jnp.ones((1, 5, 1, 2))])
+
+    @jax.jit
+    def step(state):
+        _, view = cache.extend(state, new, new)
+        return cache.attend_cached(new, view, mask=masks.Causal())
+
+    assert np.all(np.isnan(step(state)))
+    assert np.all(np.isfinite(cache.attend_cached(new, view, mask=masks.Causal())))
+
+
+def test_bad_arguments_are_explained():
+    for options, message in (
+        ({"capacity": 0}, r"init: capacity must be at least 1 .* got 0 and window None"),
+        ({"capacity": 3, "window": 4}, r"at least the window, got 3 and window 4"),
+        ({"capacity": 3, "window": -1}, r"init: window must be 0 or more tokens, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.init(1, options.pop("capacity"), 1, 2, **options)
+    state = cache.init(1, 4, 2, 3)
+    with pytest.raises(ValueError, match=r"extend: axis K .* of key \[B, T, K, H\] must be 2"):
+        cache.extend(state, jnp.ones((1, 1, 1, 3)), jnp.ones((1, 1, 1, 3)))
+    with pytest.raises(ValueError, match=r"extend: axis V .* of value \[B, T, K, V\] must be 3"):
+        cache.extend(state, jnp.ones((1, 1, 2, 3)), jnp.ones((1, 1, 2, 4)))

@@ -1,0 +1,114 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_jax import leading
+from attention_jax.checks import ShapeError
+from attention_jax.masks import Causal, Full, Lengths, Prefix, Segment, Shift, Table, Window
+
+SIZES = {"B": 2, "N": 4, "K": 2, "T": 5, "S": 7}
+
+
+@pytest.mark.parametrize(
+    ("shape", "left", "letters"),
+    [
+        ((), (1, 1), ""),
+        ((7,), (1, 7), ""),
+        ((5, 1), (5, 1), ""),
+        ((1, 5, 7), (5, 7), ""),
+        ((4, 5, 7), (4, 5, 7), "N"),
+        ((2, 1, 1, 7), (2, 1, 7), "B"),
+        ((1, 4, 5, 1), (4, 5, 1), "N"),
+        ((2, 4, 5, 7), (2, 4, 5, 7), "BN"),
+        ((1, 1, 1, 1), (1, 1), ""),
+    ],
+)
+def test_arrays(shape, left, letters):
+    """Alone, and as a table within a composition."""
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    kept, found = leading.of_array("f: bias", array, SIZES)
+    assert (kept.shape, found) == (left, letters)
+    np.testing.assert_array_equal(kept.ravel(), array.ravel())
+    for mask in (Table(array > 3), Full() & Table(array > 3), ~Table(array > 3)):
+        _, (found,) = leading.of_mask("f", mask, SIZES)
+        assert found == letters
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 5, 7), (4, 7), (1, 2, 4, 5, 7), (2, 2, 5, 7)])
+def test_arrays_that_do_not_broadcast(shape):
+    message = rf"must broadcast to \[B, N, T, S\] = \(2, 4, 5, 7\), got {str(shape)[:-1]}"
+    with pytest.raises(ShapeError, match=f"f: bias {message}".replace("(6", r"\(6")[:60]):
+        leading.of_array("f: bias", np.ones(shape), SIZES)
+    with pytest.raises(ShapeError, match=r"f: Table.allowed must broadcast"):
+        leading.of_mask("f", Full() & Table(np.ones(shape, bool)), SIZES)
+
+
+@pytest.mark.parametrize(
+    ("mask", "letters"),
+    [
+        (Causal() & Window(1, 1), []),
+        (Prefix(3), []),
+        (Prefix(np.int32(3)), [""]),
+        (Prefix(np.ones(2, int)), ["B"]),
+        (Prefix([1, 2]), ["B"]),
+        (Prefix(np.ones((2, 4), int)), ["BN"]),
+        (Prefix(np.ones((1, 4), int)), ["N"]),
+        (Prefix(np.ones((2, 1), int)), ["B"]),
+        (Lengths(np.ones(2, int), np.ones((2, 4), int)), ["B", "BN"]),
+        (Segment(np.ones(5, int), np.ones((2, 7), int)), ["", "B"]),
+        (
+            Shift(Segment(np.ones(99, int)), query=np.ones(2, int)) | Prefix(np.int32(2)),
+            ["", "B", ""],
+        ),
+        (Causal() & Shift(Table(np.ones((2, 9, 9), bool)), query=1), ["B"]),
+    ],
+)
+def test_masks(mask, letters):
+    assert leading.of_mask("f", mask, SIZES)[1] == letters
+
+
+def test_the_same_array_may_serve_two_fields():
+    shared = np.arange(2)
+    mask = Prefix(shared) | Segment(shared)
+    sizes = SIZES | {"T": 2, "S": 2}
+    assert leading.of_mask("f", mask, sizes)[1] == ["B", ""]
+
+
+def test_axes_of_size_one_are_dropped_from_the_mask_itself():
+    mask, letters = leading.of_mask("f", Causal() & np.ones((2, 1, 1, 7), bool), SIZES)
+    assert mask.second.allowed.shape == (2, 1, 7)
+    assert isinstance(mask.second.allowed, np.ndarray), "what is known stays known"
+    assert letters == ["B"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            Full() & Lengths(jnp.ones(3, int)),
+            "f: Lengths.key_length may have the leading axes [B, N] = (2, 4) beyond its 0 for one "
+            "example, got shape (3,).",
+        ),
+        (
+            Prefix(jnp.ones((2, 4, 5), int)),
+            "f: Prefix.length may have the leading axes [B, N] = (2, 4) beyond its 0 for one "
+            "example, got shape (2, 4, 5).",
+        ),
+        (
+            Segment(jnp.ones(5, int)),
+            "f: Segment.query_ids must hold an id for each of the S = 7 positions, got shape (5,).",
+        ),
+        (
+            Segment(jnp.ones(5, int), jnp.ones(8, int)),
+            "f: Segment.key_ids must hold an id for each of the S = 7 positions, got shape (8,).",
+        ),
+        (
+            Table(jnp.ones((5, 6), bool)),
+            "f: mask must broadcast to [B, N, T, S] = (2, 4, 5, 7), got (5, 6).",
+        ),
+    ],
+)
+def test_errors(mask, message):
+    with pytest.raises(ShapeError) as error:
+        leading.of_mask("f", mask, SIZES)
+    assert str(error.value) == message

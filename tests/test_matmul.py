@@ -1,0 +1,80 @@
+"""The three products of a tile: values, derivatives of every kind and vectorisation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from jax.test_util import check_grads
+
+from attention_jax.matmul import times, times_transpose
+
+PRODUCTS = {
+    "times": (times, (5, 3), (3, 4), lambda a, b: a @ b),
+    "times_transpose": (times_transpose, (5, 3), (4, 3), lambda a, b: a @ b.T),
+}
+
+
+@pytest.fixture(params=PRODUCTS)
+def product(request):
+    function, left, right, plain = PRODUCTS[request.param]
+    random = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        yield (
+            function,
+            jnp.asarray(random.normal(size=left)),
+            jnp.asarray(random.normal(size=right)),
+            plain,
+        )
+
+
+def test_values_and_derivatives_to_second_order(product):
+    function, a, b, plain = product
+    np.testing.assert_allclose(function(a, b), plain(np.asarray(a), np.asarray(b)), rtol=1e-14)
+    check_grads(lambda a, b: jnp.tanh(function(a, b)), (a, b), order=2, rtol=1e-6)
+
+
+def test_the_transposed_product_has_either_side_as_the_smaller(product):
+    function, a, b, plain = product
+    wide = jnp.ones((a.shape[0], 7), a.dtype)
+
+    def loss(multiply):
+        return lambda a, b: jnp.sum(jnp.sin(multiply(multiply(a, b).T, wide)))
+
+    def plain_loss(a, b):
+        return jnp.sum(jnp.sin(plain(a, b).T @ wide))
+
+    if function is times:
+        ours, theirs = jax.grad(loss(times), (0, 1))(a, b), jax.grad(plain_loss, (0, 1))(a, b)
+        for x, y in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-12)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 2)])
+def test_vectorised_like_the_plain_product(product, axes):
+    function, a, b, plain = product
+    stacked = [
+        x if axis is None else jnp.stack([x, 2.0 * x, -x], axis=axis)
+        for x, axis in zip((a, b), axes, strict=True)
+    ]
+    expected = jax.vmap(plain, axes)(*stacked)
+    np.testing.assert_allclose(jax.vmap(function, axes)(*stacked), expected, rtol=1e-14)
+
+    def gradient(multiply):
+        return jax.vmap(jax.grad(lambda a, b: jnp.sum(jnp.sin(multiply(a, b)))), axes)(*stacked)
+
+    np.testing.assert_allclose(gradient(function), gradient(plain), rtol=1e-12)
+
+
+def test_under_shard_map(product):
+    function, a, b, plain = product
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (PartitionSpec("d"), PartitionSpec())
+    sharded = jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("d"))
+    )
+    np.testing.assert_allclose(sharded(a, b), plain(a, b), rtol=1e-14)
+    gradient = jax.grad(lambda a, b: jnp.sum(jnp.sin(sharded(a, b))), (0, 1))(a, b)
+    expected = jax.grad(lambda a, b: jnp.sum(jnp.sin(plain(a, b))), (0, 1))(a, b)
+    for x, y in zip(gradient, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12)
