@@ -194,6 +194,29 @@ def extend(
     return written, view
 
 
+def view_of(memory: tuple[Array, Array], cache: KeyValueCache, tokens: int) -> View:
+    """Return what the next tokens attend to in a memory, which all of them see in full.
+
+    Args:
+      memory: keys [B, S, K, H] and values [B, S, K, V].
+      cache: the sequence so far, that the tokens come after.
+      tokens: how many.
+
+    >>> view_of(2 * (jnp.ones((1, 5, 1, 1)),), init(1, 8, 1, 1), tokens=3).positions
+    Array([0, 1, 2, 3, 4], dtype=int32)
+    """
+    key, value = memory
+    start = cache.length
+    return View(
+        key,
+        value,
+        positions=jnp.broadcast_to(indices(key.shape[1]), (*start.shape, key.shape[1])),
+        start=start,
+        count=jnp.full_like(start, tokens),
+        overflow=jnp.zeros_like(start, bool),
+    )
+
+
 def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any) -> Any:
     """Attend from new tokens to all that the cache holds, as the full pass would.
 

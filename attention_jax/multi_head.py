@@ -9,7 +9,15 @@ import jax
 
 from attention_jax import checks
 from attention_jax.attention import attend
-from attention_jax.cache import KeyValueCache, attend_cached, extend, init, next_positions
+from attention_jax.cache import (
+    KeyValueCache,
+    View,
+    attend_cached,
+    extend,
+    init,
+    next_positions,
+    view_of,
+)
 from attention_jax.heads import HeadSizes, concat_heads, place, split_heads, sum_heads
 
 Array = jax.Array
@@ -92,16 +100,25 @@ class MultiHead(NamedTuple):
         positions = next_positions(cache, query.shape[1])
         heads = self.project_query(query, positions)
         cache, view = extend(cache, *self.project_memory(query, None, positions), count)
-        result = attend_cached(
-            heads,
-            view,
-            mask=mask,
-            **self.functions(bias),
-            implementation=self.implementation,
-            return_weights=return_weights,
-        )
-        context, *weights = result if return_weights else (result,)
-        return self.join(context), cache, *weights
+        output, *weights = self._attend_view(heads, view, bias, mask, return_weights)
+        return output, cache, *weights
+
+    def decode_memory(
+        self,
+        query: Array,
+        memory: Array | Projected,
+        cache: KeyValueCache,
+        *,
+        mask: Any,
+        bias: Any,
+        return_weights: bool,
+    ) -> tuple[Any, ...]:
+        """Return the output for tokens that come after those in the cache, and the weights."""
+        heads = self.project_query(query, next_positions(cache, query.shape[1]))
+        if not isinstance(memory, Projected):
+            memory = self.project_memory(memory)
+        view = view_of(memory, cache, query.shape[1])
+        return self._attend_view(heads, view, bias, mask, return_weights)
 
     def empty_cache(self, batch: int, capacity: int, **options: Any) -> KeyValueCache:
         """Return an empty cache for `decode`."""
@@ -141,6 +158,20 @@ class MultiHead(NamedTuple):
         elif self.out is None:
             context = concat_heads(context)
         return context if self.out is None else self.out(context)
+
+    def _attend_view(
+        self, heads: Array, view: View, bias: Any, mask: Any, return_weights: bool
+    ) -> tuple[Any, ...]:
+        result = attend_cached(
+            heads,
+            view,
+            mask=mask,
+            **self.functions(bias),
+            implementation=self.implementation,
+            return_weights=return_weights,
+        )
+        context, *weights = result if return_weights else (result,)
+        return self.join(context), *weights
 
 
 def _apply(projection: Any, x: Array, num_heads: int) -> Array:

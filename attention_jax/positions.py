@@ -133,6 +133,9 @@ def embedded(positions: Array, table: Array) -> Array:
 def learned_table(length: int, depth: int) -> Learned:
     """`embedded` with a table for positions 0 to length - 1, for `position=` of an embedding.
 
+    Raises:
+      ValueError: a length or depth below 1.
+
     >>> learned_table(512, 64).parameters["table"].shape
     (512, 64)
     """

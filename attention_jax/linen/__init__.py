@@ -13,12 +13,27 @@
 
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.decoder import AdditiveAttention, DecoderAttention, GlobalAttention
+from attention_jax.linen.models import CausalDecoder, EncoderDecoder, PatchEncoder, TokenEncoder
 from attention_jax.linen.multi_head import MultiHeadAttention
+from attention_jax.linen.transformer import (
+    Embedding,
+    FeedForward,
+    TransformerBlock,
+    TransformerStack,
+)
 
 __all__ = [
     "AdditiveAttention",
     "Bound",
+    "CausalDecoder",
     "DecoderAttention",
+    "Embedding",
+    "EncoderDecoder",
+    "FeedForward",
     "GlobalAttention",
     "MultiHeadAttention",
+    "PatchEncoder",
+    "TokenEncoder",
+    "TransformerBlock",
+    "TransformerStack",
 ]

@@ -201,6 +201,22 @@ class MultiHeadAttention(nn.Module):
             query, cache, mask=mask, bias=bias, count=count, return_weights=return_weights
         )
 
+    def decode_memory(
+        self,
+        query: Array,
+        memory: Array | Projected,
+        cache: KeyValueCache,
+        *,
+        mask: Any = None,
+        bias: Any = None,
+        return_weights: bool = False,
+    ) -> Any:
+        """Attend from the next tokens of a sequence to a memory, as the twin does."""
+        output, *weights = self.layer().decode_memory(
+            query, memory, cache, mask=mask, bias=bias, return_weights=return_weights
+        )
+        return (output, *weights) if return_weights else output
+
     def _dropout(self, deterministic: bool | None) -> dict[str, Any]:
         deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic or not self.dropout_rate:

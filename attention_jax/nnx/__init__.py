@@ -11,12 +11,27 @@
 
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.decoder import AdditiveAttention, DecoderAttention, GlobalAttention
+from attention_jax.nnx.models import CausalDecoder, EncoderDecoder, PatchEncoder, TokenEncoder
 from attention_jax.nnx.multi_head import MultiHeadAttention
+from attention_jax.nnx.transformer import (
+    Embedding,
+    FeedForward,
+    TransformerBlock,
+    TransformerStack,
+)
 
 __all__ = [
     "AdditiveAttention",
     "Bound",
+    "CausalDecoder",
     "DecoderAttention",
+    "Embedding",
+    "EncoderDecoder",
+    "FeedForward",
     "GlobalAttention",
     "MultiHeadAttention",
+    "PatchEncoder",
+    "TokenEncoder",
+    "TransformerBlock",
+    "TransformerStack",
 ]

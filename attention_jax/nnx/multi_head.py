@@ -260,6 +260,34 @@ class MultiHeadAttention(nnx.Module):
             query, cache, mask=mask, bias=bias, count=count, return_weights=return_weights
         )
 
+    def decode_memory(
+        self,
+        query: Array,
+        memory: Array | Projected,
+        cache: KeyValueCache,
+        *,
+        mask: Any = None,
+        bias: Any = None,
+        return_weights: bool = False,
+    ) -> Any:
+        """Attend from the next tokens of a sequence to a memory, without dropout.
+
+        Args:
+          query: [B, T, in_features], any number T of tokens.
+          memory: [B, S, memory_features], or what `keys` made of it.
+          cache: of the tokens before these.
+          mask: as in the full pass, over the whole sequence and the memory.
+          bias: likewise, instead of the module's own.
+          return_weights: also return the weights [B, N, T, S].
+
+        Returns:
+          What the full pass gives at these positions, [B, T, out_features].
+        """
+        output, *weights = self.layer().decode_memory(
+            query, memory, cache, mask=mask, bias=bias, return_weights=return_weights
+        )
+        return (output, *weights) if return_weights else output
+
     def layer(self) -> MultiHead:
         """Return the computation with this module's parameters: projections, score, join."""
         return MultiHead(
