@@ -22,8 +22,14 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """Return the dtype to compute in: float64 stays, what is narrower than float32 is widened."""
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
 
 
 @runtime_checkable

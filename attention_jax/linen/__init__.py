@@ -13,6 +13,7 @@
 
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.decoder import AdditiveAttention, DecoderAttention, GlobalAttention
+from attention_jax.linen.linear import LinearAttention, LinformerAttention
 from attention_jax.linen.models import CausalDecoder, EncoderDecoder, PatchEncoder, TokenEncoder
 from attention_jax.linen.multi_head import MultiHeadAttention
 from attention_jax.linen.transformer import (
@@ -31,6 +32,8 @@ __all__ = [
     "EncoderDecoder",
     "FeedForward",
     "GlobalAttention",
+    "LinearAttention",
+    "LinformerAttention",
     "MultiHeadAttention",
     "PatchEncoder",
     "TokenEncoder",

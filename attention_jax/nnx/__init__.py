@@ -11,6 +11,7 @@
 
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.decoder import AdditiveAttention, DecoderAttention, GlobalAttention
+from attention_jax.nnx.linear import LinearAttention, LinformerAttention
 from attention_jax.nnx.models import CausalDecoder, EncoderDecoder, PatchEncoder, TokenEncoder
 from attention_jax.nnx.multi_head import MultiHeadAttention
 from attention_jax.nnx.transformer import (
@@ -29,6 +30,8 @@ __all__ = [
     "EncoderDecoder",
     "FeedForward",
     "GlobalAttention",
+    "LinearAttention",
+    "LinformerAttention",
     "MultiHeadAttention",
     "PatchEncoder",
     "TokenEncoder",

@@ -1,0 +1,112 @@
+"""The masks of mechanisms that never form pairs: who is there at all, and whether time passes.
+
+A sum over keys that all queries share can leave out a key, and a query its answer; with a scan
+over time it can leave out the future. Any other mask names pairs, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from attention_jax import leading, masks
+from attention_jax.intervals import indices
+from attention_jax.masks import And, Causal, Full, Lengths, Table
+
+Array = jax.Array
+
+
+class Padding(NamedTuple):
+    """Which queries [B, T] and keys [B, S] are there; query i sees keys up to i + causal.
+
+    `causal` is None where every query sees all keys.
+    """
+
+    query: Array
+    key: Array
+    causal: int | None
+
+
+def read(operation: str, mask: Any, sizes: dict[str, int], *, causal: bool, reason: str) -> Padding:
+    """Read a mask that is made of padding, and of `Causal` where that is possible.
+
+    Args:
+      operation: name that messages begin with.
+      mask: `Lengths`, an array over keys alone or over queries alone, `Causal`, joined by `&`.
+      sizes: of B, T and S, at least.
+      causal: whether the mechanism can leave out the future.
+      reason: why it can do no more, for the message.
+
+    Raises:
+      ValueError: a mask of another kind.
+      ShapeError: lengths or an array that do not fit.
+
+    >>> found = read("f", masks.Lengths(2), dict(B=1, N=1, T=1, S=3), causal=False, reason="")
+    >>> found.key, found.causal
+    (Array([[ True,  True, False]], dtype=bool), None)
+    """
+
+    def refused(what: str) -> ValueError:
+        allowed = "masks.Lengths, arrays over the keys alone" + ", masks.Causal" * causal
+        return ValueError(
+            f"{operation}: {what} cannot be honoured, because {reason}; it takes {allowed} and "
+            "these joined by &, and attend takes any mask."
+        )
+
+    padding = Padding(
+        jnp.ones((sizes["B"], sizes["T"]), bool), jnp.ones((sizes["B"], sizes["S"]), bool), None
+    )
+    for part in _parts(masks.with_int32(masks.as_mask(mask))):
+        if isinstance(part, Causal) and causal:
+            offset = _number(part.offset)
+            if offset is None:
+                raise refused("a Causal mask whose offset is not one number known while tracing")
+            known = offset if padding.causal is None else min(offset, padding.causal)
+            padding = padding._replace(causal=known)
+            continue
+        if not isinstance(part, Lengths | Table | Full):
+            raise refused(f"the mask {type(part).__name__}")
+        part, letters = leading.of_mask(operation, part, sizes)
+        if any("N" in axes for axes in letters):
+            raise refused("padding that differs between heads")
+        if isinstance(part, Table) and 1 not in part.allowed.shape[-2:]:
+            raise refused("an array of pairs")
+        query, key = _rows(part, sizes)
+        padding = padding._replace(query=padding.query & query, key=padding.key & key)
+    return padding
+
+
+def _parts(mask: masks.Mask) -> Iterator[masks.Mask]:
+    if isinstance(mask, And):
+        yield from _parts(mask.first)
+        yield from _parts(mask.second)
+    else:
+        yield mask
+
+
+def _rows(part: Any, sizes: dict[str, int]) -> tuple[Any, Any]:
+    """Return which queries [B or 1, T or 1] and keys [B or 1, S or 1] are there."""
+    everyone = jnp.ones((1, 1), bool)
+    if isinstance(part, Lengths):
+        key = _shorter(sizes["S"], part.key_length)
+        queries = part.query_length
+        return everyone if queries is None else _shorter(sizes["T"], queries), key
+    if isinstance(part, Table):
+        table = jnp.asarray(part.allowed).reshape(-1, *part.allowed.shape[-2:])
+        if table.shape[1] == 1:
+            return everyone, table[:, 0, :]
+        return table[:, :, 0], everyone
+    return everyone, everyone
+
+
+def _shorter(size: int, length: Any) -> Array:
+    return indices(size)[None, :] < jnp.asarray(length).reshape(-1, 1)
+
+
+def _number(offset: Any) -> int | None:
+    is_known = not isinstance(offset, jax.core.Tracer) and jnp.ndim(offset) == 0
+    return int(offset) if is_known else None

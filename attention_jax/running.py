@@ -1,0 +1,216 @@
+"""The running sums of linear attention: of one key head, and lifted over heads and examples.
+
+No sum overflows and no later key changes an earlier context: the sums are kept at the largest
+scale of the keys so far (`feature_maps.scaled`), and each row of a chunk has its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attention_jax.binding import PerHead, as_pytree
+from attention_jax.feature_maps import scaled
+from attention_jax.implementations.head import finite_rows
+from attention_jax.intervals import indices
+from attention_jax.trees import varying_like
+
+Array = jax.Array
+
+
+class LinearState(NamedTuple):
+    """All that the future needs of the past: sums [B, K, M, V + 1] times exp(log_scale [B, K]).
+
+    The last column is the normalizer, the sum of features; the scale is -inf before any key.
+    `poison` [B, K] is NaN after a key or value that held NaN or Inf, and joins every context.
+    """
+
+    sums: Array
+    log_scale: Array
+    poison: Array
+
+
+class _Tokens(NamedTuple):
+    """Keys [S, H] and values [S, V + 1] of one head; which are there, and which hold NaN, [S]."""
+
+    key: Array
+    value: Array
+    present: Array
+    poison: Array
+
+
+def read_out(query: Array, state: LinearState, feature_map: Any, normalize: bool) -> Array:
+    """Attend from queries [B, T, N, H] to all keys of a state."""
+
+    def of_head(feature_map: Any, query: Array, state: LinearState) -> Array:
+        features, query_scale, poison = _query_features(feature_map, query)
+        found = features @ state.sums
+        highest = jnp.broadcast_to(state.log_scale, query.shape[1:2])
+        return _context(found, query_scale, highest, poison + state.poison, normalize)
+
+    query = _grouped(query.astype(state.sums.dtype), state.sums.shape[1])
+    return _ungrouped(_over_heads(of_head, feature_map, query, state))
+
+
+def extended(
+    state: LinearState, key: Array, value: Array, present: Array, feature_map: Any
+) -> LinearState:
+    """Add the keys [B, S, K, H] and values [B, S, K, V] that are present [B, S]."""
+
+    def of_head(feature_map: Any, tokens: _Tokens, state: LinearState) -> LinearState:
+        features, log_scale = scaled(feature_map, tokens.key)
+        log_scale = jnp.where(tokens.present, log_scale, -jnp.inf)
+        return _absorb(state, features, log_scale, tokens)
+
+    tokens = _tokens(key, value, present, state.sums.dtype)
+    return _over_heads(of_head, feature_map, tokens, state)
+
+
+def scanned(
+    query: Array,
+    key: Array,
+    value: Array,
+    present: Array,
+    state: LinearState,
+    feature_map: Any,
+    normalize: bool,
+    chunk_size: int,
+) -> tuple[Array, LinearState]:
+    """Attend causally where query i stands with key i; [B, T, N, V] and the next state."""
+    dtype, length = state.sums.dtype, query.shape[1]
+    chunk_size = max(min(chunk_size, length), 1)
+    whole = length + -length % chunk_size
+    query, key, value, present = (padded(x, 0, whole) for x in (query, key, value, present))
+    of_head = functools.partial(_scan, normalize=normalize, chunk_size=chunk_size)
+    context, state = _over_heads(
+        of_head,
+        feature_map,
+        _grouped(query.astype(dtype), key.shape[2]),
+        _tokens(key, value, present, dtype),
+        state,
+    )
+    return _ungrouped(context)[:, :length], state
+
+
+def _scan(
+    feature_map: Any,
+    query: Array,
+    tokens: _Tokens,
+    state: LinearState,
+    *,
+    normalize: bool,
+    chunk_size: int,
+) -> tuple[Array, LinearState]:
+    """Scan one key head: queries [G, T, H] -> contexts [G, T, V], and the state after T keys.
+
+    The derivative keeps the state before each chunk, T / C of M x V numbers, and recomputes the
+    rest: it is linear in T, and JAX derives it again and maps it.
+    """
+
+    @jax.checkpoint
+    def step(state: LinearState, chunk: tuple[Array, _Tokens]) -> tuple[LinearState, Array]:
+        query, tokens = chunk
+        query_features, query_scale, query_poison = _query_features(feature_map, query)
+        features, log_scale = scaled(feature_map, tokens.key)
+        log_scale = jnp.where(tokens.present, log_scale, -jnp.inf)
+
+        # The largest scale up to each row: a later key has no part in what an earlier row sums.
+        highest = jnp.maximum(lax.cummax(log_scale), state.log_scale)
+        base = _finite(highest)
+        i, j = indices(chunk_size)[:, None], indices(chunk_size)[None, :]
+        decay = jnp.exp(jnp.where(i >= j, log_scale[None, :] - base[:, None], -jnp.inf))
+        within = (query_features @ features.T) * decay[None]
+        before = jnp.exp(state.log_scale - base)[None, :, None]
+        found = within @ tokens.value + before * (query_features @ state.sums)
+
+        poison = query_poison + (state.poison + jnp.cumsum(tokens.poison))[None, :]
+        context = _context(found, query_scale, highest, poison, normalize)
+        return _absorb(state, features, log_scale, tokens), context
+
+    def chunks(x: Array, axis: int = 0) -> Array:
+        shape = (*x.shape[:axis], -1, chunk_size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    parts = chunks(query, axis=1), jax.tree.map(chunks, tokens)
+    state, contexts = lax.scan(step, varying_like(state, query, tokens), parts)
+    return jnp.moveaxis(contexts, 0, 1).reshape(*query.shape[:2], -1), state
+
+
+def _absorb(state: LinearState, features: Array, log_scale: Array, tokens: _Tokens) -> LinearState:
+    """Add keys to the sums of one head, which are kept at the largest scale so far."""
+    highest = jnp.max(log_scale, initial=-jnp.inf)
+    highest = jnp.maximum(highest, state.log_scale)
+    base = _finite(highest)
+    added = (features * jnp.exp(log_scale - base)[:, None]).T @ tokens.value
+    sums = jnp.exp(state.log_scale - base) * state.sums + added
+    return LinearState(sums, highest, state.poison + jnp.sum(tokens.poison))
+
+
+def _query_features(feature_map: Any, query: Array) -> tuple[Array, Array, Array]:
+    """Return features [G, T, M] of queries [G, T, H], their scale and poison [G, T]."""
+    query, poison = finite_rows(query)
+    features, log_scale = jax.vmap(functools.partial(scaled, feature_map))(query)
+    return features, log_scale, poison
+
+
+def _context(
+    found: Array, query_scale: Array, highest: Array, poison: Array, normalize: bool
+) -> Array:
+    """Divide sums [G, T, V + 1] by their last column; zeros for queries without keys."""
+    context, total = found[..., :-1], found[..., -1:]
+    if normalize:
+        some = total != 0  # zero without keys, or where the features of query and keys never meet
+        context = context / jnp.where(some, total, 1.0)
+    else:
+        context = context * jnp.exp(query_scale + _finite(highest)[None, :])[..., None]
+        some = ~jnp.isneginf(highest)[None, :, None]
+    return jnp.where(some, context + poison[..., None], 0.0)
+
+
+def _tokens(key: Array, value: Array, present: Array, dtype: Any) -> _Tokens:
+    """Clean keys and values, add the column that sums up to the normalizer; [B, S, K, ...]."""
+    there = present[:, :, None, None]
+    key, key_poison = finite_rows(jnp.where(there, key, 0.0).astype(dtype))
+    value, value_poison = finite_rows(jnp.where(there, value, 0.0).astype(dtype))
+    with_one = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+    present = jnp.broadcast_to(present[:, :, None], key.shape[:3])
+    tokens = _Tokens(key, with_one, present, key_poison + value_poison)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), tokens)
+
+
+def _grouped(query: Array, key_heads: int) -> Array:
+    """[B, T, N, H] -> [B, K, G, T, H]."""
+    batch, length, heads, depth = query.shape
+    grouped = query.reshape(batch, length, key_heads, heads // key_heads, depth)
+    return jnp.moveaxis(grouped, 1, 3)
+
+
+def _ungrouped(context: Array) -> Array:
+    """[B, K, G, T, V] -> [B, T, N, V]."""
+    batch, _, _, length, depth = context.shape
+    return jnp.moveaxis(context, 3, 1).reshape(batch, length, -1, depth)
+
+
+def _over_heads(function: Callable[..., Any], feature_map: Any, *operands: Any) -> Any:
+    """Map a function of one key head over operands [B, K, ...]."""
+    heads = isinstance(feature_map, PerHead)
+    bound = as_pytree(feature_map.function if heads else feature_map)
+    others = (0,) * len(operands)
+    of_example = jax.vmap(function, in_axes=(0 if heads else None, *others))
+    return jax.vmap(of_example, in_axes=(None, *others))(bound, *operands)
+
+
+def padded(x: Array, before: int, length: int) -> Array:
+    """Put zeros before the rows x [B, T, ...] and behind them, to make `length`."""
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (before, length - before - x.shape[1])
+    return jnp.pad(x, widths)
+
+
+def _finite(highest: Array) -> Array:
+    return jnp.where(jnp.isneginf(highest), 0.0, highest)
