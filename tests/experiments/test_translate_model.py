@@ -39,9 +39,14 @@ def draw(score, seed=0, sizes=SIZES):
     return perturbed(parameters, seed)
 
 
-@functools.partial(quick, static_argnums=0)
-def forward(graph, parameters, source, target, key=None):
-    return nnx.merge(graph, parameters)(source, target, key)
+def forward(graph):
+    """The translator as a compiled function of parameters, source, target and perhaps a key."""
+
+    @quick
+    def translate(parameters, source, target, key=None):
+        return nnx.merge(graph, parameters)(source, target, key)
+
+    return translate
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def parameters():
 
 @pytest.fixture(scope="module")
 def translate(graph, parameters):
-    return functools.partial(forward, graph, parameters)
+    return functools.partial(forward(graph), parameters)
 
 
 @pytest.mark.parametrize("score", SCORES + CONTROLS[:1])
@@ -68,17 +73,16 @@ def test_every_score_attends_and_every_parameter_of_it_learns(score):
         for n, shape in enumerate([(2, 6), (2, 5, 6), (2, 6)])
     )
 
-    @quick
     def read(parameters):
         attention = nnx.merge(graph, parameters)
         context, weights = attention(state, attention.keys(memory), SOURCE != PAD)
         return jnp.sum(context * wanted), weights
 
     parameters = perturbed(parameters)
-    weights = read(parameters)[1]
+    weights = quick(read)(parameters)[1]
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
     np.testing.assert_array_equal(weights[1, 3:], 0.0)
-    gradient = jax.grad(lambda p: read(p)[0])(parameters)
+    gradient = quick(jax.grad(lambda p: read(p)[0]))(parameters)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         name = jax.tree_util.keystr(path)
         # Softmax takes no notice of what all keys of a source share.
@@ -91,17 +95,17 @@ def test_every_score_attends_and_every_parameter_of_it_learns(score):
 def test_every_parameter_of_a_translator_learns(score):
     graph, _ = graph_of(score, SIZES)
 
-    @quick
     def loss(parameters):
-        return jnp.sum(token_losses(forward(graph, parameters, SOURCE, TARGET)[0], TARGET))
+        logits, _ = nnx.merge(graph, parameters)(SOURCE, TARGET)
+        return jnp.sum(token_losses(logits, TARGET))
 
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(draw(score))):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(quick(jax.grad(loss))(draw(score))):
         assert jnp.any(leaf != 0), jax.tree_util.keystr(path)
 
 
 def test_controls_attend_to_all_alike_and_to_nothing():
     for score, weight in (("uniform", 1 / 3), ("none", 0.0)):
-        _, weights = forward(graph_of(score, SIZES)[0], draw(score), SOURCE, TARGET)
+        _, weights = forward(graph_of(score, SIZES)[0])(draw(score), SOURCE, TARGET)
         np.testing.assert_allclose(weights[:, 1, :3], weight, rtol=1e-6)
         np.testing.assert_array_equal(weights[:, 1, 3:], 0.0)
 
@@ -162,7 +166,7 @@ def test_the_encoder_reads_in_both_directions(graph, parameters):
 
 
 def test_dropout_follows_its_key(translate, parameters):
-    dropping = functools.partial(forward, graph_of("additive", SIZES, 0.5)[0], parameters)
+    dropping = functools.partial(forward(graph_of("additive", SIZES, 0.5)[0]), parameters)
     plain, _ = translate(SOURCE, TARGET)
     np.testing.assert_array_equal(dropping(SOURCE, TARGET)[0], plain)
     first, again, other = (dropping(SOURCE, TARGET, jax.random.key(n))[0] for n in (1, 1, 2))
@@ -174,13 +178,14 @@ def test_dropout_follows_its_key(translate, parameters):
 def test_greedy_chooses_the_best_word_again_and_again():
     longest = 6
     graph, _ = graph_of("scaled_dot", SIZES)
+    translate = forward(graph)
     of_seeds = [draw("scaled_dot", seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_seeds)
     found = quick(functools.partial(decoding.greedy, graph, longest))(stacked, SOURCE)
     for seed, parameters in enumerate(of_seeds):
         words = np.full((2, longest), PAD, np.int32)
         for position in range(longest):
-            logits, _ = forward(graph, parameters, SOURCE, jnp.asarray(words))
+            logits, _ = translate(parameters, SOURCE, jnp.asarray(words))
             ended = (words == EOS).any(axis=1)
             words[:, position] = np.where(ended, PAD, np.argmax(logits[position], axis=-1))
         np.testing.assert_array_equal(found[seed], words)
