@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from attention_jax import checks, padding
 from attention_jax.binding import PerHead
-from attention_jax.feature_maps import elu_plus_one, is_signed, scaled
+from attention_jax.feature_maps import elu_plus_one, is_signed
 from attention_jax.intervals import indices
 from attention_jax.running import LinearState, extended, padded, read_out, scanned
 from attention_jax.typing import at_least_float32
@@ -264,7 +264,7 @@ def _num_features(feature_map: Any, depth: int, dtype: Any) -> int:
     if isinstance(feature_map, PerHead):
         function = jax.tree.map(lambda leaf: leaf[0], feature_map.function)
     row = jax.ShapeDtypeStruct((1, depth), dtype)
-    shape = jax.eval_shape(lambda x: scaled(function, x).features, row).shape
+    shape = jax.eval_shape(lambda x: function(x), row).shape
     if len(shape) != 2 or shape[0] != 1:
         raise checks.ShapeError(
             f"feature_map: one row [1, H] must become features [1, M], got shape {shape}."

@@ -57,6 +57,12 @@ EXAMPLES = {
     ),
     "FeedForward": Example((8,), (x(3),), FEED_FORWARD),
     "GlobalAttention": Example((scores.bilinear, 8, 6), (STATE, MEMORY), 8 * 6 + 14 * 8),
+    "LinearAttention": Example(
+        (2, 8, 6), (x(3), MEMORY), CROSS - NORM, call={"mask": masks.Lengths(jnp.array([5, 2]))}
+    ),
+    "LinformerAttention": Example(
+        (2, 8, 5, 3, 6), (x(3), MEMORY), CROSS - NORM + 2 * (3 * 5), call={"mask": LENGTHS}
+    ),
     "MultiHeadAttention": Example(
         (2, 8, 6), (x(3), MEMORY), CROSS - NORM, call={"return_weights": True}
     ),
