@@ -41,18 +41,40 @@ class TransformerBlock(NamedTuple):
     norm_first: bool
 
     def __call__(
-        self, x: Array, memory: Any, *, mask: Any, memory_mask: Any, **options: Any
+        self,
+        x: Array,
+        memory: Any,
+        *,
+        mask: Any,
+        memory_mask: Any,
+        deterministic: bool | None,
+        **options: Any,
     ) -> Any:
         """Return the output [B, T, D] and, where the options ask for them, the weights."""
         self._check(memory)
-        attention = functools.partial(self.attention, mask=mask, **options)
+        options["deterministic"] = deterministic
+        attention = functools.partial(self.attention, mask=mask, **_known(self.attention, options))
         x, *weights = self._add(x, self.attention_norm, attention)
         if memory is not None:
-            attention = functools.partial(self.cross_attention, mask=memory_mask, **options)
+            known = _known(self.cross_attention, options)
+            attention = functools.partial(self.cross_attention, mask=memory_mask, **known)
             x, *more = self._add(x, self.cross_attention_norm, lambda x: attention(x, memory))
             weights += more
         (x,) = self._add(x, self.feed_forward_norm, self.feed_forward)
         return (x, BlockWeights(*weights)) if weights else x
+
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> KeyValueCache:
+        """Return an empty cache for `decode`.
+
+        Raises:
+          TypeError: the attention has no cache of keys and values.
+        """
+        if not hasattr(self.attention, "init_cache"):
+            raise TypeError(
+                f"TransformerBlock: {type(self.attention).__name__} has no cache of keys and "
+                "values; build the block with MultiHeadAttention to decode token by token."
+            )
+        return self.attention.init_cache(batch, capacity, **options)
 
     def decode(
         self,
@@ -109,6 +131,12 @@ def on_output(function: Callable[[Array], Array], result: Any) -> Any:
     """
     output, *beside = _parts(result)
     return (function(output), *beside) if beside else function(output)
+
+
+def dropout_options(dropout_rate: float, deterministic: bool) -> dict[str, Any]:
+    """Return what an attention is told of dropout: nothing where there is none."""
+    dropped = {"dropout_rate": dropout_rate, "deterministic": deterministic}
+    return {name: value for name, value in dropped.items() if value}
 
 
 def per_layer(memory: Any, num_layers: int) -> Sequence[Any]:
@@ -263,6 +291,14 @@ def generate(
     token = choose(jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], 0)
     _, rest = jax.lax.scan(step, (token, caches), jnp.arange(1, steps))
     return jnp.concatenate([token[:, None], rest.swapaxes(0, 1)], axis=1)
+
+
+def _known(attention: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that are given; `deterministic` only to what knows dropout."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if not hasattr(attention, "deterministic"):
+        given.pop("deterministic", None)
+    return given
 
 
 def _parts(result: Any) -> tuple[Any, ...]:

@@ -83,7 +83,7 @@ class TransformerBlock(nn.Module):
     def layer(self, deterministic: bool | None = None) -> transformer.TransformerBlock:
         """Return the computation with this module's parameters."""
         numbers = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dropped = {"dropout_rate": self.dropout_rate, "deterministic": self.deterministic}
+        dropped = transformer.dropout_options(self.dropout_rate, self.deterministic)
         sizes = (self.num_heads, self.features)
         cross_attention = cross_attention_norm = None
         if self.memory_features is not None:
@@ -121,8 +121,8 @@ class TransformerBlock(nn.Module):
     ) -> Any:
         """Apply the block to [B, T, features], as the twin does."""
         layer = self.layer(deterministic)
-        options = {"deterministic": deterministic, **options}
-        return layer(x, memory, mask=mask, memory_mask=memory_mask, **options)
+        masks = {"mask": mask, "memory_mask": memory_mask}
+        return layer(x, memory, **masks, deterministic=deterministic, **options)
 
     def keys(self, memory: Array) -> Projected:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
@@ -130,7 +130,7 @@ class TransformerBlock(nn.Module):
 
     def init_cache(self, batch: int, capacity: int, **options: Any) -> KeyValueCache:
         """Return an empty cache for `decode`; see `attention_jax.cache.init`."""
-        return self.layer().attention.init_cache(batch, capacity, **options)
+        return self.layer().init_cache(batch, capacity, **options)
 
     def decode(
         self,

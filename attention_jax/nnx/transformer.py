@@ -76,7 +76,8 @@ class TransformerBlock(nnx.Module):
       hidden_features: of the feed-forward layer; 4 D unless given.
       memory_features: of the memory that a decoder attends to; None for a block without.
       attention: builds the self-attention; `functools.partial(MultiHeadAttention, score=...)` for
-        any score, bias, position or normalizer.
+        any score, bias, position or normalizer. Where no dropout is asked for, any layer called
+        as `attention(x, mask=...)` will do.
       cross_attention: builds the attention to the memory.
       norm: `nnx.LayerNorm` or `nnx.RMSNorm`.
       norm_first: where the norms are.
@@ -113,7 +114,7 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         numbers: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        dropped = {"dropout_rate": dropout_rate, "deterministic": deterministic}
+        dropped = transformer.dropout_options(dropout_rate, deterministic)
         self.attention = attention(num_heads, features, **dropped, **numbers)
         self.attention_norm = norm(features, **numbers)
         self.cross_attention = self.cross_attention_norm = nnx.data(None)
@@ -154,8 +155,8 @@ class TransformerBlock(nnx.Module):
           ValueError: a memory for a block without, or none for one with.
         """
         layer = self.layer(deterministic)
-        options = {"deterministic": deterministic, **options}
-        return layer(x, memory, mask=mask, memory_mask=memory_mask, **options)
+        masks = {"mask": mask, "memory_mask": memory_mask}
+        return layer(x, memory, **masks, deterministic=deterministic, **options)
 
     def keys(self, memory: Array) -> Projected:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
@@ -163,7 +164,7 @@ class TransformerBlock(nnx.Module):
 
     def init_cache(self, batch: int, capacity: int, **options: Any) -> KeyValueCache:
         """Return an empty cache for `decode`; see `attention_jax.cache.init`."""
-        return self.layer().attention.init_cache(batch, capacity, **options)
+        return self.layer().init_cache(batch, capacity, **options)
 
     def decode(
         self,

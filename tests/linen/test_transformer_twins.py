@@ -1,0 +1,155 @@
+"""Linen Transformers against their NNX twins beyond the defaults, on the same parameters."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attention_jax import linen as attention_linen
+from attention_jax import masks, positions
+from attention_jax import nnx as attention_nnx
+
+X = jax.random.normal(jax.random.key(1), (2, 5, 8))
+MEMORY = jax.random.normal(jax.random.key(2), (2, 7, 6))
+PROMPT = jnp.array([[1, 5, 2, 7], [3, 3, 0, 6]])
+LENGTHS = jnp.array([4, 2])
+LAYER = {"position": positions.rotary, "bias": positions.alibi_bias(2), "qk_norm": None}
+
+
+def parameters(module):
+    """Draw all parameters anew, far from zeros and ones."""
+    keys = nnx.Rngs(1)
+    state = nnx.state(module, nnx.Param)
+    nnx.update(module, jax.tree.map(lambda p: 0.5 * jax.random.normal(keys(), p.shape), state))
+    return {"params": nnx.to_pure_dict(nnx.state(module, nnx.Param))}
+
+
+def stacks(norm_first=True, norm="LayerNorm", **options):
+    """Build a stack in both APIs; the attention has positions of its own."""
+    build = functools.partial(attention_nnx.TransformerStack, 2, 8, 2, norm_first=norm_first)
+    attention = functools.partial(attention_nnx.MultiHeadAttention, **LAYER)
+    module = build(attention=attention, norm=getattr(nnx, norm), rngs=nnx.Rngs(0), **options)
+    remat = options.pop("remat", False)
+    attention = functools.partial(attention_linen.MultiHeadAttention, **LAYER)
+    options = {"attention": attention, **options}
+    norms = {"norm": getattr(nn, norm), "norm_first": norm_first}
+    return module, attention_linen.TransformerStack(2, 8, 2, remat, **norms, options=options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_first": False, "memory_features": 6, "remat": True},
+        {"norm": "RMSNorm", "hidden_features": 3, "activation": jnp.tanh},
+    ],
+    ids=["last", "other"],
+)
+def test_stacks_and_their_weights(options):
+    module, twin = stacks(**options)
+    variables = parameters(module)
+    inputs = (X, MEMORY) if "memory_features" in options else (X,)
+    call = {"mask": masks.Causal(), "return_weights": True}
+    expected = nnx.jit(lambda module, *inputs: module(*inputs, **call))(module, *inputs)
+    run = functools.partial(twin.apply, **call, sow_weights=True, mutable=["intermediates"])
+    result, sown = jax.jit(run)(variables, *inputs)
+    chex.assert_trees_all_close(result, expected, atol=1e-5)
+    for n, weights in enumerate(result[1]):
+        of_block = sown["intermediates"][f"block_{n}"]
+        (left,) = of_block["attention"]["attention_weights"]
+        np.testing.assert_array_equal(left, weights.attention)
+        if weights.cross_attention is not None:
+            (left,) = of_block["cross_attention"]["attention_weights"]
+            np.testing.assert_array_equal(left, weights.cross_attention)
+
+
+def test_decoding_of_stacks():
+    module, twin = stacks(memory_features=6)
+    variables = parameters(module)
+    options = {"mask": masks.Causal(), "memory_mask": masks.Window(1, 2)}
+
+    def decode(stack):
+        memory, caches = stack.keys(MEMORY), stack.init_cache(2, 6, ragged=True)
+        first, caches = stack.decode(X[:, :3], caches, memory, **options)
+        second, _ = stack.decode(X[:, 3:], caches, memory, **options)
+        return jnp.concatenate([first, second], axis=1)
+
+    result, expected = jax.jit(
+        lambda variables: (
+            twin.apply(variables, method=decode),
+            twin.apply(variables, X, MEMORY, **options),
+        )
+    )(variables)
+    chex.assert_trees_all_close(result, expected, atol=1e-5)
+    chex.assert_trees_all_close(nnx.jit(decode)(module), expected, atol=1e-5)
+
+
+def test_remat_gives_the_same_gradients():
+    gradients = []
+    for remat in (False, True):
+        module, twin = stacks(remat=remat, dropout_rate=0.2)
+        rngs = {"dropout": jax.random.key(3)}
+
+        def loss(variables, twin=twin, rngs=rngs):
+            return jnp.sum(twin.apply(variables, X, mask=masks.Causal(), rngs=rngs) ** 2)
+
+        gradients.append(jax.jit(jax.grad(loss))(parameters(module)))
+    chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-3)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients[0]))
+
+
+def test_dropout():
+    twin = attention_linen.TransformerBlock(8, 2, dropout_rate=0.5)
+    variables = twin.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
+
+    @jax.jit
+    def run(variables, key):
+        return twin.apply(variables, X, rngs={"dropout": key})
+
+    first, other, again = (run(variables, jax.random.key(n)) for n in (2, 3, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    plain = attention_linen.TransformerBlock(8, 2).apply(variables, X)
+    np.testing.assert_array_equal(twin.apply(variables, X, deterministic=True), plain)
+    with pytest.raises(Exception, match="dropout"):
+        twin.apply(variables, X)
+
+
+def test_generation():
+    sizes = (9, 8, 2, 1)
+    module = attention_nnx.CausalDecoder(*sizes, 8, rngs=nnx.Rngs(0))
+    twin = attention_linen.CausalDecoder(*sizes, 8)
+    run = nnx.jit(lambda module: module.generate(PROMPT, 4, lengths=LENGTHS))
+    variables = parameters(module)
+    expected = run(module)
+    generate = functools.partial(twin.apply, steps=4, lengths=LENGTHS, method="generate")
+    np.testing.assert_array_equal(jax.jit(generate)(variables, PROMPT), expected)
+    assert len(np.unique(expected)) > 1
+
+
+def test_generation_from_a_source():
+    sizes = (9, 9, 8, 2, 1)
+    module = attention_nnx.EncoderDecoder(*sizes, rngs=nnx.Rngs(0))
+    twin = attention_linen.EncoderDecoder(*sizes)
+    variables = parameters(module)
+    begin, mask, key = PROMPT[:, :1], masks.Lengths(LENGTHS), jax.random.key(0)
+    run = nnx.jit(lambda module: module.generate(PROMPT, begin, 4, mask, key=key))
+    expected = run(module)
+    generate = functools.partial(twin.apply, steps=4, method="generate", key=key)
+    result = jax.jit(generate)(variables, PROMPT, begin, source_mask=mask)
+    np.testing.assert_array_equal(result, expected)
+    assert len(np.unique(expected)) > 1
+
+
+def test_bad_arguments_are_explained():
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=r"TransformerBlock: it was built without .* memory_feat"):
+        attention_linen.TransformerBlock(8, 2).init(key, X, MEMORY)
+    with pytest.raises(ValueError, match=r"positions: 4 tokens .* has 3 positions"):
+        attention_linen.TokenEncoder(9, 8, 2, 1, 3).init(key, PROMPT)
+    with pytest.raises(ValueError, match=r"patches: the width must be a multiple of"):
+        attention_linen.PatchEncoder((8, 6), 4, 3, 10, 8, 2, 1).init(key, jnp.zeros((1, 8, 6, 3)))

@@ -1,0 +1,249 @@
+"""Ready models: each learns a tiny task; decoding and generating equal the full pass."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from attention_jax import masks, positions, transformer
+from attention_jax.nnx import (
+    CausalDecoder,
+    EncoderDecoder,
+    MultiHeadAttention,
+    PatchEncoder,
+    TokenEncoder,
+)
+
+PROMPT = jnp.array([[1, 5, 2, 7], [3, 3, 0, 6]])
+LENGTHS = jnp.array([4, 2])
+INSIDE = functools.partial(
+    MultiHeadAttention, position=positions.rotary, bias=positions.learned_buckets(8, 7)
+)
+KINDS = {
+    "none": {},
+    "learned": {"max_length": 8},
+    "sinusoidal": {"position": functools.partial(positions.sinusoidal, depth=8)},
+    "in the attention": {"attention": INSIDE},
+}
+
+
+def learn(model, loss, batch_of, steps=100, rate=1e-2):
+    """Train on fresh batches; return what the loss says beside its value, first and last."""
+    graph, params = nnx.split(model)
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    def step(carry, key):
+        params, moments = carry
+
+        def value(params):
+            return loss(nnx.merge(graph, params, copy=True), *batch_of(key))
+
+        (_, correct), gradient = jax.value_and_grad(value, has_aux=True)(params)
+        updates, moments = optimizer.update(gradient, moments)
+        return (optax.apply_updates(params, updates), moments), correct
+
+    @jax.jit
+    def train(params, key):
+        carry, correct = jax.lax.scan(
+            step, (params, optimizer.init(params)), jax.random.split(key, steps)
+        )
+        return carry[0], correct
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        params, correct = train(params, jax.random.key(1))
+    nnx.update(model, params)
+    return correct[0], correct[-1]
+
+
+def scored(logits, targets):
+    """Return the cross-entropy, and the share of targets that are the most likely."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return loss.mean(), jnp.mean(logits.argmax(-1) == targets)
+
+
+def words(key, length, batch=64):
+    return jax.random.randint(key, (batch, length), 1, 9)
+
+
+def test_an_encoder_learns_to_reverse():
+    """Each token is said where its mirror image stands: positions, and both directions."""
+    model = TokenEncoder(9, 32, 2, 1, max_length=6, norm_first=True, rngs=nnx.Rngs(0))
+
+    def batch_of(key):
+        tokens = words(key, 6)
+        return tokens, tokens[:, ::-1]
+
+    first, last = learn(model, lambda model, x, y: scored(model(x), y), batch_of)
+    assert first < 0.3 and last > 0.95, (first, last)
+
+
+def test_a_decoder_learns_to_go_on():
+    """Every token is the one before and one more, after a start that differs."""
+    model = CausalDecoder(9, 16, 2, 1, max_length=8, rngs=nnx.Rngs(0))
+
+    def batch_of(key):
+        start = jax.random.randint(key, (32, 1), 0, 9)
+        tokens = (start + jnp.arange(8)[None]) % 9
+        return tokens[:, :-1], tokens[:, 1:]
+
+    first, last = learn(model, lambda model, x, y: scored(model(x), y), batch_of)
+    assert first < 0.4 and last > 0.95, (first, last)
+    generated = jax.jit(lambda prompt: model.generate(prompt, 4))(jnp.array([[2, 3], [6, 7]]))
+    np.testing.assert_array_equal(generated, [[4, 5, 6, 7], [8, 0, 1, 2]])
+
+
+def test_an_encoder_decoder_learns_to_reverse_a_source_of_any_length():
+    model = EncoderDecoder(9, 9, 32, 2, 1, norm_first=True, rngs=nnx.Rngs(0))
+
+    def batch_of(key):
+        source = words(key, 5)
+        length = jax.random.randint(key, (len(source),), 3, 6)
+        at = (length[:, None] - 1 - jnp.arange(5)[None]) % 5
+        target = jnp.take_along_axis(source, at, axis=1)
+        return source, target, length
+
+    def loss(model, source, target, length):
+        begun = jnp.pad(target, ((0, 0), (1, 0)))[:, :-1]
+        logits = model(source, begun, masks.Lengths(length))
+        return scored(logits[:, :3], target[:, :3])
+
+    first, last = learn(model, loss, batch_of, steps=250)
+    assert first < 0.3 and last > 0.95, (first, last)
+    source, length = jnp.array([[1, 2, 3, 4, 5], [1, 2, 3, 8, 8]]), jnp.array([5, 3])
+    generate = jax.jit(lambda source, mask: model.generate(source, jnp.zeros((2, 1), int), 3, mask))
+    generated = generate(source, masks.Lengths(length))
+    np.testing.assert_array_equal(generated, [[5, 4, 3], [3, 2, 1]])
+
+
+def test_an_encoder_of_patches_learns_where_the_light_is():
+    model = PatchEncoder((8, 8), 4, 1, 4, 16, 2, 1, rngs=nnx.Rngs(0))
+
+    def batch_of(key):
+        patch, pixel, noise = jax.random.split(key, 3)
+        corner = jax.random.randint(patch, (32,), 0, 4)
+        at = jax.random.randint(pixel, (2, 32), 0, 4)
+        images = 0.1 * jax.random.normal(noise, (32, 8, 8, 1))
+        rows, columns = corner // 2 * 4 + at[0], corner % 2 * 4 + at[1]
+        return images.at[jnp.arange(32), rows, columns, 0].set(3.0), corner
+
+    first, last = learn(model, lambda model, x, y: scored(model(x), y), batch_of)
+    assert first < 0.5 and last > 0.95, (first, last)
+
+
+def test_nothing_comes_from_the_future():
+    model = CausalDecoder(9, 8, 2, 1, 9, rngs=nnx.Rngs(0))
+    run = nnx.jit(lambda model, tokens: model(tokens))
+    logits, changed = run(model, PROMPT), run(model, PROMPT.at[:, 2].set(8))
+    np.testing.assert_array_equal(logits[:, :2], changed[:, :2])
+    assert np.all(np.any(logits[:, 2:] != changed[:, 2:], axis=-1))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_generation_with_a_cache_is_the_full_pass_again_and_again(kind):
+    """Where every example has its own length; tokens are drawn, so that they differ."""
+    model = CausalDecoder(9, 8, 2, 1, **kind, rngs=nnx.Rngs(0))
+    keys = nnx.Rngs(1)
+    params = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda p: 0.5 * jax.random.normal(keys(), p.shape), params))
+    key = jax.random.key(2)
+    run = nnx.jit(lambda model: model.generate(PROMPT, 4, lengths=LENGTHS, key=key))
+    generated = np.asarray(run(model))
+    assert len(np.unique(generated)) > 2
+
+    tokens = np.zeros((2, 8), int)
+    for n, length in enumerate(LENGTHS):
+        tokens[n, : length + 4] = np.concatenate([PROMPT[n, :length], generated[n]])
+    logits = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
+    for step in range(4):
+        of_step = logits[jnp.arange(2), LENGTHS - 1 + step]
+        drawn = jax.random.categorical(jax.random.fold_in(key, step), of_step)
+        np.testing.assert_array_equal(drawn, generated[:, step])
+
+
+def test_an_encoder_decoder_decodes_as_it_trains():
+    model = EncoderDecoder(9, 9, 8, 2, 1, rngs=nnx.Rngs(0))
+    seen = masks.Lengths(LENGTHS)
+
+    @nnx.jit
+    def run(model):
+        memory = model.encode(PROMPT, seen)
+        caches, decoded = model.init_cache(2, 4, ragged=True), []
+        for piece in (PROMPT[:, :3], PROMPT[:, 3:]):
+            logits, caches = model.decode(piece, caches, model.keys(memory), seen)
+            decoded.append(logits)
+        spoiled = PROMPT.at[1, 2:].set(8)
+        return jnp.concatenate(decoded, axis=1), *(
+            model(x, PROMPT, seen) for x in (PROMPT, spoiled)
+        )
+
+    decoded, full, spoiled = run(model)
+    chex.assert_trees_all_close(decoded, full, atol=1e-5)
+    np.testing.assert_array_equal(spoiled, full)
+
+
+def test_tokens_are_drawn_with_a_key():
+    odds = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+
+    def decode(tokens, caches, count):
+        return jnp.broadcast_to(odds, (*tokens.shape, 3)), caches
+
+    prompt = jnp.zeros((500, 2), jnp.int32)
+    draw = functools.partial(transformer.generate, decode, (), prompt, 8)
+    drawn = draw(key=jax.random.key(0))
+    share = np.bincount(np.ravel(drawn), minlength=3) / 4000
+    np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)
+    squared = np.bincount(np.ravel(draw(key=jax.random.key(0), temperature=0.5))) / 4000
+    np.testing.assert_allclose(squared, np.array([25, 9, 4]) / 38, atol=0.03)
+    np.testing.assert_array_equal(drawn, draw(key=jax.random.key(0)))
+    assert len({tuple(row) for row in np.asarray(drawn)}) > 300
+    assert not np.any(draw())
+
+
+def test_patches_are_squares_row_by_row():
+    images = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    cut = transformer.patches(images, 2)
+    for n in range(6):
+        row, column = n // 3 * 2, n % 3 * 2
+        square = images[:, row : row + 2, column : column + 2]
+        np.testing.assert_array_equal(cut[:, n], square.reshape(2, -1))
+
+
+def test_weights_come_with_the_logits():
+    model = EncoderDecoder(9, 9, 8, 2, 1, rngs=nnx.Rngs(0))
+    run = nnx.jit(lambda model, *tokens: model(*tokens, return_weights=True))
+    logits, (weights,) = run(model, PROMPT, PROMPT[:, :3])
+    assert logits.shape == (2, 3, 9)
+    assert weights.attention.shape == (2, 2, 3, 3) and weights.cross_attention.shape == (2, 2, 3, 4)
+
+
+def test_packed_documents_stand_where_each_begins():
+    model = TokenEncoder(9, 8, 2, 1, max_length=5, rngs=nnx.Rngs(0))
+    documents = masks.Segment(jnp.array([[0, 0, 0, 0], [0, 0, 1, 1]]))
+    at = jnp.array([[0, 1, 2, 3], [0, 1, 0, 1]])
+    run = nnx.jit(lambda model: (model(PROMPT, documents, positions=at), model(PROMPT[1:, 2:])))
+    packed, alone = run(model)
+    chex.assert_trees_all_close(packed[1:, 2:], alone, atol=1e-5)
+
+
+def test_bad_arguments_are_explained():
+    model = CausalDecoder(9, 8, 2, 1, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"positions: 6 tokens .* has 5 positions; .* max_length"):
+        model(jnp.zeros((1, 6), int))
+    with pytest.raises(ValueError, match=r"positions: 7 tokens were given"):
+        model.generate(PROMPT, 4)
+    with pytest.raises(ValueError, match=r"generate: steps must be 1 or more, got 0"):
+        model.generate(PROMPT[:, :1], 0)
+    with pytest.raises(ValueError, match=r"generate: temperature must be positive, got 0"):
+        model.generate(PROMPT[:, :1], 1, temperature=0)
+    with pytest.raises(ValueError, match=r"give a position, or max_length = 5 .* not both"):
+        CausalDecoder(9, 8, 2, 1, 5, position=positions.sinusoidal, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"patches: the width must be a multiple of .* 6 and .* 4"):
+        PatchEncoder((8, 6), 4, 3, 10, 8, 2, 1, rngs=nnx.Rngs(0))
+    vision = PatchEncoder((8, 8), 4, 3, 10, 8, 2, 1, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"axis S .* of patches \[B, S, D\] must be 5 .* got 7"):
+        vision(jnp.zeros((1, 8, 12, 3)))
