@@ -17,6 +17,7 @@ from attention_jax.implementations.tiled import tiled
 from attention_jax.normalizers import Exponential, softmax, streaming
 from attention_jax.operands import Operands, function_of
 from attention_jax.scores import scaled_dot
+from attention_jax.typing import at_least_float32
 
 Array = jax.Array
 
@@ -101,7 +102,7 @@ def attend(
     if name == "cudnn":
         return cudnn.attend(query, key, value, score, mask)
 
-    operands = Operands(sizes, _at_least_float32(query.dtype))
+    operands = Operands(sizes, at_least_float32(query.dtype))
     operands.add("query", query, "BTN")
     operands.add("key", key, "BSK")
     operands.add("value", value, "BSK")
@@ -168,7 +169,7 @@ def explain(
         return_weights,
         return_logsumexp,
     )
-    itemsize = _at_least_float32(query.dtype).itemsize
+    itemsize = at_least_float32(query.dtype).itemsize
     return choice.describe(name, mask, sizes, tile, itemsize)
 
 
@@ -236,10 +237,6 @@ def _tiled_lacks(how: Any, return_weights: bool) -> str | None:
             "implementation='dense'."
         )
     return None
-
-
-def _at_least_float32(dtype: Any) -> Any:
-    return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
 
 
 def _check_dropout(rate: float, key: Array | None) -> None:

@@ -35,6 +35,7 @@ from attention_jax.relative import (
     t5_bias,
     t5_bucket,
 )
+from attention_jax.typing import at_least_float32
 
 __all__ = [
     "alibi",
@@ -180,7 +181,7 @@ def rotary(
     rotated = sizes["H"] if rotated is None else rotated
     if rotated > sizes["H"]:
         raise ValueError(f"rotary: rotated must be at most H = {sizes['H']}, got {rotated}.")
-    dtype = _at_least_float32(x.dtype)
+    dtype = at_least_float32(x.dtype)
     angles = _angles("rotary", positions.astype(dtype) * scale, rotated, base, dtype)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     turning, rest = x[:, :rotated].astype(dtype), x[:, rotated:]
@@ -218,7 +219,3 @@ def _angles(operation: str, positions: Array, depth: int, base: float, dtype: An
     frequencies = base ** (-np.arange(0, depth, 2) / max(depth, 1))
     frequencies = np.expand_dims(frequencies, tuple(range(positions.ndim)))
     return positions[..., None].astype(dtype) * jnp.asarray(frequencies, dtype)
-
-
-def _at_least_float32(dtype: Any) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32

@@ -13,9 +13,9 @@ import numpy as np
 from attention_jax import checks, leading
 from attention_jax.attention import attend
 from attention_jax.composition import scaled
-from attention_jax.interop.layout import at_least_float32
 from attention_jax.masks import Causal, Lengths, Mask, Window, as_mask
 from attention_jax.scores import dot, scaled_dot
+from attention_jax.typing import at_least_float32
 
 Array = jax.Array
 ArrayLike = Any

@@ -13,6 +13,7 @@ from attention_jax.binding import PerHead, bind, per_head
 from attention_jax.composition import is_positional, positional, separate
 from attention_jax.masks import Mask, Shift, Table, as_mask
 from attention_jax.operands import function_of
+from attention_jax.typing import at_least_float32
 
 Array = jax.Array
 
@@ -20,11 +21,6 @@ Array = jax.Array
 def is_array(part: Any) -> bool:
     """Tell an array from a mask or a function."""
     return hasattr(part, "dtype") and hasattr(part, "shape")
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """Return the dtype of logits and of what is added to them."""
-    return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
 
 
 def batch_axes(**tensors: Array) -> tuple[int, ...]:

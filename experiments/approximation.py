@@ -1,0 +1,280 @@
+"""How far kernel and low-rank attention are from softmax: ``python -m experiments.approximation``.
+
+Each error stands beside its theory and beside that of just averaging the values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+_HELP = """\
+Approximates softmax attention by random features (FAVOR+), by linear attention and by Linformer,
+on Gaussian queries, keys and values, and prints the relative error of the context beside that of
+predicting the mean of the values, and the mean squared error of the kernel beside its formula.
+
+  python -m experiments.approximation
+  python -m experiments.approximation --depth=64 --scales=0.25,0.5,1
+
+  --length=128           queries and keys
+  --depth=16             of a head
+  --features=64,256      random directions
+  --ranks=16,64,128      rows that Linformer projects keys and values to
+  --scales=0.5,1         standard deviations of queries and keys
+  --draws=20             of random directions and projections
+  --seed=0               of everything
+  --out=                 a Markdown file for the tables; none written unless given"""
+
+
+class UsageError(Exception):
+    """A request that cannot be met; the argument is the sentence to print."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    length: int = 128
+    depth: int = 16
+    features: tuple[int, ...] = (64, 256)
+    ranks: tuple[int, ...] = (16, 64, 128)
+    scales: tuple[float, ...] = (0.5, 1.0)
+    draws: int = 20
+    seed: int = 0
+    out: str = ""
+
+
+class Row(NamedTuple):
+    """One line of the tables: errors of one approximation, its theory, and the baseline."""
+
+    scale: float
+    name: str
+    size: int | None
+    baseline: float
+    context: float
+    measured: float | None = None
+    theory: float | None = None
+
+
+def parse(arguments: Sequence[str]) -> Options | None:
+    """Read the arguments behind the program's name; None stands for a call for help.
+
+    Raises:
+      UsageError: an unknown flag, or a value that cannot be used.
+
+    >>> parse(["--ranks=4,8", "--length=32"]).ranks
+    (4, 8)
+    """
+    values = flags.FlagValues()
+    defaults = dataclasses.asdict(Options())
+    for name, default in defaults.items():
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        flags.DEFINE_string(name, text, "", flag_values=values)
+    flags.DEFINE_flag(flags.BooleanFlag("help", False, "", short_name="h"), values)
+    try:
+        rest = values(["approximation", *arguments])[1:]
+    except flags.Error as error:
+        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
+    if values["help"].value:
+        return None
+    if rest:
+        raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
+    given = {
+        name: _read(name, str(values[name].value), default) for name, default in defaults.items()
+    }
+    options = Options(**given)
+    if max(options.ranks) > options.length:
+        raise UsageError(
+            f"--ranks: a rank is at most --length={options.length}, got {max(options.ranks)}."
+        )
+    return options
+
+
+def _read(name: str, text: str, default: Any) -> Any:
+    """Read the text of a flag as what its default is; numbers are above zero, but for the seed."""
+    if isinstance(default, str):
+        return text
+    several = isinstance(default, tuple)
+    kind = type(default[0] if several else default)
+    try:
+        numbers = [kind(part) for part in (text.split(",") if several else [text])]
+    except ValueError:
+        words = "numbers" if several else "a number"
+        raise UsageError(f"--{name}: must be {words}, got {text}.") from None
+    if name != "seed" and not all(0 < number < math.inf for number in numbers):
+        raise UsageError(f"--{name}: must be above 0, got {text}.")
+    return tuple(numbers) if several else numbers[0]
+
+
+def measure(options: Options) -> list[Row]:
+    """Measure everything that is asked for."""
+    import jax
+    import jax.numpy as jnp
+
+    keys = jax.random.split(jax.random.key(options.seed), 4)
+    shape = (1, options.length, 1, options.depth)
+    query, key, value = (jax.random.normal(k, shape) for k in keys[:3])
+    draws = jax.random.split(keys[3], options.draws)
+    mean = jnp.broadcast_to(jnp.mean(value, axis=1, keepdims=True), shape)
+
+    rows: list[Row] = []
+    for scale in options.scales:
+        arrays = scale * query, scale * key, value
+        baseline = float(_error(mean, *arrays))
+        for name, size, function in _approximations(options):
+            found = (float(x) for x in function(draws, *arrays))
+            rows.append(Row(scale, name, size, baseline, *found))
+    return rows
+
+
+def _error(context: Any, query: Any, key: Any, value: Any) -> Any:
+    """Return the norm of the error of a context relative to that of the exact one."""
+    import jax.numpy as jnp
+
+    from attention_jax import attend
+
+    exact = attend(query, key, value)
+    return jnp.linalg.norm(context - exact) / jnp.linalg.norm(exact)
+
+
+@functools.cache
+def _approximations(options: Options) -> list[tuple[str, int | None, Callable[..., Any]]]:
+    """Return name, size and a compiled function from draws and arrays to the numbers of a Row."""
+    import jax
+    import jax.numpy as jnp
+
+    from attention_jax import bind, feature_maps, linformer, performer, scores
+    from attention_jax.linear import linear_attention
+
+    def logits_of(query: Any, key: Any) -> Any:
+        return scores.scaled_dot(query[0, :, 0], key[0, :, 0])
+
+    def favor(draw: Any, query: Any, key: Any, value: Any, kind: Any, count: int, orthogonal: bool):
+        projection = performer.random_features(draw, count, options.depth, orthogonal=orthogonal)
+        phi = bind(kind, projection=projection)
+        rows, exact = (query[0, :, 0], key[0, :, 0]), jnp.exp(logits_of(query, key))
+        kernel = phi(rows[0]) @ phi(rows[1]).T
+        context = linear_attention(query, key, value, feature_map=phi)
+        theory = performer.variance(phi, *rows) / exact**2
+        return _error(context, query, key, value), (kernel / exact - 1) ** 2, theory
+
+    def random(draw: Any, query: Any, key: Any, value: Any, rank: int):
+        projection = linformer.random_projection(draw, rank, options.length)
+        context = linformer.linformer_attention(query, key, value, projection)
+        weights, values = jax.nn.softmax(logits_of(query, key)), value[0, :, 0]
+        exact = weights @ values
+        joined = weights @ projection.T @ (projection @ values)
+        squares = jnp.sum(weights**2, axis=1)[:, None] * jnp.sum(values**2, axis=0)[None, :]
+        return (
+            _error(context, query, key, value),
+            (joined - exact) ** 2,
+            (squares + exact**2) / rank,
+        )
+
+    def pooled(query: Any, key: Any, value: Any, rank: int):
+        projection = linformer.mean_pooling(rank, options.length)
+        return linformer.linformer_attention(query, key, value, projection)
+
+    def drawn(one: Callable[..., Any]) -> Callable[..., Any]:
+        """Average over draws, and over pairs or entries."""
+
+        def average(draws: Any, *arrays: Any) -> Any:
+            found = jax.lax.map(lambda draw: one(draw, *arrays), draws)
+            return jax.tree.map(jnp.mean, found)
+
+        return jax.jit(average)
+
+    def fixed(context: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(lambda draws, *arrays: (_error(context(*arrays), *arrays),))
+
+    found: list[tuple[str, int | None, Callable[..., Any]]] = []
+    for kind in (performer.positive, performer.hyperbolic, performer.trigonometric):
+        for orthogonal in (False, True):
+            for count in options.features:
+                name = f"FAVOR+ {kind.__name__}, {'orthogonal' if orthogonal else 'independent'}"
+                one = functools.partial(favor, kind=kind, count=count, orthogonal=orthogonal)
+                found.append((name, count, drawn(one)))
+    for phi in (feature_maps.elu_plus_one, feature_maps.taylor):
+        linear = functools.partial(linear_attention, feature_map=phi)
+        found.append((f"linear, {phi.__name__}", None, fixed(linear)))
+    for rank in options.ranks:
+        one = functools.partial(random, rank=rank)
+        found.append(("Linformer, random E = F", rank, drawn(one)))
+        found.append(("Linformer, mean pooling", rank, fixed(functools.partial(pooled, rank=rank))))
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Write the rows as Markdown."""
+
+    def number(x: float | None) -> str:
+        return "" if x is None else f"{x:.3g}"
+
+    lines = [
+        "| std of q, k | approximation | M or R | relative error | just the mean | better? "
+        "| mean squared error | its theory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        better = "yes" if row.context < row.baseline else "no"
+        cells = (
+            f"{row.scale:g}",
+            row.name,
+            "" if row.size is None else str(row.size),
+            f"{row.context:.2f}",
+            f"{row.baseline:.2f}",
+            better,
+            number(row.measured),
+            number(row.theory),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report(options: Options, rows: Sequence[Row]) -> str:
+    """Write the table and what its columns mean."""
+    return f"""\
+# Approximations of softmax attention beside the mean of the values
+
+Made by `python -m experiments.approximation`: {options.length} queries and keys, depth
+{options.depth}, {options.draws} draws. Queries and keys are Gaussian with the standard deviation in
+the first column, values with one. The relative error is that of the context, in norm; "just the
+mean" is the error of giving every query the mean of all values.
+
+For FAVOR+ the mean squared error is that of phi(q) . phi(k) relative to exp(q . k / sqrt(H)), and
+its theory lemma 2 of Choromanski et al. 2021, for independent directions. It is a mean over heavy
+tails: where the theory is large, a few draws see less than it. For Linformer it is that of
+P E^T E V, with P the exact weights, and its theory (|p|^2 |v|^2 + (p . v)^2) / R.
+
+{table(rows)}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code: 0, 2 for a request that cannot be met."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+    except UsageError as error:
+        print(f"approximation: {error}", file=sys.stderr)
+        return 2
+    if options is None:
+        print(_HELP)
+        return 0
+    rows = measure(options)
+    print(table(rows))
+    if options.out:
+        path = pathlib.Path(options.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(report(options, rows), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
