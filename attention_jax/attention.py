@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from attention_jax import checks, masks
 from attention_jax.binding import as_pytree
@@ -148,7 +147,7 @@ def explain(
     Nothing is computed. The arguments are those of `attend`; the arrays [B, T, N, H] may be
     `jax.ShapeDtypeStruct`.
 
-    >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
+    >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), "float32")
     >>> found = explain(x, x, x, mask=masks.Causal(), tile_sizes=(512, 512))
     >>> found.implementation, found.empty, found.partial, found.full
     ('tiled', 28, 8, 28)
