@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
 from attention_jax import bind, feature_maps, linear, masks, per_head, performer
@@ -273,6 +274,14 @@ def test_vmap_of_the_gradient_is_a_loop():
     one = jax.jit(gradient)
     loop = jnp.stack([one(*(x[i] for x in arrays)) for i in range(3)])
     np.testing.assert_allclose(jax.jit(jax.vmap(gradient))(*arrays), loop, rtol=1e-10, atol=1e-12)
+
+
+def test_under_shard_map():
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (PartitionSpec("batch"),) * 3
+    local = functools.partial(linear_attention, mask=masks.Causal(), chunk_size=4)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0])
+    np.testing.assert_allclose(jax.jit(sharded)(*qkv()), jax.jit(local)(*qkv()), atol=1e-12)
 
 
 def test_memory_is_linear_in_the_sequence_also_of_the_derivative():
