@@ -213,7 +213,8 @@ class TransformerStack(nnx.Module):
       num_layers: how many.
       features: D.
       num_heads: N.
-      remat: keep only the input of each block for the backward pass, and compute the rest again.
+      remat: keep only the input of each block for the backward pass, and compute the rest again;
+        on a CPU what XLA compiles is then slower, and no smaller.
       norm: as in `TransformerBlock`.
       norm_first: as in `TransformerBlock`.
       dtype: of the computation.

@@ -104,17 +104,14 @@ def test_remat_gives_the_same_gradients():
 
 def test_dropout():
     twin = attention_linen.TransformerBlock(8, 2, dropout_rate=0.5)
-    variables = twin.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
-
-    @jax.jit
-    def run(variables, key):
-        return twin.apply(variables, X, rngs={"dropout": key})
-
-    first, other, again = (run(variables, jax.random.key(n)) for n in (2, 3, 2))
+    plain = attention_linen.TransformerBlock(8, 2)
+    variables = plain.init(jax.random.key(0), X)
+    run = jax.jit(lambda key: twin.apply(variables, X, rngs={"dropout": key}))
+    first, other, again = (run(jax.random.key(n)) for n in (2, 3, 2))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
-    plain = attention_linen.TransformerBlock(8, 2).apply(variables, X)
-    np.testing.assert_array_equal(twin.apply(variables, X, deterministic=True), plain)
+    without = twin.apply(variables, X, deterministic=True)
+    np.testing.assert_array_equal(without, plain.apply(variables, X))
     with pytest.raises(Exception, match="dropout"):
         twin.apply(variables, X)
 
@@ -130,6 +127,14 @@ def test_generation():
     np.testing.assert_array_equal(jax.jit(generate)(variables, PROMPT), expected)
     assert len(np.unique(expected)) > 1
 
+    def decode(model):
+        first, caches = model.decode(PROMPT[:, :3], model.init_cache(2, 4))
+        return jnp.concatenate([first, model.decode(PROMPT[:, 3:], caches)[0]], axis=1)
+
+    decoded = jax.jit(lambda variables: twin.apply(variables, method=decode))(variables)
+    full = jax.jit(twin.apply)(variables, PROMPT)
+    chex.assert_trees_all_close(decoded, full, atol=1e-5)
+
 
 def test_generation_from_a_source():
     sizes = (9, 9, 8, 2, 1)
@@ -143,6 +148,16 @@ def test_generation_from_a_source():
     result = jax.jit(generate)(variables, PROMPT, begin, source_mask=mask)
     np.testing.assert_array_equal(result, expected)
     assert len(np.unique(expected)) > 1
+
+    def decode(model):
+        memory, caches = model.keys(model.encode(PROMPT, mask)), model.init_cache(2, 4)
+        first, caches = model.decode(PROMPT[:, :3], caches, memory, mask)
+        second, _ = model.decode(PROMPT[:, 3:], caches, memory, mask)
+        return jnp.concatenate([first, second], axis=1)
+
+    decoded = jax.jit(lambda variables: twin.apply(variables, method=decode))(variables)
+    full = jax.jit(twin.apply)(variables, PROMPT, PROMPT, mask)
+    chex.assert_trees_all_close(decoded, full, atol=1e-5)
 
 
 def test_bad_arguments_are_explained():

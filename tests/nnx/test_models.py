@@ -143,18 +143,42 @@ def test_nothing_comes_from_the_future():
     assert np.all(np.any(logits[:, 2:] != changed[:, 2:], axis=-1))
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_generation_with_a_cache_is_the_full_pass_again_and_again(kind):
-    """Where every example has its own length; tokens are drawn, so that they differ."""
-    model = CausalDecoder(9, 8, 2, 1, **kind, rngs=nnx.Rngs(0))
+def drawn_anew(model):
+    """Draw all parameters far from where training begins, so that every one counts."""
     keys = nnx.Rngs(1)
     params = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda p: 0.5 * jax.random.normal(keys(), p.shape), params))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_decoding_with_a_cache_is_the_full_pass(kind):
+    """Where every example has its own length, for every kind of position."""
+    model = drawn_anew(CausalDecoder(9, 8, 2, 2, **kind, rngs=nnx.Rngs(0)))
+    following = jnp.array([[4, 8], [5, 1]])
+
+    whole = jnp.pad(PROMPT, ((0, 0), (0, 2)))
+    at = jnp.arange(2)[:, None], LENGTHS[:, None] + jnp.arange(2)[None]
+
+    @nnx.jit
+    def run(model):
+        first, caches = model.decode(PROMPT, model.init_cache(2, 6, ragged=True), LENGTHS)
+        second, caches = model.decode(following[:, :1], caches)
+        third, _ = model.decode(following[:, 1:], caches)
+        return first, jnp.concatenate([second, third], axis=1), model(whole.at[at].set(following))
+
+    of_prompt, of_following, full = run(model)
+    for n, length in enumerate(LENGTHS):
+        chex.assert_trees_all_close(of_prompt[n, :length], full[n, :length], atol=1e-5)
+    chex.assert_trees_all_close(of_following, full[at], atol=1e-5)
+
+
+def test_generation_draws_from_what_the_full_pass_says():
+    model = drawn_anew(CausalDecoder(9, 8, 2, 1, 8, rngs=nnx.Rngs(0)))
     key = jax.random.key(2)
     run = nnx.jit(lambda model: model.generate(PROMPT, 4, lengths=LENGTHS, key=key))
     generated = np.asarray(run(model))
     assert len(np.unique(generated)) > 2
-
     tokens = np.zeros((2, 8), int)
     for n, length in enumerate(LENGTHS):
         tokens[n, : length + 4] = np.concatenate([PROMPT[n, :length], generated[n]])

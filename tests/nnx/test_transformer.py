@@ -192,7 +192,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "ragged"), zip(KINDS, (True, False), strict=True))
+@pytest.mark.parametrize(("kind", "ragged"), [*zip(KINDS, (True, False), strict=True)])
 def test_decoding_is_the_full_pass(kind, ragged):
     """Also to a memory, under a mask, bias, score and rotation that know where queries stand."""
     layer = functools.partial(MultiHeadAttention, **KINDS[kind])
