@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.implementations import online
 from attention_jax.implementations.head import Head, Result, finite_rows, kept
@@ -157,12 +158,14 @@ class _Tiles:
         def attend(floats: list[Array], rest: Any, given: _Given) -> tuple[Array, Array]:
             return self.forward(merge_floats(floats, rest), given)
 
-        @attend.defjvp
+        @functools.partial(attend.defjvp, symbolic_zeros=True)
         def _(primals: Any, tangents: Any) -> Any:
             floats, rest, given = primals
             context, logsumexp = attend(floats, rest, given)
-            operands, tangent = merge_floats(floats, rest), merge_floats(tangents[0], rest)
-            log_tangent, context_tangent = self.tangent_sums(operands, tangent, given, logsumexp)
+            operands = merge_floats(floats, rest)
+            log_tangent, context_tangent = self.tangent_sums(
+                operands, tangents[0], given, logsumexp
+            )
             if isinstance(streaming(operands.functions.normalizer), Exponential):
                 context_tangent = context_tangent - log_tangent[:, None] * context
             else:
@@ -180,9 +183,9 @@ class _Tiles:
             return online.accumulate(how, rows, tile)
 
         def step(sums: online.Sums, i: Any, j: Any, visit: Callable[..., Any]) -> online.Sums:
-            rows = jax.tree.map(lambda x: self.rows(x, i, self.query_size), sums)
+            rows = jax.tree.map(lambda x: _rows(x, i, self.query_size), sums)
             return jax.tree.map(
-                lambda x, row: lax.dynamic_update_slice_in_dim(x, row, i * self.query_size, 0),
+                lambda x, row: lax.dynamic_update_slice_in_dim(x, row, i, 0),
                 sums,
                 visit(rows, i, j),
             )
@@ -196,38 +199,56 @@ class _Tiles:
         )
 
     def tangent_sums(
-        self, operands: _Operands, tangent: _Operands, given: _Given, logsumexp: Array
+        self, operands: _Operands, tangents: list[Any], given: _Given, logsumexp: Array
     ) -> tuple[Array, Array]:
-        """Return sum_j w'_ij [T] and sum_j w'_ij v_j + w_ij v'_j [T, V], linear in the tangent.
+        """Return sum_j w'_ij [T] and sum_j w'_ij v_j + w_ij v'_j [T, V], linear in the tangents.
 
-        Each tile is recomputed where its transposition needs it; nothing of it is stored.
+        Each tile is recomputed where its transposition needs it; nothing of it is stored. What
+        has no tangent costs nothing; products with zeros are also what XLA's CPU compiler may
+        fuse wrongly.
         """
         base = online.finite_or_zero(logsumexp)
         depth = operands.value.shape[1]
+        floats, rest = split_floats(operands)
+        tangent = merge_floats([_array(x) for x in tangents], rest)
+        moves = [not isinstance(x, SymbolicZero) for x in tangents]
+        value_moves = moves[[x is operands.value for x in floats].index(True)]
+        weights_move = sum(moves) > value_moves
 
         def of_tile(masked: bool, here: _Operands, change: _Operands, base: Array, i: Any, j: Any):
             floats, rest = split_floats(here)
 
-            def weigh(floats: list[Array]) -> tuple[Array, online.Tile]:
-                here = merge_floats(floats, rest)
+            def weigh(moved: list[Array]) -> tuple[Array, online.Tile]:
+                those = iter(moved)
+                leaves = [next(those) if m else x for x, m in zip(floats, moves, strict=True)]
+                here = merge_floats(leaves, rest)
                 tile = self.tile(here, given, i, j, masked)
                 how = _how(here.functions.normalizer)
                 return online.weights_given(how, tile, base), tile
 
-            directions = (split_floats(change)[0],)
-            weights, weights_change, tile = jax.jvp(weigh, (floats,), directions, has_aux=True)
-            context = times(tile.used(weights_change), here.value)
-            return (
-                jnp.sum(weights_change, axis=1),
-                context + times(tile.used(weights), change.value),
+            primal, direction = (
+                [x for x, m in zip(leaves, moves, strict=True) if m]
+                for leaves in (floats, split_floats(change)[0])
             )
+            total, context = nothing()
+            if weights_move:
+                weights, weights_change, tile = jax.jvp(
+                    weigh, (primal,), (direction,), has_aux=True
+                )
+                total = jnp.sum(weights_change, axis=1)
+                context = times(tile.used(weights_change), here.value)
+            else:
+                weights, tile = weigh(primal)
+            if value_moves:
+                context = context + times(tile.used(weights), change.value)
+            return total, context
 
         def nothing(*_: Any) -> tuple[Array, Array]:
             zeros = varying_like(jnp.zeros((self.query_size, depth), base.dtype), base)
             return zeros[:, 0], zeros
 
         def step(sums: Any, i: Any, j: Any, visit: Callable[..., Any]) -> Any:
-            rows = self.rows(base, i, self.query_size)
+            rows = _rows(base, i, self.query_size)
             found = visit(self.of(operands, i, j), self.of(tangent, i, j), rows, i, j)
             return jax.tree.map(functools.partial(self.added, i), sums, found)
 
@@ -242,7 +263,7 @@ class _Tiles:
         nothing: Callable[..., Any],
         sums: Any,
     ) -> Any:
-        """Fold `step(sums, i, j, visit)` over the live tiles.
+        """Fold `step(sums, i, j, visit)` over the live tiles; i is their first query, j first key.
 
         `visit` is `of_tile` with the mask or without, or `nothing` for a tile that turns out to
         be EMPTY at run time. A scan of fixed length, whatever the plan, so that it can be
@@ -250,13 +271,13 @@ class _Tiles:
         """
         masked, unmasked = (functools.partial(of_tile, masked) for masked in (True, False))
 
-        def fold(pairs: Any, states: Any, visit: Callable[[Any], Callable[..., Any]], sums: Any):
+        def fold(starts: Any, states: Any, visit: Callable[[Any], Callable[..., Any]], sums: Any):
             @jax.checkpoint
-            def body(sums: Any, pair: Any) -> tuple[Any, None]:
-                i, j, state = pair
+            def body(sums: Any, tile: Any) -> tuple[Any, None]:
+                i, j, state = tile
                 return step(sums, i, j, visit(state)), None
 
-            return lax.scan(body, sums, (*pairs.T, states))[0]
+            return lax.scan(body, sums, (*starts.T, states))[0]
 
         if given.plan is not None:
             branches = [jax.checkpoint(branch) for branch in (nothing, masked, unmasked)]
@@ -264,17 +285,17 @@ class _Tiles:
             def switch(state: Array) -> Callable[..., Any]:
                 return lambda *operands: lax.switch(state, branches, *operands)
 
-            return fold(self.plan.pairs, given.plan.states.astype(jnp.int32), switch, sums)
+            return fold(self.plan.starts, given.plan.states.astype(jnp.int32), switch, sums)
         for state, visit in ((FULL, unmasked), (PARTIAL, masked)):
-            pairs = self.plan.pairs[self.plan.states == state]
-            if len(pairs):
-                sums = fold(pairs, None, lambda _, visit=visit: visit, sums)
+            starts = self.plan.starts[self.plan.states == state]
+            if len(starts):
+                sums = fold(starts, None, lambda _, visit=visit: visit, sums)
         return sums
 
     def tile(self, here: _Operands, given: _Given, i: Any, j: Any, masked: bool) -> online.Tile:
-        """Return the tile of the operands `here`, at row i and column j of the grid."""
-        q_idx = i * self.query_size + indices(self.query_size)
-        kv_idx = j * self.key_size + indices(self.key_size)
+        """Return the tile of the operands `here`, whose first query is i and first key j."""
+        q_idx = i + indices(self.query_size)
+        kv_idx = j + indices(self.key_size)
         pair = q_idx[:, None], kv_idx[None, :]
         allowed = given.mask(*pair) if masked else None
         return online.Tile(
@@ -282,36 +303,44 @@ class _Tiles:
             value=here.value,
             allowed=allowed,
             keep=None if given.dropout is None else kept(given.dropout, *pair, here.value.dtype),
-            query_poison=self.rows(given.query_poison, i, self.query_size),
-            key_poison=self.rows(given.key_poison, j, self.key_size),
+            query_poison=_rows(given.query_poison, i, self.query_size),
+            key_poison=_rows(given.key_poison, j, self.key_size),
         )
 
     def of(self, operands: _Operands, i: Any, j: Any) -> _Operands:
         """Return the operands of one tile."""
         bias = operands.bias
         if bias is not None:
-            bias = bias if bias.shape[0] == 1 else self.rows(bias, i, self.query_size)
-            bias = bias if bias.shape[1] == 1 else self.rows(bias, j, self.key_size, axis=1)
+            bias = bias if bias.shape[0] == 1 else _rows(bias, i, self.query_size)
+            bias = bias if bias.shape[1] == 1 else _rows(bias, j, self.key_size, axis=1)
         return operands._replace(
-            query=self.rows(operands.query, i, self.query_size),
-            key=self.rows(operands.key, j, self.key_size),
-            value=self.rows(operands.value, j, self.key_size),
+            query=_rows(operands.query, i, self.query_size),
+            key=_rows(operands.key, j, self.key_size),
+            value=_rows(operands.value, j, self.key_size),
             bias=bias,
         )
 
-    def rows(self, x: Array, tile: Any, size: int, axis: int = 0) -> Array:
-        """Return the rows of one tile."""
-        return lax.dynamic_slice_in_dim(x, tile * size, size, axis)
-
     def added(self, i: Any, sums: Array, found: Array) -> Array:
-        """Add what was found to the rows of one query tile.
+        """Add what was found to the rows of one query tile, the first of which is i.
 
         As a scatter, whose transposition reads the rows and leaves the sums alone; that of a
         slice that is read, added to and written back would copy all rows at every tile.
         """
         tiles = sums.reshape(-1, *found.shape)
-        added = tiles.at[i].add(found, mode="promise_in_bounds", unique_indices=True)
+        added = tiles.at[i // self.query_size].add(
+            found, mode="promise_in_bounds", unique_indices=True
+        )
         return added.reshape(sums.shape)
+
+
+def _array(tangent: Any) -> Array:
+    if isinstance(tangent, SymbolicZero):
+        return jnp.zeros(tangent.shape, tangent.dtype)
+    return tangent
+
+
+def _rows(x: Array, start: Any, size: int, axis: int = 0) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
 def _padded(x: Array, size: int, axis: int = 0) -> Array:

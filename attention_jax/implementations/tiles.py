@@ -9,21 +9,25 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.intervals import EMPTY
+from attention_jax.intervals import EMPTY, PARTIAL
 from attention_jax.masks import Mask
+
+FRACTIONS = 4
+"""A tile begins at a multiple of its width divided by this, where it is divisible."""
 
 
 class Plan(NamedTuple):
     """The tiles to visit.
 
-    `pairs [n, 2]` holds row and column of every tile that may be live, row by row, and is always
-    known while tracing. `states [n]` says what each is: a NumPy array where the mask is known
-    while tracing, else a JAX array.
+    `starts [n, 2]` holds the first query and the first key of every tile that may be live, row by
+    row, and is always known while tracing. `states [n]` says what each is: a NumPy array where
+    the mask is known while tracing, else a JAX array.
     """
 
-    pairs: np.ndarray
+    starts: np.ndarray
     states: Any
 
     @property
@@ -35,9 +39,54 @@ class Plan(NamedTuple):
 def make_plan(
     mask: Mask, query_length: int, key_length: int, query_size: int, key_size: int
 ) -> Plan:
-    """Read the mask over the grid of tiles."""
-    grid = (query_length, key_length, query_size, key_size)
-    possible = np.asarray(mask.static().tiles(*grid))
-    pairs = np.argwhere(possible != EMPTY).astype(np.int32)
-    states = mask.tiles(*grid)[pairs[:, 0], pairs[:, 1]]
-    return Plan(pairs, states)
+    """Cover what may be live of each row of tiles by as few tiles as possible.
+
+    Rows of tiles lie on a grid; within a row a tile begins where it is needed, to a fraction of
+    its width, so that a band of keys is covered by one tile and not by the two that it touches.
+    """
+    per_tile = FRACTIONS if key_size % FRACTIONS == 0 else 1
+    unit = key_size // per_tile
+    grid = (query_length, key_length, query_size, unit)
+    live = np.asarray(mask.static().tiles(*grid)) != EMPTY
+    rows, units = _cover(_padded(live, per_tile, False), per_tile)
+    states = mask.tiles(*grid)
+    states = _padded(states, per_tile, EMPTY)[rows[:, None], units[:, None] + np.arange(per_tile)]
+    numpy = np if isinstance(states, np.ndarray) else jnp
+    least, most = states.min(axis=1), states.max(axis=1)
+    return Plan(
+        np.stack([rows * query_size, units * unit], axis=1).astype(np.int32),
+        numpy.where(least == most, least, numpy.asarray(PARTIAL, states.dtype)),
+    )
+
+
+def _padded(cells: Any, multiple: int, value: Any) -> Any:
+    """Fill the last tile of each row."""
+    numpy = np if isinstance(cells, np.ndarray) else jnp
+    widths = ((0, 0), (0, -cells.shape[1] % multiple))
+    return numpy.pad(cells, widths, constant_values=value)
+
+
+def _cover(live: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cover the live cells of every row by the fewest intervals of one width, none overlapping.
+
+    Returns the row and the first cell of each. The first interval begins at the first live cell,
+    the next at the first that is left; then those that stick out at the end are pushed back, and
+    push back those before them. There is room, because a grid of whole intervals would do too.
+    """
+    rows, cells = live.shape
+    following = np.full((rows, cells + 1), cells)  # the first live cell from here on
+    for cell in reversed(range(cells)):
+        following[:, cell] = np.where(live[:, cell], cell, following[:, cell + 1])
+    found = []
+    begin = following[:, 0]
+    while (begin < cells).any():
+        found.append(begin)
+        begin = following[np.arange(rows), np.minimum(begin + width, cells)]
+    end = np.full(rows, cells)
+    for number in reversed(range(len(found))):
+        exists = found[number] < cells
+        found[number] = np.where(exists, np.minimum(found[number], end - width), cells)
+        end = np.where(exists, found[number], end)
+    starts = np.stack(found, axis=1) if found else np.zeros((rows, 0), int)
+    row, number = np.nonzero(starts < cells)
+    return row, starts[row, number]
