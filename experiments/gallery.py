@@ -146,32 +146,6 @@ def in_text(name: str, mask: Any, length: int, tile: int) -> str:
     return "\n".join([title, *beside, ""])
 
 
-def save(chosen: dict[str, Any], length: int, tile: int, out: pathlib.Path) -> list[pathlib.Path]:
-    """Draw all masks into one figure, tiles shaded; writes gallery.png and gallery.svg."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    columns = min(len(chosen), 6)
-    rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")
-    grid = np.ravel(figure.subplots(rows, columns))
-    for axes, (name, mask) in zip(grid, chosen.items(), strict=False):
-        states = np.asarray(mask.tiles(length, length, tile, tile))
-        shade = np.kron(states, np.ones((tile, tile))) / 2
-        axes.imshow(2 * np.asarray(mask.to_dense(length)) + shade, cmap="Blues", vmin=0, vmax=3)
-        axes.set_title(name, fontsize=9)
-    for axes in grid:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    for axes in grid[len(chosen) :]:
-        axes.axis("off")
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"gallery.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    return paths
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0, 2 for a request that cannot be met."""
     try:
@@ -187,7 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, mask in chosen.items():
         print(in_text(name, mask, options.length, options.tile))
     if options.out:
-        for path in save(chosen, options.length, options.tile, options.out):
+        from attention_jax import plots
+
+        figure = plots.masks(chosen, options.length, tile_sizes=(options.tile, options.tile))
+        for path in plots.save(figure, options.out / "gallery"):
             print(path)
     return 0
 

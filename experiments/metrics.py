@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from attention_jax.diagnostics import AlignmentQuality, quality_of_counts
 from experiments.data.alignments import pharaoh
 from experiments.data.corpus import Links, Pair
 from experiments.data.tokens import detokenize
@@ -35,14 +36,6 @@ class Score(NamedTuple):
 
     value: float
     signature: str
-
-
-class AlignmentQuality(NamedTuple):
-    """Error rate, precision and recall of alignments, in 0..1; NaN where nothing is defined."""
-
-    error_rate: float
-    precision: float
-    recall: float
 
 
 def _check(name: str, hypotheses: Sequence, references: Sequence) -> None:
@@ -119,10 +112,9 @@ def links(weights: np.ndarray, source_length: int, target_length: int) -> Links:
 
 
 def alignment_quality(alignments: Iterable[Links], gold: Iterable[Pair]) -> AlignmentQuality:
-    """AER = 1 - (|A∩S| + |A∩P|) / (|A| + |S|) over the corpus (Och & Ney 2003).
+    """Alignment error rate, precision and recall of a corpus; see `attention_jax.alignment`.
 
-    Precision is |A∩P| / |A|, recall |A∩S| / |S|, with the sure links S and possible links P of
-    each pair; pairs without gold alignment are left out. The alignments must belong to the
+    Pairs without gold alignment are left out. The alignments must belong to the
     reference translations: weights of forced decoding, not of free translations.
 
     >>> gold = Pair(("a", "b"), ("c", "d"), frozenset({(0, 0)}), frozenset({(0, 0), (1, 1)}))
@@ -137,11 +129,5 @@ def alignment_quality(alignments: Iterable[Links], gold: Iterable[Pair]) -> Alig
             in_sure += len(found & pair.sure)
             in_possible += len(found & pair.possible)
 
-    def ratio(part: int, whole: int) -> float:
-        return part / whole if whole else float("nan")
-
-    return AlignmentQuality(
-        1 - ratio(in_sure + in_possible, size + sure),
-        ratio(in_possible, size),
-        ratio(in_sure, sure),
-    )
+    quality = quality_of_counts(size, sure, in_sure, in_possible)
+    return AlignmentQuality(*map(float, quality))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
+from attention_jax.plots import draw_weights, save
 from experiments.data.alignments import parse
 from experiments.data.corpus import Links
 from experiments.statistics import interval
@@ -34,8 +35,6 @@ _STYLE = {
     "axes.edgecolor": "#888888",
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "attention_jax",
 }
 _ACROSS = 4
 
@@ -44,7 +43,6 @@ def draw_all(
     outcomes: Sequence[Record], log: Mapping[str, Sequence[Record]], folder: Path
 ) -> list[str]:
     """Draw all figures of a run, each as PNG and SVG, and return their names."""
-    folder.mkdir(exist_ok=True)
     with mpl.rc_context(cast("Any", _STYLE)):
         figures = {"learning_curves": learning_curves(log)}
         scores = [outcome["score"] for outcome in outcomes]
@@ -52,8 +50,7 @@ def draw_all(
         for number, panels in enumerate(pictures, 1):
             figures[f"alignment_{number}"] = alignments(scores, panels)
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=160)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            save(figure, folder / name)
     return list(figures)
 
 
@@ -98,12 +95,7 @@ def alignments(scores: Sequence[str], panels: Sequence[Record]) -> Figure:
         else:
             weights = np.array(panels[scores.index(title)]["weights"])
             _outline(axes, *(links or (frozenset(), frozenset())))
-        axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="equal")
-        axes.set_title(title)
-        axes.set_xticks(range(len(source)), source, rotation=90)
-        axes.set_yticks(range(len(target)), target)
-        axes.tick_params(length=0, labelsize=9)
-        axes.spines[:].set_visible(True)
+        draw_weights(axes, weights, target, source, title)
     return figure
 
 

@@ -20,7 +20,9 @@ PUBLIC = {
     for name in getattr(module, "__all__", [])
     if inspect.isclass(getattr(module, name)) or inspect.isfunction(getattr(module, name))
 }
-SHAPE = re.compile(r"\[[A-Z*]\w*(, ?[A-Z*(]| \+ [A-Z]|\])|any shape")  # [T, S], [Hq + Hk, A], [A]
+SHAPE = re.compile(  # [T, S], [Hq + Hk, A], [A], [..., T, S]
+    r"\[(\.\.\., )?[A-Z*]\w*(, ?[A-Z*(]| \+ [A-Z]|\])|any shape"
+)
 
 
 def takes_arrays(function):
