@@ -12,6 +12,7 @@ from flax import nnx
 from attention_jax import bind, cache, masks, per_head, positions, scores
 from attention_jax import linen as attention_linen
 from attention_jax.nnx import MultiHeadAttention
+from tests.contract import examples
 
 LENGTH = 11
 X = jax.random.normal(jax.random.key(0), (2, LENGTH, 12))
@@ -76,6 +77,24 @@ def check_both_layouts(module, chunks, capacity=LENGTH, window=None, **options):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_every_mask(mask):
     check_both_layouts(layer(position=positions.rotary), [6, 5], 13, mask=mask)
+
+
+@pytest.mark.parametrize("name", examples.MASKS)
+def test_slots_are_allowed_as_every_exported_mask_says(name):
+    """Queries 4 to 6 of a sequence, in a ring of slots that has forgotten the first two keys."""
+    mask, allowed = examples.mask_example(name, batch=2, heads=2, query_length=7, key_length=7)
+    positions = np.array([5, 6, 2, 3, 4, cache.EMPTY], np.int32)
+    placed = cache.Placed(
+        masks.Causal() & masks.as_mask(mask),
+        start=np.int32(4),
+        count=np.int32(3),
+        positions=positions,
+    )
+    for b, n in np.ndindex(2, 2):
+        expected = [
+            [0 <= j <= i and bool(allowed(b, n, i, j)) for j in positions] for i in (4, 5, 6)
+        ]
+        np.testing.assert_array_equal(placed.of(b, n).to_dense(3, 6), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
