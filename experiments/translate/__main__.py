@@ -12,8 +12,8 @@ from experiments.translate.config import UsageError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code.
 
-    0; 1 where training failed; 2 for a request that cannot be met; 130 or 143 when it was
-    interrupted.
+    0; 1 where training or writing failed; 2 for a request that cannot be met; 130 or 143 when
+    it was interrupted.
     """
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, 2)
     except Diverged as error:
         return _complain(error, 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}; what was saved before is kept.", 1)
     except (Interrupted, KeyboardInterrupt) as stop:
         where = f" after {stop}" if str(stop) else ""
         code = stop.code if isinstance(stop, Interrupted) else 130

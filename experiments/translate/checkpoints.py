@@ -34,7 +34,9 @@ class Checkpoints:
         return sorted((int(seal.stem) for seal in self.folder.glob("*.seal")), reverse=True)
 
     def save(self, step: int, state: Any) -> None:
-        """Save a pytree of arrays, and forget all but the last checkpoints.
+        """Save a pytree of arrays, and forget all but the last checkpoints up to this step.
+
+        Later ones belong to a training that was given up: they were found damaged.
 
         Raises:
           UsageError: the disk is full, or not to be written to.
@@ -46,8 +48,9 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(path, _named(state))
             write_text(self._seal(step), json.dumps(_checksums(path)))
-            for old in self.steps[_KEPT:]:
-                self._forget(old)
+            kept = [kept for kept in self.steps if kept <= step][:_KEPT]
+            for other in set(self.steps) - set(kept):
+                self._forget(other)
         except (OSError, ValueError) as error:
             shutil.rmtree(path, ignore_errors=True)
             raise UsageError(
@@ -64,8 +67,7 @@ class Checkpoints:
         self._forget_unsealed()
         for step in self.steps:
             path = self._path(step)
-            sealed = json.loads(self._seal(step).read_text() or "null")
-            if not path.is_dir() or _checksums(path) != sealed:
+            if not path.is_dir() or _checksums(path) != self._sealed(step):
                 self.damaged.append(f"checkpoint {step} in {self.folder} is damaged: passed over.")
                 continue
             leaves, structure = jax.tree.flatten(like)
@@ -79,6 +81,12 @@ class Checkpoints:
 
     def _seal(self, step: int) -> Path:
         return self.folder / f"{step:08d}.seal"
+
+    def _sealed(self, step: int) -> Any:
+        try:
+            return json.loads(self._seal(step).read_text(encoding="utf-8"))
+        except ValueError:
+            return None
 
     def _forget_unsealed(self) -> None:
         for path in self.folder.glob("*"):

@@ -62,8 +62,13 @@ def learning_curves(log: Mapping[str, Sequence[Record]]) -> Figure:
         validated = [record for record in records if "exact_match" in record]
         for axes, name in ((left, "exact_match"), (right, "valid_loss")):
             _curve(axes, validated, name, score, color)
-    left.axhline(90, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
-    left.set(title="Exact match on validation (%)", xlabel="training step", ylim=(-2, 102))
+    left.set(title="Exact match on validation (%)", xlabel="training step")
+    exact = [e for records in log.values() for r in records for e in r.get("exact_match", ())]
+    if max(exact, default=0) >= 90:
+        left.axhline(90, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
+        left.set_ylim(-2, 102)
+    else:
+        left.set_ylim(bottom=0)
     right.set(title="Loss on validation (nats a token)", xlabel="training step", yscale="log")
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.yaxis.set_major_formatter(FormatStrFormatter("%g"))

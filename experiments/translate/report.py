@@ -70,13 +70,12 @@ $comparison
 
 <h2>How fast each one gets there</h2>
 <figure><img alt="Learning curves" src="$curves">
-<figcaption>Mean over $seeds seeds; the band is the 95% bootstrap interval. The dashed line marks
-90% exact match.</figcaption></figure>
+<figcaption>On the validation set. $bands</figcaption></figure>
 
 <h2>Where they look</h2>
-<p class="soft">Attention weights of seed 0 while it reads the reference aloud, from 0 (white) to
-1 (dark blue). Across is the source, down the target;
-&lt;eos&gt; is the end of the sentence.$gold</p>
+<p class="soft">Each row is a word of the reference, which the translator of seed 0 is made to
+write; each column a word of the source. The darker, the more of the attention (from 0, white, to
+1, dark blue) lies there while the word is chosen. &lt;eos&gt; is the end of the sentence.$gold</p>
 $alignments
 
 <h2>What they say</h2>
@@ -86,9 +85,12 @@ words marked that are not the reference's.</p>
 
 $extra
 
+<h2>The data</h2>
+<p>$data</p>
+$notices
+
 <h2>How to get this again</h2>
 <pre>$command</pre>
-$notices
 <div class="settings">$settings</div>
 </main>
 </body>
@@ -102,9 +104,10 @@ _EXTRA = (
     ("chrf", "chrF", 1),
     ("alignment_error", "AER %", 1),
 )
+_LONG = "Sentences that are longer than any in training."
 _GOLD = (
     " Frames are gold links: a translator would be right to look there (dotted: possible, not "
-    "required)."
+    "required). Of the sentences of readable length these change the order of words most."
 )
 
 
@@ -117,22 +120,15 @@ def write(
     page = _PAGE.substitute(
         title=escape(" against ".join(scores[:2]) if len(scores) == 2 else ", ".join(scores)),
         lead=escape(
-            f"Translators that differ in nothing but the score of their attention, trained on "
-            f"{data['pairs']['train']:,} pairs of {data['name']} in {config['steps']:,} steps, "
-            f"{config['seeds']} seed{'s' * (config['seeds'] > 1)} each."
+            "Translators that differ in nothing but the score of their attention, trained on "
+            f"{data['pairs']['train']:,} sentence pairs ({data['name']}) in {config['steps']:,} "
+            f"steps, {config['seeds']} seed{'s' * (config['seeds'] > 1)} each."
         ),
         table=_result_table(results),
-        legend=escape(
-            f"Test set of {data['pairs']['test']:,} pairs, greedy decoding. Mean over seeds, and "
-            "below it the 95% bootstrap interval. AER is the alignment error rate of the largest "
-            "weight of each target word against the gold alignment. “Steps to 90%”: first "
-            "validated step with 90% exact match. Tokens per second count both languages and all "
-            f"seeds together. BLEU {results['signatures']['bleu']}; chrF "
-            f"{results['signatures']['chrf']}."
-        ),
+        legend=escape(_legend(results)),
         comparison=_comparison(results),
         curves=_inline(folder / "figures" / "learning_curves.svg"),
-        seeds=config["seeds"],
+        bands=escape(_bands(results)),
         gold=_GOLD if outcomes[0]["pictures"][0]["gold"] else "",
         alignments="".join(
             f'<figure><img alt="{name}" src="{_inline(folder / "figures" / f"{name}.svg")}">'
@@ -143,6 +139,10 @@ def write(
         translations=_translations(outcomes),
         extra=_extra(results),
         command=escape(command(config)),
+        data=escape(
+            f"{data['name']}: {_counted(data['pairs'])} pairs; {data['source_words']:,} words of "
+            f"the source language and {data['target_words']:,} of the target language are known."
+        ),
         notices="".join(f"<p class='soft'>{escape(n)}</p>" for n in data["notices"]),
         settings=_settings({**config, **results["environment"]}),
     )
@@ -162,6 +162,43 @@ def command(config: Record) -> str:
     return shlex.join(["python", "-m", "experiments.translate", *flags])
 
 
+def _legend(results: Record) -> str:
+    """Say what the columns of the result are, those that are there."""
+    names = {name for name, _, _ in table.columns(results)}
+    below = ", below" if results["config"]["seeds"] > 1 else ""
+    parts = [
+        f"Test set of {results['data']['pairs']['test']:,} pairs, greedy decoding.",
+        f"{table.over_seeds(results)}{below}.",
+        "Valid loss is the cross-entropy of a token of the validation set, in nats.",
+        "Exact match counts the sentences that are right in every word.",
+    ]
+    if "alignment_error" in names:
+        parts.append(
+            "AER is the alignment error rate of the largest weight of each target word against "
+            "the gold alignment: lower is better."
+        )
+    if "steps_to_90" in names:
+        parts.append("“Steps to 90%”: first validated step with 90% exact match.")
+    signatures = results["signatures"]
+    parts += [
+        "Tokens per second count both languages and all seeds together.",
+        f"BLEU {signatures['bleu']}; chrF {signatures['chrf']}.",
+    ]
+    return " ".join(parts)
+
+
+def _bands(results: Record) -> str:
+    seeds = results["config"]["seeds"]
+    found = "One seed." if seeds == 1 else f"Mean and 95% bootstrap interval over {seeds} seeds."
+    reached = any(name == "steps_to_90" for name, _, _ in table.columns(results))
+    return found + " The dashed line marks 90% exact match." * reached
+
+
+def _counted(pairs: Record) -> str:
+    names = {"train": "training", "valid": "validation"}
+    return ", ".join(f"{count:,} {names.get(name, name)}" for name, count in pairs.items())
+
+
 def _result_table(results: Record) -> str:
     rows = [
         "".join(
@@ -171,7 +208,7 @@ def _result_table(results: Record) -> str:
         )
         for row in table.rows(results)
     ]
-    return _table(table.header(), rows)
+    return _table(table.header(results), rows)
 
 
 def _translations(outcomes: Sequence[Record]) -> str:
@@ -213,7 +250,10 @@ def _extra(results: Record) -> str:
             )
         pairs = results["data"]["pairs"][name]
         text = _table(["score", *(title for _, title, _ in _EXTRA)], rows)
-        parts.append(f"<h2>On “{escape(name)}”, {pairs:,} pairs</h2><div class=scroll>{text}</div>")
+        about = f"<p class=soft>{_LONG}</p>" * (name == "long")
+        parts.append(
+            f"<h2>On “{escape(name)}”, {pairs:,} pairs</h2>{about}<div class=scroll>{text}</div>"
+        )
     return "".join(parts)
 
 

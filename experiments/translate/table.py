@@ -31,9 +31,30 @@ COLUMNS = (
 )
 
 
-def header() -> list[str]:
+def columns(results: Record) -> list[tuple[str, str, int]]:
+    """Return what was measured: key, name and digits of each column between size and speed.
+
+    Without gold alignments there is no alignment error, and what no seed reached took no steps.
+    """
+
+    def known(name: str) -> bool:
+        found = (mechanism["metrics"][name] for mechanism in results["mechanisms"])
+        return any(f and any(value is not None for value in f["values"]) for f in found)
+
+    return [column for column in COLUMNS if known(column[0])]
+
+
+def header(results: Record) -> list[str]:
     """Return the names of the columns."""
-    return ["score", "parameters", *(title for _, title, _ in COLUMNS), "tokens/s"]
+    return ["score", "parameters", *(title for _, title, _ in columns(results)), "tokens/s"]
+
+
+def over_seeds(results: Record) -> str:
+    """Say what the numbers of a row are taken over."""
+    seeds = results["config"]["seeds"]
+    if seeds == 1:
+        return "One seed, so that there is no interval"
+    return f"Mean and 95% bootstrap interval over {seeds} seeds"
 
 
 def rows(results: Record) -> list[list[Cell]]:
@@ -42,7 +63,7 @@ def rows(results: Record) -> list[list[Cell]]:
         [
             Cell(mechanism["score"]),
             Cell(f"{mechanism['parameters']:,}"),
-            *(cell(mechanism["metrics"][name], digits) for name, _, digits in COLUMNS),
+            *(cell(mechanism["metrics"][name], digits) for name, _, digits in columns(results)),
             Cell(f"{mechanism['tokens_per_second'] / 1000:.0f}k"),
         ]
         for mechanism in results["mechanisms"]
@@ -64,7 +85,7 @@ def compared(results: Record) -> list[list[str]]:
         if found["conclusive"]:
             so = f"{found['first'] if difference['mean'] > 0 else found['second']} is higher"
         elif seeds < seeds_needed():
-            so = f"{seeds} seeds are too few"
+            so = "one seed is too few" if seeds == 1 else f"{seeds} seeds are too few"
         bounds = [difference["low"], difference["high"]]
         rows.append(
             [
@@ -81,16 +102,14 @@ def compared(results: Record) -> list[list[str]]:
 def show(console: Console, results: Record) -> None:
     """Print the table, and what it does and does not say."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for number, title in enumerate(header()):
+    for number, title in enumerate(header(results)):
         table.add_column(title, justify="left" if number == 0 else "right")
     for row in rows(results):
         table.add_row(*(f"{c.value}\n[dim]{c.interval}[/]" if c.interval else c.value for c in row))
-    seeds = results["config"]["seeds"]
     signatures = results["signatures"]
     parts = [
         table,
-        f"Test set of {results['data']['pairs']['test']:,} pairs; mean and 95% bootstrap interval "
-        f"over {seeds} seed{'s' * (seeds > 1)}.",
+        f"Test set of {results['data']['pairs']['test']:,} pairs. {over_seeds(results)}.",
         f"BLEU {signatures['bleu']}",
         f"chrF {signatures['chrf']}",
         *(_on_extra(results, name) for name in results["mechanisms"][0]["extra"]),
@@ -106,7 +125,9 @@ def show(console: Console, results: Record) -> None:
 
 def _on_extra(results: Record, name: str) -> str:
     cells = [(m["score"], cell(m["extra"][name]["exact_match"], 1)) for m in results["mechanisms"]]
-    found = ", ".join(f"{score} {c.value} ({c.interval})" for score, c in cells)
+    found = ", ".join(
+        f"{score} {c.value}" + (f" ({c.interval})" if c.interval else "") for score, c in cells
+    )
     return f"{name}, {results['data']['pairs'][name]:,} pairs: exact match % {found}"
 
 

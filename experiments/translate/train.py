@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from experiments.translate.workdir import Log
 
 
 class Diverged(Exception):  # noqa: N818  the caller reports it as a sentence
-    """A loss became NaN or infinite."""
+    """A loss or a parameter became NaN or infinite."""
 
 
 class Trained(NamedTuple):
@@ -105,6 +106,7 @@ def _remaining_steps(
             meter.trained(step, float(values.mean()), tokens / seconds)
             if step % config.evaluate_every == 0 or step == config.steps:
                 record = _validate(programs, state, task)
+                _check_validation(score, step, record["valid_loss"], saved, checkpoints)
                 log.append({"score": score, "step": step, **record})
                 loss, exact = (
                     float(np.mean(record[name])) for name in ("valid_loss", "exact_match")
@@ -112,6 +114,7 @@ def _remaining_steps(
                 meter.evaluated(step, loss, exact, tokens / seconds)
             due = time.monotonic() - saved_at >= config.checkpoint_seconds
             if due or step == config.steps or listener.heard:
+                _check_parameters(score, step, state, saved, checkpoints)
                 checkpoints.save(step, state)
                 saved, saved_at = step, time.monotonic()
             if listener.heard:
@@ -135,11 +138,33 @@ def _check_finite(
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         at, seed = bad[0].tolist()
-        kept = f"the checkpoint of step {saved} in {checkpoints.folder}" if saved else "no step"
-        raise Diverged(
-            f"{score}, seed {seed}: the loss of step {step + at + 1} is {values[at, seed]}; "
-            f"{kept} is kept. A lower --learning_rate may help."
-        )
+        what = f"the loss of step {step + at + 1} is {values[at, seed]}"
+        raise Diverged(_sentence(score, seed, what, saved, checkpoints))
+
+
+def _check_validation(
+    score: str, step: int, losses: list[float], saved: int, checkpoints: Checkpoints
+) -> None:
+    for seed, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            what = f"the validation loss after step {step} is {loss}"
+            raise Diverged(_sentence(score, seed, what, saved, checkpoints))
+
+
+def _check_parameters(
+    score: str, step: int, state: State, saved: int, checkpoints: Checkpoints
+) -> None:
+    """Refuse to save what the next step could only turn into more of the same."""
+    leaves = jax.device_get(jax.tree.leaves(state.parameters))
+    finite = np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves], axis=0)
+    if not finite.all():
+        what = f"parameters are not finite after step {step}"
+        raise Diverged(_sentence(score, int(np.argmin(finite)), what, saved, checkpoints))
+
+
+def _sentence(score: str, seed: int, what: str, saved: int, checkpoints: Checkpoints) -> str:
+    kept = f"the checkpoint of step {saved} in {checkpoints.folder}" if saved else "no step"
+    return f"{score}, seed {seed}: {what}; {kept} is kept. A lower --learning_rate may help."
 
 
 def _rounded(values: Any) -> list[float]:

@@ -5,6 +5,8 @@ import os
 import jax
 import pytest
 
+from experiments.translate.__main__ import main
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
@@ -22,3 +24,30 @@ def compiled_programs(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
         os.environ.pop(name.upper())
+
+
+@pytest.fixture(scope="session")
+def translate():
+    """The main job in this process, with the promotion of arrays that a user's process has."""
+
+    def run(*arguments):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return main(arguments)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory, translate):
+    """Flags of a small run on a table with gold alignments, and the folder where it was done."""
+    folder = tmp_path_factory.mktemp("done")
+    words = ("one", "two", "three", "four", "five")
+    lines = [f"{a} {b} {c}\t{c} {a} {b}\t2 0 1" for a in words for b in words for c in words]
+    lines[3] = "\t\t"
+    lines[7] = " ".join(9 * ["one"]) + "\tone\t0"
+    (folder / "table.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sizes = ("--seeds=1", "--width=4", "--batch_size=4", "--buckets=1", "--max_length=8")
+    steps = ("--steps=4000", "--evaluate_every=1000", "--dropout=0.1", "--min_count=1")
+    flags = (f"--data={folder}/table.tsv", "--scores=dot", *sizes, *steps)
+    assert translate(*flags, f"--workdir={folder}/run") == 0
+    return flags, folder / "run"

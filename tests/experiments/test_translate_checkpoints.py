@@ -1,0 +1,106 @@
+"""A checkpoint is whole or passed over, and what is passed over is said in one line."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.translate.checkpoints import Checkpoints
+from experiments.translate.config import UsageError
+
+
+def state(step):
+    return {"step": jnp.int32(step), "matrix": jnp.arange(12.0).reshape(3, 4) + step}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "dot")
+    for step in (5, 10):
+        checkpoints.save(step, state(step))
+    return checkpoints
+
+
+def restored(folder):
+    checkpoints = Checkpoints(folder)
+    found = checkpoints.restore(jax.tree.map(jnp.zeros_like, state(0)))
+    return checkpoints.damaged, found
+
+
+def assert_is(found, step):
+    assert found[0] == step
+    jax.tree.map(np.testing.assert_array_equal, found[1], state(step))
+
+
+def largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(folder):
+    path = largest(folder / "00000010")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder):
+    path = largest(folder / "00000010")
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(folder):
+    largest(folder / "00000010").write_bytes(b"")
+
+
+def remove(folder):
+    largest(folder / "00000010").unlink()
+
+
+def scribble(folder):
+    (folder / "00000010.seal").write_bytes(b"\xff{")
+
+
+def empty_seal(folder):
+    (folder / "00000010.seal").write_bytes(b"")
+
+
+def test_the_last_checkpoint_is_restored(saved):
+    damaged, found = restored(saved.folder)
+    assert damaged == []
+    assert_is(found, 10)
+
+
+def test_nothing_is_restored_from_nothing(tmp_path):
+    assert restored(tmp_path / "none") == ([], None)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, empty, remove, scribble, empty_seal])
+def test_a_damaged_checkpoint_is_passed_over(saved, damage):
+    damage(saved.folder)
+    damaged, found = restored(saved.folder)
+    assert damaged == [f"checkpoint 10 in {saved.folder} is damaged: passed over."]
+    assert_is(found, 5)
+
+
+def test_a_checkpoint_without_a_seal_was_never_finished(saved):
+    (saved.folder / "00000010.seal").unlink()
+    damaged, found = restored(saved.folder)
+    assert damaged == []
+    assert_is(found, 5)
+    assert not (saved.folder / "00000010").exists()
+
+
+def test_two_checkpoints_are_kept_and_a_damaged_one_is_none_of_them(saved):
+    flip(saved.folder)
+    for step, kept in ((6, [6, 5]), (7, [7, 6]), (10, [10, 7])):
+        saved.save(step, state(step))
+        assert saved.steps == kept
+    damaged, found = restored(saved.folder)
+    assert damaged == []
+    assert_is(found, 10)
+
+
+def test_a_folder_that_cannot_be_written_to_keeps_what_is_there(saved, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"checkpoint 3 cannot be saved in .*/file/dot: .*goes on"):
+        Checkpoints(tmp_path / "file" / "dot").save(3, state(3))

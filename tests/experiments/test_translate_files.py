@@ -1,0 +1,101 @@
+"""The main job on files of the user: errors are one line, and what is left out is counted."""
+
+import json
+import re
+
+import pytest
+
+from experiments.translate import task
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"a\tb\nc\xe9\td\n", r"\S+ line 2 is not UTF-8 \(byte 0xe9\); .*iconv.*"),
+        ("a\tb\n".encode("utf-16"), r"\S+ line 1 begins with the mark of UTF-16.*"),
+        (b"a\tb\nno tab\n", r"\S+ line 2 has no tab, .*"),
+        (b"", r"\S+ is empty; give a file with at least three sentence pairs\."),
+        (b"\t\n\n \t \n", r"\S+: no line has both sentences; .*"),
+        (b"a b c\td e f\n" * 9, r".* cannot be split into train, valid and test; .*"),
+        (b"a b\tc d\t7-7\n" * 9, r"\S+ line 1: the alignment links 7 to 7, .*"),
+    ],
+)
+def test_a_corpus_that_cannot_be_used(content, sentence, tmp_path, capsys, translate):
+    (tmp_path / "corpus.tsv").write_bytes(content)
+    assert translate(f"--data={tmp_path}/corpus.tsv", f"--workdir={tmp_path}/run") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(f"translate: {sentence}\n", printed.err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_of_unequal_length(tmp_path, capsys, translate):
+    (tmp_path / "train.en").write_text("a\nb\nc\n")
+    (tmp_path / "train.de").write_text("a\nb\n")
+    assert translate(f"--data={tmp_path}", f"--workdir={tmp_path}/run") == 2
+    assert re.fullmatch(
+        r"translate: \S+/train.en has 3 lines but \S+/train.de has 2; line n of one must translate "
+        r"line n of the other\.\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_a_folder_that_cannot_be_had(tmp_path, capsys, translate):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    for folder, sentence in {
+        "file": "is a file, not a folder",
+        "file/below": rf"cannot be created in {tmp_path}/file",
+        "full": "holds other files and no run",
+    }.items():
+        assert translate(f"--workdir={tmp_path}/{folder}") == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        said = rf"translate: --workdir {tmp_path}/{folder} {sentence}; give another --workdir\.\n"
+        assert re.fullmatch(said, printed.err)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_disk_that_is_full(monkeypatch, tmp_path, capsys, translate):
+    def full(config):
+        raise OSError(28, "No space left on device", f"{config.workdir}/metrics.jsonl")
+
+    monkeypatch.setattr(task, "read", full)
+    assert translate(f"--workdir={tmp_path}/run") == 1
+    assert capsys.readouterr().err == (
+        f"translate: {tmp_path}/run/metrics.jsonl: No space left on device; what was saved before "
+        "is kept.\n"
+    )
+
+
+def test_what_was_left_out_is_counted(done):
+    folder = done[1]
+    notices = json.loads((folder / "results.json").read_text("utf-8"))["data"]["notices"]
+    report = (folder / "report.html").read_text("utf-8")
+    for notice in (
+        "lines with an empty sentence were skipped: 1, the first is line 4.",
+        "train: 1 of 124 pairs are longer than max_length=8 tokens and were dropped.",
+        "table.tsv has gold alignments, so it was split at spaces only.",
+    ):
+        assert any(given.endswith(notice) for given in notices)
+        assert notice in report
+
+
+def test_gold_alignments_of_the_third_column_are_measured(done):
+    folder = done[1]
+    (dot,) = json.loads((folder / "results.json").read_text("utf-8"))["mechanisms"]
+    assert 0 <= dot["metrics"]["alignment_error"]["mean"] <= 100
+    (gold,) = {
+        picture["gold"]
+        for path in (folder / "outcomes").iterdir()
+        for picture in json.loads(path.read_text("utf-8"))["pictures"]
+    }
+    assert gold == "0-1 1-2 2-0"
+
+
+def test_the_report_of_one_seed_speaks_of_no_interval(done):
+    report = (done[1] / "report.html").read_text("utf-8")
+    assert "One seed, so that there is no interval." in report
+    assert "bootstrap" not in report

@@ -1,0 +1,155 @@
+"""A run that was stopped, by a person, a signal or a loss that is no number, loses nothing."""
+
+import fcntl
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments.translate import train
+from experiments.translate.checkpoints import Checkpoints
+from experiments.translate.workdir import Log
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4000
+
+
+def records(folder):
+    """The log of a run, without what only the clock knows."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def parameters(folder, step):
+    """All arrays of a checkpoint, by number."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((folder / "checkpoints" / "dot" / f"{step:08d}").absolute())
+
+
+def assert_stopped(code, err, number, folder):
+    """Check what a stopped run left and said, and return the step after which it was stopped."""
+    assert code == 128 + number, err
+    said = r"translate: interrupted after step (\d+) of dot; the same command goes on from .*\n"
+    match = re.fullmatch(said, err)
+    assert match, err
+    step = int(match[1])
+    assert max(record["step"] for record in records(folder)) == step < STEPS
+    assert (folder / "checkpoints" / "dot" / f"{step:08d}.seal").exists()
+    assert not (folder / "results.json").exists()
+    return step
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    done, tmp_path, translate, capsys, monkeypatch
+):
+    """Ctrl-C, then SIGTERM to a process of its own, then a bit that flipped on the disk."""
+    flags, uninterrupted = done
+    folder = tmp_path / "run"
+    command = [*flags, f"--workdir={folder}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "append", raises_a_signal_after(900))
+        code = translate(*command)
+    first = assert_stopped(code, capsys.readouterr().err, signal.SIGINT, folder)
+    assert first == 900
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.translate", *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and records(folder)[-1]["step"] == first:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    second = assert_stopped(process.returncode, err, signal.SIGTERM, folder)
+    assert second > first
+
+    flip_a_bit(folder / "checkpoints" / "dot" / f"{second:08d}")
+    assert translate(*command) == 0
+    printed = capsys.readouterr()
+    said = f"checkpoint {second} in {folder}/checkpoints/dot is damaged: passed over."
+    assert printed.out.splitlines().count(said) == 1
+    assert printed.err == ""
+
+    assert records(folder) == records(uninterrupted)
+    ours, theirs = parameters(folder, STEPS), parameters(uninterrupted, STEPS)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name])
+    for path in (uninterrupted / "translations").iterdir():
+        assert (folder / "translations" / path.name).read_bytes() == path.read_bytes()
+
+
+def raises_a_signal_after(step):
+    """Log.append, but Ctrl-C is pressed when a step is logged."""
+    append = Log.append
+
+    def pressed(log, record):
+        append(log, record)
+        if record["step"] == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return pressed
+
+
+def flip_a_bit(folder):
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_another_process_in_the_folder_is_refused(done, capsys, translate):
+    flags, folder = done
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert translate(*flags, f"--workdir={folder}") == 2
+    printed = capsys.readouterr()
+    assert printed.err == (
+        f"translate: --workdir {folder} is in use by another process; wait for it, or give "
+        "another.\n"
+    )
+    assert printed.out == ""
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("what", ["losses", "parameters"])
+def test_what_is_no_number_stops_the_run_and_the_last_checkpoint_is_kept(
+    what, done, tmp_path, capsys, translate, monkeypatch
+):
+    """Training goes on at step 2000 from weights whose products overflow."""
+    flags, uninterrupted = done
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder, ignore=shutil.ignore_patterns("outcomes", "results.*"))
+    grown = {
+        name: array * np.float32(1e30) if np.issubdtype(array.dtype, np.floating) else array
+        for name, array in parameters(uninterrupted, STEPS).items()
+    }
+    shutil.rmtree(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints" / "dot")
+    checkpoints.save(2000, grown)
+    reason = "the loss of step 2001 is (nan|inf)"
+    if what == "parameters":
+        monkeypatch.setattr(train, "_check_finite", lambda *_: None)
+        monkeypatch.setattr(train, "_check_validation", lambda *_: None)
+        reason = r"parameters are not finite after step \d+"
+    assert translate(*flags, f"--workdir={folder}", "--checkpoint_seconds=0") == 1
+    printed = capsys.readouterr()
+    assert re.fullmatch(
+        f"translate: dot, seed 0: {reason}; the checkpoint of step 2000 in {checkpoints.folder} is "
+        "kept. A lower --learning_rate may help.\n",
+        printed.err,
+    )
+    assert checkpoints.steps == [2000]
+    assert not (folder / "results.json").exists()
