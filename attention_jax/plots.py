@@ -67,6 +67,8 @@ def heads(
     figure, grid = _grid(number, across, size, share=True)
     for axes, title, of_head in zip(grid, titles, weights, strict=True):
         draw_weights(axes, of_head, query_labels, key_labels, title)
+    for axes in grid[-across:]:  # those that have none below
+        axes.tick_params(labelbottom=True)
     return figure
 
 

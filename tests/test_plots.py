@@ -26,6 +26,8 @@ def test_a_grid_of_heads_with_tokens():
         assert axes.images[0].get_clim() == (0, 1)
     for axis, labels in ((shown[-1].xaxis, KEY), (shown[-1].yaxis, QUERY)):
         assert [label.get_text() for label in axis.get_ticklabels()] == labels
+    has_labels = [axes.xaxis.get_tick_params()["labelbottom"] for axes in shown]
+    assert has_labels == [False, False, False, True, True], "where no other head is below"
     assert shown[0].get_position().x0 < shown[1].get_position().x0
 
 
