@@ -167,6 +167,14 @@ def test_random_blocks_come_from_anywhere_with_equal_chance():
     assert (abs(counts - expected) < 6 * np.sqrt(expected)).all()
 
 
+def test_random_blocks_reach_beyond_the_first_1024_tokens():
+    """Three quarters of 4096 tokens are beyond, for the first rows of blocks and for the last."""
+    listed = np.asarray(random_blocks(KEY, 4096, size=64, count=16).mask.neighbors)
+    beyond = (listed >= 1024 // 64).mean(axis=1)
+    assert listed.shape == (64, 16)
+    assert (beyond > 0.4).all() and abs(beyond.mean() - 0.75) < 0.05
+
+
 def test_random_blocks_depend_on_the_key_alone():
     mask = bigbird(KEY, 64, size=4)
     np.testing.assert_array_equal(mask.to_dense(64), bigbird(KEY, 64, size=4).to_dense(64))
