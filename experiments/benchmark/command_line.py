@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-SUITES = ("attention", "memory", "compile", "additive")
+SUITES = ("attention", "memory", "compile", "additive", "patterns")
 
 _HELP = """\
 Measures attend beside jax.nn, the textbook formula and, where it is installed, PyTorch: the
 programs of a case take turns in one process, and a ratio is taken in every turn. Prints a table;
-writes JSON and log-log plots against the sequence length.
+writes JSON and log-log plots against the sequence length. The suite patterns instead sweeps the
+length for every family of masks and tells how time and bytes grow.
 
   python -m experiments.benchmark
   python -m experiments.benchmark --suites=memory,compile,additive --repeats=11
 
-  --suites=attention   which of attention, memory, compile, additive to run, or all
+  --suites=attention   which of attention, memory, compile, additive, patterns to run, or all
   --repeats=7          turns that every program of a case takes
   --out=runs/benchmark directory of results; those of the same suite are replaced
   --noplots            leave out the sweep over lengths and its plots
@@ -56,7 +57,7 @@ def parse(arguments: Sequence[str]) -> Options:
     >>> parse(["--suites=memroy"])
     Traceback (most recent call last):
     experiments.benchmark.command_line.UsageError: --suites: no suite 'memroy'; there are
-    attention, memory, compile, additive, and all.
+    attention, memory, compile, additive, patterns, and all.
     """
     values = flags.FlagValues()
     flags.DEFINE_list("suites", ["attention"], "", flag_values=values)

@@ -36,8 +36,12 @@ Meter = Callable[[], Cost]
 
 def milliseconds(program: Program) -> Meter:
     """Return what runs a program, compiled before, and measures the milliseconds."""
-    function, arguments, jit = program
-    call = jax.jit(function).lower(*arguments).compile() if jit else function
+    call = compiled(program) if program.jit else program.function
+    return milliseconds_of(call, program.arguments)
+
+
+def milliseconds_of(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Meter:
+    """Return what calls a function and measures the milliseconds; the first call does not count."""
     jax.block_until_ready(call(*arguments))
     return lambda: _timed(lambda: jax.block_until_ready(call(*arguments)), 1e3)
 
@@ -45,22 +49,28 @@ def milliseconds(program: Program) -> Meter:
 def compile_seconds(program: Program) -> Meter:
     """Return what traces and compiles a program from nothing and measures the seconds."""
 
-    def compile_it() -> None:
-        jax.jit(program.function).lower(*program.arguments).compile()
-
     def measure() -> Cost:
         jax.clear_caches()
-        return _timed(compile_it, 1)
+        return _timed(lambda: compiled(program), 1)
 
     return measure
 
 
 def mebibytes(program: Program) -> Meter:
     """Return what tells the memory of temporaries in MiB, as the compiler planned it."""
-    compiled = jax.jit(program.function).lower(*program.arguments).compile()
-    analysis = compiled.memory_analysis()
-    held = float("nan") if analysis is None else analysis.temp_size_in_bytes / 2**20
+    held = mebibytes_of(compiled(program))
     return lambda: Cost(held, held)
+
+
+def mebibytes_of(compiled: Any) -> float:
+    """Return the memory of temporaries of a compiled function in MiB; NaN where it is unknown."""
+    analysis = compiled.memory_analysis()
+    return float("nan") if analysis is None else analysis.temp_size_in_bytes / 2**20
+
+
+def compiled(program: Program) -> Any:
+    """Compile a program for its arguments."""
+    return jax.jit(program.function).lower(*program.arguments).compile()
 
 
 METERS = {"ms": milliseconds, "s": compile_seconds, "MiB": mebibytes}

@@ -16,6 +16,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from experiments.benchmark import patterns
 from experiments.benchmark.command_line import Options
 from experiments.benchmark.measure import METERS, Compared, compared, take_turns
 from experiments.benchmark.plots import plot
@@ -23,6 +24,7 @@ from experiments.benchmark.programs import HAS_TORCH
 from experiments.benchmark.suites import SUITES, Comparison, Group, Sweep
 
 SCALE_OF_QUICK = 64
+SCALE_OF_QUICK_PATTERNS = 16
 WIDTH = 116
 """Columns that the table needs; a narrower terminal wraps it, and a file keeps it whole."""
 
@@ -38,6 +40,9 @@ def run(options: Options) -> None:
         console.print("PyTorch is not installed, so it is not compared with.")
     scale = SCALE_OF_QUICK if options.quick else 1
     for name in options.suites:
+        if name == "patterns":
+            _run_patterns(options, surroundings, scale, console)
+            continue
         suite = SUITES[name]
         measured = [_measure(group, options.repeats) for group in suite.groups(scale)]
         console.print(_table(name, [row for group in measured for row in group["rows"]]))
@@ -45,9 +50,30 @@ def run(options: Options) -> None:
         if suite.sweep is not None and options.plots:
             sweep = suite.sweep(scale)
             result["sweep"] = _swept(sweep, min(options.repeats, 3))
-            plot(sweep, result["sweep"], options.out / name)
+            plot(sweep.title, sweep.unit, result["sweep"], options.out / name)
         _write(options.out / f"{name}.json", result)
     console.print(f"load {load()}; results in {options.out}/")
+
+
+def _run_patterns(
+    options: Options, surroundings: dict[str, str], scale: int, console: rich.console.Console
+) -> None:
+    """Sweep the length for every family of masks; writes JSON, the table and two plots."""
+    scale = min(scale, SCALE_OF_QUICK_PATTERNS)
+    found = patterns.measure(scale, options.repeats)
+    on = (
+        f"{surroundings['cores']} cores of {surroundings['processor']}, jax {surroundings['jax']}, "
+        f"load {surroundings['load']} to {load()}"
+    )
+    report = patterns.report(found, scale, on)
+    console.print(patterns.table(found, scale), soft_wrap=True)
+    (options.out / "patterns.md").write_text(report, encoding="utf-8")
+    points = {name: [point._asdict() for point in of_family] for name, of_family in found.items()}
+    result = {"machine": surroundings, "load": load(), "families": points}
+    _write(options.out / "patterns.json", result)
+    for unit, cost in (("ms", "milliseconds"), ("MiB", "mebibytes")) if options.plots else ():
+        curves = {name: [(p["length"], p[cost]) for p in ps] for name, ps in points.items()}
+        plot("Forward pass", unit, curves, options.out / f"patterns_{cost}")
 
 
 def machine() -> dict[str, str]:
