@@ -242,14 +242,19 @@ class Lookup:
         module = _module(self.table, index.low, index.high)
         select = getattr(module, name)
         last = self.table.shape[0] - 1
-        low, high = module.clip(index.low, 0, last), module.clip(index.high, 0, last)
-        runs = [module.asarray(self.table)]
-        for k in range(last.bit_length()):
-            shifted = module.concatenate([runs[-1][2**k :], runs[-1][-1:].repeat(2**k)])
-            runs.append(select(runs[-1], shifted[: last + 1]))
-        level = module.frexp(module.float32(high - low + 1))[1] - 1  # floor(log2), exactly
-        stacked = module.stack(runs)
-        return select(stacked[level, low], stacked[level, high - 2**level + 1])
+        bounds = _module(index.low, index.high)
+        low, high = bounds.clip(index.low, 0, last), bounds.clip(index.high, 0, last)
+        level = bounds.frexp(bounds.float32(high - low + 1))[1] - 1  # floor(log2), exactly
+        levels = np.unique(level) if bounds is np else np.arange(last.bit_length() + 1)
+        run = module.asarray(self.table)
+        runs = []
+        for k in range(levels[-1] + 1):
+            if k in levels:
+                runs.append(run)
+            shifted = module.concatenate([run[2**k :], run[-1:].repeat(2**k)])
+            run = select(run, shifted[: last + 1])
+        stacked, kept = module.stack(runs), bounds.searchsorted(levels, level)
+        return select(stacked[kept, low], stacked[kept, high - 2**level + 1])
 
 
 def indices(length: int) -> jax.Array:

@@ -6,11 +6,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
 from attention_jax import leading
 from attention_jax.implementations.tiles import make_plan
-from attention_jax.intervals import EMPTY, FULL, PARTIAL, Unknown
+from attention_jax.intervals import FULL, PARTIAL, Unknown
 from attention_jax.masks import Mask
 
 DENSE_PAIRS = 256 * 256
@@ -70,10 +69,11 @@ def choose_tile(mask: Mask, sizes: dict[str, int], platform: str | None = None) 
     """Return the tile that makes the visits cheapest: live tiles times (their pairs + a visit)."""
     edges = CANDIDATES.get(platform or jax.default_backend(), CANDIDATES["default"])
     query_length, key_length = max(sizes["T"], 1), max(sizes["S"], 1)
+    known = _of_every_example(mask, sizes)
 
     def cost(tile: tuple[int, int]) -> int:
-        states = np.asarray(_of_every_example(mask, sizes).tiles(query_length, key_length, *tile))
-        return int((states != EMPTY).sum()) * (tile[0] * tile[1] + VISIT_PAIRS)
+        plan = make_plan(known, query_length, key_length, *tile)
+        return len(plan.starts) * (tile[0] * tile[1] + VISIT_PAIRS)
 
     tiles = {(min(edge, query_length), min(other, key_length)) for edge in edges for other in edges}
     return min(sorted(tiles), key=cost)

@@ -37,6 +37,9 @@ from attention_jax.trees import merge_floats, split_floats, varying_like
 
 Array = jax.Array
 
+UNROLL = 2
+"""Tiles in one turn of the loop, of which XLA's CPU runtime works on two at a time."""
+
 
 class _Functions(NamedTuple):
     """The bound functions of the head; `bias` is None unless it is one."""
@@ -277,7 +280,8 @@ class _Tiles:
                 i, j, state = tile
                 return step(sums, i, j, visit(state)), None
 
-            return lax.scan(body, sums, (*starts.T, states))[0]
+            unroll = UNROLL if states is None else 1
+            return lax.scan(body, sums, (*starts.T, states), unroll=unroll)[0]
 
         if given.plan is not None:
             branches = [jax.checkpoint(branch) for branch in (nothing, masked, unmasked)]

@@ -49,14 +49,16 @@ def make_plan(
     grid = (query_length, key_length, query_size, unit)
     live = np.asarray(mask.static().tiles(*grid)) != EMPTY
     rows, units = _cover(_padded(live, per_tile, False), per_tile)
-    states = mask.tiles(*grid)
-    states = _padded(states, per_tile, EMPTY)[rows[:, None], units[:, None] + np.arange(per_tile)]
+    starts = np.stack([rows * query_size, units * unit], axis=1).astype(np.int32)
+    if not (units % per_tile).any():
+        states = mask.tiles(query_length, key_length, query_size, key_size)
+        return Plan(starts, states[rows, units // per_tile])
+    states = _padded(mask.tiles(*grid), per_tile, EMPTY)
+    states = states[rows[:, None], units[:, None] + np.arange(per_tile)]
     numpy = np if isinstance(states, np.ndarray) else jnp
     least, most = states.min(axis=1), states.max(axis=1)
-    return Plan(
-        np.stack([rows * query_size, units * unit], axis=1).astype(np.int32),
-        numpy.where(least == most, least, numpy.asarray(PARTIAL, states.dtype)),
-    )
+    partial = numpy.asarray(PARTIAL, states.dtype)
+    return Plan(starts, numpy.where(least == most, least, partial))
 
 
 def _padded(cells: Any, multiple: int, value: Any) -> Any:
