@@ -214,7 +214,7 @@ class _Tiles:
         depth = operands.value.shape[1]
         floats, rest = split_floats(operands)
         tangent = merge_floats([_array(x) for x in tangents], rest)
-        moves = [not isinstance(x, SymbolicZero) for x in tangents]
+        moves = [not _is_zero(x) for x in tangents]
         value_moves = moves[[x is operands.value for x in floats].index(True)]
         weights_move = sum(moves) > value_moves
 
@@ -337,10 +337,12 @@ class _Tiles:
         return added.reshape(sums.shape)
 
 
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
 def _array(tangent: Any) -> Array:
-    if isinstance(tangent, SymbolicZero):
-        return jnp.zeros(tangent.shape, tangent.dtype)
-    return tangent
+    return jnp.zeros(tangent.shape, tangent.dtype) if _is_zero(tangent) else tangent
 
 
 def _rows(x: Array, start: Any, size: int, axis: int = 0) -> Array:
