@@ -45,8 +45,10 @@ def draw_all(
     """Draw all figures of a run, each as PNG and SVG, and return their names."""
     with mpl.rc_context(cast("Any", _STYLE)):
         figures = {"learning_curves": learning_curves(log)}
-        scores = [outcome["score"] for outcome in outcomes]
-        pictures = zip(*(outcome["pictures"] for outcome in outcomes), strict=True)
+        # Without attention there are no weights to draw.
+        attending = [o for o in outcomes if np.any(o["pictures"][0]["weights"])] or outcomes
+        scores = [outcome["score"] for outcome in attending]
+        pictures = zip(*(outcome["pictures"] for outcome in attending), strict=True)
         for number, panels in enumerate(pictures, 1):
             figures[f"alignment_{number}"] = alignments(scores, panels)
         for name, figure in figures.items():
@@ -64,7 +66,8 @@ def learning_curves(log: Mapping[str, Sequence[Record]]) -> Figure:
             _curve(axes, validated, name, score, color)
     left.set(title="Exact match on validation (%)", xlabel="training step")
     exact = [e for records in log.values() for r in records for e in r.get("exact_match", ())]
-    if max(exact, default=0) >= 90:
+    reached = max(exact, default=0) >= 90
+    if reached:
         left.axhline(90, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
         left.set_ylim(-2, 102)
     else:
@@ -73,7 +76,7 @@ def learning_curves(log: Mapping[str, Sequence[Record]]) -> Figure:
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     right.yaxis.set_minor_locator(NullLocator())
-    left.legend(loc="lower right")
+    left.legend(loc="lower right" if reached else "best")
     for axes in (left, right):
         axes.grid(True)
         axes.set_axisbelow(True)

@@ -20,6 +20,7 @@ from experiments.translate.workdir import Record, write_text
 _PICTURED = 3
 _SAMPLED = 6
 _READABLE = range(6, 15)
+_TALLEST = 20
 _REACHED = 90.0
 
 
@@ -80,7 +81,10 @@ def pictured(pairs: Sequence[Pair]) -> list[int]:
         order = [source for _, source in sorted((j, i) for i, j in pair.sure or ())]
         return sum(a > b for n, a in enumerate(order) for b in order[n + 1 :])
 
-    readable = [i for i, p in enumerate(pairs) if len(p.source) in _READABLE] or range(len(pairs))
+    def is_readable(pair: Pair) -> bool:
+        return len(pair.source) in _READABLE and len(pair.target) <= _TALLEST
+
+    readable = [i for i, pair in enumerate(pairs) if is_readable(pair)] or range(len(pairs))
     return sorted(readable, key=lambda i: (-crossings(pairs[i]), i))[:_PICTURED]
 
 
