@@ -8,6 +8,7 @@ formula (how a score separates into per-row and per-pair parts, how a normalizer
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -35,6 +36,21 @@ def as_pytree(value: Any) -> Any:
     """Wrap a plain function so that it may be part of a pytree (without leaves)."""
     is_plain_function = callable(value) and jax.tree_util.all_leaves([value])
     return Partial(value) if is_plain_function and not hasattr(value, "dtype") else value
+
+
+def unbound(function: Any) -> list[str]:
+    """Return the names of the parameters that a function of two arguments still waits for.
+
+    >>> from attention_jax import scores
+    >>> unbound(scores.bilinear), unbound(scores.dot)
+    (['weight'], [])
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[2:]
+    except (TypeError, ValueError):  # some builtins do not tell
+        return []
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [x.name for x in parameters if x.default is x.empty and x.kind not in variable]
 
 
 def rule(function: Callable[..., Any], name: str) -> Callable[[F], F]:

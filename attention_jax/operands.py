@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax import checks, leading, masks
-from attention_jax.binding import PerHead, as_pytree
+from attention_jax.binding import PerHead, as_pytree, unbound
 from attention_jax.composition import is_positional, separate
 from attention_jax.implementations.head import Head, Result
 from attention_jax.lifting import lift
@@ -59,6 +59,12 @@ class Operands:
                         f"N = {self.sizes['N']}, got shape {jnp.shape(leaf)}."
                     )
         bound = as_pytree(function_of(function))
+        waiting = [] if is_positional(bound) else unbound(bound)
+        if waiting:
+            raise TypeError(
+                f"attend: {name} still waits for {', '.join(waiting)}; give them with "
+                f"bind({name}, {waiting[0]}=...)."
+            )
         self.add_tree(name, bound, lambda _: "N" if heads else "")
         build = self.rebuild[name]
         self.rebuild[name] = lambda arrays: read(build(arrays))

@@ -501,6 +501,10 @@ ERRORS = {
     "attend: score must return logits [T, S] = (5, 7), got shape (7, 5).": lambda: attend(
         QUERY, KEY, VALUE, score=lambda query, key: key @ query.T
     ),
+    "attend: score still waits for query_weight, key_weight, bias; give them with bind(score, "
+    "query_weight=...).": lambda: attend(
+        QUERY, KEY, VALUE, score=bind(scores.additive, value=jnp.ones(2))
+    ),
     "attend: return_logsumexp needs a softmax normalizer; this one has no log-sum-exp.": lambda: (
         attend(QUERY, KEY, VALUE, normalizer=normalizers.sigmoid, return_logsumexp=True)
     ),
