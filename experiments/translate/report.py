@@ -120,9 +120,9 @@ def write(
     page = _PAGE.substitute(
         title=escape(" against ".join(scores[:2]) if len(scores) == 2 else ", ".join(scores)),
         lead=escape(
-            "Translators that differ in nothing but the score of their attention, trained on "
-            f"{data['pairs']['train']:,} sentence pairs ({data['name']}) in {config['steps']:,} "
-            f"steps, {config['seeds']} seed{'s' * (config['seeds'] > 1)} each."
+            f"{_subject(scores)}, trained on {data['pairs']['train']:,} sentence pairs "
+            f"({data['name']}) in {config['steps']:,} steps, "
+            f"{config['seeds']} seed{'s' * (config['seeds'] > 1)} each."
         ),
         table=_result_table(results),
         legend=escape(_legend(results)),
@@ -162,13 +162,18 @@ def command(config: Record) -> str:
     return shlex.join(["python", "-m", "experiments.translate", *flags])
 
 
+def _subject(scores: Sequence[str]) -> str:
+    if len(scores) == 1:
+        return "A translator with attention"
+    return "Translators that differ in nothing but the score of their attention"
+
+
 def _legend(results: Record) -> str:
     """Say what the columns of the result are, those that are there."""
     names = {name for name, _, _ in table.columns(results)}
-    below = ", below" if results["config"]["seeds"] > 1 else ""
     parts = [
         f"Test set of {results['data']['pairs']['test']:,} pairs, greedy decoding.",
-        f"{table.over_seeds(results)}{below}.",
+        f"{table.over_seeds(results)}.",
         "Valid loss is the cross-entropy of a token of the validation set, in nats.",
         "Exact match counts the sentences that are right in every word.",
     ]
