@@ -106,28 +106,31 @@ def families(scale: int = 1) -> dict[str, Family]:
 
 
 def measure(scale: int, repeats: int) -> dict[str, list[Point]]:
-    """Measure the forward pass of all families; at each length they take turns."""
-    chosen = families(scale)
-    found: dict[str, list[Point]] = {name: [] for name in chosen}
-    for length in (length // scale for length in LENGTHS):
-        arguments = inputs(Shape(length, HEADS, DEPTH))
-        calls = {
-            name: compiled(Program(_attended(family.mask(length)), arguments))
-            for name, family in chosen.items()
-        }
-        meters = {name: milliseconds_of(call, arguments) for name, call in calls.items()}
-        for name, costs in take_turns(meters, repeats).items():
-            mask = chosen[name].mask(length)
-            found[name].append(
-                Point(
-                    length,
-                    statistics.median(cost.cpu for cost in costs),
-                    mebibytes_of(calls[name]),
-                    live_share(mask, length),
-                    allowed_share(mask, length),
-                )
-            )
-    return found
+    """Measure the forward pass of all families at all lengths, which all take turns."""
+    chosen, lengths = families(scale), [length // scale for length in LENGTHS]
+    arguments = {length: inputs(Shape(length, HEADS, DEPTH)) for length in lengths}
+    calls = {
+        f"{name} {length}": compiled(Program(_attended(family.mask(length)), arguments[length]))
+        for name, family in chosen.items()
+        for length in lengths
+    }
+    meters = {
+        name: milliseconds_of(call, arguments[int(name.split()[-1])])
+        for name, call in calls.items()
+    }
+    costs = take_turns(meters, repeats)
+
+    def point(name: str, length: int) -> Point:
+        mask, key = chosen[name].mask(length), f"{name} {length}"
+        return Point(
+            length,
+            statistics.median(cost.cpu for cost in costs[key]),
+            mebibytes_of(calls[key]),
+            live_share(mask, length),
+            allowed_share(mask, length),
+        )
+
+    return {name: [point(name, length) for length in lengths] for name in chosen}
 
 
 def live_share(mask: Any, length: int) -> float:
@@ -172,16 +175,15 @@ def report(found: dict[str, list[Point]], scale: int, machine: str) -> str:
 # Time and bytes of every family of masks against the length
 
 Made by `python -m experiments.benchmark --suites=patterns`: the forward pass of `attend`,
-`implementation="tiled"`, S from {points[0].length} to {points[-1].length}, {HEADS} heads of depth
-{DEPTH}, float32, on {machine}.
+`implementation="tiled"`, S from {points[0].length} to {points[-1].length},
+{HEADS} heads of depth {DEPTH}, float32, on {machine}.
 
 "Allowed" are the pairs of queries and keys that the mask allows, "live" those in tiles that are
 visited, in percent of all pairs at S={points[-1].length}. Milliseconds are processor time of all
-threads, bytes temporaries; the exponents are slopes of a log-log plot over all lengths. Where the
-exponent of time is no larger than that of live pairs, empty tiles cost nothing. A pattern that
-touches every tile (a stride below the edge of a tile, or a grid read row by row) saves no work,
-however few pairs it allows: put side by side what attends to each other, as `grids.window_order`
-does.
+threads at that length, bytes temporaries; exponents are slopes of a log-log plot over all lengths.
+Where the exponents of time and of live pairs agree, empty tiles cost nothing. A pattern
+that touches every tile (a stride below the edge of a tile) saves no work, however few pairs it
+allows: put side by side what attends to each other, as `grids.window_order` does for a grid.
 
 {table(found, scale)}
 """

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from attention_jax.plots import save
 
-_LABELS = {"ms": "milliseconds", "MiB": "MiB"}
+_LABELS = {"cpu ms": "milliseconds of processor time", "ms": "milliseconds", "MiB": "MiB"}
 
 
 def plot(

@@ -71,7 +71,7 @@ def _run_patterns(
     points = {name: [point._asdict() for point in of_family] for name, of_family in found.items()}
     result = {"machine": surroundings, "load": load(), "families": points}
     _write(options.out / "patterns.json", result)
-    for unit, cost in (("ms", "milliseconds"), ("MiB", "mebibytes")) if options.plots else ():
+    for unit, cost in (("cpu ms", "milliseconds"), ("MiB", "mebibytes")) if options.plots else ():
         curves = {name: [(p["length"], p[cost]) for p in ps] for name, ps in points.items()}
         plot("Forward pass", unit, curves, options.out / f"patterns_{cost}")
 
