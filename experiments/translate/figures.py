@@ -93,7 +93,10 @@ def alignments(scores: Sequence[str], panels: Sequence[Record]) -> Figure:
     across = min(_ACROSS, len(titles))
     down = -(-len(titles) // across)
     width, height = 0.26 * len(source) + 0.3, 0.26 * len(target) + 0.5
-    figure = Figure(figsize=(across * width + 1.2, down * height + 0.9), layout="constrained")
+    # Room for the longest words: targets stand beside the panels, sources below them.
+    beside, below = (0.4 + 0.08 * max(map(len, words)) for words in (target, source))
+    size = across * width + max(1.2, beside), down * height + max(0.9, below)
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(titles) :]:
         axes.set_visible(False)
