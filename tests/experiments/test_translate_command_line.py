@@ -48,7 +48,7 @@ def test_flags_are_read_from_a_file(tmp_path):
     )
 
 
-@pytest.mark.parametrize("path", (ROOT / "experiments/configs").glob("*.flags"), ids=str)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments/configs").glob("*.flags")))
 def test_recorded_runs_say_how_they_were_made(path):
     head = path.read_text(encoding="utf-8").split("\n--")[0]
     assert all(line.startswith("#") for line in head.split("\n"))
