@@ -33,6 +33,21 @@ def implementation(request):
     return {"implementation": request.param} | OPTIONS.get(request.param, {})
 
 
+# Where numbers are looked at closely, programs are compiled as users compile them. Elsewhere the
+# compiler's effort would take most of the time.
+COMPILED_AS_USERS_DO = ("implementations", "test_catalogue", "test_attention", "test_additive")
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Compile without optimization what is compiled once to be called once."""
+    where = str(request.path)
+    quick = not any(name in where for name in COMPILED_AS_USERS_DO)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def fresh_trace_counter():
     """Count the traces of `chex.assert_max_traces` for each test by itself."""
