@@ -9,7 +9,7 @@ nox.options.error_on_missing_interpreters = False
 def tests(session: nox.Session) -> None:
     """Run the tests with the versions in constraints.txt: jax 0.10 on 3.11, 0.12 on 3.13."""
     session.install("-e", ".[test]", "-c", "constraints.txt")
-    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", "-m", "", *session.posargs)
 
 
 @nox.session(python="3.11")

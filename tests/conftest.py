@@ -35,14 +35,13 @@ def implementation(request):
 
 # Where numbers are looked at closely, programs are compiled as users compile them. Elsewhere the
 # compiler's effort would take most of the time.
-COMPILED_AS_USERS_DO = ("implementations", "test_catalogue", "test_attention", "test_additive")
+COMPILED_AS_USERS_DO = "implementations"
 
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
     """Compile without optimization what is compiled once to be called once."""
-    where = str(request.path)
-    quick = not any(name in where for name in COMPILED_AS_USERS_DO)
+    quick = COMPILED_AS_USERS_DO not in request.path.parts
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -74,6 +74,7 @@ def check_both_layouts(module, chunks, capacity=LENGTH, window=None, **options):
     return [state for _, state in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_every_mask(mask):
     check_both_layouts(layer(position=positions.rotary), [6, 5], 13, mask=mask)
@@ -97,6 +98,7 @@ def test_slots_are_allowed_as_every_exported_mask_says(name):
         np.testing.assert_array_equal(placed.of(b, n).to_dense(3, 6), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_every_kind_of_position(kind):
     check_both_layouts(layer(**kind), [10, 1], mask=masks.Causal())
@@ -109,6 +111,7 @@ def test_a_prompt_of_any_length(chunks):
     np.testing.assert_array_equal(uniform.positions, np.arange(LENGTH))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capacity", "chunks"),
     [(3, [9, 1, 1]), (3, [11]), (4, [5, 1, 5]), (6, [3, 3, 5]), (11, [8, 3])],

@@ -137,6 +137,7 @@ def test_bigbird_attends_the_blocks_it_should():
     assert (blocks[:, :2] == FULL).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 7, 8, 9, 33])
 @pytest.mark.parametrize("size", [1, 4])
 def test_random_blocks_repeat_neither_window_nor_global_blocks(blocks, size):

@@ -18,6 +18,8 @@ from experiments.translate import train
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.workdir import Log
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STEPS = 4000
 

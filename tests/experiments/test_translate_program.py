@@ -10,6 +10,8 @@ import pytest
 
 from experiments.translate.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = (
     "--data=copy",

@@ -14,6 +14,8 @@ from attention_jax import linen as attention_linen
 from attention_jax import masks, positions
 from attention_jax import nnx as attention_nnx
 
+pytestmark = pytest.mark.slow
+
 X = jax.random.normal(jax.random.key(1), (2, 5, 8))
 MEMORY = jax.random.normal(jax.random.key(2), (2, 7, 6))
 PROMPT = jnp.array([[1, 5, 2, 7], [3, 3, 0, 6]])

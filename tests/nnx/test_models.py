@@ -19,6 +19,8 @@ from attention_jax.nnx import (
     TokenEncoder,
 )
 
+pytestmark = pytest.mark.slow
+
 PROMPT = jnp.array([[1, 5, 2, 7], [3, 3, 0, 6]])
 LENGTHS = jnp.array([4, 2])
 INSIDE = functools.partial(
