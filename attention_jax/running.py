@@ -17,6 +17,7 @@ from jax import lax
 from attention_jax.binding import PerHead, as_pytree
 from attention_jax.feature_maps import scaled
 from attention_jax.implementations.head import finite_rows
+from attention_jax.implementations.online import finite_or_zero
 from attention_jax.intervals import indices
 from attention_jax.trees import varying_like
 
@@ -121,7 +122,7 @@ def _scan(
 
         # The largest scale up to each row: a later key has no part in what an earlier row sums.
         highest = jnp.maximum(lax.cummax(log_scale), state.log_scale)
-        base = _finite(highest)
+        base = finite_or_zero(highest)
         i, j = indices(chunk_size)[:, None], indices(chunk_size)[None, :]
         decay = jnp.exp(jnp.where(i >= j, log_scale[None, :] - base[:, None], -jnp.inf))
         within = (query_features @ features.T) * decay[None]
@@ -145,7 +146,7 @@ def _absorb(state: LinearState, features: Array, log_scale: Array, tokens: _Toke
     """Add keys to the sums of one head, which are kept at the largest scale so far."""
     highest = jnp.max(log_scale, initial=-jnp.inf)
     highest = jnp.maximum(highest, state.log_scale)
-    base = _finite(highest)
+    base = finite_or_zero(highest)
     added = (features * jnp.exp(log_scale - base)[:, None]).T @ tokens.value
     sums = jnp.exp(state.log_scale - base) * state.sums + added
     return LinearState(sums, highest, state.poison + jnp.sum(tokens.poison))
@@ -167,7 +168,7 @@ def _context(
         some = total != 0  # zero without keys, or where the features of query and keys never meet
         context = context / jnp.where(some, total, 1.0)
     else:
-        context = context * jnp.exp(query_scale + _finite(highest)[None, :])[..., None]
+        context = context * jnp.exp(query_scale + finite_or_zero(highest)[None, :])[..., None]
         some = ~jnp.isneginf(highest)[None, :, None]
     return jnp.where(some, context + poison[..., None], 0.0)
 
@@ -210,7 +211,3 @@ def padded(x: Array, before: int, length: int) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[1] = (before, length - before - x.shape[1])
     return jnp.pad(x, widths)
-
-
-def _finite(highest: Array) -> Array:
-    return jnp.where(jnp.isneginf(highest), 0.0, highest)

@@ -212,10 +212,10 @@ class _Tiles:
         """
         base = online.finite_or_zero(logsumexp)
         depth = operands.value.shape[1]
-        floats, rest = split_floats(operands)
+        _, rest = split_floats(operands)
         tangent = merge_floats([_array(x) for x in tangents], rest)
         moves = [not _is_zero(x) for x in tangents]
-        value_moves = moves[[x is operands.value for x in floats].index(True)]
+        value_moves = merge_floats(moves, rest).value
         weights_move = sum(moves) > value_moves
 
         def of_tile(masked: bool, here: _Operands, change: _Operands, base: Array, i: Any, j: Any):
