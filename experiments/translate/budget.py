@@ -20,6 +20,10 @@ def sizes_of(config: Config, corpus: Corpus) -> dict[str, Sizes]:
         width=config.width,
         attention_size=config.attention_size or config.width,
         readout_size=config.width,
+        query=config.query,
+        bridge=config.bridge,
+        tied=config.projections == "tied",
+        normed=config.qk_norm,
     )
     first, *others = config.scores
     sizes = {first: plain}

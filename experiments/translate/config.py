@@ -29,6 +29,8 @@ SCORES = (
     "trilinear",
 )
 CONTROLS = ("uniform", "none")
+# Scores without two projections, one of the query and one of the key.
+_UNTIEABLE = ("bilinear", "concat", "location", "shared_projection")
 
 # Steps in a row from one bucket: with more, a translator forgets sentences of other lengths.
 _LONGEST_CHUNK = 5
@@ -52,6 +54,11 @@ NOT_NEGATIVE = Range("a finite number of at least 0", lambda x: 0 <= x < math.in
 ABOVE_ZERO = Range("a finite number above 0", lambda x: 0 < x < math.inf)
 BELOW_ONE = Range("a number in [0, 1)", lambda x: 0 <= x < 1)
 EVEN = Range("an even whole number of at least 2", lambda x: x >= 2 and x % 2 == 0)
+
+
+def one_of(*names: str) -> Range:
+    """Return the range of a field that names one of a few things."""
+    return Range(" or ".join(names), names.__contains__)
 
 
 def _field(group: str, default: Any, help: str, range: Range | None = None) -> Any:
@@ -108,6 +115,25 @@ class Config:
     )
     match_parameters: bool = _model(
         False, "Give every translator about as many parameters as the first one has."
+    )
+    query: str = _model(
+        "previous",
+        "Which state asks: the one before the step, whose cell then sees the context (Bahdanau), "
+        "or the current one, after it (Luong); the cell sees the context of the step before.",
+        one_of("previous", "current"),
+    )
+    bridge: str = _model(
+        "dense",
+        "What the decoder begins with: a layer on the last states of the encoder, or zeros.",
+        one_of("dense", "zero"),
+    )
+    projections: str = _model(
+        "untied",
+        "Whether query and key have a projection each, or share one.",
+        one_of("untied", "tied"),
+    )
+    qk_norm: bool = _model(
+        False, "Bring the query and key that a score is asked about to unit mean square."
     )
     dropout: float = _model(0.0, "Share of embedding and readout features dropped.", BELOW_ONE)
 
@@ -182,6 +208,10 @@ class Config:
                     f"--scores: there is no score {name!r}; choose from "
                     f"{', '.join(SCORES + CONTROLS)}, or give package.module.function."
                 )
+            if self.projections == "tied" and name in _UNTIEABLE:
+                raise UsageError(f"--projections=tied: {name} has no two projections to tie.")
+            if self.qk_norm and name == "location":
+                raise UsageError("--qk_norm: location takes no notice of keys; leave it out.")
 
 
 def _largest_divisor(number: int, limit: int) -> int:

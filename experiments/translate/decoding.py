@@ -14,7 +14,6 @@ from flax import nnx
 
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate.learning import Graph, token_losses
-from experiments.translate.model import Memory, from_input
 
 Array = jax.Array
 
@@ -51,32 +50,40 @@ def greedy(graph: Graph, longest: int, parameters: Any, source: Array) -> Array:
     Returns:
       Words [N, B, longest], PAD behind EOS.
     """
-    memory = jax.vmap(lambda p: nnx.merge(graph, p).encode(source))(parameters)
+    memory, carry = begin(graph, longest, parameters, source)
 
-    def next_word(parameters: Any, memory: Memory, state: Array, previous: Array) -> Any:
-        decoder = nnx.merge(graph, parameters).decoder
-        embedded = decoder.embedding(previous)
-        state, context, _ = decoder.step(state, from_input(decoder.inputs(embedded)), memory)
-        logits = decoder.output(decoder.read(state, context, embedded))
-        return state, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    def next_word(parameters: Any, memory: Any, carry: Any, previous: Array) -> Any:
+        carry, logits = nnx.merge(graph, parameters).step(memory, carry, previous)
+        return carry, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def some_go_on(carry: Any) -> Array:
-        position, _, _, ended, _ = carry
+    def some_go_on(loop: Any) -> Array:
+        position, _, _, ended, _ = loop
         return (position < longest) & ~jnp.all(ended)
 
-    def step(carry: Any) -> Any:
-        position, state, previous, ended, words = carry
-        state, word = jax.vmap(next_word)(parameters, memory, state, previous)
+    def step(loop: Any) -> Any:
+        position, carry, previous, ended, words = loop
+        carry, word = jax.vmap(next_word)(parameters, memory, carry, previous)
         word = jnp.where(ended, PAD, word)
         words = words.at[:, :, position].set(word)
-        return position + 1, state, word, ended | (word == EOS), words
+        return position + 1, carry, word, ended | (word == EOS), words
 
-    shape = memory.state.shape[:2]
+    shape = jax.tree.leaves(carry)[0].shape[:2]
     start = (
         jnp.int32(0),
-        memory.state,
+        carry,
         jnp.full(shape, BOS, jnp.int32),
         jnp.zeros(shape, bool),
         jnp.full((*shape, longest), PAD, jnp.int32),
     )
     return jax.lax.while_loop(some_go_on, step, start)[-1]
+
+
+def begin(graph: Graph, longest: int, parameters: Any, source: Array) -> tuple[Any, Any]:
+    """Read sources [B, S] with every seed: memories and first carries, leaves [N, B, ...]."""
+
+    def one_seed(parameters: Any) -> tuple[Any, Any]:
+        translator = nnx.merge(graph, parameters)
+        memory = translator.encode(source)
+        return memory, translator.start(memory, longest)
+
+    return jax.vmap(one_seed)(parameters)

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
+from jax.tree_util import Partial
 
-from attention_jax import bind, scores
+from attention_jax import scores
 from attention_jax.binding import rule
-from attention_jax.composition import Separated, projected
-from attention_jax.parameters import Parameter, learned, parameters_of
+from attention_jax.composition import Separated, mapped, projected, separate
+from attention_jax.parameters import Parameter, bind_parameters, learned, parameters_of
 from experiments.translate.config import SCORES, UsageError
 
 Array = jax.Array
@@ -25,22 +26,44 @@ def uniform(query: Array, key: Array) -> Array:
     return jnp.zeros((query.shape[0], key.shape[0]), query.dtype)
 
 
-def score_of(name: str, query_depth: int, key_depth: int, attention_size: int) -> Any:
+def score_of(
+    name: str,
+    query_depth: int,
+    key_depth: int,
+    attention_size: int,
+    *,
+    tied: bool = False,
+    normed: bool = False,
+) -> Any:
     """Return the score behind a name, with projections where it declares none of its own.
 
     Their matrices are drawn alike (Glorot and Bengio 2010), whatever the paper of the score
     says: the score is to be the only difference.
 
+    Args:
+      name: of a score, or the control `uniform`, which has nothing to tie and to norm.
+      query_depth: of what asks.
+      key_depth: of what is asked.
+      attention_size: of the projections.
+      tied: let query and key share their projection.
+      normed: bring the rows that the score is asked about to unit mean square.
+
     Raises:
-      UsageError: the name is a path that cannot be imported.
+      UsageError: the name is a path that cannot be imported, or there is nothing to tie.
     """
     if name == "uniform":
         return uniform
     score = getattr(scores, name) if name in SCORES else _imported(name)
     declared = parameters_of(score, query_depth, key_depth, attention_size)
-    if not any(len(parameter.shape) == 2 for parameter in jax.tree.leaves(declared)):
-        return between_projections(score, query_depth, key_depth, attention_size)
-    return learned(score, **jax.tree.map(_drawn_alike, declared))
+    projects = any(len(parameter.shape) == 2 for parameter in jax.tree.leaves(declared))
+    if projects:
+        score = learned(score, **jax.tree.map(_drawn_alike, declared))
+    if normed:
+        depths = (query_depth, key_depth) if projects else (attention_size, attention_size)
+        score = between_norms(score, *depths, attention_size)
+    if not projects:
+        score = between_projections(score, query_depth, key_depth, attention_size)
+    return with_tied_projections(name, score) if tied else score
 
 
 def between_projections(score: Any, query_depth: int, key_depth: int, attention_size: int) -> Any:
@@ -55,7 +78,7 @@ def between_projections(score: Any, query_depth: int, key_depth: int, attention_
 
     @rule(asked, "separation")
     def separated(query_matrix: Array, key_matrix: Array, **own: Any) -> Separated:
-        return projected(bind(score, **own), query_matrix, key_matrix)
+        return projected(bind_parameters(score, own), query_matrix, key_matrix)
 
     return learned(
         asked,
@@ -63,6 +86,57 @@ def between_projections(score: Any, query_depth: int, key_depth: int, attention_
         key_matrix=Parameter((key_depth, attention_size), _GLOROT),
         **parameters_of(score, attention_size, attention_size, attention_size),
     )
+
+
+def between_norms(score: Any, query_depth: int, key_depth: int, attention_size: int) -> Any:
+    """Ask a score about rows of unit mean square, times learned gains: score(norm(q), norm(k)).
+
+    Henry et al. 2020; Zhang and Sennrich 2019 (the norm).
+    """
+
+    def asked(query: Array, key: Array, query_gain: Array, key_gain: Array, **own: Any):
+        return separated(query_gain, key_gain, **own)(query, key)
+
+    @rule(asked, "separation")
+    def separated(query_gain: Array, key_gain: Array, **own: Any) -> Separated:
+        norms = (Partial(root_mean_square_normed, gain=gain) for gain in (query_gain, key_gain))
+        return mapped(bind_parameters(score, own), *norms)
+
+    return learned(
+        asked,
+        query_gain=Parameter((query_depth,), initializers.ones),
+        key_gain=Parameter((key_depth,), initializers.ones),
+        **parameters_of(score, query_depth, key_depth, attention_size),
+    )
+
+
+def root_mean_square_normed(x: Array, gain: Array) -> Array:
+    """Divide rows by their root mean square: x / sqrt(mean(x^2) + 1e-6) * gain."""
+    square = jnp.mean(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(square + 1e-6) * gain[None, :]
+
+
+def with_tied_projections(name: str, score: Any) -> Any:
+    """Let query and key share one projection: score(q P, k P).
+
+    Raises:
+      UsageError: the score has no two projections of one shape.
+    """
+    own = score.parameters
+    for first, second in (("query_matrix", "key_matrix"), ("query_weight", "key_weight")):
+        if {first, second} <= set(own) and len(own[first].shape) == 2:
+            break
+    else:
+        raise UsageError(f"--projections=tied: {name} has no two projections to tie.")
+
+    def asked(query: Array, key: Array, **kept: Any):
+        return separated(**kept)(query, key)
+
+    @rule(asked, "separation")
+    def separated(**kept: Any) -> Separated:
+        return separate(bind_parameters(score, {**kept, second: kept[first]}))
+
+    return learned(asked, **{name: own[name] for name in own if name != second})
 
 
 def _drawn_alike(parameter: Parameter) -> Parameter:

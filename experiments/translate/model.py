@@ -27,24 +27,38 @@ Array = jax.Array
 
 
 class Sizes(NamedTuple):
-    """What the shapes of a translator follow from."""
+    """What the structure of a translator follows from, beside its score: sizes and switches.
+
+    `query` says whether the previous or the current state asks, `bridge` whether decoding begins
+    with a layer on what the encoder ends with or with zeros; `tied` and `normed` are those of
+    `mechanisms.score_of`.
+    """
 
     source_words: int
     target_words: int
     width: int
     attention_size: int
     readout_size: int
+    query: str = "previous"
+    bridge: str = "dense"
+    tied: bool = False
+    normed: bool = False
+
+
+Carry = tuple[Array, ...]
+"""What one step hands to the next: the state [B, D]; where the current state asks, also the
+context [B, C]."""
 
 
 class Memory(NamedTuple):
-    """A source that has been read: what attention asks, and the state that decoding begins with.
+    """A source that has been read: what attention asks, and what decoding begins with.
 
-    `mask` [B, S] is True for tokens, `state` is [B, D].
+    `mask` [B, S] is True for tokens.
     """
 
     source: Source | None
     mask: Array
-    state: Array
+    carry: Carry
 
 
 def gated(state: Array, gates: Array) -> Array:
@@ -106,19 +120,25 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A GRU that asks the annotations with its previous state (appendix A.2.2)."""
+    """A GRU with attention, asked with the previous state (appendix A.2.2) or the current one.
+
+    With the current state (Luong, Pham and Manning 2015, section 3) the context comes too late
+    for the step: the cell sees that of the step before, so that both have the same parameters.
+    """
 
     def __init__(self, score: str, sizes: Sizes, *, rngs: nnx.Rngs):
         width = sizes.width
         self.embedding = nnx.Embed(sizes.target_words, width, rngs=rngs)
-        self.bridge = nnx.Linear(width, width, rngs=rngs)
+        self.bridge = nnx.Linear(width, width, rngs=rngs) if sizes.bridge == "dense" else None
         self.inputs = nnx.Linear(width, 3 * width, rngs=rngs)
         self.recurrent = nnx.Param(orthogonal_gates(rngs.params(), (width, 3 * width)))
         self.bias = nnx.Param(jnp.zeros(3 * width))
+        self.asks_current = sizes.query == "current" and score != "none"
         if score == "none":
             self.attention = self.context = None
         else:
-            bound = score_of(score, width, width, sizes.attention_size)
+            options = {"tied": sizes.tied, "normed": sizes.normed}
+            bound = score_of(score, width, width, sizes.attention_size, **options)
             self.attention = DecoderAttention(bound, width, width, sizes.attention_size, rngs=rngs)
             self.context = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
         seen = (2 if score == "none" else 3) * width
@@ -128,16 +148,23 @@ class Decoder(nnx.Module):
     def remember(self, annotations: Array, last: Array, mask: Array) -> Memory:
         """Do once per source what all steps share."""
         source = self.attention and self.attention.keys(annotations)
-        return Memory(source, mask, jnp.tanh(self.bridge(last)))
+        state = jnp.zeros_like(last) if self.bridge is None else jnp.tanh(self.bridge(last))
+        context = (jnp.zeros_like(annotations[:, 0]),) if self.asks_current else ()
+        return Memory(source, mask, (state, *context))
 
-    def step(self, state: Array, gates: Array, memory: Memory) -> tuple[Array, Array, Array]:
-        """Return the next state [B, D], the context [B, C] and the weights [B, S]."""
+    def step(self, carry: Carry, gates: Array, memory: Memory) -> tuple[Carry, Array, Array]:
+        """Return the next carry, the context [B, C] and the weights [B, S]."""
+        state, *last_context = carry
         gates = gates + from_state(state @ self.recurrent[...] + self.bias[...][None])
         if self.attention is None or self.context is None or memory.source is None:
             weights = jnp.zeros(memory.mask.shape, state.dtype)
-            return gated(state, gates), state[:, :0], weights
+            return (gated(state, gates),), state[:, :0], weights
+        if self.asks_current:
+            state = gated(state, gates + from_input(self.context(*last_context)))
+            context, weights = self.attention(state, memory.source, memory.mask)
+            return (state, context), context, weights
         context, weights = self.attention(state, memory.source, memory.mask)
-        return gated(state, gates + from_input(self.context(context))), context, weights
+        return (gated(state, gates + from_input(self.context(context))),), context, weights
 
     def logits(self, state: Array, context: Array, embedded: Array) -> Array:
         """Read words out of states, contexts and previous words by a layer of maxout units."""
@@ -179,15 +206,27 @@ class Translator(nnx.Module):
         previous = jnp.concatenate([begin, target[:, :-1]], axis=1).T
         embedded = self._dropped(self.decoder.embedding(previous), dropout_key, 1)
 
-        def step(state: Array, gates: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-            state, context, weights = self.decoder.step(state, gates, memory)
-            return state, (state, context, weights)
+        def step(carry: Carry, gates: Array) -> tuple[Carry, tuple[Array, Array, Array]]:
+            carry, context, weights = self.decoder.step(carry, gates, memory)
+            return carry, (carry[0], context, weights)
 
         gates = from_input(self.decoder.inputs(embedded))
         # Kept by the step, all that lies between two states would be larger than what it saves.
-        _, (states, contexts, weights) = jax.lax.scan(jax.checkpoint(step), memory.state, gates)
+        _, (states, contexts, weights) = jax.lax.scan(jax.checkpoint(step), memory.carry, gates)
         units = self._dropped(self.decoder.read(states, contexts, embedded), dropout_key, 2)
         return self.decoder.output(units), weights
+
+    def start(self, memory: Memory, longest: int) -> Carry:
+        """Return what the first step is handed: arrays with a leading axis B."""
+        del longest
+        return memory.carry
+
+    def step(self, memory: Memory, carry: Carry, previous: Array) -> tuple[Carry, Array]:
+        """Return the next carry and logits [B, W] of the word after the previous one, [B]."""
+        embedded = self.decoder.embedding(previous)
+        gates = from_input(self.decoder.inputs(embedded))
+        carry, context, _ = self.decoder.step(carry, gates, memory)
+        return carry, self.decoder.logits(carry[0], context, embedded)
 
     def _dropped(self, x: Array, key: Array | None, place: int) -> Array:
         if key is None or self.dropout.rate == 0:

@@ -213,11 +213,9 @@ def test_the_first_word_is_given_the_begin_symbol(graph, parameters, translate):
     @quick
     def first_logits(source):
         translator = nnx.merge(graph, parameters)
-        memory, decoder = translator.encode(source), translator.decoder
-        embedded = decoder.embedding(jnp.full(2, BOS, jnp.int32))
-        gates = from_input(decoder.inputs(embedded))
-        state, context, _ = decoder.step(memory.state, gates, memory)
-        return decoder.output(decoder.read(state, context, embedded))
+        memory = translator.encode(source)
+        carry = translator.start(memory, longest=1)
+        return translator.step(memory, carry, jnp.full(2, BOS, jnp.int32))[1]
 
     logits, _ = translate(SOURCE, TARGET)
     np.testing.assert_allclose(logits[0], first_logits(SOURCE), atol=1e-4)
