@@ -78,6 +78,10 @@ def _training(default: Any, help: str, range: Range | None = None) -> Any:
     return _field("Training", default, help, range)
 
 
+def _decoding(default: Any, help: str, range: Range | None = None) -> Any:
+    return _field("Decoding", default, help, range)
+
+
 def _output(default: Any, help: str, range: Range | None = None) -> Any:
     return _field("Output", default, help, range)
 
@@ -152,6 +156,13 @@ class Config:
     )
     evaluate_every: int = _training(
         50, "Steps between two validations; best a multiple of 25.", POSITIVE
+    )
+
+    beam_size: int = _decoding(
+        1, "Translations kept at a time of each sentence; 1 is greedy, as validation is.", POSITIVE
+    )
+    length_penalty: float = _decoding(
+        0.6, "How much a beam makes up for length: log P / ((5 + length) / 6)^this.", NOT_NEGATIVE
     )
 
     workdir: str = _output(

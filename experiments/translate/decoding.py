@@ -1,4 +1,4 @@
-"""Translating: with the reference given, to measure loss and alignment, and freely, by argmax.
+"""Translating: with the reference given, to measure loss and alignment, and freely.
 
 All seeds of one mechanism translate the same batch at once; their parameters have a leading
 axis N.
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.data.vocabulary import BOS, EOS, PAD
+from experiments.translate.beam import search
 from experiments.translate.learning import Graph, token_losses
 
 Array = jax.Array
@@ -76,6 +77,52 @@ def greedy(graph: Graph, longest: int, parameters: Any, source: Array) -> Array:
         jnp.full((*shape, longest), PAD, jnp.int32),
     )
     return jax.lax.while_loop(some_go_on, step, start)[-1]
+
+
+def beam(
+    graph: Graph, longest: int, size: int, alpha: float, parameters: Any, source: Array
+) -> Array:
+    """Search for the most probable translations, `size` at a time.
+
+    Args:
+      graph: structure of the translator.
+      longest: words after which a translation is cut off.
+      size: K, of the beam.
+      alpha: of the penalty for length.
+      parameters: with leading axis N.
+      source: [B, S].
+
+    Returns:
+      The words of the best one of each beam, [N, B, longest], PAD behind EOS.
+    """
+    memory, carry = begin(graph, longest, parameters, source)
+
+    def copied(leaf: Array) -> Array:
+        return jnp.repeat(leaf, size, axis=1)
+
+    memory = jax.tree.map(copied, memory)
+    carry = jax.tree.map(lambda leaf: _apart(copied(leaf), size), carry)
+
+    def next_words(parameters: Any, memory: Any, carry: Any, previous: Array) -> Any:
+        return nnx.merge(graph, parameters).step(memory, carry, previous)
+
+    def step(carry: Any, previous: Array) -> Any:
+        together = jax.tree.map(_together, (carry, previous))
+        carry, logits = jax.vmap(next_words)(parameters, memory, *together)
+        return jax.tree.map(lambda leaf: _apart(leaf, size), (carry, logits))
+
+    shape = jax.tree.leaves(carry)[0].shape[:2]
+    return search(step, carry, shape, size, longest, alpha).words[:, :, 0]
+
+
+def _apart(leaf: Array, size: int) -> Array:
+    """[N, B K, ...] to [N, B, K, ...]."""
+    return leaf.reshape(leaf.shape[0], -1, size, *leaf.shape[2:])
+
+
+def _together(leaf: Array) -> Array:
+    """[N, B, K, ...] to [N, B K, ...]."""
+    return leaf.reshape(leaf.shape[0], -1, *leaf.shape[3:])
 
 
 def begin(graph: Graph, longest: int, parameters: Any, source: Array) -> tuple[Any, Any]:

@@ -54,13 +54,16 @@ def losses(programs: Programs, parameters: Any, given: Examples) -> list[float]:
     return np.atleast_1d(of_seeds).tolist()
 
 
-def translations(programs: Programs, parameters: Any, given: Examples) -> list[list[Words]]:
-    """Greedy translations of all pairs, in their order, for each seed."""
+def translations(
+    programs: Programs, parameters: Any, given: Examples, *, greedy: bool = False
+) -> list[list[Words]]:
+    """Translations of all pairs, in their order, for each seed."""
+    decode = programs.greedy if greedy else programs.search
     pending = []
     for number, rows, real in sweep(given.buckets, programs.batch_size):
         held = given.buckets.members[number]
         source = held.source[rows]
-        words = programs.greedy[source.shape[1]](parameters, source)
+        words = decode[source.shape[1]](parameters, source)
         pending.append((held.index[rows[real]], real, words))
     seeds = jax.tree.leaves(parameters)[0].shape[0]
     found: list[list[Words]] = [[()] * len(given.pairs) for _ in range(seeds)]

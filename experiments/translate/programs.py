@@ -22,11 +22,15 @@ Compiled = Any
 
 @dataclass(frozen=True)
 class Programs:
-    """Compiled functions: `train` for each bucket, the others for each width."""
+    """Compiled functions: `train` for each bucket, the others for each width.
+
+    `greedy` translates in validation, `search` as the configuration asks for.
+    """
 
     train: tuple[Compiled, ...]
     force: Mapping[tuple[int, int], Compiled]
     greedy: Mapping[int, Compiled]
+    search: Mapping[int, Compiled]
     batch_size: int
     seconds: float
 
@@ -48,22 +52,31 @@ def compile_all(
         source, target = (words((config.batch_size, length)) for length in width)
         lowered["force", width] = force.lower(state.parameters, source, target)
     for length in {width[0] for width in widths}:
-        greedy = jax.jit(functools.partial(decoding.greedy, graph, longest))
         source = words((config.batch_size, length))
-        lowered["greedy", length] = greedy.lower(state.parameters, source)
+        for kind, decode in _decoders(graph, config, longest).items():
+            lowered[kind, length] = jax.jit(decode).lower(state.parameters, source)
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
     by_kind = {
         kind: {key: program for (name, key), program in compiled.items() if name == kind}
-        for kind in ("train", "force", "greedy")
+        for kind in ("train", "force", "greedy", "search")
     }
     return Programs(
         train=tuple(by_kind["train"].values()),
         force=by_kind["force"],
         greedy=by_kind["greedy"],
+        search=by_kind["search"] or by_kind["greedy"],
         batch_size=config.batch_size,
         seconds=time.perf_counter() - start,
     )
+
+
+def _decoders(graph: Graph, config: Config, longest: int) -> dict[str, Any]:
+    decoders = {"greedy": functools.partial(decoding.greedy, graph, longest)}
+    if config.beam_size > 1:
+        options = (config.beam_size, config.length_penalty)
+        decoders["search"] = functools.partial(decoding.beam, graph, longest, *options)
+    return decoders
 
 
 def _compile(lowered: Any) -> Compiled:

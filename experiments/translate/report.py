@@ -172,7 +172,7 @@ def _legend(results: Record) -> str:
     """Say what the columns of the result are, those that are there."""
     names = {name for name, _, _ in table.columns(results)}
     parts = [
-        f"Test set of {results['data']['pairs']['test']:,} pairs, greedy decoding.",
+        f"Test set of {results['data']['pairs']['test']:,} pairs, {table.decoding(results)}.",
         f"{table.over_seeds(results)}.",
         "Valid loss is the cross-entropy of a token of the validation set, in nats.",
         "Exact match counts the sentences that are right in every word.",

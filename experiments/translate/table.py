@@ -57,6 +57,12 @@ def over_seeds(results: Record) -> str:
     return f"Mean and 95% bootstrap interval over {seeds} seeds"
 
 
+def decoding(results: Record) -> str:
+    """Say how translations were found."""
+    size, penalty = (results["config"][name] for name in ("beam_size", "length_penalty"))
+    return "greedy decoding" if size == 1 else f"beam of {size}, length penalty {penalty:g}"
+
+
 def rows(results: Record) -> list[list[Cell]]:
     """Return a row of cells for each mechanism."""
     return [
@@ -109,7 +115,8 @@ def show(console: Console, results: Record) -> None:
     signatures = results["signatures"]
     parts = [
         table,
-        f"Test set of {results['data']['pairs']['test']:,} pairs. {over_seeds(results)}.",
+        f"Test set of {results['data']['pairs']['test']:,} pairs, {decoding(results)}. "
+        f"{over_seeds(results)}.",
         f"BLEU {signatures['bleu']}",
         f"chrF {signatures['chrf']}",
         *(_on_extra(results, name) for name in results["mechanisms"][0]["extra"]),

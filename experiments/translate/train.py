@@ -124,7 +124,7 @@ def _remaining_steps(
 
 def _validate(programs: Programs, state: State, task: Task) -> dict[str, Any]:
     given = task.sets["valid"]
-    found = evaluate.translations(programs, state.parameters, given)
+    found = evaluate.translations(programs, state.parameters, given, greedy=True)
     references = [pair.target for pair in given.pairs]
     return {
         "valid_loss": _rounded(evaluate.losses(programs, state.parameters, given)),

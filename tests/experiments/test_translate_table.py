@@ -34,7 +34,7 @@ def results(seeds, error, steps):
         "conclusive": False,
     }
     return {
-        "config": {"seeds": seeds},
+        "config": {"seeds": seeds, "beam_size": 1, "length_penalty": 0.6},
         "data": {"pairs": {"long": 7}},
         "mechanisms": [mechanism],
         "comparisons": [compared],
@@ -66,6 +66,13 @@ def test_one_seed_has_no_interval():
     assert table.over_seeds(found) == "One seed, so that there is no interval"
     assert table.compared(found) == [["BLEU on test", "+0.5", "–", "–", "one seed is too few"]]
     assert table._on_extra(found, "long") == "long, 7 pairs: exact match % dot 12.5"
+
+
+def test_decoding_is_named():
+    found = results(1, None, summary(None))
+    assert table.decoding(found) == "greedy decoding"
+    found["config"]["beam_size"] = 4
+    assert table.decoding(found) == "beam of 4, length penalty 0.6"
 
 
 def test_several_seeds_have_one():
