@@ -17,16 +17,21 @@ from experiments.data.corpus import Links, Pair
 from experiments.data.tokens import detokenize
 
 __all__ = [
+    "CLASSES",
     "AlignmentQuality",
     "Score",
     "alignment_quality",
     "bleu",
+    "by_class",
     "chrf",
     "exact_match",
     "links",
     "pharaoh",
+    "signatures",
     "token_accuracy",
 ]
+
+CLASSES = ("sure_found", "possible_found", "links_wrong")
 
 Sentences = Sequence[Sequence[str]]
 
@@ -83,11 +88,19 @@ def chrf(hypotheses: Sentences, references: Sentences) -> Score:
     return _corpus_score("chrf", CHRF(), hypotheses, references)
 
 
+def signatures() -> dict[str, str]:
+    """What sacrebleu calls the settings of `bleu` and of `chrf`."""
+    return {name: score([("a",)], [("a",)]).signature for name, score in _CORPUS_SCORES.items()}
+
+
 def _corpus_score(name: str, metric, hypotheses: Sentences, references: Sentences) -> Score:
     _check(name, hypotheses, references)
     texts = [[detokenize(s) for s in sentences] for sentences in (hypotheses, references)]
     value = metric.corpus_score(texts[0], [texts[1]]).score
     return Score(value, str(metric.get_signature()))
+
+
+_CORPUS_SCORES = {"bleu": bleu, "chrf": chrf}
 
 
 def links(weights: np.ndarray, source_length: int, target_length: int) -> Links:
@@ -131,3 +144,28 @@ def alignment_quality(alignments: Iterable[Links], gold: Iterable[Pair]) -> Alig
 
     quality = quality_of_counts(size, sure, in_sure, in_possible)
     return AlignmentQuality(*map(float, quality))
+
+
+def by_class(alignments: Iterable[Iterable[Links]], gold: Sequence[Pair]) -> dict[str, list[float]]:
+    """Of several alignments of a corpus, the shares that one error rate mixes.
+
+    `sure_found` is the share of the sure links that were found, `possible_found` that of the
+    links that are possible and not sure, and `links_wrong` the share of what was found that is
+    neither; NaN where there is none.
+
+    >>> gold = Pair(("a", "b"), ("c", "d"), frozenset({(0, 0)}), frozenset({(0, 0), (1, 1)}))
+    >>> by_class([[frozenset({(0, 0), (0, 1)})]], [gold])
+    {'sure_found': [1.0], 'possible_found': [0.0], 'links_wrong': [0.5]}
+    """
+    shares: dict[str, list[float]] = {name: [] for name in CLASSES}
+    for found in alignments:
+        counts = np.zeros((3, 2))
+        for links, pair in zip(found, gold, strict=True):
+            if pair.sure is not None and pair.possible is not None:
+                merely = pair.possible - pair.sure
+                counts[0] += len(links & pair.sure), len(pair.sure)
+                counts[1] += len(links & merely), len(merely)
+                counts[2] += len(links - pair.possible), len(links)
+        for name, (part, whole) in zip(CLASSES, counts, strict=True):
+            shares[name].append(float(part / whole) if whole else float("nan"))
+    return shares

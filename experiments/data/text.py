@@ -8,10 +8,7 @@ from experiments.data.corpus import DataError
 
 
 def read_lines(path: Path) -> list[str]:
-    r"""The lines of a UTF-8 file, without byte order mark and line ends (LF or CRLF).
-
-    Only "\n" ends a line: U+2028, U+0085, vertical tab and form feed stay inside it, so that
-    line n of one file belongs to line n of the other.
+    """The lines of a UTF-8 file of at least one; see `lines_of`.
 
     Raises:
       DataError: the file is missing, a folder, unreadable, empty, not UTF-8, or not text.
@@ -24,6 +21,25 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"{path} does not exist; check the path.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    lines = lines_of(content, path)
+    if not lines:
+        raise DataError(f"{path} is empty; give a file with at least three sentence pairs.")
+    return lines
+
+
+def lines_of(content: bytes, path: object) -> list[str]:
+    r"""Lines of UTF-8 text, without byte order mark and line ends (LF or CRLF).
+
+    Only "\n" ends a line: U+2028, U+0085, vertical tab and form feed stay inside it, so that
+    line n of one file belongs to line n of the other.
+
+    Args:
+      content: the bytes.
+      path: where they come from, for the message of an error.
+
+    Raises:
+      DataError: they are not UTF-8, or not text.
+    """
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(
             f"{path} line 1 begins with the mark of UTF-16, but UTF-8 was expected; "
@@ -46,6 +62,4 @@ def read_lines(path: Path) -> list[str]:
     lines = text.split("\n")
     if lines[-1] == "":
         lines.pop()
-    if not lines:
-        raise DataError(f"{path} is empty; give a file with at least three sentence pairs.")
     return [line.removesuffix("\r") for line in lines]

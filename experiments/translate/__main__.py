@@ -26,9 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from experiments.translate.interrupts import Interrupted
     from experiments.translate.run import run
     from experiments.translate.train import Diverged
+    from experiments.translate.use import use
 
     try:
-        run(config)
+        (run if config.mode == "train" else use)(config)
     except UsageError as error:
         return _complain(error, 2)
     except Diverged as error:

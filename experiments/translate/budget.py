@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from experiments.data.corpus import Corpus
 from experiments.translate.config import Config
 from experiments.translate.learning import count_parameters
 from experiments.translate.model import Sizes
@@ -12,11 +11,11 @@ from experiments.translate.model import Sizes
 _TOLERANCE = 0.01
 
 
-def sizes_of(config: Config, corpus: Corpus) -> dict[str, Sizes]:
+def sizes_of(config: Config, source_words: int, target_words: int) -> dict[str, Sizes]:
     """Return the sizes of the translator of every score, matched if that is asked for."""
     plain = Sizes(
-        source_words=len(corpus.source_vocabulary),
-        target_words=len(corpus.target_vocabulary),
+        source_words=source_words,
+        target_words=target_words,
         width=config.width,
         attention_size=config.attention_size or config.width,
         readout_size=config.width,

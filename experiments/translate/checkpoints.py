@@ -58,13 +58,15 @@ class Checkpoints:
                 "are kept, and the same command goes on from there."
             ) from None
 
-    def restore(self, like: Any) -> tuple[int, Any] | None:
+    def restore(self, like: Any, *, tidy: bool = True) -> tuple[int, Any] | None:
         """Load the last whole checkpoint; `damaged` then has a sentence for each one passed over.
 
         Args:
-          like: a pytree of arrays of the same shapes.
+          like: a pytree of arrays, or of their shapes.
+          tidy: remove what was never finished; another process may be at work on it.
         """
-        self._forget_unsealed()
+        if tidy:
+            self._forget_unsealed()
         for step in self.steps:
             path = self._path(step)
             if not path.is_dir() or _checksums(path) != self._sealed(step):
@@ -72,7 +74,7 @@ class Checkpoints:
                 continue
             leaves, structure = jax.tree.flatten(like)
             with ocp.StandardCheckpointer() as checkpointer:
-                named = checkpointer.restore(path, _named(jax.eval_shape(lambda: like)))
+                named = checkpointer.restore(path, _named(jax.tree.map(_shape_of, like)))
             return step, structure.unflatten([named[_name(i)] for i in range(len(leaves))])
         return None
 
@@ -100,6 +102,10 @@ class Checkpoints:
 
 def _named(tree: Any) -> dict[str, Any]:
     return {_name(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _name(index: int) -> str:

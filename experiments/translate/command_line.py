@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from experiments.translate import kept
 from experiments.translate.config import Config, UsageError
 
 _SUMMARY = """\
@@ -20,6 +21,8 @@ once, and writes a table, learning curves, alignments and a report of who won.
   python -m experiments.translate --scores=additive,scaled_dot,dot,uniform,none --match_parameters
   python -m experiments.translate --data=corpus.tsv --source=en --target=de --width=256 \\
       --learning_rate=0.002 --dropout=0.2 --steps=5000
+
+  python -m experiments.translate --mode=translate --workdir=DIR
 
 The same command again resumes an interrupted run. --flagfile=FILE reads flags from a file."""
 
@@ -54,9 +57,11 @@ def parse(arguments: Sequence[str]) -> Config:
         raise HelpRequested(help_text())
     if rest:
         raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
-    config = Config(**{name: _python(values[name].value) for name in Config.__dataclass_fields__})
+    names = Config.__dataclass_fields__
+    given = {name: _python(values[name].value) for name in names if values[name].present}
+    config = Config(**given)
     config.check()
-    return config
+    return config if config.mode == "train" else kept.configured(config, given)
 
 
 def help_text(width: int = 98) -> str:

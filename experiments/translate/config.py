@@ -32,6 +32,17 @@ CONTROLS = ("uniform", "none")
 # Scores without two projections, one of the query and one of the key.
 _UNTIEABLE = ("bilinear", "concat", "location", "shared_projection")
 
+# Groups of flags that a run does not depend on.
+_NOT_OF_A_RUN = ("Output", "After training")
+
+# Flags that only some modes know.
+_MODES = {
+    "split": ("evaluate",),
+    "input": ("evaluate", "translate", "score"),
+    "alignments": ("translate", "score"),
+    "translator": ("translate", "score"),
+}
+
 # Steps in a row from one bucket: with more, a translator forgets sentences of other lengths.
 _LONGEST_CHUNK = 5
 # Steps between two synchronisations with the host: more do not make training faster.
@@ -80,6 +91,10 @@ def _training(default: Any, help: str, range: Range | None = None) -> Any:
 
 def _decoding(default: Any, help: str, range: Range | None = None) -> Any:
     return _field("Decoding", default, help, range)
+
+
+def _use(default: Any, help: str, range: Range | None = None) -> Any:
+    return _field("After training", default, help, range)
 
 
 def _output(default: Any, help: str, range: Range | None = None) -> Any:
@@ -172,6 +187,23 @@ class Config:
         20.0, "Seconds between two checkpoints; 0 saves at every opportunity.", NOT_NEGATIVE
     )
 
+    mode: str = _use(
+        "train",
+        "train and compare; or, with the --workdir of a run: evaluate it on pairs, translate "
+        "sentences, or score pairs by log-probability, one a line, source<TAB>target.",
+        one_of("train", "evaluate", "translate", "score"),
+    )
+    split: str = _use("test", "What to evaluate on: test, valid, or another set of the corpus.")
+    input: str = _use(
+        "", "File of sentences, or of pairs (.tsv), instead of standard input or --split."
+    )
+    alignments: str = _use(
+        "", "File to write the alignments of what is translated or scored to, Pharaoh's 0-0 1-2."
+    )
+    translator: int = _use(
+        0, "Which of the translators of the first score translates, by its seed.", NOT_NEGATIVE
+    )
+
     @property
     def chunk(self) -> int:
         """Steps in one call, all from one bucket: a divisor of `round`."""
@@ -190,7 +222,9 @@ class Config:
     @property
     def identity(self) -> dict[str, Any]:
         """All fields that results depend on, as JSON has them."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if group_of(k) != "Output"}
+        fields = {
+            k: v for k, v in dataclasses.asdict(self).items() if group_of(k) not in _NOT_OF_A_RUN
+        }
         return json.loads(json.dumps(fields))
 
     @property
@@ -209,6 +243,12 @@ class Config:
             value, range = getattr(self, field.name), field.metadata["range"]
             if range and value is not None and not range.contains(value):
                 raise UsageError(f"--{field.name} is {value}, but {range.words} is needed.")
+        for name, modes in _MODES.items():
+            field = self.__dataclass_fields__[name]
+            if self.mode not in modes and getattr(self, name) != field.default:
+                raise UsageError(f"--{name} is for --mode={' or '.join(modes)}; leave it out.")
+        if self.translator >= self.seeds:
+            raise UsageError(f"--translator is {self.translator}, but the seeds are {self.seeds}.")
         if not self.scores:
             raise UsageError("--scores is empty; name at least one score.")
         for name in self.scores:

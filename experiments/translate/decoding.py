@@ -29,12 +29,12 @@ def force(graph: Graph, parameters: Any, source: Array, target: Array) -> tuple[
       target: [B, T].
 
     Returns:
-      The sum of the losses of all words, [N], and the weights [N, B, T, S].
+      The losses of the words of each sentence, summed, [N, B], and the weights [N, B, T, S].
     """
 
     def one_seed(parameters: Any) -> tuple[Array, Array]:
         logits, weights = nnx.merge(graph, parameters)(source, target)
-        return jnp.sum(token_losses(logits, target)), weights.swapaxes(0, 1)
+        return jnp.sum(token_losses(logits, target), axis=0), weights.swapaxes(0, 1)
 
     return jax.vmap(one_seed)(parameters)
 

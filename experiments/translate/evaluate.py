@@ -31,13 +31,17 @@ class Examples(NamedTuple):
 
 
 def examples(
-    sets: Mapping[str, Sequence[Pair]], corpus: Corpus, batch_size: int
+    sets: Mapping[str, Sequence[Pair]], corpus: Corpus, batch_size: int, multiple: int = 1
 ) -> dict[str, Examples]:
-    """Sort sets of pairs into buckets of a few shapes that all of them share."""
+    """Sort sets of pairs into buckets of a few shapes that all of them share.
+
+    Each width is a multiple of `multiple`, so that sets that come later find shapes compiled.
+    """
     vocabularies = corpus.source_vocabulary, corpus.target_vocabulary
     pairs = [pair for pairs in sets.values() for pair in pairs]
     lengths = np.array([(len(pair.source) + 1, len(pair.target) + 1) for pair in pairs])
-    widths = choose_widths(lengths, _SHAPES)
+    chosen = choose_widths(lengths, _SHAPES)
+    widths = tuple((_rounded_up(s, multiple), _rounded_up(t, multiple)) for s, t in chosen)
     return {
         name: Examples(
             pairs, bucket(pairs, *vocabularies, batch_size=batch_size, widths=widths), corpus
@@ -48,10 +52,18 @@ def examples(
 
 def losses(programs: Programs, parameters: Any, given: Examples) -> list[float]:
     """Cross-entropy of a target token, end symbol included, in nats, for each seed."""
-    sums = [loss for _, _, loss, _ in _forced(programs, parameters, given)]
     tokens = sum(int((held.target != PAD).sum()) for held in given.buckets.members)
-    of_seeds = np.sum(jax.device_get(sums), axis=0, dtype=np.float64) / tokens
-    return np.atleast_1d(of_seeds).tolist()
+    return (-log_probabilities(programs, parameters, given).sum(axis=1) / tokens).tolist()
+
+
+def log_probabilities(programs: Programs, parameters: Any, given: Examples) -> np.ndarray:
+    """The log-probability of each target, end symbol included, [N, pairs]."""
+    pending = [(at, real, loss) for at, real, loss, _ in _forced(programs, parameters, given)]
+    seeds = jax.tree.leaves(parameters)[0].shape[0]
+    found = np.zeros((seeds, len(given.pairs)))
+    for index, real, loss in pending:
+        found[:, index] = -np.asarray(loss, np.float64)[:, real]
+    return found
 
 
 def translations(
@@ -109,14 +121,27 @@ def quality(hypotheses: list[list[Words]], pairs: Sequence[Pair]) -> dict[str, l
     }
 
 
-def alignment_error(links: list[list[Links]], pairs: Sequence[Pair]) -> list[float] | None:
-    """Alignment error rate for each seed in 0..100; None without gold alignments."""
-    rates = [100 * metrics.alignment_quality(found, pairs).error_rate for found in links]
-    return None if any(math.isnan(rate) for rate in rates) else rates
+def alignment(links: list[list[Links]], pairs: Sequence[Pair]) -> dict[str, list[float] | None]:
+    """Alignment error rate and the links found by class, for each seed in 0..100.
+
+    None without gold alignments, or without attention.
+    """
+    of_seeds = {
+        "alignment_error": [metrics.alignment_quality(f, pairs).error_rate for f in links],
+        **metrics.by_class(links, pairs),
+    }
+    return {
+        name: None if not rates or any(map(math.isnan, rates)) else [100 * rate for rate in rates]
+        for name, rates in of_seeds.items()
+    }
+
+
+def _rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _forced(programs: Programs, parameters: Any, given: Examples):
-    """Yield for every batch which pairs it holds in which rows, loss [N], weights [N, B, T, S]."""
+    """Yield of every batch which pairs are in which rows, losses [N, B], weights [N, B, T, S]."""
     for number, rows, real in sweep(given.buckets, programs.batch_size):
         held = given.buckets.members[number]
         source = held.source[rows]

@@ -7,6 +7,7 @@ a run that was interrupted goes on exactly as if it had not been.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -69,16 +70,24 @@ def quick_options(effort: int) -> dict[str, int]:
 
 def initial_state(score: str, sizes: Sizes, config: Config) -> State:
     """Draw the parameters of every seed."""
+    draw = functools.partial(_drawn, score, sizes, config)
+    # It runs once, so that the time to optimize it is lost.
+    return jax.jit(draw, compiler_options=quick_options(0))()
 
+
+def abstract_state(score: str, sizes: Sizes, config: Config) -> State:
+    """Return the shapes of `initial_state`, without drawing anything."""
+    return jax.eval_shape(functools.partial(_drawn, score, sizes, config))
+
+
+def _drawn(score: str, sizes: Sizes, config: Config) -> State:
     def one_seed(seed: Array) -> tuple[Any, Any]:
         rngs = nnx.Rngs(jax.random.key(seed))
         translator = Translator(score, sizes, config.dropout, rngs=rngs)
         parameters = nnx.state(translator, nnx.Param)
         return parameters, optimizer_of(config).init(parameters)
 
-    # It runs once, so that the time to optimize it is lost.
-    draw = jax.jit(jax.vmap(one_seed), compiler_options=quick_options(0))
-    parameters, optimizer = draw(jnp.arange(config.seeds))
+    parameters, optimizer = jax.vmap(one_seed)(jnp.arange(config.seeds))
     return State(jnp.int32(0), parameters, optimizer)
 
 

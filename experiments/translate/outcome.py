@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import metrics
 from experiments.data.corpus import Pair
-from experiments.translate import evaluate
+from experiments.translate import evaluation
 from experiments.translate.learning import count_parameters
 from experiments.translate.model import Sizes
 from experiments.translate.task import Task
@@ -35,12 +35,8 @@ def measure(score: str, sizes: Sizes, trained: Trained, task: Task, folder: Path
         "sets": {},
     }
     for name, given in task.sets.items():
-        found = evaluate.translations(programs, parameters, given)
-        links, weights = evaluate.attended(programs, parameters, given)
-        measured = evaluate.quality(found, given.pairs)
-        measured["loss"] = evaluate.losses(programs, parameters, given)
-        error = None if score == "none" else evaluate.alignment_error(links, given.pairs)
-        outcome["sets"][name] = {**measured, "alignment_error": error}
+        measured, found, weights = evaluation.of_set(score, programs, parameters, given)
+        outcome["sets"][name] = measured
         if name == "test":
             outcome["samples"] = [
                 _sample(given.pairs[i], found[0][i]) for i in range(min(_SAMPLED, len(found[0])))

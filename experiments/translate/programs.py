@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import time
 from collections.abc import Mapping
@@ -69,6 +70,25 @@ def compile_all(
         batch_size=config.batch_size,
         seconds=time.perf_counter() - start,
     )
+
+
+def compile_when_called(graph: Graph, config: Config, longest: int, batch_size: int) -> Programs:
+    """Return programs that are compiled for each shape when it comes, and none that trains."""
+    decoders = _decoders(graph, config, longest)
+    decode = {kind: _for_any_shape(decoder) for kind, decoder in decoders.items()}
+    return Programs(
+        train=(),
+        force=_for_any_shape(functools.partial(decoding.force, graph)),
+        greedy=decode["greedy"],
+        search=decode.get("search", decode["greedy"]),
+        batch_size=batch_size,
+        seconds=0.0,
+    )
+
+
+def _for_any_shape(function: Any) -> Mapping[Any, Compiled]:
+    compiled = jax.jit(function, compiler_options=learning.quick_options(1))
+    return collections.defaultdict(lambda: compiled)
 
 
 def _decoders(graph: Graph, config: Config, longest: int) -> dict[str, Any]:

@@ -36,10 +36,7 @@ def summarize(config: Config, task: Task, outcomes: Sequence[Record], host: Reco
             "target_words": len(corpus.target_vocabulary),
             "notices": list(corpus.notices),
         },
-        "signatures": {
-            "bleu": metrics.bleu([("a",)], [("a",)]).signature,
-            "chrf": metrics.chrf([("a",)], [("a",)]).signature,
-        },
+        "signatures": metrics.signatures(),
         "mechanisms": mechanisms,
         "comparisons": _comparisons(mechanisms[:2]) if len(mechanisms) > 1 else [],
     }
@@ -51,23 +48,23 @@ def _mechanism(outcome: Record) -> Record:
         "valid_loss": valid["loss"],
         "test_loss": test["loss"],
         **{k: test[k] for k in ("exact_match", "token_accuracy", "bleu", "chrf")},
-        "alignment_error": test["alignment_error"],
+        **{k: test[k] for k in ("alignment_error", *metrics.CLASSES)},
         **{k: outcome[k] for k in ("steps_to_90", "mean_exact_match")},
     }
     extra = {
-        name: {k: _summary(v) for k, v in measured.items()}
+        name: {k: summary(v) for k, v in measured.items()}
         for name, measured in outcome["sets"].items()
         if name not in ("valid", "test")
     }
     kept = ("score", "parameters", "sizes", "compile_seconds", "train_seconds")
     return {
         **{k: outcome[k] for k in (*kept, "tokens_per_second")},
-        "metrics": {name: _summary(of_seeds) for name, of_seeds in values.items()},
+        "metrics": {name: summary(of_seeds) for name, of_seeds in values.items()},
         "extra": extra,
     }
 
 
-def _summary(values: list[float | None] | None) -> Record | None:
+def summary(values: list[float | None] | None) -> Record | None:
     """Mean and 95% bootstrap interval over seeds; None where a seed has no value."""
     if values is None:
         return None

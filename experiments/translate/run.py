@@ -7,7 +7,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.translate import figures, outcome, report, results, table, task, train, workdir
+from experiments.translate import (
+    figures,
+    kept,
+    outcome,
+    report,
+    results,
+    table,
+    task,
+    train,
+    workdir,
+)
 from experiments.translate.budget import sizes_of
 from experiments.translate.config import Config
 from experiments.translate.learning import count_parameters
@@ -23,13 +33,13 @@ def run(config: Config) -> Path:
       Diverged: a loss is not a number any more.
       Interrupted: the run was asked to stop; the same call goes on.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    console = table.console()
     workdir.check(config)
     given = task.read(config)
-    sizes = sizes_of(config, given.corpus)
+    vocabularies = given.corpus.source_vocabulary, given.corpus.target_vocabulary
+    sizes = sizes_of(config, *map(len, vocabularies))
     with workdir.opened(config) as folder:
+        kept.write(folder, given.corpus, given.longest, config)
         _describe(console, config, given, sizes)
         outcomes = [
             _outcome(score, sizes[score], config, given, folder, console) for score in sizes

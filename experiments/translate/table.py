@@ -31,6 +31,12 @@ COLUMNS = (
 )
 
 
+def console() -> Console:
+    """Return a console that is wide enough for the table where it is no terminal."""
+    found = Console()
+    return found if found.is_terminal else Console(width=140)
+
+
 def columns(results: Record) -> list[tuple[str, str, int]]:
     """Return what was measured: key, name and digits of each column between size and speed.
 

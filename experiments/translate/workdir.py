@@ -65,8 +65,8 @@ def check(config: Config) -> None:
     if differing:
         name = differing[0]
         raise UsageError(
-            f"--workdir {folder} holds another run (--{name} was {_shown(held.get(name))}, now it "
-            f"is {_shown(config.identity[name])}); {hint}"
+            f"--workdir {folder} holds another run (--{name} was {shown(held.get(name))}, now it "
+            f"is {shown(config.identity[name])}); {hint}"
         )
 
 
@@ -151,5 +151,6 @@ class Log:
         return [json.loads(line) for line in lines[:-1]]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Write a value as on the command line."""
     return ",".join(value) if isinstance(value, list) else str(value)

@@ -205,7 +205,7 @@ def test_forced_losses_are_those_of_the_model(graph, parameters, translate):
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), parameters)
     losses, weights = quick(functools.partial(decoding.force, graph))(stacked, SOURCE, TARGET)
     logits, expected = translate(SOURCE, TARGET)
-    np.testing.assert_allclose(losses, [token_losses(logits, TARGET).sum()] * 2, rtol=1e-4)
+    np.testing.assert_allclose(losses, [token_losses(logits, TARGET).sum(axis=0)] * 2, rtol=1e-4)
     np.testing.assert_allclose(weights[1], expected.swapaxes(0, 1), atol=1e-5)
 
 

@@ -1,0 +1,80 @@
+"""How good the translators of one score are on one set: all that is measured, and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from experiments import metrics
+from experiments.translate import evaluate, results, table
+from experiments.translate.config import Config
+from experiments.translate.evaluate import Examples, Weights, Words
+from experiments.translate.programs import Programs
+from experiments.translate.workdir import Record, write_json
+
+COLUMNS = (
+    ("loss", "loss", 3),
+    ("exact_match", "exact match %", 1),
+    ("token_accuracy", "token acc. %", 1),
+    ("bleu", "BLEU", 1),
+    ("chrf", "chrF", 1),
+    ("alignment_error", "AER %", 1),
+    ("sure_found", "sure found %", 1),
+    ("possible_found", "possible found %", 1),
+    ("links_wrong", "links wrong %", 1),
+)
+
+
+class Found(NamedTuple):
+    """What was measured for each seed, the translations of each, and weights of the first."""
+
+    measured: dict[str, list[float] | None]
+    translations: list[list[Words]]
+    weights: list[Weights]
+
+
+def of_set(score: str, programs: Programs, parameters: Any, given: Examples) -> Found:
+    """Translate and read a set of pairs, and measure both."""
+    found = evaluate.translations(programs, parameters, given)
+    links, weights = evaluate.attended(programs, parameters, given)
+    measured = {
+        **evaluate.quality(found, given.pairs),
+        "loss": evaluate.losses(programs, parameters, given),
+        **evaluate.alignment(links if score != "none" else [], given.pairs),
+    }
+    return Found(measured, found, weights)
+
+
+def report(config: Config, name: str, pairs: int, records: Sequence[Record]) -> Path:
+    """Print the table of what was measured of each score, write it as JSON, return its path."""
+    rows = [
+        {"score": r["score"], **{k: results.summary(r[k]) for k, _, _ in COLUMNS}} for r in records
+    ]
+    columns = [column for column in COLUMNS if any(row[column[0]] for row in rows)]
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for title in ("score", *(title for _, title, _ in columns)):
+        shown.add_column(title, justify="left" if title == "score" else "right")
+    for row in rows:
+        cells = [table.cell(row[key], digits) for key, _, digits in columns]
+        texts = (f"{c.value}\n[dim]{c.interval}[/]" if c.interval else c.value for c in cells)
+        shown.add_row(row["score"], *texts)
+    summary = {
+        "set": name,
+        "pairs": pairs,
+        "config": config.identity,
+        "signatures": metrics.signatures(),
+        "scores": rows,
+    }
+    signatures = summary["signatures"]
+    about = f"{name}, {pairs:,} pairs, {table.decoding(summary)}. {table.over_seeds(summary)}."
+    console = table.console()
+    for part in (shown, about, f"BLEU {signatures['bleu']}", f"chrF {signatures['chrf']}"):
+        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+    path = config.directory / "evaluations" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, summary)
+    return path

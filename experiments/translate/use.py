@@ -1,0 +1,213 @@
+"""After training: evaluate the last good checkpoint of a run, translate with it, score with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import metrics
+from experiments.data.corpora import Reader
+from experiments.data.corpus import DataError, Pair
+from experiments.data.text import lines_of, read_lines
+from experiments.translate import evaluate, evaluation, interaction, kept, task
+from experiments.translate.budget import sizes_of
+from experiments.translate.checkpoints import Checkpoints
+from experiments.translate.config import Config, UsageError
+from experiments.translate.evaluate import Examples, Weights, Words
+from experiments.translate.kept import Languages
+from experiments.translate.learning import abstract_state, graph_of
+from experiments.translate.programs import Programs, compile_when_called
+from experiments.translate.workdir import write_text
+
+_STDIN = "standard input"
+# Sentences of similar length share a compiled program.
+_MULTIPLE = 8
+
+
+class Translators(NamedTuple):
+    """The trained translators of one score, and what runs them and gives them text."""
+
+    score: str
+    config: Config
+    languages: Languages
+    parameters: Any
+    graph: Any
+
+    def programs(self, sentences: Sequence[Words]) -> Programs:
+        """Return programs for sentences of these lengths."""
+        longest = max(self.languages.longest, *(3 * len(words) // 2 for words in sentences))
+        batch_size = min(self.config.batch_size, len(sentences))
+        return compile_when_called(self.graph, self.config, longest, batch_size)
+
+    def examples(self, pairs: Sequence[Pair]) -> Examples:
+        """Sort pairs into buckets."""
+        size = min(self.config.batch_size, len(pairs))
+        corpus = self.languages.corpus("input", tuple(pairs))
+        return evaluate.examples({"input": pairs}, corpus, size, _MULTIPLE)["input"]
+
+    def translations(self, sentences: Sequence[Words]) -> list[Words]:
+        """Translate sentences with the first translator."""
+        given = self.examples([Pair(words, ()) for words in sentences])
+        return evaluate.translations(self.programs(sentences), self.parameters, given)[0]
+
+    def weights(self, pairs: Sequence[Pair]) -> list[Weights]:
+        """Return the weights [T, S] with which the first translator reads pairs, EOS included."""
+        programs = self.programs([pair.source for pair in pairs])
+        return evaluate.attended(programs, self.parameters, self.examples(pairs))[1]
+
+    def log_probabilities(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Return the log-probability of each target to the first translator."""
+        programs = self.programs([pair.source for pair in pairs])
+        return evaluate.log_probabilities(programs, self.parameters, self.examples(pairs))[0]
+
+    def only(self, seed: int) -> Translators:
+        """Return one translator of them."""
+        return self._replace(parameters=jax.tree.map(lambda x: x[seed][None], self.parameters))
+
+
+def use(config: Config) -> None:
+    """Do what a mode other than training asks for.
+
+    Raises:
+      UsageError: the run, its checkpoints or the input cannot be used.
+    """
+    modes = {"evaluate": _evaluate, "translate": _translate, "score": _score}
+    try:
+        modes[config.mode](config)
+    except DataError as error:
+        raise UsageError(str(error)) from None
+
+
+def load(score: str, config: Config) -> Translators:
+    """Load the translators of a score from the last good checkpoint of a run.
+
+    Raises:
+      UsageError: there is none.
+    """
+    folder = config.directory
+    languages = kept.read(folder)
+    # The first score of the run is what the others are matched to, so that all of them count.
+    every = kept.configured(config, {})
+    sizes = sizes_of(every, len(languages.source), len(languages.target))[score]
+    graph, _ = graph_of(score, sizes)
+    checkpoints = Checkpoints(folder / "checkpoints" / score)
+    like = abstract_state(score, sizes, config)
+    restored = checkpoints.restore(like, tidy=False)
+    for sentence in checkpoints.damaged:
+        _tell(sentence)
+    if restored is None:
+        raise UsageError(f"{checkpoints.folder} holds no checkpoint; train the run first.")
+    step, state = restored
+    if step < config.steps:
+        _tell(f"{score}: the checkpoint is of step {step} of {config.steps}.")
+    return Translators(score, config, languages, state.parameters, graph)
+
+
+def _evaluate(config: Config) -> None:
+    loaded = [load(score, config) for score in config.scores]
+    name, pairs = _pairs_of_split(config) if not config.input else _pairs_of_file(config)
+    records = []
+    for translators in loaded:
+        programs = translators.programs([pair.source for pair in pairs])
+        given = translators.examples(pairs)
+        found = evaluation.of_set(translators.score, programs, translators.parameters, given)
+        records.append({"score": translators.score, **found.measured})
+    path = evaluation.report(config, name, len(pairs), records)
+    print(path.absolute())
+
+
+def _translate(config: Config) -> None:
+    translators = load(config.scores[0], config).only(config.translator)
+    if not config.input and sys.stdin.isatty():
+        interaction.converse(translators, sys.stdin, sys.stdout)
+        return
+    lines = _lines(config)
+    sentences = [translators.languages.words(line) for line in lines]
+    _tell_unknown(translators, [(words, ()) for words in sentences])
+    full = [number for number, words in enumerate(sentences) if words]
+    found: list[Words] = [()] * len(lines)
+    for number, words in zip(
+        full, translators.translations([sentences[n] for n in full]) if full else (), strict=True
+    ):
+        found[number] = words
+    for words in found:
+        print(translators.languages.text(words))
+    _write_alignments(translators, [Pair(*both) for both in zip(sentences, found, strict=True)])
+
+
+def _score(config: Config) -> None:
+    translators = load(config.scores[0], config).only(config.translator)
+    pairs = []
+    for number, line in enumerate(lines := _lines(config), 1):
+        source, tab, target = line.partition("\t")
+        words = translators.languages.words
+        pair = Pair(words(source), words(target.partition("\t")[0]))
+        if not (tab and pair.source and pair.target):
+            raise UsageError(
+                f"{config.input or _STDIN} line {number} is not source<TAB>target, two sentences "
+                "with one tab between them."
+            )
+        pairs.append(pair)
+    if not lines:
+        return
+    _tell_unknown(translators, [(pair.source, pair.target) for pair in pairs])
+    for value in translators.log_probabilities(pairs):
+        print(f"{value:.4f}")
+    _write_alignments(translators, pairs)
+
+
+def _lines(config: Config) -> list[str]:
+    if config.input:
+        return read_lines(Path(config.input))
+    return lines_of(sys.stdin.buffer.read(), _STDIN)
+
+
+def _pairs_of_split(config: Config) -> tuple[str, Sequence[Pair]]:
+    sets = task.read(config).sets
+    if config.split not in sets:
+        raise UsageError(f"--split: there is no {config.split!r}; choose from {', '.join(sets)}.")
+    return config.split, sets[config.split].pairs
+
+
+def _pairs_of_file(config: Config) -> tuple[str, Sequence[Pair]]:
+    reader = Reader(config.source, config.target, config.lowercase)
+    path = Path(config.input)
+    if not path.is_file():
+        raise UsageError(f"--input {path} is no file; give a table of pairs, source<TAB>target.")
+    splits, _ = reader.read(config.input)
+    for notice in reader.notices:
+        _tell(notice)
+    return path.stem, splits["train"]
+
+
+def _tell_unknown(translators: Translators, sentences: Sequence[tuple[Words, Words]]) -> None:
+    """Name the words that will be read as <unk>, line by line."""
+    vocabularies = translators.languages.source, translators.languages.target
+    for number, sides in enumerate(sentences, 1):
+        unknown = interaction.unknown(sides, vocabularies)
+        if unknown:
+            _tell(f"line {number}: read as <unk>: {' '.join(unknown)}")
+
+
+def _write_alignments(translators: Translators, pairs: Sequence[Pair]) -> None:
+    """Write for each line the links that attention shows, counted in words from 0."""
+    if not translators.config.alignments:
+        return
+    if translators.score == "none":
+        raise UsageError("--alignments: none does not attend; name another of the --scores.")
+    full = [number for number, pair in enumerate(pairs) if pair.source and pair.target]
+    lines = [""] * len(pairs)
+    weights = translators.weights([pairs[n] for n in full]) if full else []
+    for number, array in zip(full, weights, strict=True):
+        lengths = len(pairs[number].source), len(pairs[number].target)
+        lines[number] = metrics.pharaoh(metrics.links(array, *lengths))
+    write_text(Path(translators.config.alignments), "".join(f"{line}\n" for line in lines))
+
+
+def _tell(sentence: str) -> None:
+    print(f"translate: {sentence}", file=sys.stderr)

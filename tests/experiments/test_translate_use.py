@@ -1,0 +1,150 @@
+"""A trained run evaluates, translates and scores; what it says is what training measured."""
+
+import io
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.translate.command_line import parse
+from experiments.translate.interaction import alignment, converse
+from experiments.translate.use import load
+
+
+@pytest.fixture
+def ask(done, monkeypatch, capsys, translate):
+    """Run a mode on the small run, with bytes as standard input; return code and what it says."""
+
+    def run(mode, *flags, stdin=b"", folder=done[1]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        code = translate(f"--mode={mode}", f"--workdir={folder}", *flags)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def samples(done):
+    outcome = json.loads((done[1] / "outcomes" / "dot.json").read_text("utf-8"))
+    return [{k: " ".join(v) for k, v in sample.items()} for sample in outcome["samples"]]
+
+
+def test_evaluation_finds_what_training_found(done, ask):
+    code, out, err = ask("evaluate")
+    assert (code, err) == (0, "")
+    path = done[1] / "evaluations" / "test.json"
+    assert out.splitlines()[-1] == str(path)
+    assert "greedy decoding. One seed" in out and "BLEU nrefs:1" in out
+    (found,) = json.loads(path.read_text("utf-8"))["scores"]
+    (dot,) = json.loads((done[1] / "results.json").read_text("utf-8"))["mechanisms"]
+    for name in ("exact_match", "bleu", "chrf", "alignment_error", "sure_found", "links_wrong"):
+        assert found[name] == dot["metrics"][name]
+    np.testing.assert_allclose(
+        found["loss"]["mean"], dot["metrics"]["test_loss"]["mean"], rtol=1e-4
+    )
+    assert found["possible_found"] is None
+
+
+def test_translation_goes_line_by_line(ask, samples, tmp_path):
+    lines = [samples[0]["source"], "", f"{samples[1]['source']} zebra", samples[2]["source"]]
+    stdin = "\n".join(lines).encode()
+    code, out, err = ask("translate", f"--alignments={tmp_path}/links", stdin=stdin)
+    assert code == 0
+    assert err == "translate: line 3: read as <unk>: zebra\n"
+    found = out.split("\n")
+    assert len(found) == 5 and found[1] == found[4] == ""
+    assert [found[0], found[3]] == [samples[0]["translation"], samples[2]["translation"]]
+    links = (tmp_path / "links").read_text("utf-8").split("\n")
+    assert len(links) == 5 and links[1] == ""
+    for line, source, target in zip(links, lines, found, strict=False):
+        pairs = [tuple(map(int, link.split("-"))) for link in line.split()]
+        assert all(i < len(source.split()) and j < len(target.split()) for i, j in pairs)
+
+
+def test_scores_are_the_losses_of_an_evaluation(done, ask, samples, tmp_path):
+    table = "".join(f"{s['source']}\t{s['target']}\t0-0\n" for s in samples)
+    (tmp_path / "pairs.tsv").write_text(table, "utf-8")
+    code, out, err = ask("score", f"--input={tmp_path}/pairs.tsv")
+    assert (code, err) == (0, "")
+    scores = [float(line) for line in out.splitlines()]
+    assert len(scores) == len(samples) and max(scores) <= 0
+    assert ask("evaluate", f"--input={tmp_path}/pairs.tsv")[0] == 0
+    found = json.loads((done[1] / "evaluations" / "pairs.json").read_text("utf-8"))
+    tokens = sum(len(s["target"].split()) + 1 for s in samples)
+    np.testing.assert_allclose(found["scores"][0]["loss"]["mean"], -sum(scores) / tokens, rtol=1e-3)
+
+
+def test_a_conversation_shows_where_words_were_read(done, samples):
+    translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).only(0)
+    answers = io.StringIO()
+    converse(translators, io.StringIO(f"{samples[0]['source']} zebra\n\n"), answers)
+    lines = answers.getvalue().split("\n")
+    assert lines[2] == "  read as <unk>: zebra"
+    words = lines[1].removeprefix("> ").split()
+    assert [line.split()[0] for line in lines[3 : 3 + len(words)]] == words
+    assert lines[3 + len(words) :] == ["> ", ""]
+
+
+def test_the_darkest_words_of_a_row_are_named():
+    weights = np.array([[0.5, 0.4, 0.1], [0.05, 0.04, 0.91]])
+    assert alignment(("a", "b"), ("x", "yy"), weights) == [
+        "  x   a 50%  b 40%  <eos> 10%",
+        "  yy  <eos> 91%",
+    ]
+
+
+def test_a_damaged_checkpoint_is_passed_over(done, ask, samples, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(done[1], folder)
+    checkpoints = folder / "checkpoints" / "dot"
+    shutil.copytree(checkpoints / "00004000", checkpoints / "00003000")
+    (checkpoints / "00004000.seal").rename(checkpoints / "00003000.seal")
+    (checkpoints / "00004000.seal").write_text("{}")
+    code, out, err = ask("translate", stdin=samples[0]["source"].encode(), folder=folder)
+    assert code == 0 and out.count("\n") == 1
+    first, second = err.splitlines()
+    assert first.endswith("is damaged: passed over.")
+    assert second == "translate: dot: the checkpoint is of step 3000 of 4000."
+    shutil.rmtree(folder / "checkpoints")
+    code, out, err = ask("translate", stdin=b"one", folder=folder)
+    assert (code, out) == (2, "")
+    assert err.endswith("checkpoints/dot holds no checkpoint; train the run first.\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "stdin", "sentence"),
+    [
+        (["score"], b"one", "standard input line 1 is not source<TAB>target, two sentences with"),
+        (["score"], b"one\ttwo\n\t", "standard input line 2 is not source<TAB>target"),
+        (["translate"], b"a\nb\xff", "standard input line 2 is not UTF-8 (byte 0xff); if the"),
+        (["translate"], b"a\0b", "standard input line 1 has a NUL byte, so the file is binary"),
+        (["translate"], "a".encode("utf-16"), "standard input line 1 begins with the mark of UTF-"),
+        (["translate", "--input=/no/file"], b"", "/no/file does not exist; check the path."),
+        (["evaluate", "--input=/tmp"], b"", "--input /tmp is no file; give a table of pairs"),
+        (["evaluate", "--split=dev"], b"", "--split: there is no 'dev'; choose from valid, test"),
+        (["evaluate", "--scores=additive"], b"", "--scores: {} holds no additive, only dot."),
+        (["evaluate", "--width=8"], b"", "--width is 8, but the run in {} has 4; leave it out."),
+        (["translate", "--translator=1"], b"", "--translator is 1, but the seeds are 1."),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(flags, stdin, sentence, done, ask):
+    code, out, err = ask(*flags, stdin=stdin)
+    assert (code, out) == (2, "")
+    assert err.startswith("translate: " + sentence.format(done[1]))
+    assert err.count("\n") == 1
+
+
+def test_a_folder_without_a_run(ask, tmp_path):
+    assert ask("translate", folder=tmp_path)[2] == (
+        f"translate: --workdir {tmp_path} holds no run that can translate (config.json is "
+        "missing); train one first, or give another.\n"
+    )
+    (tmp_path / "config.json").write_text("[]")
+    assert ask("translate", folder=tmp_path)[2].startswith(f"translate: {tmp_path}/config.json ")
+
+
+def test_nothing_in_nothing_out(ask):
+    assert ask("translate") == ask("score") == (0, "", "")
