@@ -120,8 +120,8 @@ def init(
     )
 
 
-def next_positions(cache: KeyValueCache, tokens: int) -> Array:
-    """Return where the next tokens stand: [T], or [B, T] in a ragged batch.
+def next_positions(cache: Any, tokens: int) -> Array:
+    """Return where the next tokens stand after a `cache.length`: [T], or [B, T] of lengths [B].
 
     >>> next_positions(init(1, 8, 1, 1), 3)
     Array([0, 1, 2], dtype=int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,12 @@ class HeadSizes(NamedTuple):
         memory_features: int,
         *,
         num_heads: int,
-        num_key_heads: int | None,
-        query_depth: int | None,
-        key_depth: int | None,
-        value_depth: int | None,
-        projections: bool,
-        share_query_key: bool,
+        num_key_heads: int | None = None,
+        query_depth: int | None = None,
+        key_depth: int | None = None,
+        value_depth: int | None = None,
+        projections: bool = True,
+        share_query_key: bool = False,
     ) -> HeadSizes:
         """Complete what is not given, and refuse what does not fit.
 
@@ -72,6 +72,78 @@ class HeadSizes(NamedTuple):
                     f"(features, heads, depth) = {query} and {key}."
                 )
         return cls(num_heads, num_key_heads, query_depth, key_depth, value_depth)
+
+
+class Projected(NamedTuple):
+    """A memory that has been projected: keys [B, S, K, Hk] and values [B, S, K, V]."""
+
+    key: Array
+    value: Array
+
+
+class Projections(NamedTuple):
+    """The way from x to heads x W_n^Q, m W_n^K and m W_n^V, and from their contexts back by W^O.
+
+    `query`, `key`, `value`, `out`, `query_ln` and `key_ln` map arrays, or are None.
+    """
+
+    name: str
+    in_features: int
+    memory_features: int
+    sizes: HeadSizes
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    query_ln: Any
+    key_ln: Any
+    position: Callable[[Array, Array], Array] | None
+    combine: str
+
+    def heads(
+        self,
+        query: Array,
+        memory: Array | Projected | None = None,
+        value: Array | None = None,
+        positions: Array | None = None,
+        memory_positions: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """Return queries [B, T, N, Hq], keys [B, S, K, Hk] and values [B, S, K, V]."""
+        if memory is None:
+            memory = query
+            memory_positions = positions if memory_positions is None else memory_positions
+        queries = self.queries(query, positions)
+        if not isinstance(memory, Projected):
+            memory = self.memory(memory, value, memory_positions)
+        return queries, memory.key, memory.value
+
+    def queries(self, x: Array, positions: Array | None = None) -> Array:
+        """Return the queries [B, T, N, Hq] of x [B, T, D]."""
+        checks.axes(self.name, query=(x, "BTD"))
+        checks.features(self.name, "query", x, self.in_features)
+        heads = _apply(self.query, x, self.sizes.num_heads)
+        heads = heads if self.query_ln is None else self.query_ln(heads)
+        return place(self.position, heads, positions)
+
+    def memory(
+        self, memory: Array, value: Array | None = None, positions: Array | None = None
+    ) -> Projected:
+        """Return the keys [B, S, K, Hk] of a memory [B, S, D], and the values [B, S, K, V]."""
+        value = memory if value is None else value
+        checks.axes(self.name, memory=(memory, "BSD"), value=(value, "BSD"))
+        checks.features(self.name, "memory", memory, self.memory_features)
+        heads = _apply(self.key, memory, self.sizes.num_key_heads)
+        heads = heads if self.key_ln is None else self.key_ln(heads)
+        values = _apply(self.value, value, self.sizes.num_key_heads)
+        return Projected(place(self.position, heads, positions), values)
+
+    def join(self, context: Array) -> Array:
+        """Join the heads of a context [B, T, N, V] and project: [B, T, out_features]."""
+        if self.combine == "sum":
+            context = sum_heads(context)
+        elif self.out is None:
+            context = concat_heads(context)
+        return context if self.out is None else self.out(context)
 
 
 def split_heads(x: Array, num_heads: int) -> Array:
@@ -116,3 +188,7 @@ def check_combine(operation: str, combine: str) -> str:
     if combine not in ("concat", "sum"):
         raise ValueError(f"{operation}: combine must be 'concat' or 'sum', got {combine!r}.")
     return combine
+
+
+def _apply(projection: Any, x: Array, num_heads: int) -> Array:
+    return split_heads(x, num_heads) if projection is None else projection(x)

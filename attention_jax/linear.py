@@ -2,23 +2,23 @@
 
     context_i = sum_j phi(q_i) . phi(k_j) v_j / sum_j phi(q_i) . phi(k_j)
 
-The sums over j, phi(k_j) v_j^T and phi(k_j), are the same for all queries: a `LinearState`. Causal,
-they grow with time: a scan over chunks of keys carries them, which goes token by token as well as
-chunk by chunk, and so is decoding too.
+The sums over j, phi(k_j) v_j^T and phi(k_j), are the same for all queries. Causal, they grow with
+time: a scan over chunks of keys carries them, which goes token by token as well as chunk by chunk,
+and so is decoding too, from one `LinearState` to the next.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax import checks, padding
+from attention_jax import checks, masks, padding
 from attention_jax.binding import PerHead
 from attention_jax.feature_maps import elu_plus_one, is_signed
 from attention_jax.intervals import indices
-from attention_jax.running import LinearState, extended, padded, read_out, scanned
+from attention_jax.running import Sums, extended, padded, read_out, scanned
 from attention_jax.typing import at_least_float32
 
 __all__ = ["LinearState", "decode", "extend", "init", "linear_attention", "read"]
@@ -26,6 +26,17 @@ __all__ = ["LinearState", "decode", "extend", "init", "linear_attention", "read"
 Array = jax.Array
 
 _CHUNK = 128
+_SHARED = "its queries share one running sum over the keys"
+
+
+class LinearState(NamedTuple):
+    """All that the future needs of the past: sums over its keys, and how many tokens it had, [B].
+
+    Its size never grows, and every example has its own length.
+    """
+
+    sums: Sums
+    length: Array
 
 
 def linear_attention(
@@ -73,20 +84,18 @@ def linear_attention(
     name = "linear_attention"
     sizes = _sizes(name, query, key, value)
     _check_options(name, feature_map, normalize, chunk_size)
-    found = padding.read(
-        name, mask, sizes, causal=True, reason="its queries share one running sum over the keys"
-    )
-    state = _empty(sizes["B"], key, value, feature_map)
+    found = padding.read(name, mask, sizes, causal=True, reason=_SHARED)
+    sums = _empty(sizes["B"], key, value, feature_map)
     query = jnp.where(found.query[:, :, None, None], query, 0.0)
     if found.causal is None:
-        state = extended(state, key, value, found.key, feature_map)
-        context = read(query, state, feature_map=feature_map, normalize=normalize)
+        sums = extended(sums, key, value, found.key, feature_map)
+        context = read_out(query, sums, feature_map, normalize)
     else:
         behind, ahead = max(found.causal, 0), max(-found.causal, 0)
         end = max(sizes["T"] + behind, sizes["S"] + ahead)
         query = padded(query, behind, end)
         key, value, present = (padded(x, ahead, end) for x in (key, value, found.key))
-        context, _ = scanned(query, key, value, present, state, feature_map, normalize, chunk_size)
+        context, _ = scanned(query, key, value, present, sums, feature_map, normalize, chunk_size)
         context = context[:, behind : behind + sizes["T"]]
     return jnp.where(found.query[:, :, None, None], context, 0.0).astype(value.dtype)
 
@@ -108,19 +117,20 @@ def init(
       key_depth: H.
       value_depth: V; H unless given.
       feature_map: as in `linear_attention`; it decides the number of features M.
-      dtype: of the sums, float32 or better.
+      dtype: of the tokens; sums are in float32 or better.
 
     Raises:
       ShapeError: the feature map does not return features [T, M].
 
-    >>> init(2, 4, 8).sums.shape
+    >>> init(2, 4, 8).sums.values.shape
     (2, 4, 8, 9)
     """
+    dtype = at_least_float32(dtype)
     value_depth = key_depth if value_depth is None else value_depth
     num_features = _num_features(feature_map, key_depth, dtype)
-    sums = jnp.zeros((batch, num_key_heads, num_features, value_depth + 1), dtype)
+    values = jnp.zeros((batch, num_key_heads, num_features, value_depth + 1), dtype)
     nothing = jnp.full((batch, num_key_heads), -jnp.inf, dtype)
-    return LinearState(sums, nothing, jnp.zeros_like(nothing))
+    return LinearState(Sums(values, nothing, jnp.zeros_like(nothing)), jnp.zeros(batch, jnp.int32))
 
 
 def decode(
@@ -130,6 +140,7 @@ def decode(
     state: LinearState,
     *,
     feature_map: Any = elu_plus_one,
+    mask: Any = masks.Causal(),  # noqa: B008
     count: Any = None,
     normalize: bool = True,
     chunk_size: int = _CHUNK,
@@ -142,6 +153,7 @@ def decode(
       value: [B, T, K, V].
       state: from `init`, or from the previous call; its size never grows.
       feature_map: as in `linear_attention`.
+      mask: the mask of the whole sequence, `Causal()` and padding; index 0 is its first token.
       count: how many of the T are tokens, [B] where examples differ; the rest is padding.
       normalize: False leaves out the denominator.
       chunk_size: how many keys are taken at once.
@@ -151,7 +163,7 @@ def decode(
 
     Raises:
       ShapeError: operands that do not fit each other or the state.
-      ValueError: a signed feature map to be normalised.
+      ValueError: a mask that cannot be honoured, or a signed feature map to be normalised.
 
     Katharopoulos et al. 2020, section 3.4, equations 16 to 20.
 
@@ -164,10 +176,21 @@ def decode(
     checks.axes("decode", query=(query, "BTNH"), key=(key, "BTKH"))
     _check_options("decode", feature_map, normalize, chunk_size)
     _check_state("decode", state, key, value, feature_map)
-    present = _counted(count, sizes)
-    query = jnp.where(present[:, :, None, None], query, 0.0)
-    context, state = scanned(query, key, value, present, state, feature_map, normalize, chunk_size)
-    return jnp.where(present[:, :, None, None], context, 0.0).astype(value.dtype), state
+    starts = (state.length, state.length)
+    found = padding.read("decode", mask, sizes, causal=True, reason=_SHARED, starts=starts)
+    if found.causal != 0:
+        raise ValueError(
+            "decode: the mask must be masks.Causal() with offset 0, or that and padding joined by "
+            "&, because the sums of the past hold all tokens so far and no later one."
+        )
+    count = _counted(count, sizes)
+    is_token = indices(sizes["T"])[None, :] < count[:, None]
+    asked, present = is_token & found.query, is_token & found.key
+    query = jnp.where(asked[:, :, None, None], query, 0.0)
+    how = (feature_map, normalize, chunk_size)
+    context, sums = scanned(query, key, value, present, state.sums, *how)
+    context = jnp.where(asked[:, :, None, None], context, 0.0).astype(value.dtype)
+    return context, LinearState(sums, state.length + count)
 
 
 def extend(
@@ -197,9 +220,12 @@ def extend(
     >>> read(x, extend(init(1, 2, 4), x, x))[0, 0, 0]
     Array([1., 1., 1., 1.], dtype=float32)
     """
-    sizes = checks.axes("extend", key=(key, "BSKH"), value=(value, "BSKV"))
+    sizes = checks.axes("extend", key=(key, "BTKH"), value=(value, "BTKV"))
     _check_state("extend", state, key, value, feature_map)
-    return extended(state, key, value, _counted(count, sizes | {"T": sizes["S"]}), feature_map)
+    count = _counted(count, sizes)
+    present = indices(sizes["T"])[None, :] < count[:, None]
+    sums = extended(state.sums, key, value, present, feature_map)
+    return LinearState(sums, state.length + count)
 
 
 def read(
@@ -224,9 +250,9 @@ def read(
     (1, 3, 2, 4)
     """
     _check_options("read", feature_map, normalize)
-    sizes = checks.axes("read", query=(query, "BTNH"), sums=(state.sums, "BKMV"))
+    sizes = checks.axes("read", query=(query, "BTNH"), sums=(state.sums.values, "BKMV"))
     checks.multiple("read", "query heads N", sizes["N"], "key heads K", sizes["K"])
-    return read_out(query, state, feature_map, normalize)
+    return read_out(query, state.sums, feature_map, normalize)
 
 
 def _sizes(operation: str, query: Array, key: Array, value: Array) -> dict[str, int]:
@@ -250,12 +276,13 @@ def _check_state(
     operation: str, state: LinearState, key: Array, value: Array, feature_map: Any
 ) -> None:
     """Require the state that `init` would return for these keys, values and features."""
-    features = _num_features(feature_map, key.shape[-1], state.sums.dtype)
+    sums = state.sums.values
+    features = _num_features(feature_map, key.shape[-1], sums.dtype)
     expected = (key.shape[0], key.shape[2], features, value.shape[-1] + 1)
-    if state.sums.shape != expected:
+    if sums.shape != expected:
         raise checks.ShapeError(
             f"{operation}: state.sums [B, K, M, V + 1] must be {expected} for these keys, values "
-            f"and features, got shape {state.sums.shape}; init it for them."
+            f"and features, got shape {sums.shape}; init it for them."
         )
 
 
@@ -272,13 +299,12 @@ def _num_features(feature_map: Any, depth: int, dtype: Any) -> int:
     return shape[1]
 
 
-def _empty(batch: int, key: Array, value: Array, feature_map: Any) -> LinearState:
-    dtype = at_least_float32(key.dtype)
+def _empty(batch: int, key: Array, value: Array, feature_map: Any) -> Sums:
     sizes = (batch, key.shape[2], key.shape[3], value.shape[3])
-    return init(*sizes, feature_map=feature_map, dtype=dtype)
+    return init(*sizes, feature_map=feature_map, dtype=key.dtype).sums
 
 
 def _counted(count: Any, sizes: dict[str, int]) -> Array:
-    """Return which of the T tokens are there, [B, T]."""
-    count = jnp.asarray(sizes["T"] if count is None else count, jnp.int32).reshape(-1, 1)
-    return jnp.broadcast_to(indices(sizes["T"])[None, :] < count, (sizes["B"], sizes["T"]))
+    """Return how many of the T rows are tokens, [B]."""
+    count = jnp.asarray(sizes["T"] if count is None else count, jnp.int32)
+    return jnp.broadcast_to(count, sizes["B"])

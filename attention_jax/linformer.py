@@ -26,6 +26,8 @@ __all__ = ["linformer_attention", "mean_pooling", "random_projection"]
 
 Array = jax.Array
 
+_OF_ATTEND = ("normalizer", "dropout_rate", "dropout_key", "implementation")
+
 projection_init = initializers.variance_scaling(0.5, "fan_avg", "uniform", in_axis=-1, out_axis=-2)
 """Of learned projections [R, S], as in the authors' code: Glorot's, with a gain of 1 / sqrt(2)."""
 
@@ -53,7 +55,8 @@ def linformer_attention(
       value_projection: F, of the same two shapes; E unless given.
       score: as in `attend`, of a query and a row of E K.
       mask: padding by `masks.Lengths`, or by an array over the keys alone; all else is refused.
-      **options: normalizer and implementation of `attend`.
+      **options: normalizer, dropout_rate, dropout_key and implementation of `attend`, for weights
+        of a query and a projected key.
 
     Returns:
       Context [B, T, N, V] in the dtype of `value`; time O((T + S) R) and no array of T x S.
@@ -73,7 +76,7 @@ def linformer_attention(
     checks.floating(name, query=query, key=key, value=value)
     sizes = checks.axes(name, query=(query, "BTNQ"), key=(key, "BSKH"), value=(value, "BSKV"))
     checks.multiple(name, "query heads N", sizes["N"], "key heads K", sizes["K"])
-    _check_options(name, options)
+    padding.refuse(name, options, *_OF_ATTEND)
     value_projection = key_projection if value_projection is None else value_projection
     projections = {"key_projection": key_projection, "value_projection": value_projection}
     for label, projection in projections.items():
@@ -186,13 +189,4 @@ def _check_rank(operation: str, rank: int, length: int) -> None:
     if not 1 <= rank <= length:
         raise ValueError(
             f"{operation}: rank must be 1 or more and at most the length {length}, got {rank}."
-        )
-
-
-def _check_options(operation: str, options: dict[str, Any]) -> None:
-    unknown = set(options) - {"normalizer", "implementation"}
-    if unknown:
-        raise ValueError(
-            f"{operation}: {', '.join(sorted(unknown))} cannot be honoured, because there are no "
-            "pairs of a query and a key; it takes normalizer and implementation."
         )

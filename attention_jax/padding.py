@@ -1,4 +1,4 @@
-"""The masks of mechanisms that never form pairs: who is there at all, and whether time passes.
+"""What mechanisms that never form pairs can honour: who is there at all, and whether time passes.
 
 A sum over keys that all queries share can leave out a key, and a query its answer; with a scan
 over time it can leave out the future. Any other mask names pairs, and is refused.
@@ -31,7 +31,15 @@ class Padding(NamedTuple):
     causal: int | None
 
 
-def read(operation: str, mask: Any, sizes: dict[str, int], *, causal: bool, reason: str) -> Padding:
+def read(
+    operation: str,
+    mask: Any,
+    sizes: dict[str, int],
+    *,
+    causal: bool,
+    reason: str,
+    starts: tuple[Any, Any] | None = None,
+) -> Padding:
     """Read a mask that is made of padding, and of `Causal` where that is possible.
 
     Args:
@@ -40,6 +48,8 @@ def read(operation: str, mask: Any, sizes: dict[str, int], *, causal: bool, reas
       sizes: of B, T and S, at least.
       causal: whether the mechanism can leave out the future.
       reason: why it can do no more, for the message.
+      starts: where the first query and the first key stand in the sequence that the mask is of,
+        [B] or a number each, if these are not the whole sequence; equal where causal.
 
     Raises:
       ValueError: a mask of another kind.
@@ -57,9 +67,12 @@ def read(operation: str, mask: Any, sizes: dict[str, int], *, causal: bool, reas
             "these joined by &, and attend takes any mask."
         )
 
-    padding = Padding(
-        jnp.ones((sizes["B"], sizes["T"]), bool), jnp.ones((sizes["B"], sizes["S"]), bool), None
+    query_at, key_at = (
+        jnp.reshape(start, (-1, 1)) + indices(sizes[axis])[None, :]
+        for axis, start in zip("TS", starts or (0, 0), strict=True)
     )
+    everyone = (jnp.ones((sizes["B"], sizes[axis]), bool) for axis in "TS")
+    padding = Padding(*everyone, causal=None)
     for part in _parts(masks.with_int32(masks.as_mask(mask))):
         if isinstance(part, Causal) and causal:
             offset = _number(part.offset)
@@ -70,14 +83,31 @@ def read(operation: str, mask: Any, sizes: dict[str, int], *, causal: bool, reas
             continue
         if not isinstance(part, Lengths | Table | Full):
             raise refused(f"the mask {type(part).__name__}")
-        part, letters = leading.of_mask(operation, part, sizes)
+        fitted, letters = leading.of_mask(operation, masks.Shift(part) if starts else part, sizes)
+        part = fitted.mask if starts else fitted
         if any("N" in axes for axes in letters):
             raise refused("padding that differs between heads")
         if isinstance(part, Table) and 1 not in part.allowed.shape[-2:]:
             raise refused("an array of pairs")
-        query, key = _rows(part, sizes)
+        query, key = _rows(part, query_at, key_at)
         padding = padding._replace(query=padding.query & query, key=padding.key & key)
     return padding
+
+
+def refuse(operation: str, options: dict[str, Any], *known: str) -> None:
+    """Refuse options that are about pairs, such as a bias or the return of weights.
+
+    Raises:
+      ValueError: there are some that are not known.
+
+    >>> refuse("linformer_attention", {"normalizer": None}, "normalizer")
+    """
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{operation}: {', '.join(unknown)} cannot be honoured, because there are no pairs of "
+            f"a query and a key; it takes {', '.join(known)}."
+        )
 
 
 def _parts(mask: masks.Mask) -> Iterator[masks.Mask]:
@@ -88,23 +118,28 @@ def _parts(mask: masks.Mask) -> Iterator[masks.Mask]:
         yield mask
 
 
-def _rows(part: Any, sizes: dict[str, int]) -> tuple[Any, Any]:
+def _rows(part: Any, query_at: Array, key_at: Array) -> tuple[Any, Any]:
     """Return which queries [B or 1, T or 1] and keys [B or 1, S or 1] are there."""
     everyone = jnp.ones((1, 1), bool)
     if isinstance(part, Lengths):
-        key = _shorter(sizes["S"], part.key_length)
+        key = key_at < jnp.reshape(part.key_length, (-1, 1))
         queries = part.query_length
-        return everyone if queries is None else _shorter(sizes["T"], queries), key
+        return everyone if queries is None else query_at < jnp.reshape(queries, (-1, 1)), key
     if isinstance(part, Table):
         table = jnp.asarray(part.allowed).reshape(-1, *part.allowed.shape[-2:])
         if table.shape[1] == 1:
-            return everyone, table[:, 0, :]
-        return table[:, :, 0], everyone
+            return everyone, _looked_up(table[:, 0, :], key_at)
+        return _looked_up(table[:, :, 0], query_at), everyone
     return everyone, everyone
 
 
-def _shorter(size: int, length: Any) -> Array:
-    return indices(size)[None, :] < jnp.asarray(length).reshape(-1, 1)
+def _looked_up(table: Array, at: Array) -> Array:
+    """Return table[b, at[b, i]], where an axis of size 1 stands for all."""
+    if table.shape[1] == 1:
+        return table
+    batch = max(len(table), len(at))
+    rows = (jnp.broadcast_to(x, (batch, x.shape[1])) for x in (table, at))
+    return jnp.take_along_axis(*rows, axis=1, mode="clip")
 
 
 def _number(offset: Any) -> int | None:

@@ -7,33 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax import checks
-from attention_jax.heads import HeadSizes
+from attention_jax import checks, padding
+from attention_jax.cache import next_positions
+from attention_jax.heads import HeadSizes, Projected, Projections
 from attention_jax.linear import LinearState, decode, init, linear_attention
 from attention_jax.linformer import linformer_attention
 
 Array = jax.Array
-
-
-class Projections(NamedTuple):
-    """The projections of a layer: x [B, T, D] to heads, and heads back to features."""
-
-    name: str
-    in_features: int
-    memory_features: int
-    sizes: HeadSizes
-    query: Any
-    key: Any
-    value: Any
-    out: Any
-
-    def heads(self, x: Array, memory: Array | None = None) -> tuple[Array, Array, Array]:
-        """Return queries [B, T, N, H], keys [B, S, K, H] and values [B, S, K, V]."""
-        memory = x if memory is None else memory
-        checks.axes(self.name, query=(x, "BTD"), memory=(memory, "BSE"))
-        checks.features(self.name, "query", x, self.in_features)
-        checks.features(self.name, "memory", memory, self.memory_features)
-        return self.query(x), self.key(memory), self.value(memory)
 
 
 class LinearLayer(NamedTuple):
@@ -44,18 +24,60 @@ class LinearLayer(NamedTuple):
     normalize: bool
     chunk_size: int
 
-    def __call__(self, x: Array, memory: Array | None, mask: Any) -> Array:
+    def __call__(
+        self,
+        query: Array,
+        memory: Array | Projected | None,
+        *,
+        mask: Any,
+        positions: Array | None,
+        memory_positions: Array | None,
+        **others: Any,
+    ) -> Array:
         """Return the output [B, T, out_features]."""
-        heads = self.projections.heads(x, memory)
-        return self.projections.out(linear_attention(*heads, mask=mask, **self._how()))
+        padding.refuse(self.projections.name, others, "mask", "positions", "memory_positions")
+        heads = self.projections.heads(query, memory, None, positions, memory_positions)
+        return self.projections.join(linear_attention(*heads, mask=mask, **self._how()))
 
-    def decode(self, x: Array, state: LinearState, count: Any) -> tuple[Array, LinearState]:
+    def decode(
+        self, query: Array, state: LinearState, mask: Any, count: Any
+    ) -> tuple[Array, LinearState]:
         """Return the output for the next tokens and the next state."""
-        context, state = decode(*self.projections.heads(x), state, count=count, **self._how())
-        return self.projections.out(context), state
+        heads = self.projections.heads(query, positions=next_positions(state, query.shape[1]))
+        context, state = decode(*heads, state, mask=mask, count=count, **self._how())
+        return self.projections.join(context), state
 
-    def empty_state(self, batch: int, dtype: Any = jnp.float32) -> LinearState:
-        """Return the state before any token."""
+    def decode_memory(
+        self, query: Array, memory: Array | Projected, state: LinearState, mask: Any
+    ) -> Array:
+        """Return the output for tokens that come after those of the state."""
+        positions = next_positions(state, query.shape[1])
+        heads = self.projections.heads(query, memory, positions=positions)
+        sizes = {"B": query.shape[0], "N": heads[0].shape[2]}
+        sizes |= {"T": query.shape[1], "S": heads[1].shape[1]}
+        found = padding.read(
+            self.projections.name,
+            mask,
+            sizes,
+            causal=False,
+            reason="all tokens share one sum over the memory",
+            starts=(state.length, 0),
+        )
+        context = linear_attention(*heads, mask=found.key[:, None, None, :], **self._how())
+        context = jnp.where(found.query[:, :, None, None], context, 0.0)
+        return self.projections.join(context)
+
+    def empty_state(self, batch: int, window: int | None, dtype: Any) -> LinearState:
+        """Return the state before any token.
+
+        Raises:
+          ValueError: a window.
+        """
+        if window is not None:
+            raise ValueError(
+                f"{self.projections.name}: window = {window} cannot be honoured, because a sum "
+                "forgets no key; leave it out, the state does not grow anyway."
+            )
         sizes = self.projections.sizes
         depths = (sizes.num_key_heads, sizes.key_depth, sizes.value_depth)
         return init(batch, *depths, feature_map=self.feature_map, dtype=dtype)
@@ -75,39 +97,53 @@ class LinformerLayer(NamedTuple):
     key_projection: Array
     value_projection: Array
 
-    def __call__(self, x: Array, memory: Array | None, mask: Any) -> Array:
+    def __call__(
+        self,
+        query: Array,
+        memory: Array | Projected | None,
+        *,
+        mask: Any,
+        dropout: dict[str, Any],
+        **others: Any,
+    ) -> Array:
         """Return the output [B, T, out_features]."""
-        heads = self.projections.heads(x, memory)
-        context = linformer_attention(*heads, self.key_projection, self.value_projection, mask=mask)
-        return self.projections.out(context)
+        padding.refuse(self.projections.name, others, "mask", "deterministic", "rngs")
+        heads = self.projections.heads(query, memory)
+        along = (self.key_projection, self.value_projection)
+        context = linformer_attention(*heads, *along, mask=mask, **dropout)
+        return self.projections.join(context)
 
 
-def head_sizes(
-    operation: str,
-    in_features: int,
-    memory_features: int,
-    num_heads: int,
-    num_key_heads: int | None,
-    depth: int | None,
-    value_depth: int | None,
-) -> HeadSizes:
-    """Complete what is not given; queries and keys have one depth.
+def check_linear(operation: str, sizes: HeadSizes, dropout_rate: float) -> None:
+    """Refuse what linear attention has no place for.
 
     Raises:
-      ShapeError: heads that do not divide.
+      ValueError: two depths for queries and keys, or dropout of weights.
     """
-    return HeadSizes.of(
-        operation,
-        in_features,
-        memory_features,
-        num_heads=num_heads,
-        num_key_heads=num_key_heads,
-        query_depth=depth,
-        key_depth=None,
-        value_depth=value_depth,
-        projections=True,
-        share_query_key=False,
-    )
+    if sizes.query_depth != sizes.key_depth:
+        raise ValueError(
+            f"{operation}: query_depth and key_depth must be equal, because one feature map takes "
+            f"both, got {sizes.query_depth} and {sizes.key_depth}."
+        )
+    if dropout_rate:
+        raise ValueError(
+            f"{operation}: dropout_rate = {dropout_rate} cannot be honoured, because no weight of "
+            "a pair is ever formed; give a block attention_dropout_rate=0.0, and it drops only of "
+            "what its sublayers add."
+        )
+
+
+def check_linformer(operation: str, position: Any) -> None:
+    """Refuse what Linformer has no place for.
+
+    Raises:
+      ValueError: a position.
+    """
+    if position is not None:
+        raise ValueError(
+            f"{operation}: a position of queries and keys cannot be honoured, because each "
+            "projected key mixes all positions; add one to the input, as an Embedding does."
+        )
 
 
 def projection_shape(

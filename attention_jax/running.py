@@ -24,14 +24,14 @@ from attention_jax.trees import varying_like
 Array = jax.Array
 
 
-class LinearState(NamedTuple):
-    """All that the future needs of the past: sums [B, K, M, V + 1] times exp(log_scale [B, K]).
+class Sums(NamedTuple):
+    """Sums over keys, values [B, K, M, V + 1] times exp(log_scale [B, K]).
 
     The last column is the normalizer, the sum of features; the scale is -inf before any key.
     `poison` [B, K] is NaN after a key or value that held NaN or Inf, and joins every context.
     """
 
-    sums: Array
+    values: Array
     log_scale: Array
     poison: Array
 
@@ -45,31 +45,29 @@ class _Tokens(NamedTuple):
     poison: Array
 
 
-def read_out(query: Array, state: LinearState, feature_map: Any, normalize: bool) -> Array:
-    """Attend from queries [B, T, N, H] to all keys of a state."""
+def read_out(query: Array, sums: Sums, feature_map: Any, normalize: bool) -> Array:
+    """Attend from queries [B, T, N, H] to all keys that were summed."""
 
-    def of_head(feature_map: Any, query: Array, state: LinearState) -> Array:
+    def of_head(feature_map: Any, query: Array, sums: Sums) -> Array:
         features, query_scale, poison = _query_features(feature_map, query)
-        found = features @ state.sums
-        highest = jnp.broadcast_to(state.log_scale, query.shape[1:2])
-        return _context(found, query_scale, highest, poison + state.poison, normalize)
+        found = features @ sums.values
+        highest = jnp.broadcast_to(sums.log_scale, query.shape[1:2])
+        return _context(found, query_scale, highest, poison + sums.poison, normalize)
 
-    query = _grouped(query.astype(state.sums.dtype), state.sums.shape[1])
-    return _ungrouped(_over_heads(of_head, feature_map, query, state))
+    query = _grouped(query.astype(sums.values.dtype), sums.values.shape[1])
+    return _ungrouped(_over_heads(of_head, feature_map, query, sums))
 
 
-def extended(
-    state: LinearState, key: Array, value: Array, present: Array, feature_map: Any
-) -> LinearState:
+def extended(sums: Sums, key: Array, value: Array, present: Array, feature_map: Any) -> Sums:
     """Add the keys [B, S, K, H] and values [B, S, K, V] that are present [B, S]."""
 
-    def of_head(feature_map: Any, tokens: _Tokens, state: LinearState) -> LinearState:
+    def of_head(feature_map: Any, tokens: _Tokens, sums: Sums) -> Sums:
         features, log_scale = scaled(feature_map, tokens.key)
         log_scale = jnp.where(tokens.present, log_scale, -jnp.inf)
-        return _absorb(state, features, log_scale, tokens)
+        return _absorb(sums, features, log_scale, tokens)
 
-    tokens = _tokens(key, value, present, state.sums.dtype)
-    return _over_heads(of_head, feature_map, tokens, state)
+    tokens = _tokens(key, value, present, sums.values.dtype)
+    return _over_heads(of_head, feature_map, tokens, sums)
 
 
 def scanned(
@@ -77,79 +75,79 @@ def scanned(
     key: Array,
     value: Array,
     present: Array,
-    state: LinearState,
+    sums: Sums,
     feature_map: Any,
     normalize: bool,
     chunk_size: int,
-) -> tuple[Array, LinearState]:
-    """Attend causally where query i stands with key i; [B, T, N, V] and the next state."""
-    dtype, length = state.sums.dtype, query.shape[1]
+) -> tuple[Array, Sums]:
+    """Attend causally where query i stands with key i; [B, T, N, V] and the next sums."""
+    dtype, length = sums.values.dtype, query.shape[1]
     chunk_size = max(min(chunk_size, length), 1)
     whole = length + -length % chunk_size
     query, key, value, present = (padded(x, 0, whole) for x in (query, key, value, present))
     of_head = functools.partial(_scan, normalize=normalize, chunk_size=chunk_size)
-    context, state = _over_heads(
+    context, sums = _over_heads(
         of_head,
         feature_map,
         _grouped(query.astype(dtype), key.shape[2]),
         _tokens(key, value, present, dtype),
-        state,
+        sums,
     )
-    return _ungrouped(context)[:, :length], state
+    return _ungrouped(context)[:, :length], sums
 
 
 def _scan(
     feature_map: Any,
     query: Array,
     tokens: _Tokens,
-    state: LinearState,
+    sums: Sums,
     *,
     normalize: bool,
     chunk_size: int,
-) -> tuple[Array, LinearState]:
-    """Scan one key head: queries [G, T, H] -> contexts [G, T, V], and the state after T keys.
+) -> tuple[Array, Sums]:
+    """Scan one key head: queries [G, T, H] -> contexts [G, T, V], and the sums after T keys.
 
-    The derivative keeps the state before each chunk, T / C of M x V numbers, and recomputes the
+    The derivative keeps the sums before each chunk, T / C of M x V numbers, and recomputes the
     rest: it is linear in T, and JAX derives it again and maps it.
     """
 
     @jax.checkpoint
-    def step(state: LinearState, chunk: tuple[Array, _Tokens]) -> tuple[LinearState, Array]:
+    def step(sums: Sums, chunk: tuple[Array, _Tokens]) -> tuple[Sums, Array]:
         query, tokens = chunk
         query_features, query_scale, query_poison = _query_features(feature_map, query)
         features, log_scale = scaled(feature_map, tokens.key)
         log_scale = jnp.where(tokens.present, log_scale, -jnp.inf)
 
         # The largest scale up to each row: a later key has no part in what an earlier row sums.
-        highest = jnp.maximum(lax.cummax(log_scale), state.log_scale)
+        highest = jnp.maximum(lax.cummax(log_scale), sums.log_scale)
         base = finite_or_zero(highest)
         i, j = indices(chunk_size)[:, None], indices(chunk_size)[None, :]
         decay = jnp.exp(jnp.where(i >= j, log_scale[None, :] - base[:, None], -jnp.inf))
         within = (query_features @ features.T) * decay[None]
-        before = jnp.exp(state.log_scale - base)[None, :, None]
-        found = within @ tokens.value + before * (query_features @ state.sums)
+        before = jnp.exp(sums.log_scale - base)[None, :, None]
+        found = within @ tokens.value + before * (query_features @ sums.values)
 
-        poison = query_poison + (state.poison + jnp.cumsum(tokens.poison))[None, :]
+        poison = query_poison + (sums.poison + jnp.cumsum(tokens.poison))[None, :]
         context = _context(found, query_scale, highest, poison, normalize)
-        return _absorb(state, features, log_scale, tokens), context
+        return _absorb(sums, features, log_scale, tokens), context
 
     def chunks(x: Array, axis: int = 0) -> Array:
         shape = (*x.shape[:axis], -1, chunk_size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
     parts = chunks(query, axis=1), jax.tree.map(chunks, tokens)
-    state, contexts = lax.scan(step, varying_like(state, query, tokens), parts)
-    return jnp.moveaxis(contexts, 0, 1).reshape(*query.shape[:2], -1), state
+    sums, contexts = lax.scan(step, varying_like(sums, query, tokens), parts)
+    return jnp.moveaxis(contexts, 0, 1).reshape(*query.shape[:2], -1), sums
 
 
-def _absorb(state: LinearState, features: Array, log_scale: Array, tokens: _Tokens) -> LinearState:
+def _absorb(sums: Sums, features: Array, log_scale: Array, tokens: _Tokens) -> Sums:
     """Add keys to the sums of one head, which are kept at the largest scale so far."""
     highest = jnp.max(log_scale, initial=-jnp.inf)
-    highest = jnp.maximum(highest, state.log_scale)
+    highest = jnp.maximum(highest, sums.log_scale)
     base = finite_or_zero(highest)
     added = (features * jnp.exp(log_scale - base)[:, None]).T @ tokens.value
-    sums = jnp.exp(state.log_scale - base) * state.sums + added
-    return LinearState(sums, highest, state.poison + jnp.sum(tokens.poison))
+    values = jnp.exp(sums.log_scale - base) * sums.values + added
+    return Sums(values, highest, sums.poison + jnp.sum(tokens.poison))
 
 
 def _query_features(feature_map: Any, query: Array) -> tuple[Array, Array, Array]:

@@ -16,9 +16,12 @@ import jax.numpy as jnp
 from attention_jax import checks, masks
 from attention_jax.cache import KeyValueCache
 from attention_jax.intervals import indices
+from attention_jax.linear import LinearState
 from attention_jax.positions import learned_table
 
 Array = jax.Array
+Cache = KeyValueCache | LinearState
+"""What attention keeps of the past: all keys and values, or their sums."""
 
 
 class BlockWeights(NamedTuple):
@@ -63,29 +66,30 @@ class TransformerBlock(NamedTuple):
         (x,) = self._add(x, self.feed_forward_norm, self.feed_forward)
         return (x, BlockWeights(*weights)) if weights else x
 
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> KeyValueCache:
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> Cache:
         """Return an empty cache for `decode`.
 
         Raises:
-          TypeError: the attention has no cache of keys and values.
+          TypeError: the attention cannot decode.
         """
         if not hasattr(self.attention, "init_cache"):
             raise TypeError(
-                f"TransformerBlock: {type(self.attention).__name__} has no cache of keys and "
-                "values; build the block with MultiHeadAttention to decode token by token."
+                f"TransformerBlock: {type(self.attention).__name__} keeps nothing of the past; "
+                "build the block with MultiHeadAttention or LinearAttention to decode token by "
+                "token."
             )
         return self.attention.init_cache(batch, capacity, **options)
 
     def decode(
         self,
         x: Array,
-        cache: KeyValueCache,
+        cache: Cache,
         memory: Any,
         *,
         mask: Any,
         memory_mask: Any,
         count: Any,
-    ) -> tuple[Array, KeyValueCache]:
+    ) -> tuple[Array, Cache]:
         """Return what the full pass gives for the next tokens, and the next cache."""
         self._check(memory)
         attention = functools.partial(self.attention.decode, cache=cache, mask=mask, count=count)
@@ -136,7 +140,7 @@ def on_output(function: Callable[[Array], Array], result: Any) -> Any:
 def dropout_options(dropout_rate: float, deterministic: bool) -> dict[str, Any]:
     """Return what an attention is told of dropout: nothing where there is none."""
     dropped = {"dropout_rate": dropout_rate, "deterministic": deterministic}
-    return {name: value for name, value in dropped.items() if value}
+    return dropped if dropout_rate else {}
 
 
 def per_layer(memory: Any, num_layers: int) -> Sequence[Any]:
@@ -294,9 +298,9 @@ def generate(
 
 
 def _known(attention: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that are given; `deterministic` only to what knows dropout."""
+    """Return the options that are given; `deterministic` only to what drops weights."""
     given = {name: value for name, value in options.items() if value is not None}
-    if not hasattr(attention, "deterministic"):
+    if not getattr(attention, "dropout_rate", 0.0):
         given.pop("deterministic", None)
     return given
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.nn import initializers as standard
 
 from attention_jax import scores
 from attention_jax.cache import KeyValueCache
-from attention_jax.heads import HeadSizes, check_combine
+from attention_jax.heads import Projected
 from attention_jax.linen.bound import Bound
-from attention_jax.multi_head import MultiHead, Projected
+from attention_jax.linen.projecting import Projecting, dropout_of_weights
+from attention_jax.multi_head import MultiHead
 from attention_jax.normalizers import softmax
 from attention_jax.parameters import Initializer
 
 Array = jax.Array
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(Projecting):
     r"""Multi-head attention: y = combine_n(attend(x W_n^Q, m W_n^K, m W_n^V)) W^O.
 
     The twin of `attention_jax.nnx.MultiHeadAttention`, where its fields are described, with the
@@ -40,104 +39,33 @@ class MultiHeadAttention(nn.Module):
     ((2, 5, 16), (16, 2, 4))
     """
 
-    num_heads: int
-    in_features: int
-    memory_features: int | None = None
-    out_features: int | None = None
-    num_key_heads: int | None = None
-    query_depth: int | None = None
-    key_depth: int | None = None
-    value_depth: int | None = None
     score: Any = scores.scaled_dot
     attention_size: int | Sequence[int] | None = None
     share_score: bool = False
     initializers: Mapping[str, Initializer] | None = None
     bias: Any = None
     normalizer: Any = softmax
-    position: Callable[[Array, Array], Array] | None = None
-    qk_norm: Callable[..., Any] | None = None
-    share_query_key: bool = False
-    projections: bool = True
-    combine: str = "concat"
-    use_bias: bool = True
     dropout_rate: float = 0.0
     deterministic: bool = False
     implementation: str | None = None
-    kernel_init: Initializer = standard.glorot_uniform()
-    bias_init: Initializer = standard.zeros
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def layer(self) -> MultiHead:
         """Return the computation with this module's parameters: projections, score, join."""
-        name = type(self).__name__
-        check_combine(name, self.combine)
-        memory_features = self.memory_features or self.in_features
-        sizes = HeadSizes.of(
-            name,
-            self.in_features,
-            memory_features,
-            num_heads=self.num_heads,
-            num_key_heads=self.num_key_heads,
-            query_depth=self.query_depth,
-            key_depth=self.key_depth,
-            value_depth=self.value_depth,
-            projections=self.projections,
-            share_query_key=self.share_query_key,
-        )
-        numbers = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        linear = functools.partial(
-            nn.DenseGeneral,
-            use_bias=self.use_bias,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            **numbers,
-        )
-        query = key = value = out = query_ln = key_ln = bias = None
-        if self.projections:
-            query = linear((self.num_heads, sizes.query_depth), name="query")
-            key = query
-            if not self.share_query_key:
-                key = linear((sizes.num_key_heads, sizes.key_depth), name="key")
-            value = linear((sizes.num_key_heads, sizes.value_depth), name="value")
-            axis = (-2, -1) if self.combine == "concat" else -1
-            out = linear(self.out_features or self.in_features, axis=axis, name="out")
-        if self.qk_norm:
-            query_ln = self.qk_norm(**numbers, name="query_ln")
-            key_ln = self.qk_norm(**numbers, name="key_ln")
-
+        ways = self.ways()
         each_head: dict[str, Any] = {"num_heads": self.num_heads, "param_dtype": self.param_dtype}
         score = Bound(
             self.score,
-            sizes.query_depth,
-            sizes.key_depth,
+            ways.sizes.query_depth,
+            ways.sizes.key_depth,
             self.attention_size,
             initializers=self.initializers,
             name="score",
             **{**each_head, "num_heads": None if self.share_score else self.num_heads},
         )
-        if self.bias is not None:
-            bias = Bound(self.bias, **each_head, name="bias")
+        bias = None if self.bias is None else Bound(self.bias, **each_head, name="bias")
         normalizer = Bound(self.normalizer, **each_head, name="normalizer")
-        return MultiHead(
-            name=name,
-            in_features=self.in_features,
-            memory_features=memory_features,
-            sizes=sizes,
-            query=query,
-            key=key,
-            value=value,
-            out=out,
-            query_ln=query_ln,
-            key_ln=key_ln,
-            score=score,
-            bias=bias,
-            normalizer=normalizer,
-            position=self.position,
-            combine=self.combine,
-            implementation=self.implementation,
-        )
+        return MultiHead(ways, score, bias, normalizer, self.implementation)
 
     def __call__(
         self,
@@ -162,7 +90,7 @@ class MultiHeadAttention(nn.Module):
             bias=bias,
             positions=positions,
             memory_positions=memory_positions,
-            dropout=self._dropout(deterministic),
+            dropout=dropout_of_weights(self, deterministic),
             return_weights=return_weights or sow_weights,
         )
         if sow_weights:
@@ -171,7 +99,7 @@ class MultiHeadAttention(nn.Module):
 
     def keys(self, memory: Array, positions: Array | None = None) -> Projected:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self.layer().project_memory(memory, None, positions)
+        return self.ways().memory(memory, None, positions)
 
     def init_cache(
         self,
@@ -216,9 +144,3 @@ class MultiHeadAttention(nn.Module):
             query, memory, cache, mask=mask, bias=bias, return_weights=return_weights
         )
         return (output, *weights) if return_weights else output
-
-    def _dropout(self, deterministic: bool | None) -> dict[str, Any]:
-        deterministic = self.deterministic if deterministic is None else deterministic
-        if deterministic or not self.dropout_rate:
-            return {}
-        return {"dropout_rate": self.dropout_rate, "dropout_key": self.make_rng("dropout")}

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.nn import initializers as standard
 
 from attention_jax import transformer
-from attention_jax.cache import KeyValueCache
+from attention_jax.heads import Projected
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.multi_head import MultiHeadAttention
-from attention_jax.multi_head import Projected
 from attention_jax.parameters import Initializer
+from attention_jax.transformer import Cache
 
 Array = jax.Array
 
@@ -75,6 +75,7 @@ class TransformerBlock(nn.Module):
     norm_first: bool = True
     activation: Callable[[Array], Array] = jax.nn.relu
     dropout_rate: float = 0.0
+    attention_dropout_rate: float | None = None
     deterministic: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -83,12 +84,18 @@ class TransformerBlock(nn.Module):
     def layer(self, deterministic: bool | None = None) -> transformer.TransformerBlock:
         """Return the computation with this module's parameters."""
         numbers = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dropped = transformer.dropout_options(self.dropout_rate, self.deterministic)
+        rate = self.attention_dropout_rate
+        rate = self.dropout_rate if rate is None else rate
+        dropped = transformer.dropout_options(rate, self.deterministic)
         sizes = (self.num_heads, self.features)
         cross_attention = cross_attention_norm = None
         if self.memory_features is not None:
             cross_attention = self.cross_attention(
-                *sizes, self.memory_features, **dropped, **numbers, name="cross_attention"
+                *sizes,
+                memory_features=self.memory_features,
+                **dropped,
+                **numbers,
+                name="cross_attention",
             )
             cross_attention_norm = self.norm(**numbers, name="cross_attention_norm")
         deterministic = self.deterministic if deterministic is None else deterministic
@@ -128,20 +135,20 @@ class TransformerBlock(nn.Module):
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
         return self.layer().cross_attention.keys(memory)
 
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> KeyValueCache:
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> Cache:
         """Return an empty cache for `decode`; see `attention_jax.cache.init`."""
         return self.layer().init_cache(batch, capacity, **options)
 
     def decode(
         self,
         x: Array,
-        cache: KeyValueCache,
+        cache: Cache,
         memory: Array | Projected | None = None,
         *,
         mask: Any = None,
         memory_mask: Any = None,
         count: Any = None,
-    ) -> tuple[Array, KeyValueCache]:
+    ) -> tuple[Array, Cache]:
         """Apply the block to the next tokens [B, T, features] of a sequence, as the twin does."""
         options = {"mask": mask, "memory_mask": memory_mask, "count": count}
         return self.layer(deterministic=True).decode(x, cache, memory, **options)
@@ -200,13 +207,13 @@ class TransformerStack(nn.Module):
         """Project a memory [B, S, memory_features] for every block, once for all calls."""
         return [block.keys(memory) for block in self.layers()[0]]
 
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[KeyValueCache]:
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[Cache]:
         """Return an empty cache for every block; see `attention_jax.cache.init`."""
         return [block.init_cache(batch, capacity, **options) for block in self.layers()[0]]
 
     def decode(
-        self, x: Array, caches: Sequence[KeyValueCache], memory: Any = None, **options: Any
-    ) -> tuple[Array, list[KeyValueCache]]:
+        self, x: Array, caches: Sequence[Cache], memory: Any = None, **options: Any
+    ) -> tuple[Array, list[Cache]]:
         """Apply the blocks to the next tokens; options are those of a block's `decode`."""
         blocks, norm = self.layers()
         memories = transformer.per_layer(memory, self.num_layers)

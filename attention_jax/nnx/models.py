@@ -12,10 +12,11 @@ from flax import nnx
 from jax.nn import initializers as standard
 
 from attention_jax import transformer
-from attention_jax.cache import KeyValueCache, next_positions
-from attention_jax.multi_head import Projected
+from attention_jax.cache import next_positions
+from attention_jax.heads import Projected
 from attention_jax.nnx.transformer import Embedding, TransformerStack, dropout_of
 from attention_jax.positions import sinusoidal
+from attention_jax.transformer import Cache
 
 Array = jax.Array
 
@@ -136,13 +137,13 @@ class CausalDecoder(TokenModel):
         result = self.encode(tokens, transformer.causal(mask), **options)
         return transformer.on_output(self.embedding.attend, result)
 
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[KeyValueCache]:
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[Cache]:
         """Return empty caches for `decode`; see `attention_jax.cache.init`."""
         return self.stack.init_cache(batch, capacity, **options)
 
     def decode(
-        self, tokens: Array, caches: Sequence[KeyValueCache], count: Any = None, mask: Any = None
-    ) -> tuple[Array, list[KeyValueCache]]:
+        self, tokens: Array, caches: Sequence[Cache], count: Any = None, mask: Any = None
+    ) -> tuple[Array, list[Cache]]:
         """Return logits [B, T, vocabulary] of the next tokens [B, T], and the next caches.
 
         In a ragged batch `count` [B] tells how many of the T are tokens.
@@ -283,19 +284,19 @@ class EncoderDecoder(nnx.Module):
         """Project a memory for every block, once for all the steps of `decode`."""
         return self.decoder.keys(memory)
 
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[KeyValueCache]:
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[Cache]:
         """Return empty caches for `decode`; see `attention_jax.cache.init`."""
         return self.decoder.init_cache(batch, capacity, **options)
 
     def decode(
         self,
         tokens: Array,
-        caches: Sequence[KeyValueCache],
+        caches: Sequence[Cache],
         memory: Array | Sequence[Projected],
         source_mask: Any = None,
         mask: Any = None,
         count: Any = None,
-    ) -> tuple[Array, list[KeyValueCache]]:
+    ) -> tuple[Array, list[Cache]]:
         """Return logits [B, T, target_vocabulary] of the next tokens [B, T], and the next caches.
 
         The memory is from `encode`, or what `keys` made of it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,16 +12,17 @@ from jax.nn import initializers as standard
 
 from attention_jax import scores
 from attention_jax.cache import KeyValueCache
-from attention_jax.heads import HeadSizes, check_combine
-from attention_jax.multi_head import MultiHead, Projected
+from attention_jax.heads import Projected
+from attention_jax.multi_head import MultiHead
 from attention_jax.nnx.bound import Bound
+from attention_jax.nnx.projecting import Projecting, dropout_of_weights
 from attention_jax.normalizers import softmax
 from attention_jax.parameters import Initializer
 
 Array = jax.Array
 
 
-class MultiHeadAttention(nnx.Module):
+class MultiHeadAttention(Projecting):
     r"""Multi-head attention: y = combine_n(attend(x W_n^Q, m W_n^K, m W_n^V)) W^O.
 
     With the default arguments the parameters have the names and shapes of
@@ -103,57 +103,38 @@ class MultiHeadAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        name = type(self).__name__
-        self.in_features = in_features
-        self.memory_features = in_features if memory_features is None else memory_features
-        self.sizes = HeadSizes.of(
-            name,
-            in_features,
-            self.memory_features,
-            num_heads=num_heads,
-            num_key_heads=num_key_heads,
-            query_depth=query_depth,
-            key_depth=key_depth,
-            value_depth=value_depth,
-            projections=projections,
-            share_query_key=share_query_key,
-        )
-        self.combine = check_combine(name, combine)
-        self.position = position
-        self.share_query_key = share_query_key
         self.dropout_rate = dropout_rate
         self.deterministic = deterministic
         self.implementation = implementation
         self.rngs = rngs.dropout.fork() if dropout_rate else None
-
-        numbers: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        linear = functools.partial(
-            nnx.LinearGeneral,
+        super().__init__(
+            num_heads,
+            in_features,
+            memory_features,
+            out_features,
+            num_key_heads=num_key_heads,
+            query_depth=query_depth,
+            key_depth=key_depth,
+            value_depth=value_depth,
+            position=position,
+            qk_norm=qk_norm,
+            share_query_key=share_query_key,
+            projections=projections,
+            combine=combine,
             use_bias=use_bias,
             kernel_init=kernel_init,
             bias_init=bias_init,
-            **numbers,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
-        memory_features, sizes = self.memory_features, self.sizes
-        self.query = self.key = self.value = self.out = nnx.data(None)
-        if projections:
-            self.query = linear(in_features, (num_heads, sizes.query_depth))
-            if not share_query_key:
-                self.key = linear(memory_features, (sizes.num_key_heads, sizes.key_depth))
-            self.value = linear(memory_features, (sizes.num_key_heads, sizes.value_depth))
-            joined = (num_heads, sizes.value_depth) if combine == "concat" else sizes.value_depth
-            axes = (-2, -1) if combine == "concat" else -1
-            self.out = linear(joined, out_features or in_features, axis=axes)
-        self.query_ln = qk_norm(sizes.query_depth, **numbers) if qk_norm else nnx.data(None)
-        self.key_ln = qk_norm(sizes.key_depth, **numbers) if qk_norm else nnx.data(None)
-
         each_head: dict[str, Any] = {
             "num_heads": num_heads,
             "param_dtype": param_dtype,
             "rngs": rngs,
         }
         of_score = {**each_head, "num_heads": None if share_score else num_heads}
-        depths = (sizes.query_depth, sizes.key_depth, attention_size)
+        depths = (self.sizes.query_depth, self.sizes.key_depth, attention_size)
         self.score = Bound(score, *depths, initializers=initializers, **of_score)
         self.bias = nnx.data(None) if bias is None else Bound(bias, **each_head)
         self.normalizer = Bound(normalizer, **each_head)
@@ -204,7 +185,7 @@ class MultiHeadAttention(nnx.Module):
             bias=bias,
             positions=positions,
             memory_positions=memory_positions,
-            dropout=self._dropout(deterministic, rngs),
+            dropout=dropout_of_weights(self, deterministic, rngs),
             return_weights=return_weights or sow_weights,
         )
         if sow_weights:
@@ -213,7 +194,7 @@ class MultiHeadAttention(nnx.Module):
 
     def keys(self, memory: Array, positions: Array | None = None) -> Projected:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self.layer().project_memory(memory, None, positions)
+        return self.ways().memory(memory, None, positions)
 
     def init_cache(
         self,
@@ -290,29 +271,4 @@ class MultiHeadAttention(nnx.Module):
 
     def layer(self) -> MultiHead:
         """Return the computation with this module's parameters: projections, score, join."""
-        return MultiHead(
-            name=type(self).__name__,
-            in_features=self.in_features,
-            memory_features=self.memory_features,
-            sizes=self.sizes,
-            query=self.query,
-            key=self.query if self.share_query_key else self.key,
-            value=self.value,
-            out=self.out,
-            query_ln=self.query_ln,
-            key_ln=self.key_ln,
-            score=self.score,
-            bias=self.bias,
-            normalizer=self.normalizer,
-            position=self.position,
-            combine=self.combine,
-            implementation=self.implementation,
-        )
-
-    def _dropout(self, deterministic: bool | None, rngs: Any) -> dict[str, Any]:
-        deterministic = self.deterministic if deterministic is None else deterministic
-        if deterministic or not self.dropout_rate:
-            return {}
-        rngs = self.rngs if rngs is None else rngs
-        stream = rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
-        return {"dropout_rate": self.dropout_rate, "dropout_key": stream()}
+        return MultiHead(self.ways(), self.score, self.bias, self.normalizer, self.implementation)

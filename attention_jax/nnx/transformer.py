@@ -12,11 +12,11 @@ from flax import nnx
 from jax.nn import initializers as standard
 
 from attention_jax import transformer
-from attention_jax.cache import KeyValueCache
-from attention_jax.multi_head import Projected
+from attention_jax.heads import Projected
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.multi_head import MultiHeadAttention
 from attention_jax.parameters import Initializer
+from attention_jax.transformer import Cache
 
 Array = jax.Array
 
@@ -83,6 +83,7 @@ class TransformerBlock(nnx.Module):
       norm_first: where the norms are.
       activation: of the feed-forward layer.
       dropout_rate: of attention weights and of what each sublayer adds.
+      attention_dropout_rate: of attention weights, where it is another.
       deterministic: True leaves dropout out; `model.train()` and `model.eval()` set it.
       dtype: of the computation.
       param_dtype: of the parameters.
@@ -108,19 +109,21 @@ class TransformerBlock(nnx.Module):
         norm_first: bool = True,
         activation: Callable[[Array], Array] = jax.nn.relu,
         dropout_rate: float = 0.0,
+        attention_dropout_rate: float | None = None,
         deterministic: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         numbers: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        dropped = transformer.dropout_options(dropout_rate, deterministic)
+        rate = dropout_rate if attention_dropout_rate is None else attention_dropout_rate
+        dropped = transformer.dropout_options(rate, deterministic)
         self.attention = attention(num_heads, features, **dropped, **numbers)
         self.attention_norm = norm(features, **numbers)
         self.cross_attention = self.cross_attention_norm = nnx.data(None)
         if memory_features is not None:
             self.cross_attention = cross_attention(
-                num_heads, features, memory_features, **dropped, **numbers
+                num_heads, features, memory_features=memory_features, **dropped, **numbers
             )
             self.cross_attention_norm = norm(features, **numbers)
         self.feed_forward = FeedForward(features, hidden_features, activation=activation, **numbers)
@@ -162,20 +165,20 @@ class TransformerBlock(nnx.Module):
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
         return self.layer().cross_attention.keys(memory)
 
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> KeyValueCache:
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> Cache:
         """Return an empty cache for `decode`; see `attention_jax.cache.init`."""
         return self.layer().init_cache(batch, capacity, **options)
 
     def decode(
         self,
         x: Array,
-        cache: KeyValueCache,
+        cache: Cache,
         memory: Array | Projected | None = None,
         *,
         mask: Any = None,
         memory_mask: Any = None,
         count: Any = None,
-    ) -> tuple[Array, KeyValueCache]:
+    ) -> tuple[Array, Cache]:
         """Apply the block to the next tokens of a sequence, as `MultiHeadAttention.decode` does.
 
         Args:
@@ -273,13 +276,13 @@ class TransformerStack(nnx.Module):
         """Project a memory [B, S, memory_features] for every block, once for all calls."""
         return [block.keys(memory) for block in self.blocks]
 
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[KeyValueCache]:
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[Cache]:
         """Return an empty cache for every block; see `attention_jax.cache.init`."""
         return [block.init_cache(batch, capacity, **options) for block in self.blocks]
 
     def decode(
-        self, x: Array, caches: Sequence[KeyValueCache], memory: Any = None, **options: Any
-    ) -> tuple[Array, list[KeyValueCache]]:
+        self, x: Array, caches: Sequence[Cache], memory: Any = None, **options: Any
+    ) -> tuple[Array, list[Cache]]:
         """Apply the blocks to the next tokens; options are those of a block's `decode`."""
         memories = transformer.per_layer(memory, self.num_layers)
         applied = [

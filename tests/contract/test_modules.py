@@ -61,7 +61,11 @@ EXAMPLES = {
         (2, 8, 6), (x(3), MEMORY), CROSS - NORM, call={"mask": masks.Lengths(jnp.array([5, 2]))}
     ),
     "LinformerAttention": Example(
-        (2, 8, 5, 3, 6), (x(3), MEMORY), CROSS - NORM + 2 * (3 * 5), call={"mask": LENGTHS}
+        (2, 8, 6),
+        (x(3), MEMORY),
+        CROSS - NORM + 2 * (3 * 5),
+        {"length": 5, "rank": 3},
+        call={"mask": LENGTHS},
     ),
     "MultiHeadAttention": Example(
         (2, 8, 6), (x(3), MEMORY), CROSS - NORM, call={"return_weights": True}

@@ -1,15 +1,25 @@
 """The layers of linear attention and Linformer: what they learn, decode and refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax import bind, feature_maps, linformer, masks, performer
+from attention_jax import attend, bind, feature_maps, linformer, masks, performer, positions
+from attention_jax import linen as attention_linen
+from attention_jax.heads import place
 from attention_jax.linear import linear_attention
 from attention_jax.linformer import linformer_attention
-from attention_jax.nnx import LinearAttention, LinformerAttention, MultiHeadAttention
+from attention_jax.nnx import (
+    CausalDecoder,
+    LinearAttention,
+    LinformerAttention,
+    MultiHeadAttention,
+    TransformerBlock,
+)
 
 
 def inputs(length=5, features=12, seed=1):
@@ -44,7 +54,13 @@ def test_the_parameters_are_those_of_multi_head_attention():
 def test_linear_attention_is_the_function_between_projections(name):
     feature_map = favor(4) if name == "favor" else feature_maps.hedgehog
     module = LinearAttention(
-        4, 12, num_key_heads=2, depth=4, value_depth=5, feature_map=feature_map, rngs=nnx.Rngs(0)
+        4,
+        12,
+        num_key_heads=2,
+        query_depth=4,
+        value_depth=5,
+        feature_map=feature_map,
+        rngs=nnx.Rngs(0),
     )
     if name == "hedgehog":
         assert shapes(module)["feature_map"] == {"weight": (2, 4, 4), "bias": (2, 4)}
@@ -58,22 +74,119 @@ def test_linear_attention_is_the_function_between_projections(name):
     np.testing.assert_allclose(output, module.out(context), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["elu", "favor"])
+@pytest.mark.parametrize("name", ["rotary", "favor"])
 def test_decoding_is_the_causal_pass(name):
-    options = {"feature_map": favor(3)} if name == "favor" else {"chunk_size": 2}
-    module = LinearAttention(4, 12, rngs=nnx.Rngs(0), **options)
-    x = inputs(7)
-    full = nnx.jit(lambda module: module(x, mask=masks.Causal()))(module)
-    decode = nnx.jit(lambda module, x, state, count: module.decode(x, state, count=count))
-    state, outputs = module.init_state(2), []
-    for part in (x[:, :4], x[:, 4:5], x[:, 5:6], x[:, 6:]):
-        output, state = decode(module, part, state, jnp.full(2, part.shape[1]))
-        outputs.append(output)
-    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), full, atol=1e-5)
-    prompt, state = decode(module, x[:, :4], module.init_state(2), jnp.array([4, 2]))
-    np.testing.assert_allclose(prompt[1, :2], full[1, :2], atol=1e-5)
-    following, _ = decode(module, x[:, 4:5], state, jnp.ones(2, int))
-    np.testing.assert_allclose(following[0, 0], full[0, 4], atol=1e-5)
+    """Prompts of 4 and 2 tokens, then pieces of any length, where keys and queries are masked."""
+    options = {"feature_map": favor(4)} if name == "favor" else {"chunk_size": 2}
+    position = positions.rotary if name == "rotary" else None
+    module = LinearAttention(3, 12, position=position, rngs=nnx.Rngs(0), **options)
+    x, lengths = inputs(7), jnp.array([4, 2])
+    holes = jnp.arange(7)[None, None, None] != jnp.array([1, 3])[:, None, None, None]
+    mask = masks.Causal() & masks.Lengths(jnp.array([6, 7]), jnp.array([7, 4])) & holes
+
+    @nnx.jit
+    def run(module, x):
+        padded = jnp.where(jnp.arange(4)[None, :, None] < lengths[:, None, None], x[:, :4], jnp.nan)
+        state = module.init_cache(2)
+        prompt, state = module.decode(padded, state, mask=mask, count=lengths)
+        at, following = lengths, []
+        for size in (1, 2):
+            where = at[:, None] + jnp.arange(size)[None]
+            rows = jnp.take_along_axis(x, where[:, :, None], axis=1)
+            output, state = module.decode(rows, state, mask=mask)
+            following.append(output)
+            at = at + size
+        return module(x, mask=mask), prompt, jnp.concatenate(following, axis=1), state.length
+
+    full, prompt, following, length = run(module, x)
+    np.testing.assert_array_equal(length, [7, 5])
+    for n, of_prompt in enumerate(lengths):
+        np.testing.assert_allclose(prompt[n, :of_prompt], full[n, :of_prompt], atol=1e-5)
+        np.testing.assert_allclose(following[n], full[n, of_prompt : of_prompt + 3], atol=1e-5)
+
+
+def test_positions_turn_queries_and_keys_before_the_feature_map():
+    """So FAVOR+ estimates what softmax attention says of turned queries and keys."""
+    at = jnp.array([0, 3, 4, 9, 11])
+    module = LinearAttention(
+        3, 12, position=positions.rotary, feature_map=favor(4, 4096), rngs=nnx.Rngs(0)
+    )
+    x = 0.5 * inputs()
+    query, key, value = heads(module, x)
+    turned = [place(positions.rotary, heads, at) for heads in (query, key)]
+    context = linear_attention(*turned, value, feature_map=favor(4, 4096))
+    output = module(x, positions=at)
+    np.testing.assert_allclose(output, module.out(context), atol=1e-5)
+    errors = [
+        jnp.linalg.norm(output - module.out(attend(*heads, value)))
+        for heads in (turned, (query, key))
+    ]
+    assert errors[0] < 0.1 * errors[1], errors
+
+
+def decoders(**options):
+    """Return a decoder of linear attention, its twin and the parameters, drawn far from zero."""
+    attention = {"feature_map": favor(4), "position": positions.rotary} | options
+    build = functools.partial(LinearAttention, **attention)
+    model = CausalDecoder(9, 8, 2, 2, attention=build, rngs=nnx.Rngs(0))
+    keys = nnx.Rngs(1)
+    state = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda p: 0.5 * jax.random.normal(keys(), p.shape), state))
+    build = functools.partial(attention_linen.LinearAttention, **attention)
+    twin = attention_linen.CausalDecoder(9, 8, 2, 2, options={"attention": build})
+    return model, twin, {"params": parameters(model)}
+
+
+def test_a_decoder_of_linear_attention_generates_from_a_state_of_constant_size():
+    """Tokens are drawn as the full pass says, in both APIs, after prompts of 4 and 2 tokens."""
+    model, twin, variables = decoders()
+    prompt, lengths = jnp.array([[1, 5, 2, 7], [3, 3, 0, 6]]), jnp.array([4, 2])
+    options = {"steps": 4, "lengths": lengths, "key": jax.random.key(2)}
+    generated = np.asarray(nnx.jit(lambda model: model.generate(prompt, **options))(model))
+    assert len(np.unique(generated)) > 2
+    run = functools.partial(twin.apply, **options, method="generate")
+    np.testing.assert_array_equal(jax.jit(run)(variables, prompt), generated)
+
+    tokens = np.zeros((2, 8), np.int32)
+    for n, length in enumerate(lengths):
+        tokens[n, : length + 4] = np.concatenate([prompt[n, :length], generated[n]])
+    logits = jax.jit(twin.apply)(variables, tokens)
+    for step in range(4):
+        of_step = logits[jnp.arange(2), lengths - 1 + step]
+        drawn = jax.random.categorical(jax.random.fold_in(options["key"], step), of_step)
+        np.testing.assert_array_equal(drawn, generated[:, step])
+
+    small, large = (jax.eval_shape(lambda n=n: model.init_cache(2, n)) for n in (1, 10**9))
+    assert small == large
+
+
+def test_a_block_decodes_linear_attention_to_a_memory():
+    """Whose padding, of keys and of queries, is masked as in the full pass."""
+    module = TransformerBlock(
+        8,
+        2,
+        memory_features=6,
+        attention=LinearAttention,
+        cross_attention=functools.partial(LinearAttention, num_key_heads=1),
+        rngs=nnx.Rngs(0),
+    )
+    x, memory = inputs(5, 8), inputs(7, 6, seed=2)
+    options = {
+        "mask": masks.Causal(),
+        "memory_mask": masks.Lengths(jnp.array([7, 3]), jnp.array([4, 5])),
+    }
+
+    @nnx.jit
+    def run(module, x, memory):
+        keys, state, outputs = module.keys(memory), module.init_cache(2, 5), []
+        for piece in (x[:, :3], x[:, 3:]):
+            output, state = module.decode(piece, state, keys, **options)
+            outputs.append(output)
+        return module(x, memory, **options), jnp.concatenate(outputs, axis=1)
+
+    full, decoded = run(module, x, memory.at[1, 3:].set(jnp.nan))
+    assert np.all(np.isfinite(full))
+    np.testing.assert_allclose(decoded, full, atol=1e-5)
 
 
 def test_random_features_get_no_gradient_and_hedgehog_does():
@@ -119,6 +232,44 @@ def test_learned_projections_keep_the_size_of_keys():
     assert not np.allclose(projection, module.value_projection[...])
 
 
+def test_linformer_drops_weights_of_projected_keys():
+    module = LinformerAttention(4, 12, length=9, rank=3, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    x = inputs()
+    first, other = module(x), module(x)
+    assert not np.allclose(first, other)
+    once, again = (module(x, rngs=nnx.Rngs(dropout=3)) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    exact = module(x, deterministic=True)
+    module.eval()
+    np.testing.assert_array_equal(module(x), exact)
+    mean = jnp.mean(jax.vmap(lambda n: _dropped(module, x, n))(jnp.arange(2000)), axis=0)
+    np.testing.assert_allclose(mean, exact, atol=0.1)
+
+
+def _dropped(module, x, seed):
+    stream = nnx.RngStream(jax.random.key(seed), tag="dropout")
+    return module(x, deterministic=False, rngs=stream)
+
+
+def test_a_block_drops_what_its_sublayers_add_where_attention_has_no_weights():
+    build = functools.partial(TransformerBlock, 8, 2, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"LinearAttention: dropout_rate = 0.5 .* no weight of a"):
+        build(attention=LinearAttention)
+    block, x = build(attention=LinearAttention, attention_dropout_rate=0.0), inputs(5, 8)
+    assert not np.allclose(block(x), block(x))
+    np.testing.assert_array_equal(block(x, deterministic=True), block(x, deterministic=True))
+    assert build(attention_dropout_rate=0.1).attention.dropout_rate == 0.1
+    assert build().attention.dropout_rate == 0.5
+    twin = attention_linen.TransformerBlock(
+        8, 2, attention=attention_linen.LinearAttention, dropout_rate=0.5
+    )
+    with pytest.raises(ValueError, match=r"LinearAttention: dropout_rate = 0.5 cannot be"):
+        jax.eval_shape(twin.init, jax.random.key(0), x)
+    twin = twin.clone(attention_dropout_rate=0.0, deterministic=True)
+    tree = {"params": parameters(block)}
+    np.testing.assert_allclose(twin.apply(tree, x), block(x, deterministic=True), atol=1e-6)
+
+
 def test_what_cannot_be_is_refused_by_name():
     x = inputs()
     linear = LinearAttention(4, 12, rngs=nnx.Rngs(0))
@@ -127,6 +278,27 @@ def test_what_cannot_be_is_refused_by_name():
         linear(x, mask=masks.Window(2, 0))
     with pytest.raises(ValueError, match="linformer_attention: the mask Causal cannot be honoured"):
         low_rank(x, mask=masks.Causal())
+    with pytest.raises(ValueError, match=r"LinearAttention: bias, return_weights cannot be hono.*"):
+        linear(x, return_weights=True, bias=1)
+    with pytest.raises(ValueError, match=r"LinformerAttention: positions cannot .* no pairs"):
+        low_rank(x, positions=jnp.arange(5))
+    with pytest.raises(ValueError, match=r"LinformerAttention: a position .* mixes all positions"):
+        LinformerAttention(4, 12, length=9, rank=3, position=positions.rotary, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"query_depth and key_depth must be equal, .* 3 and 5"):
+        LinearAttention(4, 12, key_depth=5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"window = 3 cannot be honoured, .* a sum forgets no key"):
+        linear.init_cache(2, 8, window=3)
+    state = linear.init_cache(2)
+    for mask in (None, masks.Lengths(3), masks.Causal(-1)):
+        with pytest.raises(ValueError, match=r"decode: the mask must be masks.Causal\(\) with off"):
+            linear.decode(x, state, mask=mask)
+    with pytest.raises(ValueError, match="decode: the mask Window cannot be honoured"):
+        linear.decode(x, state, mask=masks.Causal() & masks.Window(2, 0))
+    with pytest.raises(ValueError, match=r"LinearAttention: the mask Causal .* one sum over the m"):
+        linear.decode_memory(x, x, state, mask=masks.Causal())
+    block = functools.partial(LinformerAttention, length=9, rank=3)
+    with pytest.raises(TypeError, match=r"LinformerAttention keeps nothing .* or LinearAttention"):
+        TransformerBlock(12, 4, attention=block, rngs=nnx.Rngs(0)).init_cache(2, 8)
     with pytest.raises(ValueError, match="LinearAttention: the last axis of query must be 12"):
         linear(inputs(5, 11))
     with pytest.raises(ValueError, match="serves up to 9 keys, its last axis, got S = 10"):
@@ -134,7 +306,7 @@ def test_what_cannot_be_is_refused_by_name():
     with pytest.raises(ValueError, match="LinformerAttention: rank must be 1 or more and at most"):
         LinformerAttention(4, 12, length=9, rank=10, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"fixed must have the shape \(3, 9\) .* got \(9, 3\)"):
-        LinformerAttention(4, 12, 9, 3, fixed=jnp.ones((9, 3)), rngs=nnx.Rngs(0))
+        LinformerAttention(4, 12, length=9, rank=3, fixed=jnp.ones((9, 3)), rngs=nnx.Rngs(0))
     with pytest.raises(
         ValueError, match="LinearAttention: num_heads must be a multiple of num_key"
     ):

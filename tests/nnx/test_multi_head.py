@@ -31,9 +31,9 @@ def inputs(length=5, features=12, batch=2, seed=1):
 
 
 def projected(module, x, memory=None):
-    layer = module.layer()
+    ways = module.ways()
     memory = x if memory is None else memory
-    return layer.project_query(x, None), layer.project_memory(memory, None, None)
+    return ways.queries(x), ways.memory(memory)
 
 
 def parameters(module):

@@ -268,7 +268,7 @@ def test_a_block_takes_any_attention():
     y = X + jnp.broadcast_to(block.attention_norm(X).mean(1, keepdims=True), X.shape)
     expected = y + block.feed_forward(block.feed_forward_norm(y))
     np.testing.assert_allclose(block(X, deterministic=True), expected, rtol=1e-6)
-    with pytest.raises(TypeError, match=r"TransformerBlock: Mean has no cache of keys and values"):
+    with pytest.raises(TypeError, match=r"TransformerBlock: Mean keeps nothing of the past"):
         block.init_cache(2, 3)
     additive = functools.partial(MultiHeadAttention, score=scores.additive)
     stack = TransformerStack(1, 8, 2, norm=nnx.RMSNorm, attention=additive, rngs=nnx.Rngs(0))
