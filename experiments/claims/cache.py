@@ -1,0 +1,111 @@
+"""What was measured before, found again by the content of all code that it depends on."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from experiments.claims.claim import Claim, Data, Setting
+from experiments.translate.workdir import write_json
+
+_ROOT = Path(__file__).parents[2]
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+# These look at the data, and may change without the data being out of date.
+_VIEWS = ("verdict", "figure", "table")
+
+
+class Cache:
+    """A folder with one file for each measurement: its data, and the seconds it took."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, claim: Claim, setting: Setting) -> tuple[Data, float] | None:
+        """Return data and seconds of a claim whose code is the same as now, if there are any."""
+        try:
+            held = json.loads(self._path(claim, setting).read_text(encoding="utf-8"))
+            return held["data"], held["seconds"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, claim: Claim, setting: Setting, data: Data, seconds: float) -> None:
+        """Keep data, and forget those of other code."""
+        path = self._path(claim, setting)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.glob(f"{claim.number}-{setting.name}-*.json"):
+            old.unlink()
+        write_json(path, {"data": data, "seconds": seconds})
+
+    def _path(self, claim: Claim, setting: Setting) -> Path:
+        return self.folder / f"{claim.number}-{setting.name}-{key_of(claim.path)}.json"
+
+
+def key_of(path: Path) -> str:
+    """Return letters that change with the code that a file runs, or with a library's version."""
+    digest = hashlib.sha256()
+    for source in sorted(sources(path)):
+        digest.update(_content(source, views=source != path).encode())
+    for package in _PACKAGES:
+        digest.update(f"{package} {metadata.version(package)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def sources(path: Path) -> set[Path]:
+    """Return the files of this repository that a file imports, however indirectly, and itself."""
+    found, waiting = set(), [path]
+    while waiting:
+        at = waiting.pop()
+        if at not in found:
+            found.add(at)
+            waiting += _imported(at)
+    return found
+
+
+@functools.cache
+def _imported(path: Path) -> list[Path]:
+    return [file for name in _names(_tree(path)) for file in _files(name)]
+
+
+def _names(tree: ast.Module) -> Iterator[str]:
+    """Yield the dotted names that may be modules; this repository has no relative imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _files(name: str) -> list[Path]:
+    """Return the files that importing a module of this repository runs."""
+    *packages, last = name.split(".")
+    parents = [_ROOT.joinpath(*packages[: n + 1]) for n in range(len(packages))]
+    whole = _ROOT.joinpath(*packages, last)
+    files = [folder / "__init__.py" for folder in (*parents, whole)] + [whole.with_suffix(".py")]
+    return [file for file in files if file.is_file()]
+
+
+@functools.cache
+def _content(path: Path, views: bool) -> str:
+    """Return the code of a file without comments, layout and its docstring."""
+    body = _tree(path).body
+    kept = [
+        node
+        for node in body
+        if views or not (isinstance(node, ast.FunctionDef) and node.name in _VIEWS)
+    ]
+    return "\n".join(ast.dump(node) for node in kept if not _is_string(node))
+
+
+def _is_string(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))

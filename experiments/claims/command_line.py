@@ -1,0 +1,123 @@
+"""The command line: flags from the fields of one dataclass, and one sentence for a mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments.claims.catalogue import claims, themes
+from experiments.claims.claim import SETTINGS, Claim
+from experiments.translate.config import UsageError
+
+_HELP = """\
+Tests what is claimed about additive and multiplicative attention and their relatives: each claim
+with a number, a picture and a verdict that is computed from data. Writes a table, results.json,
+figures, and report.html, which reads as an article. What was measured before is not measured again
+unless the code it depends on has changed.
+
+  python -m experiments.claims
+  python -m experiments.claims --claims=39,43
+  python -m experiments.claims --setting=full --out=experiments/results/claims.md
+"""
+
+
+def _flag(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is tested, how thoroughly, and where the results go."""
+
+    claims: tuple[int, ...] = _flag((), "numbers of claims, as in 39,43; all unless given")
+    setting: str = _flag("quick", "tiny (seconds), quick (minutes) or full (for papers)")
+    workdir: str = _flag("runs/claims", "folder of results and of what was measured before")
+    out: str = _flag("", "a Markdown file for the table; none written unless given")
+    list: bool = _flag(False, "list all claims and test none")
+
+    @property
+    def chosen(self) -> list[Claim]:
+        """The claims to test, theme after theme."""
+        return [c for c in claims().values() if not self.claims or c.number in self.claims]
+
+
+def parse(arguments: Sequence[str]) -> Options | None:
+    """Read the arguments behind the program's name; None stands for a call for help.
+
+    Raises:
+      UsageError: an unknown flag, or a value that cannot be used.
+
+    >>> parse(["--claims=39,43", "--setting=tiny"]).claims
+    (39, 43)
+    """
+    values = flags.FlagValues()
+    for field in dataclasses.fields(Options):
+        default: Any = None if field.name == "claims" else field.default
+        define: Any = flags.DEFINE_bool if field.name == "list" else flags.DEFINE_string
+        define(field.name, default, "", flag_values=values)
+    flags.DEFINE_flag(flags.BooleanFlag("help", False, "", short_name="h"), values)
+    try:
+        rest = values(["claims", *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, Options.__dataclass_fields__, n=1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists all flags."
+        raise UsageError(f"unknown flag --{error.flagname}; {hint}") from None
+    except flags.Error as error:
+        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
+    if values["help"].value:
+        return None
+    if rest:
+        raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
+    given: dict[str, Any] = {name: values[name].value for name in Options.__dataclass_fields__}
+    given["claims"] = _numbers(given["claims"])
+    options = Options(**given)
+    _check(options)
+    return options
+
+
+def help_text() -> str:
+    """Return what the program does, and all flags with their defaults."""
+    lines = [_HELP]
+    for field in dataclasses.fields(Options):
+        default = f"={field.default}" if isinstance(field.default, str) else ""
+        default = "=" if field.name == "claims" else default
+        lines.append(f"  --{field.name}{default}".ljust(25) + field.metadata["help"])
+    return "\n".join(lines)
+
+
+def list_text() -> str:
+    """Return all claims, theme after theme."""
+    lines = []
+    for name, theme in themes().items():
+        lines += [
+            theme.title,
+            *(f"  {c.number}  {c.claim}" for c in claims().values() if c.theme == name),
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--claims: must be numbers such as 39,43, got {text!r}.") from None
+    for number in numbers:
+        if number not in claims():
+            raise UsageError(f"--claims: there is no claim {number}; --list shows all.")
+    return numbers
+
+
+def _check(options: Options) -> None:
+    if options.setting not in SETTINGS:
+        there_are = ", ".join(SETTINGS)
+        raise UsageError(f"--setting: must be one of {there_are}, got {options.setting!r}.")
+    if options.out and Path(options.out).is_dir():
+        raise UsageError(f"--out: {options.out} is a folder; give a file.")

@@ -1,0 +1,85 @@
+"""Additive attention needs more memory than dot-product attention because of its parameters.
+
+Source: Comparison tables in blogs and lectures; Vaswani et al. 2017, section 3.2.1, only say that
+dot products are faster and more space-efficient in practice.
+
+Method: Bytes of temporaries that the compiler plans for the gradient of one head with respect to
+the queries, and bytes of the parameters: scaled dot product; additive by the textbook's broadcast
+to [T, S, A]; additive by `attend`, dense and tiled.
+
+Criterion: Holds if the parameters are at least half of what textbook additive attention needs
+beyond the dot product; fails if they are below a tenth.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax import attend, bind, scores
+from attention_jax.parameters import initialize, parameters_of
+from experiments.benchmark.measure import Program, compiled, mebibytes_of
+from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
+from experiments.claims.drawing import bars
+
+DEPTH = 64
+
+
+def measure(setting: Setting, key: jax.Array) -> Data:
+    """Read what the compiler planned."""
+    length = setting.pick(tiny=64, quick=1024, full=2048)
+    rows = jax.random.normal(key, (3, length, DEPTH))
+    own = initialize(key, parameters_of(scores.additive, DEPTH, DEPTH, DEPTH))
+
+    def textbook(query: jax.Array, memory: jax.Array, value: jax.Array) -> jax.Array:
+        features = (query @ own["query_weight"])[:, None] + memory @ own["key_weight"] + own["bias"]
+        return jax.nn.softmax(jnp.tanh(features) @ own["value"]) @ value
+
+    def one_head(query: jax.Array, *others: jax.Array, **options) -> jax.Array:
+        of_layout = (x[None, :, None] for x in (query, *others))
+        return attend(*of_layout, **options)[0, :, 0]
+
+    additive = bind(scores.additive, **own)
+    programs = {
+        "dot, dense": partial(one_head, implementation="dense"),
+        "dot, tiled": partial(one_head, implementation="tiled"),
+        "additive, textbook": textbook,
+        "additive, dense": partial(one_head, score=additive, implementation="dense"),
+        "additive, tiled": partial(one_head, score=additive, implementation="tiled"),
+    }
+
+    def bytes_of(function) -> float:
+        gradient = jax.grad(lambda *arrays: jnp.sum(function(*arrays) ** 2))
+        return mebibytes_of(compiled(Program(gradient, tuple(rows))))
+
+    return {
+        "length": length,
+        "parameters": sum(x.size for x in jax.tree.leaves(own)) * 4 / 2**20,
+        "temporaries": {name: bytes_of(function) for name, function in programs.items()},
+    }
+
+
+def verdict(data: Data) -> Verdict:
+    """Judge by what part of the excess the parameters are."""
+    held, parameters = data["temporaries"], data["parameters"]
+    excess = held["additive, textbook"] - held["dot, dense"]
+    share = parameters / max(excess, 1e-9)
+    found = (
+        f"At length {data['length']} textbook additive attention holds "
+        f"{held['additive, textbook']:.1f} "
+        f"MiB, the dense dot product {held['dot, dense']:.1f}; the parameters are {parameters:.3f} "
+        f"MiB, {100 * share:.2g}% of the difference. It is the T x S x A array; without it "
+        f"additive needs {held['additive, tiled']:.2f} MiB (tiled; the dot product "
+        f"{held['dot, tiled']:.2f})."
+    )
+    if excess > 0 and share < 0.1:
+        return fails(found)
+    return holds(found) if excess > 0 and share >= 0.5 else undecided(found)
+
+
+def figure(data: Data):
+    """Draw bytes on a logarithmic axis."""
+    held = data["temporaries"] | {"parameters": data["parameters"]}
+    return bars(held, xlabel="MiB", xscale="log")

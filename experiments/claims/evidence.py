@@ -1,0 +1,61 @@
+"""Numbers with their uncertainty: from random draws, and as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from experiments.statistics import interval
+from experiments.translate.learning import quick_options
+
+# A value for each draw or seed.
+Values = Sequence[float]
+
+
+def draws(
+    of_draw: Callable[[jax.Array], Mapping[str, jax.Array]], key: jax.Array, count: int
+) -> dict[str, list[float]]:
+    """Ask a function of a random key for named numbers, `count` times with different keys.
+
+    >>> found = draws(lambda key: {"uniform": jax.random.uniform(key)}, jax.random.key(0), 3)
+    >>> len(found["uniform"])
+    3
+    """
+    # It runs once, so that the time to optimize it would be lost.
+    together = jax.jit(jax.vmap(of_draw), compiler_options=quick_options(1))
+    found = together(jax.random.split(key, count))
+    return {name: np.asarray(values, np.float64).tolist() for name, values in found.items()}
+
+
+def by_name(of_points: Sequence[Mapping[str, Values]]) -> dict[str, list[Values]]:
+    """Turn named values of every point into a list of points for every name.
+
+    >>> by_name([{"a": [1.0]}, {"a": [2.0]}])
+    {'a': [[1.0], [2.0]]}
+    """
+    return {name: [point[name] for point in of_points] for name in of_points[0]}
+
+
+def shown(values: Values | float) -> str:
+    """Write the mean of draws or seeds with its 95% bootstrap interval.
+
+    >>> shown([1.0, 2.0, 3.0]), shown(0.25)
+    ('2 [1, 3]', '0.25')
+    """
+    found = interval(np.atleast_1d(np.asarray(values, np.float64)))
+    if math.isnan(found.low) or found.low == found.high:
+        return f"{found.mean:.3g}"
+    return f"{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]"
+
+
+def between(values: Values, low: float, high: float) -> bool:
+    """Tell whether the whole 95% interval lies between two numbers.
+
+    >>> between([1.0, 1.1], 0.9, 1.2), between([1.0, 1.3], 0.9, 1.2)
+    (True, False)
+    """
+    found = interval(values)
+    return found.low >= low and found.high <= high

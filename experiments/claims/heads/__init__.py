@@ -1,0 +1,4 @@
+"""Heads.
+
+What several heads are good for: parameters, calm, diversity, quality.
+"""

@@ -1,0 +1,4 @@
+"""Positions.
+
+What attention knows of order and distance, and from where it knows it.
+"""

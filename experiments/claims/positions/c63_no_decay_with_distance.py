@@ -1,0 +1,89 @@
+"""Attention does not decay with distance: near and far keys are equally within reach.
+
+Source: Vaswani et al. 2017, section 4 (maximum path length O(1)); said of Transformers in general.
+
+Method: A query and keys of the same content up to noise, over 512 positions: the mean weight of
+the keys at distance 256 to 511 over that of those at 1 to 16, without positions, with rotary
+positions and with ALiBi (slope 1/16).
+
+Criterion: Fails if without positions the 95% interval of the ratio does not contain 1. Holds if
+all three do; else it holds only without what decays.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax import positions, scores
+from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if
+from experiments.claims.drawing import lines
+from experiments.claims.evidence import draws, shown
+from experiments.statistics import interval
+
+LENGTH, DEPTH = 512, 64
+EDGES = (1, 4, 16, 64, 256, 512)
+KINDS = ("none", "rotary", "alibi")
+
+
+def measure(setting: Setting, key: jax.Array) -> Data:
+    """Measure mean weights by kind, distance and draw."""
+    count = setting.pick(tiny=4, quick=60, full=400)
+
+    def of_draw(key: jax.Array) -> dict[str, jax.Array]:
+        content, noise = jax.random.split(key)
+        query = jax.random.normal(content, (1, DEPTH))
+        memory = query + jax.random.normal(noise, (LENGTH, DEPTH))
+        last, everywhere = jnp.full(1, LENGTH - 1), jnp.arange(LENGTH)
+        turned = positions.rotary(query, last), positions.rotary(memory, everywhere)
+        bias = positions.alibi(last[:, None], everywhere[None, :], jnp.float32(1 / 16))
+        logits = {
+            "none": scores.scaled_dot(query, memory),
+            "rotary": scores.scaled_dot(*turned),
+            "alibi": scores.scaled_dot(query, memory) + bias,
+        }
+        found = {}
+        for kind in KINDS:
+            by_distance = jax.nn.softmax(logits[kind])[0, ::-1]
+            near, far = jnp.mean(by_distance[1:17]), jnp.mean(by_distance[256:])
+            found[f"{kind} ratio"] = far / near
+            for low, high in itertools.pairwise(EDGES):
+                found[f"{kind} {low}"] = LENGTH * jnp.mean(by_distance[low:high])
+        return found
+
+    found = draws(of_draw, key, count)
+    weights = {kind: [found[f"{kind} {low}"] for low in EDGES[:-1]] for kind in KINDS}
+    return {
+        "from": EDGES[:-1],
+        "weights": weights,
+        "ratio": {kind: found[f"{kind} ratio"] for kind in KINDS},
+    }
+
+
+def verdict(data: Data) -> Verdict:
+    """Judge by the ratio of far to near."""
+    found = "Weight of a far key over that of a near one: " + ", ".join(
+        f"{kind} {shown(values)}" for kind, values in data["ratio"].items()
+    )
+    ratio = {kind: interval(values) for kind, values in data["ratio"].items()}
+    if not ratio["none"].low <= 1 <= ratio["none"].high:
+        return fails(f"{found}.")
+    decaying = [kind for kind in ("rotary", "alibi") if ratio[kind].high < 1]
+    if decaying:
+        return holds_only_if(f"positions do not enter by {' or '.join(decaying)}", f"{found}.")
+    return holds(f"{found}.")
+
+
+def figure(data: Data):
+    """Draw mean weights against distance."""
+    return lines(
+        data["from"],
+        data["weights"],
+        xlabel="distance, from",
+        ylabel="mean weight x length",
+        xscale="log",
+        yscale="log",
+        marks={"uniform": 1.0},
+    )

@@ -1,0 +1,190 @@
+"""Testing the chosen claims one after the other, and showing what was found."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from attention_jax.plots import save
+from experiments.claims import drawing, report
+from experiments.claims.cache import Cache
+from experiments.claims.catalogue import themes
+from experiments.claims.claim import SETTINGS, Claim, Setting
+from experiments.claims.command_line import Options
+from experiments.translate.config import UsageError
+from experiments.translate.workdir import environment, write_json, write_text
+
+Record = dict[str, Any]
+
+FAILED = "failed"
+_COLORS = {"holds": "green", "holds only if": "cyan", "does not hold": "red", FAILED: "bold red"}
+
+
+def run(options: Options) -> int:
+    """Test what is asked for, write the results, and return the exit code.
+
+    Raises:
+      UsageError: the folder cannot be written to.
+    """
+    folder, setting = _writable(Path(options.workdir)), SETTINGS[options.setting]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    start, records = time.perf_counter(), []
+    columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    parts = [TextColumn(part) if isinstance(part, str) else part for part in columns]
+    with Progress(
+        *parts, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("", total=len(options.chosen))
+        for claim in options.chosen:
+            progress.update(bar, description=f"{claim.number}  {claim.claim[:60]}")
+            records.append(record := test(claim, setting, folder))
+            progress.advance(bar)
+            if not console.is_terminal:
+                console.print(_line(record), highlight=False, soft_wrap=True, markup=False)
+    results = {
+        "setting": setting.name,
+        "seconds": round(time.perf_counter() - start, 1),
+        "environment": environment(),
+        "claims": records,
+    }
+    write_json(folder / "results.json", results)
+    path = report.write(results, folder)
+    if options.out:
+        out = Path(options.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, markdown(results))
+    _show(console, results)
+    print(path.absolute(), flush=True)
+    return int(any(record["outcome"] == FAILED for record in records))
+
+
+def test(claim: Claim, setting: Setting, folder: Path) -> Record:
+    """Measure a claim, or read what was measured before, and judge and draw the data.
+
+    Whatever goes wrong is the outcome of this claim alone.
+    """
+    record: Record = {
+        name: getattr(claim, name)
+        for name in ("number", "theme", "claim", "source", "method", "criterion", "published")
+    }
+    log = folder / "errors" / f"{claim.number}.txt"
+    log.unlink(missing_ok=True)
+    try:
+        return record | _tested(claim, setting, folder)
+    except Exception as error:
+        write_text(_made(log), traceback.format_exc())
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return record | {"outcome": FAILED, "because": f"{what} (see {log})", "verdict": FAILED}
+    finally:
+        jax.clear_caches()
+
+
+def _tested(claim: Claim, setting: Setting, folder: Path) -> Record:
+    module, cache = claim.load(), Cache(folder / "cache")
+    found = cache.get(claim, setting)
+    cached = found is not None
+    if found is None:
+        start = time.perf_counter()
+        measured = module.measure(setting, jax.random.key(claim.number))
+        # Fresh data and data from a file are then the same.
+        data = json.loads(json.dumps(measured))
+        found = data, round(time.perf_counter() - start, 2)
+        cache.put(claim, setting, *found)
+    data, seconds = found
+    verdict = module.verdict(data)
+    name = claim.path.stem
+    if hasattr(module, "figure"):
+        with drawing.style():
+            save(module.figure(data), _made(folder / "figures" / name))
+    return {
+        "outcome": str(verdict.outcome),
+        "verdict": str(verdict),
+        "because": verdict.because,
+        "table": module.table(data) if hasattr(module, "table") else None,
+        "figure": name if hasattr(module, "figure") else None,
+        "seconds": seconds,
+        "cached": cached,
+        "data": data,
+    }
+
+
+def markdown(results: Record) -> str:
+    """Write all verdicts as a table in Markdown."""
+    lines = [
+        "# Claims about attention, tested",
+        "",
+        f"Made by `python -m experiments.claims --setting={results['setting']}` "
+        f"({summary(results)}), jax {results['environment']['jax']} on "
+        f"{results['environment']['device']}, {results['environment']['processors']} processors. "
+        "How each was tested, and what decides, is in its file in `experiments/claims/`.",
+    ]
+    for name, theme in themes().items():
+        of_theme = [record for record in results["claims"] if record["theme"] == name]
+        if of_theme:
+            lines += ["", f"## {theme.title}", "", "| # | claim | verdict | because |"]
+            lines.append("|---|---|---|---|")
+        for record in of_theme:
+            cells = (
+                str(record["number"]),
+                record["claim"],
+                f"**{record['verdict']}**",
+                record["because"],
+            )
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(results: Record) -> str:
+    """Count the outcomes: "20 hold, 9 hold only if ..."."""
+    counts = Counter(record["outcome"] for record in results["claims"])
+    return ", ".join(f"{counts[outcome]} × {outcome}" for outcome in counts)
+
+
+def _show(console: Console, results: Record) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for title in ("#", "claim", "verdict", "because"):
+        table.add_column(title, ratio={"claim": 3, "verdict": 2, "because": 5}.get(title))
+    for record in results["claims"]:
+        color = _COLORS.get(record["outcome"], "yellow")
+        verdict = f"[{color}]{record['verdict']}[/]"
+        table.add_row(str(record["number"]), record["claim"], verdict, record["because"])
+    console.print(table, highlight=False)
+    console.print(f"{summary(results)}; {results['seconds']:.0f} s.", highlight=False)
+
+
+def _line(record: Record) -> str:
+    seconds = f"{record['seconds']:.1f} s" if "seconds" in record else "-"
+    seconds = "as before" if record.get("cached") else seconds
+    return f"{record['number']}  {record['verdict']}  ({seconds}): {record['claim']}"
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("results.json", "report.html"):
+            if (folder / name).is_dir():
+                raise UsageError(f"--workdir: {folder / name} is a folder; give another --workdir.")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"--workdir {folder}: {reason}; give another --workdir.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--workdir {folder} is not to be written to; give another --workdir.")
+    return folder
+
+
+def _made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

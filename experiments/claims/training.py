@@ -1,0 +1,132 @@
+"""Training many small models at once: all learning rates and seeds of an arm under one `vmap`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+Array = jax.Array
+
+_HELD_OUT = 1_000_000
+
+
+class Arm(NamedTuple):
+    """What is trained: from a key to parameters, and from parameters and a batch to a loss."""
+
+    init: Callable[[Array], Any]
+    loss: Callable[[Any, Any], Array]
+
+
+class Trained(NamedTuple):
+    """Models at the best learning rate: parameters with a leading axis of seeds, held-out losses.
+
+    `swept` has the mean held-out loss of every rate.
+    """
+
+    parameters: Any
+    losses: list[float]
+    rate: float
+    swept: dict[str, float]
+
+
+def train(
+    arm: Arm,
+    batch: Callable[[Array], Any],
+    key: Array,
+    *,
+    rates: Sequence[float],
+    seeds: int,
+    steps: int,
+    held_out: Callable[[Array], Any] | None = None,
+) -> Trained:
+    """Train every seed at every rate by Adam, and keep the rate with the least held-out loss.
+
+    A seed draws the same parameters and batches in every arm and at every rate, so that arms are
+    compared in pairs.
+
+    Args:
+      arm: what is trained.
+      batch: from a key to a batch.
+      key: of all seeds.
+      rates: largest learning rates; each grows for a tenth of the steps and then falls to zero.
+      seeds: models of each rate.
+      steps: of training.
+      held_out: from a key to the batch that rates are compared on; `batch` unless given.
+    """
+    seed_keys = jax.random.split(key, seeds)
+    test = (held_out or batch)(jax.random.fold_in(key, _HELD_OUT))
+    parameters, losses = _all(arm, batch, steps, seed_keys, jnp.asarray(rates, jnp.float32), test)
+    by_rate = np.asarray(losses, np.float64)
+    means = np.nan_to_num(by_rate, nan=np.inf).mean(axis=1)
+    best = int(means.argmin())
+    return Trained(
+        jax.tree.map(lambda leaf: leaf[best], parameters),
+        by_rate[best].tolist(),
+        float(rates[best]),
+        {f"{rate:g}": float(mean) for rate, mean in zip(rates, means, strict=True)},
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("arm", "batch", "steps"))
+def _all(
+    arm: Arm, batch: Callable[[Array], Any], steps: int, seeds: Array, rates: Array, test: Any
+) -> tuple[Any, Array]:
+    def one(rate: Array, key: Array) -> tuple[Any, Array]:
+        shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10 + 1, steps + 1)
+        adam = optax.adam(lambda number: rate * shape(number), b2=0.98)
+        optimizer = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), adam))
+
+        def step(state: Any, number: Array) -> Any:
+            parameters, moments = state
+            given = batch(jax.random.fold_in(key, number))
+            gradient = jax.grad(arm.loss)(parameters, given)
+            updates, moments = optimizer.update(gradient, moments, parameters)
+            return (optax.apply_updates(parameters, updates), moments), None
+
+        parameters = arm.init(jax.random.fold_in(key, _HELD_OUT))
+        state = parameters, optimizer.init(parameters)
+        (parameters, _), _ = jax.lax.scan(step, state, jnp.arange(steps))
+        return parameters, arm.loss(parameters, test)
+
+    of_rate = jax.vmap(one, in_axes=(None, 0))
+    return jax.vmap(of_rate, in_axes=(0, None))(rates, seeds)
+
+
+def arm_of(build: Callable[[nnx.Rngs], Any], loss: Callable[[Any, Any], Array]) -> Arm:
+    """Return an arm whose parameters are those of an NNX module.
+
+    Args:
+      build: from random streams to a module.
+      loss: from the module and a batch to a loss.
+    """
+    merge = merged(build)
+    return Arm(
+        lambda key: nnx.state(build(nnx.Rngs(key)), nnx.Param),
+        lambda parameters, batch: loss(merge(parameters), batch),
+    )
+
+
+def merged(build: Callable[[nnx.Rngs], Any]) -> Callable[[Any], Any]:
+    """Return the function from parameters to the module that has them."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+    return functools.partial(nnx.merge, graph)
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Return the mean cross-entropy of integer labels; a label below zero does not count."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    counted = labels >= 0
+    return jnp.sum(losses, where=counted) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def accuracy(logits: Array, labels: Array) -> Array:
+    """Return the share of labels that have the largest logit; a label below zero does not count."""
+    right = (jnp.argmax(logits, axis=-1) == labels) & (labels >= 0)
+    return jnp.sum(right) / jnp.maximum(jnp.sum(labels >= 0), 1)

@@ -1,0 +1,204 @@
+"""The program that tests claims, with two claims of its own in place of the real ones."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from experiments.claims import cache, catalogue, run
+from experiments.claims.__main__ import main
+from experiments.claims.claim import SETTINGS
+from experiments.claims.command_line import Options, parse
+
+GOOD = '''"""Numbers are larger than zero.
+
+Source: Folklore.
+
+Method: A number is
+drawn.
+
+Criterion: Holds if it is above zero.
+
+Published: 1.5 in <another> place.
+"""
+
+from experiments.claims.claim import holds, fails
+from experiments.claims.drawing import lines
+
+
+def measure(setting, key):
+    with open({log!r}, "a") as log:
+        log.write("measured ")
+    return {{"number": setting.pick(tiny=2.0, quick=3.0, full=4.0), "tuple": (1, 2)}}
+
+
+def verdict(data):
+    assert data["tuple"] == [1, 2], "as JSON has it"
+    return holds(f"It is {{data['number']}}.") if data["number"] > 0 else fails("It is not.")
+
+
+def figure(data):
+    return lines([1, 2], {{"number": [data["number"], [1.0, 2.0, 3.0]]}}, xlabel="x", ylabel="y")
+
+
+def table(data):
+    return [["what", "how much"], ["a <number>", "2"]]
+'''
+BAD = '''"""Nothing goes wrong.
+
+Source: Nobody.
+
+Method: It is tried.
+
+Criterion: Holds if nothing is raised.
+"""
+
+
+def measure(setting, key):
+    raise FloatingPointError("something went\\nwrong")
+'''
+
+
+@pytest.fixture
+def two_claims(tmp_path, monkeypatch):
+    """Two claims in the theme "scale", of which the second raises; returns the log of the first."""
+    package = tmp_path / "made_up"
+    (package / "scale").mkdir(parents=True)
+    log = tmp_path / "log"
+    (package / "scale" / "c901_above_zero.py").write_text(GOOD.format(log=str(log)))
+    (package / "scale" / "c902_nothing_wrong.py").write_text(BAD)
+    found = {c.number: c for c in map(catalogue.read, sorted((package / "scale").glob("c*.py")))}
+    for module in (catalogue, sys.modules["experiments.claims.command_line"]):
+        monkeypatch.setattr(module, "claims", lambda: found)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("experiments.claims.claim.__package__", "made_up")
+    yield log
+    for name in [name for name in sys.modules if name.startswith("made_up")]:
+        del sys.modules[name]
+
+
+def test_a_failing_claim_is_reported_and_the_others_are_tested(two_claims, tmp_path, capsys):
+    folder = tmp_path / "new" / "work"
+    assert main(["--setting=tiny", f"--workdir={folder}", f"--out={tmp_path}/out/table.md"]) == 1
+    printed = capsys.readouterr().out
+    assert "901  holds" in printed and "902  failed" in printed
+    assert printed.strip().endswith("report.html")
+    good, bad = json.loads((folder / "results.json").read_text())["claims"]
+    assert good["outcome"] == "holds" and good["because"] == "It is 2.0."
+    assert good["method"] == "A number is drawn." and not good["cached"]
+    assert (
+        bad["outcome"] == "failed" and "FloatingPointError: something went wrong" in bad["because"]
+    )
+    assert "Traceback" in (folder / "errors" / "902.txt").read_text()
+    for ending in ("png", "svg"):
+        assert (folder / "figures" / f"c901_above_zero.{ending}").stat().st_size > 1000
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| 901 | Numbers are larger than zero. | **holds** | It is 2.0. |" in table
+
+
+def test_the_report_has_everything_in_one_file(two_claims, tmp_path):
+    main(["--setting=tiny", f"--workdir={tmp_path / 'work'}"])
+    page = (tmp_path / "work" / "report.html").read_text()
+    assert "Numbers are larger than zero." in page and "1.5 in &lt;another&gt; place." in page
+    assert "a &lt;number&gt;" in page and "<h2>Scale</h2>" in page
+    assert "data:image/svg+xml;base64," in page and "$" not in page.replace("$$", "")
+    assert "http" not in page.split("<style>")[0] and "<script" not in page
+
+
+def test_what_was_measured_is_measured_again_only_if_its_code_changed(two_claims, tmp_path):
+    arguments = ["--claims=901", "--setting=tiny", f"--workdir={tmp_path / 'work'}"]
+    path = tmp_path / "made_up" / "scale" / "c901_above_zero.py"
+
+    def measured() -> int:
+        cache._tree.cache_clear(), cache._content.cache_clear()
+        assert main(arguments) == 0
+        return len(two_claims.read_text().split())
+
+    assert measured() == 1
+    assert measured() == 1, "found again"
+    text = path.read_text()
+    path.write_text(text.replace('"It is not."', '"No."').replace("Folklore", "Hearsay") + "# x\n")
+    assert measured() == 1, "verdict, docstring and comments look at the same data"
+    path.write_text(text.replace("tiny=2.0", "tiny=5.0"))
+    assert measured() == 2, "measure has changed"
+    arguments[1] = "--setting=quick"
+    assert measured() == 3, "another setting"
+    held = next((tmp_path / "work" / "cache").glob("901-quick-*.json"))
+    held.write_text("{")
+    assert measured() == 4, "a damaged file is no measurement"
+
+
+def test_the_key_of_a_claim_follows_what_it_imports():
+    claim = catalogue.claims()[44]
+    names = {path.as_posix().rpartition("/main/")[2] for path in cache.sources(claim.path)}
+    text = " ".join(names)
+    assert "attention_jax/scores.py" in text and "attention_jax/__init__.py" in text
+    assert "experiments/claims/drawing.py" in text and "experiments/benchmark" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--claims=44,38"], "--claims: there is no claim 38; --list shows all."),
+        (["--claims=x"], "--claims: must be numbers such as 39,43, got 'x'."),
+        (["--setting=slow"], "--setting: must be one of tiny, quick, full, got 'slow'."),
+        (["--claim=3"], "unknown flag --claim; did you mean --claims?"),
+        (["all"], "'all' is no flag; write --name=value, and --help lists all flags."),
+        (["--out=/"], "--out: / is a folder; give a file."),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"claims: {message}\n" and not captured.out
+
+
+def test_an_unwritable_workdir_gets_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--claims=53", f"--workdir={tmp_path / 'file' / 'work'}"]) == 2
+    message = f"claims: --workdir {tmp_path / 'file' / 'work'}: Not a directory; give another"
+    assert capsys.readouterr().err == f"{message} --workdir.\n"
+    assert main(["--claims=53", f"--workdir={tmp_path / 'file'}"]) == 2
+    assert capsys.readouterr().err.endswith("File exists; give another --workdir.\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--list"])
+def test_help_and_list_answer_without_waiting_for_jax(flag):
+    command = (
+        "import sys; from experiments.claims.__main__ import main; code = main([sys.argv[1]]); "
+        "assert not {'jax', 'matplotlib'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", command, flag], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--workdir" in done.stdout if flag == "--help" else "  44  " in done.stdout
+
+
+def test_every_claim_of_the_checklist_is_there_and_says_what_it_needs_to():
+    found = catalogue.claims()
+    assert set(found) <= set(range(39, 77))
+    assert {claim.theme for claim in found.values()} <= set(catalogue.themes())
+    for claim in found.values():
+        lines = claim.path.read_text(encoding="utf-8").count("\n")
+        assert claim.claim.endswith(".") and 30 <= lines <= 130, (claim.path, lines)
+
+
+def test_a_file_that_lacks_a_criterion_is_refused(tmp_path):
+    path = tmp_path / "c1_x.py"
+    path.write_text('"""It is so.\n\nSource: x.\n\nMethod: y.\n"""\n')
+    with pytest.raises(ValueError, match="the claim lacks criterion"):
+        catalogue.read(path)
+
+
+def test_a_file_with_a_mistake_fails_alone(tmp_path):
+    path = tmp_path / "scale" / "c1_x.py"
+    path.parent.mkdir()
+    path.write_text('"""It is so.\n\nSource: x.\n\nMethod: y.\n\nCriterion: z.\n"""\nimport (\n')
+    record = run.test(catalogue.read(path), SETTINGS["tiny"], tmp_path)
+    assert record["outcome"] == "failed" and record["because"]
+
+
+def test_options_choose_claims_in_the_order_of_themes():
+    options = parse(["--claims=53,39"])
+    assert isinstance(options, Options) and [c.number for c in options.chosen] == [39, 53]
+    assert len(Options().chosen) == len(catalogue.claims())

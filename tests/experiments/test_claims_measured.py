@@ -1,0 +1,32 @@
+"""Every claim is measured, judged and drawn in the tiny setting."""
+
+import json
+
+import jax
+import pytest
+
+from experiments.claims import drawing
+from experiments.claims.catalogue import claims
+from experiments.claims.claim import SETTINGS, Outcome
+
+# These take more than four seconds, most of them compiling what they train.
+SLOW = ()
+
+
+def _marked(number):
+    return pytest.param(number, marks=pytest.mark.slow) if number in SLOW else number
+
+
+@pytest.mark.parametrize("number", [_marked(number) for number in claims()])
+def test_a_claim_runs(number):
+    module = claims()[number].load()
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        data = json.loads(json.dumps(module.measure(SETTINGS["tiny"], jax.random.key(number))))
+    verdict = module.verdict(data)
+    assert verdict.outcome in Outcome and len(verdict.because) > 30
+    if hasattr(module, "figure"):
+        with drawing.style():
+            assert module.figure(data).axes
+    if hasattr(module, "table"):
+        header, *rows = module.table(data)
+        assert rows and all(len(row) == len(header) for row in rows)
