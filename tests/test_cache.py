@@ -9,25 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax import bind, cache, masks, per_head, positions, scores
+from attention_jax import attend, bind, cache, masks, per_head, positions, scores
 from attention_jax import linen as attention_linen
 from attention_jax.nnx import MultiHeadAttention
 from tests.contract import examples
 
 LENGTH = 11
 X = jax.random.normal(jax.random.key(0), (2, LENGTH, 12))
-SEGMENTS = jnp.array([[0] * 4 + [1] * 7, [0] * 9 + [1] * 2])
-
-MASKS = {
-    "causal": masks.Causal(),
-    "window": masks.Window(3, 0),
-    "prefix": masks.Prefix(1) | masks.Causal(),
-    "segments": masks.Causal() & masks.Segment(SEGMENTS),
-    "ragged prefix": masks.Causal() & ~masks.Prefix(jnp.array([0, 2])),
-    "strided": masks.Causal() & masks.Predicate(lambda q_idx, kv_idx: (q_idx - kv_idx) % 3 == 0),
-    "array": jnp.tril(jnp.ones((2, 1, LENGTH, LENGTH), bool)).at[1, 0, :, 2].set(False),
-    "heads": jnp.tril(jnp.ones((2, 3, LENGTH, LENGTH), bool)).at[0, 1, :, 3].set(False),
-}
+WINDOW = masks.Window(3, 0)
+# A few masks of different kinds, whenever tests run; the others among the slow tests.
+QUICK = {"Causal", "Heads", "Lengths", "Segment", "Table", "bigbird", "swin"}
 KINDS = {
     "none": {},
     "rotary": {"position": positions.rotary},
@@ -74,10 +65,47 @@ def check_both_layouts(module, chunks, capacity=LENGTH, window=None, **options):
     return [state for _, state in results]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_every_mask(mask):
-    check_both_layouts(layer(position=positions.rotary), [6, 5], 13, mask=mask)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in examples.MASKS],
+)
+def test_every_exported_mask(name):
+    """Pieces of a sequence, as long in all examples and not, are parts of one full pass."""
+    size = {"batch": 2, "heads": 2, "query_length": 7, "key_length": 7}
+    mask, allowed = examples.mask_example(name, **size)
+    table = np.zeros((2, 2, 7, 7), bool)
+    for b, n, i, j in np.ndindex(table.shape):
+        table[b, n, i, j] = j <= i and allowed(b, n, i, j)
+    query, key, value = jax.random.normal(jax.random.key(1), (3, 2, 7, 2, 4))
+    bias = positions.alibi_bias(2)
+
+    def decoded(mask, pieces, ragged):
+        state, starts = cache.init(2, 7, 2, 4, ragged=ragged), np.zeros(2, int)
+        contexts = [[], []]
+        for counts in pieces:
+            at = np.minimum(starts[:, None] + np.arange(max(counts)), 6)
+            asked, *tokens = (x[np.arange(2)[:, None], at] for x in (query, key, value))
+            state, view = cache.extend(state, *tokens, np.array(counts) if ragged else None)
+            context = cache.attend_cached(asked, view, mask=mask, bias=bias)
+            for b, count in enumerate(counts):
+                contexts[b].append(context[b, :count])
+            starts += counts
+        return jnp.stack([jnp.concatenate(parts) for parts in contexts])
+
+    @jax.jit
+    def run(mask):
+        together = decoded(mask, [(4, 4), (1, 1), (2, 2)], ragged=False)
+        return together, decoded(mask, [(4, 2), (1, 2), (2, 3)], ragged=True)
+
+    full = _of_table(query, key, value, bias, table)
+    for result in run(masks.Causal() & masks.as_mask(mask)):
+        chex.assert_trees_all_close(result, full, atol=1e-5)
+
+
+@jax.jit
+def _of_table(query, key, value, bias, table):
+    """Compiled once for all masks, whose pairs are listed."""
+    return attend(query, key, value, bias=bias, mask=table, implementation="dense")
 
 
 @pytest.mark.parametrize("name", examples.MASKS)
@@ -118,7 +146,7 @@ def test_a_prompt_of_any_length(chunks):
 )
 def test_a_window_needs_no_more_than_its_tokens(capacity, chunks):
     module = layer(position=positions.rotary, bias=positions.learned_buckets(8, 7))
-    states = check_both_layouts(module, chunks, capacity, window=3, mask=MASKS["window"])
+    states = check_both_layouts(module, chunks, capacity, window=3, mask=WINDOW)
     for state in states:
         assert state.key.shape == (2, capacity, 3, 4)
         slots = np.broadcast_to(state.positions, (2, capacity))
@@ -129,7 +157,7 @@ def test_a_window_needs_no_more_than_its_tokens(capacity, chunks):
 def test_examples_of_different_lengths_do_not_wait_for_each_other(window):
     """Prompts of 5 and 2 tokens, padded to 5; then both go on from where they stand."""
     module = layer(position=positions.rotary, score=positions.relative_key, attention_size=3)
-    mask = masks.Causal() if window is None else MASKS["window"]
+    mask = masks.Causal() if window is None else WINDOW
     lengths = jnp.array([5, 2])
     padded = jnp.where(jnp.arange(5)[None, :, None] < lengths[:, None, None], X[:, :5], jnp.nan)
 
