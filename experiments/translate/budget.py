@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from experiments.translate.config import Config
@@ -9,6 +10,8 @@ from experiments.translate.learning import count_parameters
 from experiments.translate.model import Sizes
 
 _TOLERANCE = 0.01
+# A Transformer's feed-forward layers are this often as wide as the rest.
+_HIDDEN = 4
 
 
 def sizes_of(config: Config, source_words: int, target_words: int) -> dict[str, Sizes]:
@@ -17,12 +20,16 @@ def sizes_of(config: Config, source_words: int, target_words: int) -> dict[str, 
         source_words=source_words,
         target_words=target_words,
         width=config.width,
-        attention_size=config.attention_size or config.width,
-        readout_size=config.width,
+        attention_size=config.head_size,
+        readout_size=config.width * (_HIDDEN if config.model == "transformer" else 1),
         query=config.query,
         bridge=config.bridge,
         tied=config.projections == "tied",
         normed=config.qk_norm,
+        model=config.model,
+        heads=config.heads if config.model == "transformer" else 1,
+        layers=config.layers,
+        positions=config.positions,
     )
     first, *others = config.scores
     sizes = {first: plain}
@@ -47,13 +54,15 @@ def matched(score: str, sizes: Sizes, budget: int) -> Sizes:
     )
     if abs(count(attended) - budget) <= _TOLERANCE * budget:
         return attended
-    widths = range(2, 4 * sizes.width + 2, 2)
+    step = math.lcm(2, sizes.heads)
+    widths = range(step, 4 * sizes.width + step, step)
+    hidden = sizes.readout_size // sizes.width
     low, high = 0, len(widths)
     while high - low > 1:
         middle = (low + high) // 2
-        wider = sizes._replace(width=widths[middle], readout_size=widths[middle])
+        wider = sizes._replace(width=widths[middle], readout_size=hidden * widths[middle])
         low, high = (middle, high) if count(wider) <= budget else (low, middle)
-    wide = sizes._replace(width=widths[low], readout_size=widths[low])
+    wide = sizes._replace(width=widths[low], readout_size=hidden * widths[low])
     return wide._replace(
         readout_size=_solve(lambda n: count(wide._replace(readout_size=n)), budget)
     )

@@ -43,6 +43,12 @@ _MODES = {
     "translator": ("translate", "score"),
 }
 
+# Flags that only one architecture knows.
+_OF_MODEL = {
+    "bigru": ("query", "bridge"),
+    "transformer": ("heads", "layers", "positions"),
+}
+
 # Steps in a row from one bucket: with more, a translator forgets sentences of other lengths.
 _LONGEST_CHUNK = 5
 # Steps between two synchronisations with the host: more do not make training faster.
@@ -128,9 +134,27 @@ class Config:
         f"What is compared, in this order: {', '.join(SCORES)}; the controls uniform (the mean "
         "of the source) and none (no attention); or package.module.function, a score of your own.",
     )
+    model: str = _model(
+        "bigru",
+        "bigru: a bidirectional GRU reads, a GRU with attention writes (Bahdanau). transformer: "
+        "encoder and decoder of --layers, the score in all attention; it wants a smaller "
+        "--learning_rate, about 0.002.",
+        one_of("bigru", "transformer"),
+    )
+    heads: int = _model(4, "Heads of a Transformer's attention; a divisor of the width.", POSITIVE)
+    layers: int = _model(2, "Layers of a Transformer on either side.", POSITIVE)
+    positions: str = _model(
+        "sinusoidal",
+        "How a Transformer knows the order of words: sinusoids, rotated queries and keys of words "
+        "of one side, or not at all (but for what the decoder's causal mask gives away).",
+        one_of("sinusoidal", "rotary", "none"),
+    )
     width: int = _model(64, "Size of embeddings, decoder state, source states, readout.", EVEN)
     attention_size: int | None = _model(
-        None, "Size that query and key are projected to; the width unless given.", POSITIVE
+        None,
+        "Size that query and key are projected to, in a Transformer in each head; the width "
+        "unless given, or the width / heads.",
+        POSITIVE,
     )
     match_parameters: bool = _model(
         False, "Give every translator about as many parameters as the first one has."
@@ -249,6 +273,7 @@ class Config:
                 raise UsageError(f"--{name} is for --mode={' or '.join(modes)}; leave it out.")
         if self.translator >= self.seeds:
             raise UsageError(f"--translator is {self.translator}, but the seeds are {self.seeds}.")
+        self._check_model()
         if not self.scores:
             raise UsageError("--scores is empty; name at least one score.")
         for name in self.scores:
@@ -259,10 +284,37 @@ class Config:
                     f"--scores: there is no score {name!r}; choose from "
                     f"{', '.join(SCORES + CONTROLS)}, or give package.module.function."
                 )
-            if self.projections == "tied" and name in _UNTIEABLE:
+            if self.projections == "tied" and self.model == "bigru" and name in _UNTIEABLE:
                 raise UsageError(f"--projections=tied: {name} has no two projections to tie.")
             if self.qk_norm and name == "location":
                 raise UsageError("--qk_norm: location takes no notice of keys; leave it out.")
+
+    def _check_model(self) -> None:
+        """Refuse flags that the architecture does not know, by name."""
+        other = "bigru" if self.model == "transformer" else "transformer"
+        for name in _OF_MODEL[other]:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise UsageError(f"--{name} is for --model={other}; leave it out.")
+        if self.model != "transformer":
+            return
+        if "none" in self.scores:
+            raise UsageError(
+                "--scores: none is for --model=bigru, whose decoder begins with what was read; a "
+                "Transformer sees the source through attention alone."
+            )
+        if self.width % self.heads:
+            raise UsageError(f"--heads is {self.heads}, but a divisor of {self.width} is needed.")
+        if self.positions == "rotary" and self.head_size % 2:
+            raise UsageError(
+                f"--positions=rotary turns pairs, but a head has depth {self.head_size}; choose "
+                "an even --attention_size."
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Depth of queries and keys: the attention size that is given, or its default."""
+        heads = self.heads if self.model == "transformer" else 1
+        return self.attention_size or self.width // heads
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -18,6 +18,7 @@ from flax import nnx
 from experiments.data.vocabulary import PAD
 from experiments.translate.config import Config
 from experiments.translate.model import Sizes, Translator
+from experiments.translate.transformer import TransformerTranslator
 
 Array = jax.Array
 Graph = Any
@@ -31,9 +32,15 @@ class State(NamedTuple):
     optimizer: Any
 
 
+def translator_of(score: str, sizes: Sizes, dropout: float = 0.0, *, rngs: nnx.Rngs) -> Any:
+    """Build a translator of the architecture that its sizes name."""
+    kind = TransformerTranslator if sizes.model == "transformer" else Translator
+    return kind(score, sizes, dropout, rngs=rngs)
+
+
 def graph_of(score: str, sizes: Sizes, dropout: float = 0.0) -> tuple[Graph, Any]:
     """Return the structure of a translator, and the shapes of its parameters."""
-    abstract = nnx.eval_shape(lambda: Translator(score, sizes, dropout, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: translator_of(score, sizes, dropout, rngs=nnx.Rngs(0)))
     return nnx.split(abstract, nnx.Param)
 
 
@@ -83,7 +90,7 @@ def abstract_state(score: str, sizes: Sizes, config: Config) -> State:
 def _drawn(score: str, sizes: Sizes, config: Config) -> State:
     def one_seed(seed: Array) -> tuple[Any, Any]:
         rngs = nnx.Rngs(jax.random.key(seed))
-        translator = Translator(score, sizes, config.dropout, rngs=rngs)
+        translator = translator_of(score, sizes, config.dropout, rngs=rngs)
         parameters = nnx.state(translator, nnx.Param)
         return parameters, optimizer_of(config).init(parameters)
 

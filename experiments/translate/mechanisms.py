@@ -66,6 +66,19 @@ def score_of(
     return with_tied_projections(name, score) if tied else score
 
 
+def score_of_head(name: str, depth: int) -> Any:
+    """Return the score behind a name for queries and keys of a depth, projected already.
+
+    Raises:
+      UsageError: the name is a path that cannot be imported.
+    """
+    if name == "uniform":
+        return uniform
+    score = getattr(scores, name) if name in SCORES else _imported(name)
+    declared = parameters_of(score, depth, depth, depth)
+    return learned(score, **jax.tree.map(_drawn_alike, declared)) if declared else score
+
+
 def between_projections(score: Any, query_depth: int, key_depth: int, attention_size: int) -> Any:
     """Ask a score about learned projections: score(q P, k Q), P [Hq, A] and Q [Hk, A].
 

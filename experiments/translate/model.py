@@ -29,9 +29,10 @@ Array = jax.Array
 class Sizes(NamedTuple):
     """What the structure of a translator follows from, beside its score: sizes and switches.
 
-    `query` says whether the previous or the current state asks, `bridge` whether decoding begins
-    with a layer on what the encoder ends with or with zeros; `tied` and `normed` are those of
-    `mechanisms.score_of`.
+    `model` is the architecture: `bigru` is the one of this file, `transformer` the one that
+    `heads`, `layers` and `positions` belong to. `query` says whether the previous or the current
+    state asks, `bridge` whether decoding begins with a layer on what the encoder ends with or
+    with zeros; `tied` and `normed` are those of `mechanisms.score_of`.
     """
 
     source_words: int
@@ -43,6 +44,10 @@ class Sizes(NamedTuple):
     bridge: str = "dense"
     tied: bool = False
     normed: bool = False
+    model: str = "bigru"
+    heads: int = 1
+    layers: int = 1
+    positions: str = "none"
 
 
 Carry = tuple[Array, ...]

@@ -125,7 +125,7 @@ def drawn(query):
     )
 
 
-@pytest.mark.parametrize("query", ["previous", "current"])
+@pytest.mark.parametrize("query", ["previous", pytest.param("current", marks=pytest.mark.slow)])
 def test_a_translator_finds_its_most_probable_translations(query):
     graph, parameters = drawn(query)
     everything = [padded(words) for words in outputs()]

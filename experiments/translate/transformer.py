@@ -1,0 +1,127 @@
+"""The Transformer as a translator: the library's encoder-decoder with the score left open.
+
+Vaswani et al. 2017, with norms first (Xiong et al. 2020). All three kinds of attention have the
+score: among source words, among target words, and of target words to the source.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax.masks import Lengths
+from attention_jax.multi_head import Projected
+from attention_jax.nnx import EncoderDecoder, MultiHeadAttention
+from attention_jax.positions import rotary
+from experiments.data.vocabulary import BOS, PAD
+from experiments.translate.mechanisms import score_of_head
+from experiments.translate.model import Sizes
+
+Array = jax.Array
+
+
+class Memory(NamedTuple):
+    """A source that has been read: its keys and values for every layer, and its lengths [B]."""
+
+    projected: list[Projected]
+    lengths: Array
+
+
+def nowhere(positions: Array) -> Array:
+    """Add nothing to say where a token stands."""
+    return jnp.zeros((positions.shape[-1], 1))
+
+
+class TransformerTranslator(nnx.Module):
+    """Encoder and decoder, with the methods of `model.Translator`.
+
+    Args:
+      score: a name of `mechanisms.score_of_head`.
+      sizes: of vocabularies and layers; `attention_size` is the depth of queries and keys in a
+        head, `readout_size` that of the feed-forward layers.
+      dropout: of embeddings, of attention weights and of what each sublayer adds.
+      rngs: the stream `params` draws the parameters.
+    """
+
+    def __init__(self, score: str, sizes: Sizes, dropout: float = 0.0, *, rngs: nnx.Rngs):
+        attention = functools.partial(
+            MultiHeadAttention,
+            query_depth=sizes.attention_size,
+            value_depth=sizes.width // sizes.heads,
+            score=score_of_head(score, sizes.attention_size),
+            attention_size=sizes.attention_size,
+            share_query_key=sizes.tied,
+            qk_norm=nnx.RMSNorm if sizes.normed else None,
+        )
+        rotated = sizes.positions == "rotary"
+        self.model = EncoderDecoder(
+            sizes.source_words,
+            sizes.target_words,
+            sizes.width,
+            sizes.heads,
+            sizes.layers,
+            hidden_features=sizes.readout_size,
+            position=None if sizes.positions == "sinusoidal" else nowhere,
+            attention=functools.partial(attention, position=rotary if rotated else None),
+            cross_attention=attention,
+            norm_first=True,
+            dropout_rate=dropout,
+            rngs=rngs,
+        )
+        self.layers, self.dropout = sizes.layers, dropout
+        # Keys for dropout come with each call, so that parameters are all there is to keep.
+        self._drop_by(None)
+
+    def encode(self, source: Array) -> Memory:
+        """Read a batch of sources [B, S]."""
+        lengths = _lengths(source)
+        memory = self.model.encode(source, Lengths(lengths), deterministic=True)
+        return Memory(self.model.keys(memory), lengths)
+
+    def __call__(
+        self, source: Array, target: Array, dropout_key: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Return logits [T, B, W] and weights [T, B, S], each target word given those before it.
+
+        The weights are the mean of all heads of the last layer but one, whose heads come nearest
+        to an alignment (Garg et al. 2019, section 4.1).
+        """
+        self._drop_by(dropout_key)
+        begin = jnp.full_like(target[:, :1], BOS)
+        previous = jnp.concatenate([begin, target[:, :-1]], axis=1)
+        logits, weights = self.model(
+            source,
+            previous,
+            Lengths(_lengths(source)),
+            deterministic=dropout_key is None,
+            return_weights=True,
+        )
+        looked = weights[max(self.layers - 2, 0)].cross_attention.mean(axis=1)
+        return logits.swapaxes(0, 1), looked.swapaxes(0, 1)
+
+    def start(self, memory: Memory, longest: int) -> Any:
+        """Return what the first step is handed: arrays with a leading axis B."""
+        return self.model.init_cache(len(memory.lengths), longest, ragged=True)
+
+    def step(self, memory: Memory, carry: Any, previous: Array) -> tuple[Any, Array]:
+        """Return the next carry and logits [B, W] of the word after the previous one, [B]."""
+        logits, carry = self.model.decode(
+            previous[:, None], carry, memory.projected, Lengths(memory.lengths)
+        )
+        return carry, logits[:, 0]
+
+    def _drop_by(self, key: Array | None) -> None:
+        """Give each layer that drops something its own key."""
+        modules = (module for _, module in nnx.iter_modules(self.model) if self.dropout)
+        layers = [m for m in modules if isinstance(m, (nnx.Dropout, MultiHeadAttention))]
+        for number, layer in enumerate(layers):
+            own = None if key is None else jax.random.fold_in(key, number)
+            layer.rngs = nnx.data(None if own is None else nnx.RngStream(own, tag="dropout"))
+
+
+def _lengths(tokens: Array) -> Array:
+    return jnp.sum(tokens != PAD, axis=1)
