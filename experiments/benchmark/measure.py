@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -32,6 +32,7 @@ class Cost(NamedTuple):
 
 
 Meter = Callable[[], Cost]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def milliseconds(program: Program) -> Meter:
@@ -76,7 +77,7 @@ def compiled(program: Program) -> Any:
 METERS = {"ms": milliseconds, "s": compile_seconds, "MiB": mebibytes}
 
 
-def take_turns(meters: Mapping[str, Meter], repeats: int) -> dict[str, list[Cost]]:
+def take_turns(meters: Mapping[Name, Meter], repeats: int) -> dict[Name, list[Cost]]:
     """Measure all in turn, `repeats` times; who begins changes from turn to turn.
 
     >>> costs = take_turns({"a": lambda: Cost(1, 1), "b": lambda: Cost(2, 2)}, repeats=2)
@@ -84,7 +85,7 @@ def take_turns(meters: Mapping[str, Meter], repeats: int) -> dict[str, list[Cost
     2.0
     """
     names = list(meters)
-    costs: dict[str, list[Cost]] = {name: [] for name in names}
+    costs: dict[Name, list[Cost]] = {name: [] for name in names}
     for turn in range(repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:

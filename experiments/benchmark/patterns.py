@@ -25,9 +25,10 @@ from experiments.benchmark.measure import (
     milliseconds_of,
     take_turns,
 )
-from experiments.benchmark.programs import Shape, inputs
+from experiments.benchmark.programs import Shape, inputs, with_gradients
 
 LENGTHS = (1024, 2048, 4096, 8192)
+PASSES = {"forward pass": lambda function: function, "forward and backward pass": with_gradients}
 HEADS, DEPTH = 2, 64
 WINDOW, BLOCK, GRID_WINDOW, TOKENS = 256, 64, 8, 16
 
@@ -105,32 +106,32 @@ def families(scale: int = 1) -> dict[str, Family]:
     }
 
 
-def measure(scale: int, repeats: int) -> dict[str, list[Point]]:
-    """Measure the forward pass of all families at all lengths, which all take turns."""
+def measure(scale: int, repeats: int) -> dict[str, dict[str, list[Point]]]:
+    """Measure all families in all passes at all lengths; of one pass, all take turns."""
     chosen, lengths = families(scale), [length // scale for length in LENGTHS]
     arguments = {length: inputs(Shape(length, HEADS, DEPTH)) for length in lengths}
-    calls = {
-        f"{name} {length}": compiled(Program(_attended(family.mask(length)), arguments[length]))
-        for name, family in chosen.items()
-        for length in lengths
+    cases = {(name, s): chosen[name].mask(s) for name in chosen for s in lengths}
+    shares = {
+        case: (live_share(m, case[1]), allowed_share(m, case[1])) for case, m in cases.items()
     }
-    meters = {
-        name: milliseconds_of(call, arguments[int(name.split()[-1])])
-        for name, call in calls.items()
-    }
-    costs = take_turns(meters, repeats)
 
-    def point(name: str, length: int) -> Point:
-        mask, key = chosen[name].mask(length), f"{name} {length}"
-        return Point(
-            length,
-            statistics.median(cost.cpu for cost in costs[key]),
-            mebibytes_of(calls[key]),
-            live_share(mask, length),
-            allowed_share(mask, length),
+    def swept(of_pass: Callable[..., Any]) -> dict[str, list[Point]]:
+        calls = {
+            case: compiled(Program(of_pass(_attended(mask)), arguments[case[1]]))
+            for case, mask in cases.items()
+        }
+        costs = take_turns(
+            {case: milliseconds_of(call, arguments[case[1]]) for case, call in calls.items()},
+            repeats,
         )
 
-    return {name: [point(name, length) for length in lengths] for name in chosen}
+        def point(case: tuple[str, int]) -> Point:
+            milliseconds = statistics.median(cost.cpu for cost in costs[case])
+            return Point(case[1], milliseconds, mebibytes_of(calls[case]), *shares[case])
+
+        return {name: [point((name, length)) for length in lengths] for name in chosen}
+
+    return {name: swept(of_pass) for name, of_pass in PASSES.items()}
 
 
 def live_share(mask: Any, length: int) -> float:
@@ -168,14 +169,17 @@ def slope(lengths: Sequence[float], costs: Sequence[float]) -> float:
     return float(np.polyfit(np.log(lengths), np.log(costs), 1)[0])
 
 
-def report(found: dict[str, list[Point]], scale: int, machine: str) -> str:
-    """Write the table and what its columns mean, as Markdown."""
-    points = next(iter(found.values()))
+def report(found: dict[str, dict[str, list[Point]]], scale: int, machine: str) -> str:
+    """Write the table of every pass and what its columns mean, as Markdown."""
+    points = next(iter(next(iter(found.values())).values()))
+    tables = "\n\n".join(
+        f"## {name.capitalize()}\n\n{table(of, scale)}" for name, of in found.items()
+    )
     return f"""\
 # Time and bytes of every family of masks against the length
 
-Made by `python -m experiments.benchmark --suites=patterns`: the forward pass of `attend`,
-`implementation="tiled"`, S from {points[0].length} to {points[-1].length},
+Made by `python -m experiments.benchmark --suites=patterns`: `attend`, alone and with the gradients
+of query, key and value, `implementation="tiled"`, S from {points[0].length} to {points[-1].length},
 {HEADS} heads of depth {DEPTH}, float32, on {machine}.
 
 "Allowed" are the pairs of queries and keys that the mask allows, "live" those in tiles that are
@@ -185,7 +189,7 @@ Where the exponents of time and of live pairs agree, empty tiles cost nothing. A
 that touches every tile (a stride below the edge of a tile) saves no work, however few pairs it
 allows: put side by side what attends to each other, as `grids.window_order` does for a grid.
 
-{table(found, scale)}
+{tables}
 """
 
 

@@ -58,7 +58,7 @@ def run(options: Options) -> None:
 def _run_patterns(
     options: Options, surroundings: dict[str, str], scale: int, console: rich.console.Console
 ) -> None:
-    """Sweep the length for every family of masks; writes JSON, the table and two plots."""
+    """Sweep the length for every family of masks; writes JSON, a table and two plots a pass."""
     scale = min(scale, SCALE_OF_QUICK_PATTERNS)
     found = patterns.measure(scale, options.repeats)
     on = (
@@ -66,14 +66,22 @@ def _run_patterns(
         f"load {surroundings['load']} to {load()}"
     )
     report = patterns.report(found, scale, on)
-    console.print(patterns.table(found, scale), soft_wrap=True)
     (options.out / "patterns.md").write_text(report, encoding="utf-8")
-    points = {name: [point._asdict() for point in of_family] for name, of_family in found.items()}
-    result = {"machine": surroundings, "load": load(), "families": points}
+    passes = jax.tree.map(
+        lambda point: point._asdict(), found, is_leaf=lambda x: isinstance(x, patterns.Point)
+    )
+    result = {"machine": surroundings, "load": load(), "passes": passes}
     _write(options.out / "patterns.json", result)
-    for unit, cost in (("cpu ms", "milliseconds"), ("MiB", "mebibytes")) if options.plots else ():
-        curves = {name: [(p["length"], p[cost]) for p in ps] for name, ps in points.items()}
-        plot("Forward pass", unit, curves, options.out / f"patterns_{cost}")
+    units = {"milliseconds": "cpu ms", "mebibytes": "MiB"} if options.plots else {}
+    for name, of_pass in found.items():
+        console.print(f"{name}\n{patterns.table(of_pass, scale)}", soft_wrap=True)
+        for cost, unit in units.items():
+            curves = {
+                family: [(point.length, getattr(point, cost)) for point in points]
+                for family, points in of_pass.items()
+            }
+            path = options.out / f"patterns_{name.replace(' ', '_')}_{cost}"
+            plot(name.capitalize(), unit, curves, path)
 
 
 def machine() -> dict[str, str]:

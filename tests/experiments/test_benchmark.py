@@ -1,11 +1,14 @@
 """The sweep over families of masks: shares are true, and a table tells how costs grow."""
 
+import json
+
 import numpy as np
 import pytest
 
 from attention_jax import masks
-from experiments.benchmark import patterns
+from experiments.benchmark import command_line, patterns
 from experiments.benchmark.patterns import Point
+from experiments.benchmark.run import run
 
 LENGTH = 256
 
@@ -23,12 +26,28 @@ def test_allowed_pairs_are_counted():
         assert patterns.allowed_share(mask, 7) == pytest.approx(float(counted))
 
 
+def test_a_sweep_writes_tables_numbers_and_pictures_of_both_passes(tmp_path, monkeypatch, capsys):
+    points = [Point(s, s**1.5, s / 64, 1.0, 0.5) for s in (64, 128, 256)]
+    of_pass = {"causal": points, "swin": points}
+    measured = dict.fromkeys(patterns.PASSES, of_pass)
+    monkeypatch.setattr(patterns, "measure", lambda scale, repeats: measured)
+    run(command_line.parse(["--suites=patterns", "--quick", f"--out={tmp_path}"]))
+    assert capsys.readouterr().out.count("| causal |") == 2
+    passes = json.loads((tmp_path / "patterns.json").read_text())["passes"]
+    assert passes["forward and backward pass"]["swin"][1] == points[1]._asdict()
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert len(pictures) == 4 and "patterns_forward_pass_milliseconds.png" in pictures
+    assert (tmp_path / "patterns.md").read_text().count("| swin |") == 2
+
+
 def test_the_table_gives_exponents_and_what_the_longest_length_costs():
     """Work like S^2, time like S^1.5 and bytes like S, by construction."""
     points = [Point(s, s**1.5, s / 64, 1.0, 0.5) for s in (64, 128, 256)]
-    found = dict.fromkeys(patterns.families(scale=8), points)
-    lines = patterns.report(found, 8, "a machine").split("|---|\n")[1].splitlines()
-    assert len(lines) == len(found)
+    of_pass = dict.fromkeys(patterns.families(scale=8), points)
+    report = patterns.report(dict.fromkeys(patterns.PASSES, of_pass), 8, "a machine")
+    assert "## Forward and backward pass\n\n| family |" in report
+    lines = report.split("|---|\n")[1].split("\n\n")[0].splitlines()
+    assert len(lines) == len(of_pass)
     causal = next(line for line in lines if line.startswith("| causal |"))
     assert causal == "| causal | `Causal()` | 50 | 100 | 2.00 | 4.1e+03 | 1.50 | 4 | 1.00 |"
     assert "`Prefix(32) \\| Causal()`" in lines[2], "a | inside a cell is escaped"
