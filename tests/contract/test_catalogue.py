@@ -3,6 +3,7 @@
 Values are compared with float64 loops, gradients with finite differences of those loops.
 """
 
+import functools
 import inspect
 import itertools
 
@@ -122,6 +123,42 @@ def test_values_and_gradients(name, score, mask, normalizer, with_gradient, x64)
     )
     slope = np.vdot(cotangent, (ahead - behind) / (2 * STEP))
     np.testing.assert_allclose(derivative, slope, rtol=1e-6, atol=1e-7)
+
+
+def pairs():
+    """Every implementation with every score and every mask at least once; a few whenever run."""
+    turns = range(max(len(examples.SCORES), len(examples.MASKS)))
+    scores_in_turn, masks_in_turn = map(itertools.cycle, (examples.SCORES, examples.MASKS))
+    for turn, score, mask in zip(turns, scores_in_turn, masks_in_turn, strict=False):
+        for name in sorted(PORTABLE):
+            marks = [] if turn % 9 == 5 else [pytest.mark.slow]
+            yield pytest.param(name, score, mask, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "score", "mask"), pairs())
+def test_compiled_vectorised_and_in_half_precision(name, score, mask):
+    """Also with more queries than keys: what the loops say of inputs rounded to that dtype."""
+    rng = np.random.default_rng(8)
+    query_length, key_length = KEY_LENGTH, QUERY_LENGTH
+    inputs = [
+        jnp.asarray(rng.normal(size=(2, BATCH, length, HEADS, DEPTH)), jnp.bfloat16)
+        for length in (query_length, key_length, key_length)
+    ]
+    bound, formula = examples.score_example(
+        score, lambda *shape: rng.normal(size=shape).astype(np.float32), DEPTH, DEPTH
+    )
+    mask, allowed = examples.mask_example(mask, BATCH, HEADS, query_length, key_length)
+    attended = functools.partial(
+        attend, score=bound, mask=mask, implementation=name, tile_sizes=(3, 4)
+    )
+    expected = np.stack(
+        [oracle.attention(*each, formula, allowed)[0] for each in zip(*inputs, strict=True)]
+    )
+    for dtype, tolerance in ((jnp.float32, 1e-4), (jnp.bfloat16, 2**-7)):
+        mapped = jax.jit(jax.vmap(attended))(*(x.astype(dtype) for x in inputs))
+        assert mapped.dtype == dtype
+        context = np.asarray(mapped, np.float64)
+        np.testing.assert_allclose(context, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", sorted(set(scores.__all__) - BUILT_FROM_SCORES))
