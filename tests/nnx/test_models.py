@@ -14,12 +14,11 @@ from attention_jax import masks, positions, transformer
 from attention_jax.nnx import (
     CausalDecoder,
     EncoderDecoder,
+    LinearAttention,
     MultiHeadAttention,
     PatchEncoder,
     TokenEncoder,
 )
-
-pytestmark = pytest.mark.slow
 
 PROMPT = jnp.array([[1, 5, 2, 7], [3, 3, 0, 6]])
 LENGTHS = jnp.array([4, 2])
@@ -31,6 +30,7 @@ KINDS = {
     "learned": {"max_length": 8},
     "sinusoidal": {"position": functools.partial(positions.sinusoidal, depth=8)},
     "in the attention": {"attention": INSIDE},
+    "linear": {"attention": functools.partial(LinearAttention, position=positions.rotary)},
 }
 
 
@@ -72,6 +72,7 @@ def words(key, length, batch=64):
     return jax.random.randint(key, (batch, length), 1, 9)
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_to_reverse():
     """Each token is said where its mirror image stands: positions, and both directions."""
     model = TokenEncoder(9, 32, 2, 1, max_length=6, norm_first=True, rngs=nnx.Rngs(0))
@@ -84,6 +85,7 @@ def test_an_encoder_learns_to_reverse():
     assert first < 0.3 and last > 0.95, (first, last)
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_to_go_on():
     """Every token is the one before and one more, after a start that differs."""
     model = CausalDecoder(9, 16, 2, 1, max_length=8, rngs=nnx.Rngs(0))
@@ -99,6 +101,7 @@ def test_a_decoder_learns_to_go_on():
     np.testing.assert_array_equal(generated, [[4, 5, 6, 7], [8, 0, 1, 2]])
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_learns_to_reverse_a_source_of_any_length():
     model = EncoderDecoder(9, 9, 32, 2, 1, norm_first=True, rngs=nnx.Rngs(0))
 
@@ -122,6 +125,7 @@ def test_an_encoder_decoder_learns_to_reverse_a_source_of_any_length():
     np.testing.assert_array_equal(generated, [[5, 4, 3], [3, 2, 1]])
 
 
+@pytest.mark.slow
 def test_an_encoder_of_patches_learns_where_the_light_is():
     model = PatchEncoder((8, 8), 4, 1, 4, 16, 2, 1, rngs=nnx.Rngs(0))
 
@@ -137,6 +141,7 @@ def test_an_encoder_of_patches_learns_where_the_light_is():
     assert first < 0.5 and last > 0.95, (first, last)
 
 
+@pytest.mark.slow
 def test_nothing_comes_from_the_future():
     model = CausalDecoder(9, 8, 2, 1, 9, rngs=nnx.Rngs(0))
     run = nnx.jit(lambda model, tokens: model(tokens))
@@ -153,6 +158,7 @@ def drawn_anew(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_decoding_with_a_cache_is_the_full_pass(kind):
     """Where every example has its own length, for every kind of position."""
@@ -175,6 +181,7 @@ def test_decoding_with_a_cache_is_the_full_pass(kind):
     chex.assert_trees_all_close(of_following, full[at], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_draws_from_what_the_full_pass_says():
     model = drawn_anew(CausalDecoder(9, 8, 2, 1, 8, rngs=nnx.Rngs(0)))
     key = jax.random.key(2)
@@ -191,6 +198,7 @@ def test_generation_draws_from_what_the_full_pass_says():
         np.testing.assert_array_equal(drawn, generated[:, step])
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_decodes_as_it_trains():
     model = EncoderDecoder(9, 9, 8, 2, 1, rngs=nnx.Rngs(0))
     seen = masks.Lengths(LENGTHS)
@@ -239,6 +247,7 @@ def test_patches_are_squares_row_by_row():
         np.testing.assert_array_equal(cut[:, n], square.reshape(2, -1))
 
 
+@pytest.mark.slow
 def test_weights_come_with_the_logits():
     model = EncoderDecoder(9, 9, 8, 2, 1, rngs=nnx.Rngs(0))
     run = nnx.jit(lambda model, *tokens: model(*tokens, return_weights=True))
@@ -247,6 +256,7 @@ def test_weights_come_with_the_logits():
     assert weights.attention.shape == (2, 2, 3, 3) and weights.cross_attention.shape == (2, 2, 3, 4)
 
 
+@pytest.mark.slow
 def test_packed_documents_stand_where_each_begins():
     model = TokenEncoder(9, 8, 2, 1, max_length=5, rngs=nnx.Rngs(0))
     documents = masks.Segment(jnp.array([[0, 0, 0, 0], [0, 0, 1, 1]]))
