@@ -193,6 +193,11 @@ class Config:
     label_smoothing: float = _training(
         0.1, "Share of the probability that training spreads over all words.", BELOW_ONE
     )
+    dtype: str = _training(
+        "float32",
+        "What training computes in; parameters, losses and evaluation are in float32.",
+        one_of("float32", "bfloat16"),
+    )
     evaluate_every: int = _training(
         50, "Steps between two validations; best a multiple of 25.", POSITIVE
     )

@@ -32,15 +32,19 @@ class State(NamedTuple):
     optimizer: Any
 
 
-def translator_of(score: str, sizes: Sizes, dropout: float = 0.0, *, rngs: nnx.Rngs) -> Any:
-    """Build a translator of the architecture that its sizes name."""
+def translator_of(score: str, sizes: Sizes, dropout: float = 0.0, **options: Any) -> Any:
+    """Build a translator of the architecture that its sizes name; options are dtype and rngs."""
     kind = TransformerTranslator if sizes.model == "transformer" else Translator
-    return kind(score, sizes, dropout, rngs=rngs)
+    return kind(score, sizes, dropout, **options)
 
 
-def graph_of(score: str, sizes: Sizes, dropout: float = 0.0) -> tuple[Graph, Any]:
+def graph_of(
+    score: str, sizes: Sizes, dropout: float = 0.0, dtype: Any = None
+) -> tuple[Graph, Any]:
     """Return the structure of a translator, and the shapes of its parameters."""
-    abstract = nnx.eval_shape(lambda: translator_of(score, sizes, dropout, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(
+        lambda: translator_of(score, sizes, dropout, dtype=dtype, rngs=nnx.Rngs(0))
+    )
     return nnx.split(abstract, nnx.Param)
 
 
@@ -129,9 +133,10 @@ def train(
     optimizer = optimizer_of(config)
 
     def loss(parameters: Any, source: Array, target: Array, key: Array) -> Array:
+        parameters = jax.tree.map(lambda x: x.astype(config.dtype), parameters)
         logits, _ = nnx.merge(graph, parameters)(source, target, key)
-        losses = token_losses(logits, target, config.label_smoothing)
-        return jnp.sum(losses) / jnp.sum(target != PAD)
+        losses = token_losses(logits.astype(jnp.float32), target, config.label_smoothing)
+        return jnp.sum(losses) / jnp.sum(target != PAD, dtype=losses.dtype)
 
     def one_seed(seed: Array, parameters: Any, moments: Any, step: Array, rows: Array) -> Any:
         key = jax.random.fold_in(jax.random.key(seed), step)

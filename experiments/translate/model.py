@@ -98,9 +98,9 @@ def orthogonal_gates(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float3
 class Encoder(nnx.Module):
     """Annotations of the source, the states of a GRU in each direction (appendix A.2.1)."""
 
-    def __init__(self, words: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, words: int, width: int, *, dtype: Any = None, rngs: nnx.Rngs):
         self.depth = width // 2
-        self.embedding = nnx.Embed(words, width, rngs=rngs)
+        self.embedding = nnx.Embed(words, width, dtype=dtype, rngs=rngs)
         self.inputs = nnx.Linear(width, 2 * 3 * self.depth, rngs=rngs)
         self.recurrent = nnx.Param(orthogonal_gates(rngs.params(), (2, self.depth, 3 * self.depth)))
         self.bias = nnx.Param(jnp.zeros((2, 3 * self.depth)))
@@ -131,9 +131,9 @@ class Decoder(nnx.Module):
     for the step: the cell sees that of the step before, so that both have the same parameters.
     """
 
-    def __init__(self, score: str, sizes: Sizes, *, rngs: nnx.Rngs):
+    def __init__(self, score: str, sizes: Sizes, *, dtype: Any = None, rngs: nnx.Rngs):
         width = sizes.width
-        self.embedding = nnx.Embed(sizes.target_words, width, rngs=rngs)
+        self.embedding = nnx.Embed(sizes.target_words, width, dtype=dtype, rngs=rngs)
         self.bridge = nnx.Linear(width, width, rngs=rngs) if sizes.bridge == "dense" else None
         self.inputs = nnx.Linear(width, 3 * width, rngs=rngs)
         self.recurrent = nnx.Param(orthogonal_gates(rngs.params(), (width, 3 * width)))
@@ -188,12 +188,21 @@ class Translator(nnx.Module):
       score: a name of `mechanisms.score_of`, or `none` for a decoder without attention.
       sizes: of vocabularies and layers.
       dropout: share of embedding and readout features that is dropped in training.
+      dtype: of embedded words; what follows computes in the type of words and parameters.
       rngs: the stream `params` draws the parameters.
     """
 
-    def __init__(self, score: str, sizes: Sizes, dropout: float = 0.0, *, rngs: nnx.Rngs):
-        self.encoder = Encoder(sizes.source_words, sizes.width, rngs=rngs)
-        self.decoder = Decoder(score, sizes, rngs=rngs)
+    def __init__(
+        self,
+        score: str,
+        sizes: Sizes,
+        dropout: float = 0.0,
+        *,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        self.encoder = Encoder(sizes.source_words, sizes.width, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(score, sizes, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
     def encode(self, source: Array, dropout_key: Array | None = None) -> Memory:

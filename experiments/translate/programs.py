@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from experiments.data.batches import Buckets, Widths
 from experiments.translate import decoding, learning
 from experiments.translate.config import Config
-from experiments.translate.learning import Graph, State
+from experiments.translate.devices import Placement
+from experiments.translate.learning import Graph, State, graph_of
+from experiments.translate.model import Sizes
 
 Compiled = Any
 
@@ -37,25 +39,36 @@ class Programs:
 
 
 def compile_all(
-    graph: Graph, config: Config, state: State, data: Buckets, widths: Widths, longest: int
+    score: str,
+    sizes: Sizes,
+    config: Config,
+    placement: Placement,
+    state: State,
+    data: Buckets,
+    widths: Widths,
+    longest: int,
 ) -> Programs:
     """Compile training on the buckets of `data`, and translating sentences of `widths`."""
     start = time.perf_counter()
+    trained, _ = graph_of(score, sizes, config.dropout, config.dtype)
+    graph, _ = graph_of(score, sizes)
     words = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     rows = words((config.seeds, config.chunk, config.batch_size))
     lowered: dict[Any, Any] = {}
     for number, bucket in enumerate(data.members):
-        train = jax.jit(functools.partial(learning.train, graph, config), donate_argnums=0)
+        take_steps = functools.partial(learning.train, trained, config)
+        train = jax.jit(take_steps, donate_argnums=0, **placement.of_training())
         both = words(bucket.source.shape), words(bucket.target.shape)
         lowered["train", number] = train.lower(state, *both, rows)
     for width in widths:
-        force = jax.jit(functools.partial(decoding.force, graph))
+        force = jax.jit(functools.partial(decoding.force, graph), **placement.of_sentences(2))
         source, target = (words((config.batch_size, length)) for length in width)
         lowered["force", width] = force.lower(state.parameters, source, target)
     for length in {width[0] for width in widths}:
         source = words((config.batch_size, length))
         for kind, decode in _decoders(graph, config, longest).items():
-            lowered[kind, length] = jax.jit(decode).lower(state.parameters, source)
+            decoder = jax.jit(decode, **placement.of_sentences(1))
+            lowered[kind, length] = decoder.lower(state.parameters, source)
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
     by_kind = {

@@ -20,6 +20,7 @@ from experiments.translate import (
 )
 from experiments.translate.budget import sizes_of
 from experiments.translate.config import Config
+from experiments.translate.devices import Placement
 from experiments.translate.learning import count_parameters
 from experiments.translate.model import Sizes
 from experiments.translate.workdir import Log, Record
@@ -86,5 +87,7 @@ def _describe(console: Console, config: Config, given: task.Task, sizes: dict[st
         f"parameters: {parameters}",
         f"folder: {config.directory}",
     ]
+    if (count := len(Placement(config.batch_size).devices)) > 1:
+        lines.append(f"each batch on {count} devices")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

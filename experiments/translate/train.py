@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -16,8 +17,9 @@ from experiments import metrics
 from experiments.translate import evaluate
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.config import Config, UsageError
+from experiments.translate.devices import Placement
 from experiments.translate.interrupts import Interrupted, listening
-from experiments.translate.learning import State, graph_of, initial_state
+from experiments.translate.learning import State, initial_state
 from experiments.translate.model import Sizes
 from experiments.translate.programs import Programs, compile_all
 from experiments.translate.progress import Meter
@@ -48,16 +50,19 @@ def train(
     """
     log = Log(folder / "metrics.jsonl")
     checkpoints = Checkpoints(folder / "checkpoints" / score)
-    graph, _ = graph_of(score, sizes, config.dropout)
     state = initial_state(score, sizes, config)
     restored = checkpoints.restore(state)
     for sentence in checkpoints.damaged:
         console.print(sentence, highlight=False, soft_wrap=True)
     step, state = restored or (0, state)
+    placement = Placement(config.batch_size)
+    state, arrays = jax.device_put((state, task.arrays), placement.everywhere)
+    task = dataclasses.replace(task, arrays=arrays)
     log.rewind(score, step)
     with Meter(console, score, step, config.steps) as meter:
         try:
-            programs = compile_all(graph, config, state, task.training, task.widths, task.longest)
+            shapes = (task.training, task.widths, task.longest)
+            programs = compile_all(score, sizes, config, placement, state, *shapes)
         except ShapeError as error:
             raise UsageError(f"--scores={score} does not fit this run: {error}") from None
         meter.begin()

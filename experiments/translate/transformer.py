@@ -44,10 +44,19 @@ class TransformerTranslator(nnx.Module):
       sizes: of vocabularies and layers; `attention_size` is the depth of queries and keys in a
         head, `readout_size` that of the feed-forward layers.
       dropout: of embeddings, of attention weights and of what each sublayer adds.
+      dtype: of the computation.
       rngs: the stream `params` draws the parameters.
     """
 
-    def __init__(self, score: str, sizes: Sizes, dropout: float = 0.0, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        score: str,
+        sizes: Sizes,
+        dropout: float = 0.0,
+        *,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
         attention = functools.partial(
             MultiHeadAttention,
             query_depth=sizes.attention_size,
@@ -70,6 +79,7 @@ class TransformerTranslator(nnx.Module):
             cross_attention=attention,
             norm_first=True,
             dropout_rate=dropout,
+            dtype=dtype,
             rngs=rngs,
         )
         self.layers, self.dropout = sizes.layers, dropout

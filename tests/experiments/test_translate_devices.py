@@ -1,0 +1,125 @@
+"""Computation in bfloat16, and on several devices: the same training, within rounding."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.data.vocabulary import EOS
+from experiments.translate import devices, learning
+from experiments.translate.command_line import parse
+from experiments.translate.config import Config, UsageError
+from experiments.translate.learning import quick_options
+from experiments.translate.model import Sizes
+
+ROOT = Path(__file__).parents[2]
+SIZES = Sizes(source_words=9, target_words=9, width=8, attention_size=8, readout_size=8)
+FLAGS = (
+    "--data=copy",
+    "--train_size=200",
+    "--valid_size=16",
+    "--test_size=16",
+    "--width=8",
+    "--seeds=2",
+    "--scores=dot",
+    "--steps=20",
+    "--evaluate_every=10",
+    "--batch_size=16",
+    "--buckets=1",
+    "--learning_rate=0.001",
+)
+
+
+def training(dtype, sizes=SIZES):
+    """Four steps of training, compiled or not, and what they are applied to."""
+    config = Config(seeds=2, steps=4, batch_size=3, dtype=dtype, learning_rate=1e-3)
+    graph, _ = learning.graph_of("additive", sizes, dtype=dtype)
+    random = np.random.default_rng(0)
+    words = random.integers(4, 9, size=(2, 6, 5))
+    words[..., -1] = EOS
+    source, target = jnp.asarray(words, jnp.int32)
+    rows = jnp.asarray(random.integers(0, 6, size=(2, 4, 3)), jnp.int32)
+    train = functools.partial(learning.train, graph, config)
+    compiled = jax.jit(train, compiler_options=quick_options(0))
+    shapes = learning.abstract_state("additive", sizes, config)
+    drawn = functools.partial(learning.initial_state, "additive", sizes, config)
+    return compiled, shapes, drawn, (source, target, rows)
+
+
+TRANSFORMER = SIZES._replace(
+    model="transformer", attention_size=4, heads=2, layers=1, positions="sinusoidal"
+)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, TRANSFORMER])
+def test_products_are_computed_in_bfloat16(sizes):
+    for dtype in ("bfloat16", "float32"):
+        with jax.numpy_dtype_promotion("standard"):  # optax and flax rely on it
+            train, state, _, batch = training(dtype, sizes)
+            lines = train.lower(state, *batch).as_text().splitlines()
+        products = [line for line in lines if "dot_general" in line]
+        rounded = sum("bf16" in line for line in products)
+        assert rounded > len(products) / 2 if dtype == "bfloat16" else rounded == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [SIZES, TRANSFORMER])
+def test_what_is_kept_is_float32_and_near_to_what_float32_gives(sizes):
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        with jax.numpy_dtype_promotion("standard"):
+            train, _, drawn, batch = training(dtype, sizes)
+            found.append(train(drawn(), *batch))
+    (state, losses), (plain, expected) = found
+    for leaf in jax.tree.leaves((state.parameters, losses)):
+        assert leaf.dtype == jnp.float32
+    np.testing.assert_allclose(losses, expected, rtol=0.03)
+    assert jnp.any(losses != expected)
+    moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), state.parameters, plain.parameters)
+    assert max(map(float, jax.tree.leaves(moved))) < 0.02
+
+
+def test_a_batch_is_spread_over_as_many_devices_as_divide_it():
+    assert [devices.count(batch, 8) for batch in (64, 12, 7, 1, 9)] == [8, 6, 7, 1, 3]
+    assert devices.count(64, 1) == 1
+
+
+def test_a_type_that_is_not_there():
+    with pytest.raises(UsageError, match="--dtype is float16, but float32 or bfloat16"):
+        parse(["--dtype=float16"])
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one_does(tmp_path):
+    """A process with eight virtual devices, and one with a single one."""
+    records = []
+    for count in (1, 8):
+        flags = f"--xla_force_host_platform_device_count={count}"
+        folder = tmp_path / str(count)
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.translate", *FLAGS, f"--workdir={folder}"],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("each batch on 8 devices" in done.stdout) == (count == 8)
+        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        records.append([json.loads(line) for line in lines])
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        assert config["environment"]["device"].startswith(f"{count} x ")
+    one, eight = records
+    assert len(one) == len(eight) > 2
+    for first, second in zip(one, eight, strict=True):
+        for name in ("train_loss", "valid_loss"):
+            if name in first:
+                np.testing.assert_allclose(first[name], second[name], rtol=1e-4)
