@@ -76,6 +76,7 @@ def use(config: Config) -> None:
     Raises:
       UsageError: the run, its checkpoints or the input cannot be used.
     """
+    _check_alignments(config)
     modes = {"evaluate": _evaluate, "translate": _translate, "score": _score}
     try:
         modes[config.mode](config)
@@ -194,12 +195,23 @@ def _tell_unknown(translators: Translators, sentences: Sequence[tuple[Words, Wor
             _tell(f"line {number}: read as <unk>: {' '.join(unknown)}")
 
 
+def _check_alignments(config: Config) -> None:
+    """Refuse alignments that could not be written, before anything is translated."""
+    if not config.alignments:
+        return
+    if config.scores[0] == "none":
+        raise UsageError("--alignments: none does not attend; name another of the --scores.")
+    path = Path(config.alignments)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"--alignments {path} cannot be written; name a file in a folder.")
+    if not config.input and sys.stdin.isatty():
+        raise UsageError("--alignments is for sentences from --input or a pipe; leave it out.")
+
+
 def _write_alignments(translators: Translators, pairs: Sequence[Pair]) -> None:
     """Write for each line the links that attention shows, counted in words from 0."""
     if not translators.config.alignments:
         return
-    if translators.score == "none":
-        raise UsageError("--alignments: none does not attend; name another of the --scores.")
     full = [number for number, pair in enumerate(pairs) if pair.source and pair.target]
     lines = [""] * len(pairs)
     weights = translators.weights([pairs[n] for n in full]) if full else []

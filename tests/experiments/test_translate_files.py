@@ -6,6 +6,7 @@ import re
 import pytest
 
 from experiments.translate import task
+from experiments.translate.config import Config
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,9 @@ from experiments.translate import task
         (b"", r"\S+ is empty; give a file with at least three sentence pairs\."),
         (b"\t\n\n \t \n", r"\S+: no line has both sentences; .*"),
         (b"a b c\td e f\n" * 9, r".* cannot be split into train, valid and test; .*"),
+        (b"a\tb\nc\td\0\n", r"\S+ line 2 has a NUL byte, so the file is binary or UTF-16, .*"),
+        (bytes(range(256)), r"\S+ line 1 has a NUL byte, so the file is binary or UTF-16, .*"),
+        (b"a\tb\n", r"\S+ has 1 different source sentence, which cannot be split into .*"),
         (b"a b\tc d\t7-7\n" * 9, r"\S+ line 1: the alignment links 7 to 7, .*"),
     ],
 )
@@ -27,6 +31,64 @@ def test_a_corpus_that_cannot_be_used(content, sentence, tmp_path, capsys, trans
     assert printed.out == ""
     assert re.fullmatch(f"translate: {sentence}\n", printed.err)
     assert not (tmp_path / "run").exists()
+
+
+PAIRS = "".join(f"{n} a b\tc d {n}\n" for n in range(9))
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        (
+            "--max_length=2",
+            r"train: all 9 pairs are longer than max_length=2 tokens \(the .* 3\); .*",
+        ),
+        (
+            "--batch_size=8",
+            "batch_size is 8, but there are only 7 pairs to train on; set a smaller .*",
+        ),
+        ("--min_count=99", r"\S+: no word occurs min_count=99 times in the 7 training pairs; .*"),
+        ("--source=2", r"\S+: source '2' and target 'de' are the same column; .*"),
+    ],
+)
+def test_flags_that_leave_nothing_to_train_on(flag, sentence, tmp_path, capsys, translate):
+    (tmp_path / "corpus.tsv").write_text(PAIRS)
+    assert translate(f"--data={tmp_path}/corpus.tsv", flag, f"--workdir={tmp_path}/run") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(f"translate: {sentence}\n", printed.err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.encode("utf-8-sig"),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: text.removesuffix("\n").encode(),
+        lambda text: text.replace(" a ", " \u2028a\x85 ").encode(),
+    ],
+    ids=["bom", "crlf", "no-final-newline", "unicode-line-ends"],
+)
+def test_harmless_differences_give_the_same_task(change, tmp_path):
+    tasks = []
+    for name, content in (("plain", PAIRS.encode()), ("changed", change(PAIRS))):
+        (tmp_path / f"{name}.tsv").write_bytes(content)
+        config = Config(data=f"{tmp_path}/{name}.tsv", batch_size=2, min_count=1, steps=25)
+        tasks.append(task.read(config))
+    first, second = tasks
+    for ours, theirs in zip(first.training.members, second.training.members, strict=True):
+        assert ours.source.tolist() == theirs.source.tolist()
+        assert ours.target.tolist() == theirs.target.tolist()
+    assert first.rows.tolist() == second.rows.tolist()
+    assert first.corpus.test == second.corpus.test
+
+
+def test_a_folder_where_a_table_was_expected(tmp_path, capsys, translate):
+    (tmp_path / "corpus.tsv").mkdir()
+    assert translate(f"--data={tmp_path}/corpus.tsv", f"--workdir={tmp_path}/run") == 2
+    said = capsys.readouterr().err
+    assert said.endswith("is a folder where a .tsv file was expected; name a file.\n")
 
 
 def test_files_of_unequal_length(tmp_path, capsys, translate):

@@ -127,6 +127,12 @@ def test_a_damaged_checkpoint_is_passed_over(done, ask, samples, tmp_path):
         (["evaluate", "--split=dev"], b"", "--split: there is no 'dev'; choose from valid, test"),
         (["evaluate", "--scores=additive"], b"", "--scores: {} holds no additive, only dot."),
         (["evaluate", "--width=8"], b"", "--width is 8, but the run in {} has 4; leave it out."),
+        (["translate", "--alignments=/no/folder"], b"a", "--alignments /no/folder cannot be writ"),
+        (["translate", "--alignments=/tmp"], b"a", "--alignments /tmp cannot be written; name a"),
+        (["evaluate", "--alignments=x"], b"", "--alignments is for --mode=translate or score;"),
+        (["translate", "--split=valid"], b"", "--split is for --mode=evaluate; leave it out."),
+        (["translate", "--beam_size=0"], b"", "--beam_size is 0, but a whole number of at least"),
+        (["translate", "--length_penalty=nan"], b"", "--length_penalty is nan, but a finite num"),
         (["translate", "--translator=1"], b"", "--translator is 1, but the seeds are 1."),
     ],
 )
