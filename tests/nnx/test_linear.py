@@ -111,16 +111,18 @@ def test_positions_turn_queries_and_keys_before_the_feature_map():
     module = LinearAttention(
         3, 12, position=positions.rotary, feature_map=favor(4, 4096), rngs=nnx.Rngs(0)
     )
-    x = 0.5 * inputs()
-    query, key, value = heads(module, x)
-    turned = [place(positions.rotary, heads, at) for heads in (query, key)]
-    context = linear_attention(*turned, value, feature_map=favor(4, 4096))
-    output = module(x, positions=at)
-    np.testing.assert_allclose(output, module.out(context), atol=1e-5)
-    errors = [
-        jnp.linalg.norm(output - module.out(attend(*heads, value)))
-        for heads in (turned, (query, key))
-    ]
+
+    @nnx.jit
+    def run(module, x):
+        query, key, value = heads(module, x)
+        turned = [place(positions.rotary, heads, at) for heads in (query, key)]
+        context = linear_attention(*turned, value, feature_map=favor(4, 4096))
+        exact = [attend(*pair, value) for pair in (turned, (query, key))]
+        return module(x, positions=at), *map(module.out, (context, *exact))
+
+    output, expected, *exact = run(module, 0.5 * inputs())
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    errors = [jnp.linalg.norm(output - one) for one in exact]
     assert errors[0] < 0.1 * errors[1], errors
 
 
@@ -234,40 +236,42 @@ def test_learned_projections_keep_the_size_of_keys():
 
 def test_linformer_drops_weights_of_projected_keys():
     module = LinformerAttention(4, 12, length=9, rank=3, dropout_rate=0.5, rngs=nnx.Rngs(0))
-    x = inputs()
-    first, other = module(x), module(x)
+    run = nnx.jit(lambda module, x: (module(x), module(x), module(x, deterministic=True)))
+    first, other, exact = run(module, inputs())
     assert not np.allclose(first, other)
-    once, again = (module(x, rngs=nnx.Rngs(dropout=3)) for _ in range(2))
-    np.testing.assert_array_equal(once, again)
-    exact = module(x, deterministic=True)
     module.eval()
-    np.testing.assert_array_equal(module(x), exact)
-    mean = jnp.mean(jax.vmap(lambda n: _dropped(module, x, n))(jnp.arange(2000)), axis=0)
-    np.testing.assert_allclose(mean, exact, atol=0.1)
+    np.testing.assert_array_equal(run(module, inputs())[0], exact)
 
+    @jax.jit
+    def mean(seeds):
+        def one(seed):
+            stream = nnx.RngStream(jax.random.key(seed), tag="dropout")
+            return module(inputs(), deterministic=False, rngs=stream)
 
-def _dropped(module, x, seed):
-    stream = nnx.RngStream(jax.random.key(seed), tag="dropout")
-    return module(x, deterministic=False, rngs=stream)
+        return jnp.mean(jax.vmap(one)(seeds), axis=0)
+
+    np.testing.assert_allclose(mean(jnp.arange(2000)), exact, atol=0.1)
 
 
 def test_a_block_drops_what_its_sublayers_add_where_attention_has_no_weights():
     build = functools.partial(TransformerBlock, 8, 2, dropout_rate=0.5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"LinearAttention: dropout_rate = 0.5 .* no weight of a"):
         build(attention=LinearAttention)
-    block, x = build(attention=LinearAttention, attention_dropout_rate=0.0), inputs(5, 8)
-    assert not np.allclose(block(x), block(x))
-    np.testing.assert_array_equal(block(x, deterministic=True), block(x, deterministic=True))
+    block = build(attention=LinearAttention, attention_dropout_rate=0.0)
+    run = nnx.jit(lambda block, x: (block(x), block(x), block(x, deterministic=True)))
+    first, other, exact = run(block, inputs(5, 8))
+    assert not np.allclose(first, other)
     assert build(attention_dropout_rate=0.1).attention.dropout_rate == 0.1
     assert build().attention.dropout_rate == 0.5
+
     twin = attention_linen.TransformerBlock(
         8, 2, attention=attention_linen.LinearAttention, dropout_rate=0.5
     )
     with pytest.raises(ValueError, match=r"LinearAttention: dropout_rate = 0.5 cannot be"):
-        jax.eval_shape(twin.init, jax.random.key(0), x)
+        jax.eval_shape(twin.init, jax.random.key(0), inputs(5, 8))
     twin = twin.clone(attention_dropout_rate=0.0, deterministic=True)
-    tree = {"params": parameters(block)}
-    np.testing.assert_allclose(twin.apply(tree, x), block(x, deterministic=True), atol=1e-6)
+    result = jax.jit(twin.apply)({"params": parameters(block)}, inputs(5, 8))
+    np.testing.assert_allclose(result, exact, atol=1e-6)
 
 
 def test_what_cannot_be_is_refused_by_name():
