@@ -17,6 +17,9 @@ from experiments.translate.config import Config, UsageError
 
 Record = dict[str, Any]
 
+# What a run that was killed at once leaves behind.
+_FIRST = (".lock", "config.json.unfinished")
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sacrebleu")
 
 
@@ -54,7 +57,7 @@ def check(config: Config) -> None:
         raise UsageError(f"--workdir {folder} is not to be written to; {hint}")
     path = folder / "config.json"
     if not path.exists():
-        if any(file.name != ".lock" for file in folder.iterdir()):
+        if any(file.name not in _FIRST for file in folder.iterdir()):
             raise UsageError(f"--workdir {folder} holds other files and no run; {hint}")
         return
     try:
