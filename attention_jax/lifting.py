@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Array = jax.Array
@@ -20,6 +20,7 @@ def lift(
     result_axes: Any,
     order: str = "BKG",
     sequential: str = "",
+    saved: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Map a function of one head over batch, key/value heads and query heads in a group.
 
@@ -32,6 +33,8 @@ def lift(
       order: the letters that are mapped, outermost first.
       sequential: letters that are looped over instead of vectorised. One head at a time keeps
         its tiles in cache, and a condition that differs between examples then really skips work.
+      saved: names (`jax.ad_checkpoint.checkpoint_name`) of what a loop keeps of each head for the
+        backward pass; the rest is computed again from the arguments, which are there anyway.
 
     Returns:
       A function of whole arguments that returns whole results.
@@ -58,7 +61,7 @@ def lift(
             one = jax.vmap(one, [position(x) for x in axes], jax.tree.map(position, result_axes))
         if not looped:
             return one(*arguments)
-        return _looped(one, arguments, axes, result_axes, {x: sizes[x] for x in looped})
+        return _looped(one, arguments, axes, result_axes, {x: sizes[x] for x in looped}, saved)
 
     return lifted
 
@@ -74,27 +77,27 @@ def _looped(
     axes: Sequence[str],
     result_axes: Any,
     sizes: dict[str, int],
+    saved: Sequence[str],
 ) -> Any:
     """Loop over the axes in `sizes`, reading and writing each head where it stands.
 
     To have the loop split and stack its operands would move the heads outermost, and so copy all
     of them first: for a sparse mask that costs as much as attention itself.
     """
-
-    def standing(n: Any) -> dict[str, Any]:
-        return dict(zip(sizes, jnp.unravel_index(n, tuple(sizes.values())), strict=True))
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
 
     @jax.jit  # so that it is traced once, although it is also asked for the shapes it returns
-    def at(n: Any) -> Any:
-        where = standing(n)
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def at(where: dict[str, Any]) -> Any:
         return function(*(_read(*pair, where) for pair in zip(arguments, axes, strict=True)))
 
-    def step(results: Any, n: Any) -> tuple[Any, None]:
-        write = functools.partial(_write, where=standing(n))
-        return jax.tree.map(write, results, at(n), letters), None
+    def step(results: Any, where: dict[str, Any]) -> tuple[Any, None]:
+        write = functools.partial(_write, where=where)
+        return jax.tree.map(write, results, at(where), letters), None
 
-    heads = jnp.arange(math.prod(sizes.values()))
-    one = jax.eval_shape(at, heads[0])
+    heads = dict(zip(sizes, np.indices(tuple(sizes.values()), np.int32), strict=True))
+    heads = jax.tree.map(np.ravel, heads)
+    one = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads))
     letters = jax.tree.broadcast(result_axes, one)
     results = jax.tree.map(functools.partial(_zeros, sizes=sizes), one, letters)
     return lax.scan(step, results, heads)[0]
@@ -104,15 +107,17 @@ def _read(whole: Any, letters: str, where: dict[str, Any]) -> Any:
     mapped = [axis for axis, letter in enumerate(letters) if letter in where]
     if not mapped:
         return whole
-    starts = [where.get(letter, 0) for letter in letters.ljust(whole.ndim)]
+    starts = [where.get(letter, np.int32(0)) for letter in letters.ljust(whole.ndim)]
     sizes = [1 if axis in mapped else size for axis, size in enumerate(whole.shape)]
-    return lax.squeeze(lax.dynamic_slice(whole, starts, sizes), mapped)
+    part = lax.dynamic_slice(whole, starts, sizes, allow_negative_indices=False)
+    return lax.squeeze(part, mapped)
 
 
 def _write(whole: Array, part: Array, letters: str, where: dict[str, Any]) -> Array:
     mapped = [axis for axis, letter in enumerate(letters) if letter in where]
-    starts = [where.get(letter, 0) for letter in letters.ljust(whole.ndim)]
-    return lax.dynamic_update_slice(whole, lax.expand_dims(part, mapped), starts)
+    starts = [where.get(letter, np.int32(0)) for letter in letters.ljust(whole.ndim)]
+    part = lax.expand_dims(part, mapped)
+    return lax.dynamic_update_slice(whole, part, starts, allow_negative_indices=False)
 
 
 def _zeros(part: Any, letters: str, sizes: dict[str, int]) -> Array:

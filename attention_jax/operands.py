@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from attention_jax import checks, leading, masks
 from attention_jax.binding import PerHead, as_pytree, unbound
 from attention_jax.composition import is_positional, separate
-from attention_jax.implementations.head import Head, Result
+from attention_jax.implementations.head import SAVED, Head, Result
 from attention_jax.lifting import lift
 
 Array = jax.Array
@@ -124,7 +124,7 @@ class Operands:
             return tuple(result if want_weights else result._replace(weights=None))
 
         axes = tuple(letters.replace("N", self.heads) for letters in ("BTN", "BN", "BTN"))
-        lifted = lift(one_head, self.axes, axes, f"B{self.heads}", sequential)
+        lifted = lift(one_head, self.axes, axes, f"B{self.heads}", sequential, SAVED)
         results = lifted(*self.leaves)
         return Result(*jax.tree.map(self._ungrouped, results, jax.tree.broadcast(axes, results)))
 

@@ -19,6 +19,10 @@ from attention_jax.masks import Mask
 Array = jax.Array
 
 
+SAVED = ("context", "logsumexp")
+"""Names of what the backward pass of one head needs beside its operands."""
+
+
 class Head(NamedTuple):
     """The operands of one head: query [T, Hq], key [S, Hk], value [S, V], and how they meet.
 
@@ -44,15 +48,23 @@ class Result(NamedTuple):
     logsumexp: Array | None
 
 
-def finite_rows(x: Array) -> tuple[Array, Array]:
-    """Split rows [S, H] into usable numbers and a poison [S]: NaN for a row that holds NaN or Inf.
+def finite(x: Array) -> Array:
+    """Return x with zeros for NaN and Inf."""
+    return jnp.where(jnp.isfinite(x), x, 0.0)
+
+
+def poison(x: Array) -> Array:
+    """Return, for each row of x [S, H], zero or NaN, if it holds NaN or Inf.
 
     The poison joins the logits of the pairs that may attend, so such a row spoils what attends to
     it and nothing else: 0 * NaN never enters a sum, in the value or in a derivative.
     """
-    finite = jnp.isfinite(x)
-    poison = jnp.where(jnp.all(finite, axis=-1), 0.0, jnp.nan).astype(x.dtype)
-    return jnp.where(finite, x, 0.0), poison
+    return jnp.sum(jnp.where(jnp.isfinite(x), jnp.zeros((), x.dtype), jnp.nan), axis=-1)
+
+
+def finite_rows(x: Array) -> tuple[Array, Array]:
+    """Split rows [S, H] into usable numbers and a poison [S]."""
+    return finite(x), poison(x)
 
 
 def kept(dropout: tuple[Array, Array], q_idx: Array, kv_idx: Array, dtype: Any) -> Array:

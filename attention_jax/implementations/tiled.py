@@ -24,21 +24,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from attention_jax.composition import identity
 from attention_jax.implementations import online
-from attention_jax.implementations.head import Head, Result, finite_rows, kept
-from attention_jax.implementations.tiles import Plan, make_plan
-from attention_jax.intervals import FULL, PARTIAL, indices
+from attention_jax.implementations.head import SAVED, Head, Result, finite, kept, poison
+from attention_jax.implementations.tiles import Visits, make_plan, make_visits
+from attention_jax.intervals import indices
 from attention_jax.masks import Lengths
 from attention_jax.matmul import times
 from attention_jax.normalizers import Elementwise, Exponential, streaming
 from attention_jax.trees import merge_floats, split_floats, varying_like
 
 Array = jax.Array
-
-UNROLL = 2
-"""Tiles in one turn of the loop, of which XLA's CPU runtime works on two at a time."""
 
 
 class _Functions(NamedTuple):
@@ -64,10 +63,10 @@ class _Operands(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What it is not: the mask, the plan where it is known only at run time, dropout, poison."""
+    """What it is not: the mask, what tiles are where only run time tells, dropout, poison."""
 
     mask: Any
-    plan: Plan | None
+    states: Any
     dropout: Any
     query_poison: Array
     key_poison: Array
@@ -94,33 +93,34 @@ def tiled(head: Head, query_size: int, key_size: int) -> Result:
 def _attend(head: Head, query_size: int, key_size: int) -> tuple[Array, Array]:
     """Clean, pad and gather what the tiles need, and pass over them."""
     query_length, key_length = head.query.shape[0], head.key.shape[0]
-    query, query_poison = finite_rows(head.query)
-    key, key_poison = finite_rows(head.key)
-    value, value_poison = finite_rows(head.value)
     mask = head.mask & Lengths(key_length) if key_length % key_size else head.mask
     padded_length = key_length + -key_length % key_size
     plan = make_plan(mask, query_length, padded_length, query_size, key_size)
+    visits = make_visits(plan, query_length, query_size, key_size)
+    padded_rows = max((one.rows * one.together for one in visits), default=query_size)
 
     bias_is_function = callable(head.bias)
     operands = _Operands(
-        query=_padded(head.score.query_map(query), query_size),
-        key=_padded(head.score.key_map(key), key_size),
-        value=_padded(value, key_size),
-        bias=None if bias_is_function else _padded_bias(head.bias, query_size, key_size),
+        query=_padded(_mapped(head.score.query_map, head.query), padded_rows),
+        key=_padded(_mapped(head.score.key_map, head.key), key_size),
+        value=_padded(head.value, key_size),
+        bias=None if bias_is_function else _padded_bias(head.bias, padded_rows, key_size),
         functions=_Functions(head.score, head.bias if bias_is_function else None, head.normalizer),
-        captured=[],
+        captured={},
     )
     given = _Given(
         mask=mask,
-        plan=None if plan.is_static else plan,
+        states=None if plan.is_static else plan.states,
         dropout=head.dropout,
-        query_poison=_padded(query_poison, query_size),
-        key_poison=_padded(key_poison + value_poison, key_size),
+        query_poison=_padded(poison(head.query), padded_rows),
+        key_poison=_padded(poison(head.key) + poison(head.value), key_size),
     )
-    tiles = _Tiles(query_size, key_size, plan)
-    logits, captured = jax.closure_convert(
-        _logits, tiles.of(operands, 0, 0), indices(query_size), indices(key_size)
-    )
+    tiles = _Tiles(key_size, visits)
+    logits, captured = {}, {}
+    for rows in sorted({one.rows for one in visits}):
+        logits[rows], captured[rows] = jax.closure_convert(
+            _logits, tiles.of(operands, 0, 0, rows), indices(rows), indices(key_size)
+        )
     tiles = dataclasses.replace(tiles, logits=logits)
     context, logsumexp = tiles.attend(operands._replace(captured=captured), given)
     return context[:query_length], logsumexp[:query_length]
@@ -145,13 +145,12 @@ def _logits(tile: _Operands, q_idx: Array, kv_idx: Array) -> Array:
 class _Tiles:
     """The pass over the tiles and its derivative; holds only what is known while tracing.
 
-    `logits(tile, q_idx, kv_idx, *captured)` is `_logits` with what the user's functions close over
-    made arguments, so that it has gradients too.
+    `logits[rows](tile, q_idx, kv_idx, *captured)` is `_logits` for tiles so high, with what the
+    user's functions close over made arguments, so that it has gradients too.
     """
 
-    query_size: int
     key_size: int
-    plan: Plan
+    visits: list[Visits]
     logits: Any = None
 
     def attend(self, operands: _Operands, given: _Given) -> tuple[Array, Array]:
@@ -164,7 +163,8 @@ class _Tiles:
         @functools.partial(attend.defjvp, symbolic_zeros=True)
         def _(primals: Any, tangents: Any) -> Any:
             floats, rest, given = primals
-            context, logsumexp = attend(floats, rest, given)
+            found = attend(floats, rest, given)
+            context, logsumexp = map(checkpoint_name, found, SAVED)
             operands = merge_floats(floats, rest)
             log_tangent, context_tangent = self.tangent_sums(
                 operands, tangents[0], given, logsumexp
@@ -181,24 +181,28 @@ class _Tiles:
         """Let each tile add to the running sums of its query rows."""
         how = _how(operands.functions.normalizer)
 
-        def of_tile(masked: bool, rows: online.Sums, i: Any, j: Any) -> online.Sums:
-            tile = self.tile(self.of(operands, i, j), given, i, j, masked)
-            return online.accumulate(how, rows, tile)
+        def read(sums: online.Sums, i: Any, rows: int) -> online.Sums:
+            return jax.tree.map(lambda x: _rows(x, i, rows), sums)
 
-        def step(sums: online.Sums, i: Any, j: Any, visit: Callable[..., Any]) -> online.Sums:
-            rows = jax.tree.map(lambda x: _rows(x, i, self.query_size), sums)
-            return jax.tree.map(
-                lambda x, row: lax.dynamic_update_slice_in_dim(x, row, i, 0),
-                sums,
-                visit(rows, i, j),
-            )
+        def of_tile(masked: bool, sums: online.Sums, i: Any, j: Any) -> online.Sums:
+            here = self.of(operands, i, j, sums.total.size)
+            return online.accumulate(how, sums, self.tile(here, given, i, j, masked))
+
+        def write(sums: online.Sums, i: Any, found: online.Sums) -> online.Sums:
+            def put(x: Array, rows: Array) -> Array:
+                return lax.dynamic_update_slice_in_dim(x, rows, i, 0, allow_negative_indices=False)
+
+            return jax.tree.map(put, sums, found)
+
+        def visit(of_tile: Callable[..., Any], *where: Any) -> online.Sums:
+            return of_tile(*where)
 
         length, depth = operands.query.shape[0], operands.value.shape[1]
         sums = varying_like(
             online.Sums.start(length, depth, operands.value.dtype), operands, given.query_poison
         )
         return online.finished(
-            how, self.over_tiles(given, step, of_tile, lambda rows, *_: rows, sums)
+            how, self.over_tiles(given, read, visit, write, of_tile, lambda rows, *_: rows, sums)
         )
 
     def tangent_sums(
@@ -233,108 +237,127 @@ class _Tiles:
                 [x for x, m in zip(leaves, moves, strict=True) if m]
                 for leaves in (floats, split_floats(change)[0])
             )
-            total, context = nothing()
+            total, context = nothing(here, change, base)
             if weights_move:
                 weights, weights_change, tile = jax.jvp(
                     weigh, (primal,), (direction,), has_aux=True
                 )
                 total = jnp.sum(weights_change, axis=1)
-                context = times(tile.used(weights_change), here.value)
+                context = times(tile.used(weights_change), tile.value)
             else:
                 weights, tile = weigh(primal)
             if value_moves:
-                context = context + times(tile.used(weights), change.value)
+                value_change = jnp.where(jnp.isfinite(here.value), change.value, 0.0)
+                context = context + times(tile.used(weights), value_change)
             return total, context
 
-        def nothing(*_: Any) -> tuple[Array, Array]:
-            zeros = varying_like(jnp.zeros((self.query_size, depth), base.dtype), base)
+        def nothing(here: Any, change: Any, base: Array, *_: Any) -> tuple[Array, Array]:
+            zeros = varying_like(jnp.zeros((base.size, depth), base.dtype), base)
             return zeros[:, 0], zeros
 
-        def step(sums: Any, i: Any, j: Any, visit: Callable[..., Any]) -> Any:
-            rows = _rows(base, i, self.query_size)
-            found = visit(self.of(operands, i, j), self.of(tangent, i, j), rows, i, j)
-            return jax.tree.map(functools.partial(self.added, i), sums, found)
+        def read(_: Any, i: Any, rows: int) -> Array:
+            return _rows(base, i, rows)
+
+        def visit(of_tile: Callable[..., Any], base: Array, i: Any, j: Any) -> Any:
+            both = (self.of(x, i, j, base.size) for x in (operands, tangent))
+            return of_tile(*both, base, i, j)
+
+        def write(sums: Any, i: Any, found: Any) -> Any:
+            return jax.tree.map(functools.partial(_added, i), sums, found)
 
         sums = jnp.zeros_like(base), varying_like(jnp.zeros((base.size, depth), base.dtype), base)
-        return self.over_tiles(given, step, of_tile, nothing, sums)
+        return self.over_tiles(given, read, visit, write, of_tile, nothing, sums)
 
     def over_tiles(
         self,
         given: _Given,
-        step: Callable[..., Any],
+        read: Callable[..., Any],
+        visit: Callable[..., Any],
+        write: Callable[..., Any],
         of_tile: Callable[..., Any],
         nothing: Callable[..., Any],
         sums: Any,
     ) -> Any:
-        """Fold `step(sums, i, j, visit)` over the live tiles; i is their first query, j first key.
+        """Fold over the visits: read the rows from query i on, visit each tile of them, and write.
 
-        `visit` is `of_tile` with the mask or without, or `nothing` for a tile that turns out to
-        be EMPTY at run time. A scan of fixed length, whatever the plan, so that it can be
-        transposed; nothing inside a step is kept for that.
+        `of_tile` is called with the mask or without, or `nothing` for a tile that turns out to be
+        EMPTY at run time. A scan of fixed length, whatever the plan, so that it can be transposed;
+        nothing inside a step is kept for that.
         """
         masked, unmasked = (functools.partial(of_tile, masked) for masked in (True, False))
 
-        def fold(starts: Any, states: Any, visit: Callable[[Any], Callable[..., Any]], sums: Any):
-            @jax.checkpoint
-            def body(sums: Any, tile: Any) -> tuple[Any, None]:
-                i, j, state = tile
-                return step(sums, i, j, visit(state)), None
+        def fold(sums: Any, visits: Visits, states: Any, choose: Callable[..., Any]) -> Any:
+            rows, together = visits.rows, visits.together
 
-            unroll = UNROLL if states is None else 1
-            return lax.scan(body, sums, (*starts.T, states), unroll=unroll)[0]
+            @functools.partial(jax.checkpoint, prevent_cse=False)
+            def body(sums: Any, where: Any) -> tuple[Any, None]:
+                i, j, state = where
+                here = read(sums, i, rows * together)
+                one = functools.partial(visit, choose(state))
+                if together == 1:
+                    return write(sums, i, one(here, i, j[0])), None
+                here = jax.tree.map(lambda x: x.reshape(together, rows, *x.shape[1:]), here)
+                found = jax.vmap(one)(here, i + rows * indices(together), j)
+                found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+                return write(sums, i, found), None
 
-        if given.plan is not None:
-            branches = [jax.checkpoint(branch) for branch in (nothing, masked, unmasked)]
+            return lax.scan(body, sums, (visits.queries, visits.keys, states))[0]
+
+        if given.states is not None:
+            branches = [
+                jax.checkpoint(branch, prevent_cse=False) for branch in (nothing, masked, unmasked)
+            ]
 
             def switch(state: Array) -> Callable[..., Any]:
                 return lambda *operands: lax.switch(state, branches, *operands)
 
-            return fold(self.plan.starts, given.plan.states.astype(jnp.int32), switch, sums)
-        for state, visit in ((FULL, unmasked), (PARTIAL, masked)):
-            starts = self.plan.starts[self.plan.states == state]
-            if len(starts):
-                sums = fold(starts, None, lambda _, visit=visit: visit, sums)
+            return fold(sums, self.visits[0], given.states.astype(jnp.int32), switch)
+        for visits in self.visits:
+            sums = fold(sums, visits, None, lambda _, v=visits: masked if v.masked else unmasked)
         return sums
 
     def tile(self, here: _Operands, given: _Given, i: Any, j: Any, masked: bool) -> online.Tile:
         """Return the tile of the operands `here`, whose first query is i and first key j."""
-        q_idx = i + indices(self.query_size)
-        kv_idx = j + indices(self.key_size)
+        rows = here.query.shape[0]
+        q_idx = i + indices(rows)
+        kv_idx = jnp.maximum(j, 0) + indices(self.key_size)
         pair = q_idx[:, None], kv_idx[None, :]
-        allowed = given.mask(*pair) if masked else None
+        allowed = given.mask(*pair) & (j >= 0) if masked else None
+        usable = _usable(here)
         return online.Tile(
-            logits=self.logits(here._replace(captured=[]), q_idx, kv_idx, *here.captured),
-            value=here.value,
+            logits=self.logits[rows](
+                usable._replace(captured={}), q_idx, kv_idx, *here.captured[rows]
+            ),
+            value=usable.value,
             allowed=allowed,
             keep=None if given.dropout is None else kept(given.dropout, *pair, here.value.dtype),
-            query_poison=_rows(given.query_poison, i, self.query_size),
+            query_poison=_rows(given.query_poison, i, rows),
             key_poison=_rows(given.key_poison, j, self.key_size),
         )
 
-    def of(self, operands: _Operands, i: Any, j: Any) -> _Operands:
+    def of(self, operands: _Operands, i: Any, j: Any, rows: int) -> _Operands:
         """Return the operands of one tile."""
         bias = operands.bias
         if bias is not None:
-            bias = bias if bias.shape[0] == 1 else _rows(bias, i, self.query_size)
+            bias = bias if bias.shape[0] == 1 else _rows(bias, i, rows)
             bias = bias if bias.shape[1] == 1 else _rows(bias, j, self.key_size, axis=1)
         return operands._replace(
-            query=_rows(operands.query, i, self.query_size),
+            query=_rows(operands.query, i, rows),
             key=_rows(operands.key, j, self.key_size),
             value=_rows(operands.value, j, self.key_size),
             bias=bias,
         )
 
-    def added(self, i: Any, sums: Array, found: Array) -> Array:
-        """Add what was found to the rows of one query tile, the first of which is i.
 
-        As a scatter, whose transposition reads the rows and leaves the sums alone; that of a
-        slice that is read, added to and written back would copy all rows at every tile.
-        """
-        tiles = sums.reshape(-1, *found.shape)
-        added = tiles.at[i // self.query_size].add(
-            found, mode="promise_in_bounds", unique_indices=True
-        )
-        return added.reshape(sums.shape)
+def _added(i: Any, sums: Array, found: Array) -> Array:
+    """Add what was found to the rows from query i on.
+
+    As a scatter, whose transposition reads the rows and leaves the sums alone; that of a
+    slice that is read, added to and written back would copy all rows at every tile.
+    """
+    tiles = sums.reshape(-1, *found.shape)
+    added = tiles.at[i // found.shape[0]].add(found, mode="promise_in_bounds", unique_indices=True)
+    return added.reshape(sums.shape)
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -345,15 +368,30 @@ def _array(tangent: Any) -> Array:
     return jnp.zeros(tangent.shape, tangent.dtype) if _is_zero(tangent) else tangent
 
 
+def _mapped(of_row: Any, x: Array) -> Array:
+    """Apply what concerns rows alone; rows that stay as they are are not copied for that."""
+    return x if of_row.func is identity.func else of_row(finite(x))
+
+
+def _usable(tile: _Operands) -> _Operands:
+    """Replace NaN and Inf where rows are as they were given; see `poison`."""
+    score = tile.functions.score
+    return tile._replace(
+        query=finite(tile.query) if score.query_map.func is identity.func else tile.query,
+        key=finite(tile.key) if score.key_map.func is identity.func else tile.key,
+        value=finite(tile.value),
+    )
+
+
 def _rows(x: Array, start: Any, size: int, axis: int = 0) -> Array:
-    return lax.dynamic_slice_in_dim(x, start, size, axis)
+    return lax.dynamic_slice_in_dim(x, start, size, axis, allow_negative_indices=False)
 
 
 def _padded(x: Array, size: int, axis: int = 0) -> Array:
     """Repeat the last row until the length is a multiple of the tile: no score sees odd input."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % size)
-    return jnp.pad(x, widths, mode="edge")
+    return jnp.pad(x, widths, mode="edge") if widths[axis][1] else x
 
 
 def _padded_bias(bias: Any, query_size: int, key_size: int) -> Any:

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.intervals import EMPTY, PARTIAL
+from attention_jax.intervals import EMPTY, FULL, PARTIAL
 from attention_jax.masks import Mask
 
-FRACTIONS = 4
-"""A tile begins at a multiple of its width divided by this, where it is divisible."""
+VISIT_PAIRS = {"cpu": 2**18}
+"""Small tiles that are visited together have about so many pairs; FULL ones twice as many."""
+
+MOST_TOGETHER = 8
+"""So many rows of tiles are visited together at most."""
+
+UNIT = 128
+"""A tile begins at a multiple of this many keys, where its width is one too."""
 
 
 class Plan(NamedTuple):
@@ -36,16 +43,78 @@ class Plan(NamedTuple):
         return isinstance(self.states, np.ndarray)
 
 
+class Visits(NamedTuple):
+    """Tiles that a loop visits `together` at a time, each `rows` queries high.
+
+    `queries [n]` is the first query of a visit; the tiles of a visit lie below each other, and
+    `keys [n, together]` are their first keys, -1 for none.
+    """
+
+    masked: bool
+    rows: int
+    together: int
+    queries: np.ndarray
+    keys: np.ndarray
+
+
+def make_visits(plan: Plan, query_length: int, query_size: int, key_size: int) -> list[Visits]:
+    """Return in which groups the tiles of a plan are visited."""
+    if not plan.is_static:
+        return [Visits(True, query_size, 1, plan.starts[:, 0], plan.starts[:, 1:])]
+    rows = -(-query_length // query_size)
+    pairs = VISIT_PAIRS.get(jax.default_backend(), 0)
+    together, tall = (
+        2 ** int(np.log2(max(1, min(many / (query_size * key_size), rows, MOST_TOGETHER))))
+        for many in (pairs, 2 * pairs)
+    )
+    return group(plan, query_size, tall, together)
+
+
+def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]:
+    """Make few large visits of many small tiles, for a plan that is known while tracing.
+
+    FULL tiles below each other in `tall` rows of tiles become one. Of what is left, the tiles of
+    `together` rows are visited at once, each with keys of its own.
+    """
+    row, key, full = plan.starts[:, 0] // query_size, plan.starts[:, 1], plan.states == FULL
+    wide = np.max(key, initial=0) + 1
+    column, inverse, height = np.unique(
+        np.where(full, row // tall * wide + key, -1), return_inverse=True, return_counts=True
+    )
+    is_tall = (column >= 0) & (height == tall)
+    column = column[is_tall]
+    rest = ~is_tall[inverse]
+    row, key, full = row[rest], key[rest], full[rest]
+    number = np.arange(len(row)) - np.searchsorted(row, row)
+    visit, place = np.unique(row // together * wide + number, return_inverse=True)
+    keys = np.full((len(visit), together), -1)
+    keys[place, row % together] = key
+    masked = np.bincount(place, full, len(visit)) < together
+    found = [Visits(False, tall * query_size, 1, column // wide * tall, column % wide)]
+    found += [
+        Visits(here, query_size, together, visit[of] // wide * together, keys[of])
+        for here, of in ((False, ~masked), (True, masked))
+    ]
+    return [
+        visits._replace(
+            queries=(visits.queries * query_size).astype(np.int32),
+            keys=visits.keys.astype(np.int32).reshape(-1, visits.together),
+        )
+        for visits in found
+        if len(visits.queries)
+    ]
+
+
 def make_plan(
     mask: Mask, query_length: int, key_length: int, query_size: int, key_size: int
 ) -> Plan:
     """Cover what may be live of each row of tiles by as few tiles as possible.
 
-    Rows of tiles lie on a grid; within a row a tile begins where it is needed, to a fraction of
-    its width, so that a band of keys is covered by one tile and not by the two that it touches.
+    Rows of tiles lie on a grid; within a row a tile begins where it is needed, to a multiple of
+    UNIT, so that a band of keys is covered by one tile and not by the two that it touches.
     """
-    per_tile = FRACTIONS if key_size % FRACTIONS == 0 else 1
-    unit = key_size // per_tile
+    unit = UNIT if key_size % UNIT == 0 else key_size
+    per_tile = key_size // unit
     grid = (query_length, key_length, query_size, unit)
     live = np.asarray(mask.static().tiles(*grid)) != EMPTY
     rows, units = _cover(_padded(live, per_tile, False), per_tile)

@@ -1,0 +1,80 @@
+"""Which tiles are visited: every live pair once, and none without the mask that it hides."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention_jax import masks
+from attention_jax.implementations import tiles
+
+lengths = st.integers(1, 700)
+bands = st.builds(masks.Window, st.integers(0, 300), st.integers(0, 300))
+some = st.one_of(
+    st.just(masks.Full()),
+    st.just(masks.Causal()),
+    bands,
+    st.builds(lambda band: band & masks.Causal(), bands),
+    st.builds(lambda band, prefix: band | masks.Prefix(prefix), bands, st.integers(0, 300)),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    mask=some,
+    query_length=lengths,
+    key_tiles=st.integers(1, 4),
+    sizes=st.sampled_from([(16, 128), (64, 256), (100, 384), (512, 128), (7, 30)]),
+    tall=st.sampled_from([1, 2, 4]),
+    together=st.sampled_from([1, 2, 8]),
+)
+def test_visits_meet_every_live_pair_once(mask, query_length, key_tiles, sizes, tall, together):
+    query_size, key_size = sizes
+    key_length = key_tiles * key_size
+    plan = tiles.make_plan(mask, query_length, key_length, query_size, key_size)
+    visits = tiles.group(plan, query_size, tall, together)
+
+    rows = -(-query_length // (query_size * 8)) * query_size * 8
+    met = np.zeros((rows, key_length), int)
+    unmasked = np.zeros((rows, key_length), bool)
+    for group in visits:
+        for first, keys in zip(group.queries, group.keys, strict=True):
+            for place, key in enumerate(keys):
+                if key >= 0:
+                    here = first + place * group.rows, key
+                    tile = tuple(
+                        slice(start, start + size)
+                        for start, size in zip(here, (group.rows, key_size), strict=True)
+                    )
+                    met[tile] += 1
+                    unmasked[tile] |= not group.masked
+                else:
+                    assert group.masked
+    allowed = np.asarray(mask.to_dense(query_length, key_length))
+    inside = slice(0, query_length)
+    assert met.max(initial=0) <= 1
+    assert (met[inside][allowed] == 1).all()
+    assert allowed[unmasked[inside]].all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "sizes", "expected"),
+    [
+        (masks.Full(), (512, 512), [(False, 1024, 1, 8)]),
+        (masks.Causal(), (512, 512), [(False, 1024, 1, 2), (False, 512, 1, 2), (True, 512, 1, 4)]),
+        (masks.Causal() & masks.Window(256, 0), (256, 512), [(True, 256, 2, 4)]),
+    ],
+)
+def test_few_large_visits_on_cpu(mask, sizes, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    plan = tiles.make_plan(mask, 2048, 2048, *sizes)
+    found = tiles.make_visits(plan, 2048, *sizes)
+    assert [(v.masked, v.rows, v.together, len(v.queries)) for v in found] == expected
+
+
+def test_elsewhere_every_tile_is_a_visit(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    plan = tiles.make_plan(masks.Full(), 1024, 1024, 256, 256)
+    (found,) = tiles.make_visits(plan, 1024, 256, 256)
+    assert (found.masked, found.rows, found.together, len(found.queries)) == (False, 256, 1, 16)
