@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from experiments import command_line
+from experiments.command_line import UsageError
+
 _HELP = """\
 Approximates softmax attention by random features (FAVOR+), by linear attention and by Linformer,
 on Gaussian queries, keys and values, and prints the relative error of the context beside that of
@@ -31,10 +34,6 @@ predicting the mean of the values, and the mean squared error of the kernel besi
   --draws=20             of random directions and projections
   --seed=0               of everything
   --out=                 a Markdown file for the tables; none written unless given"""
-
-
-class UsageError(Exception):
-    """A request that cannot be met; the argument is the sentence to print."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +62,12 @@ class Row(NamedTuple):
     theory: float | None = None
 
 
-def parse(arguments: Sequence[str]) -> Options | None:
-    """Read the arguments behind the program's name; None stands for a call for help.
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the arguments behind the program's name.
 
     Raises:
       UsageError: an unknown flag, or a value that cannot be used.
+      HelpRequested: the help text was asked for.
 
     >>> parse(["--ranks=4,8", "--length=32"]).ranks
     (4, 8)
@@ -77,18 +77,8 @@ def parse(arguments: Sequence[str]) -> Options | None:
     for name, default in defaults.items():
         text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
         flags.DEFINE_string(name, text, "", flag_values=values)
-    flags.DEFINE_flag(flags.BooleanFlag("help", False, "", short_name="h"), values)
-    try:
-        rest = values(["approximation", *arguments])[1:]
-    except flags.Error as error:
-        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
-    if values["help"].value:
-        return None
-    if rest:
-        raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
-    given = {
-        name: _read(name, str(values[name].value), default) for name, default in defaults.items()
-    }
+    given = command_line.read("approximation", values, arguments, lambda: _HELP)
+    given = {name: _read(name, str(given[name]), default) for name, default in defaults.items()}
     options = Options(**given)
     if max(options.ranks) > options.length:
         raise UsageError(
@@ -257,23 +247,19 @@ P E^T E V, with P the exact weights, and its theory (|p|^2 |v|^2 + (p . v)^2) / 
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code: 0, 2 for a request that cannot be met."""
-    try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
-    except UsageError as error:
-        print(f"approximation: {error}", file=sys.stderr)
-        return 2
-    if options is None:
-        print(_HELP)
-        return 0
+def print_errors(options: Options) -> None:
+    """Measure, print the table and write the report that is asked for."""
     rows = measure(options)
     print(table(rows))
     if options.out:
         path = pathlib.Path(options.out)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(report(options, rows), encoding="utf-8")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code: 0, 2 for a request that cannot be met."""
+    return command_line.run("approximation", arguments, parse, print_errors)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from experiments import command_line
+from experiments.command_line import UsageError
+
 _HELP = """\
 Draws every mask and published pattern: which key (column) a query (row) may attend to, and
 beside it the tiles that are empty (.), partial or full.
@@ -35,10 +38,6 @@ _NAMES = (
 )  # fmt: skip
 
 
-class UsageError(Exception):
-    """A request that cannot be met; the argument is the sentence to print."""
-
-
 class Options(NamedTuple):
     """What to draw, how large, and where to save it."""
 
@@ -48,11 +47,12 @@ class Options(NamedTuple):
     out: pathlib.Path | None
 
 
-def parse(arguments: Sequence[str]) -> Options | None:
-    """Read the arguments behind the program's name; None stands for a call for help.
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the arguments behind the program's name.
 
     Raises:
       UsageError: an unknown flag or name, or a size that cannot be used.
+      HelpRequested: the help text was asked for.
 
     >>> parse(["--only=causal", "--length=8"])
     Options(only=('causal',), length=8, tile=4, out=None)
@@ -62,16 +62,7 @@ def parse(arguments: Sequence[str]) -> Options | None:
     flags.DEFINE_integer("length", 16, "", flag_values=values)
     flags.DEFINE_integer("tile", 4, "", flag_values=values)
     flags.DEFINE_string("out", None, "", flag_values=values)
-    flags.DEFINE_flag(flags.BooleanFlag("help", False, "", short_name="h"), values)
-    try:
-        rest = values(["gallery", *arguments])[1:]
-    except flags.Error as error:
-        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
-    if values["help"].value:
-        return None
-    if rest:
-        raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
-    given: dict[str, Any] = {name: values[name].value for name in values}
+    given = command_line.read("gallery", values, arguments, lambda: _HELP)
     only, length, tile = given["only"], given["length"], given["tile"]
     for name in only:
         if name not in _NAMES:
@@ -146,16 +137,8 @@ def in_text(name: str, mask: Any, length: int, tile: int) -> str:
     return "\n".join([title, *beside, ""])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code: 0, 2 for a request that cannot be met."""
-    try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
-    except UsageError as error:
-        print(f"gallery: {error}", file=sys.stderr)
-        return 2
-    if options is None:
-        print(_HELP)
-        return 0
+def draw_all(options: Options) -> None:
+    """Print the masks that are asked for, and save them as pictures."""
     makers = masks_of(options.length)
     chosen = {name: makers[name]() for name in options.only}
     for name, mask in chosen.items():
@@ -166,7 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figure = plots.masks(chosen, options.length, tile_sizes=(options.tile, options.tile))
         for path in plots.save(figure, options.out / "gallery"):
             print(path)
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code: 0, 2 for a request that cannot be met."""
+    return command_line.run("gallery", arguments, parse, draw_all)
 
 
 if __name__ == "__main__":

@@ -5,23 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from experiments.benchmark.command_line import HelpRequested, UsageError, parse
+from experiments import command_line
+from experiments.benchmark.command_line import Options, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0, 2 for a request that cannot be met."""
-    try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
-        # JAX takes a second to import; a mistyped flag does not wait for it.
-        from experiments.benchmark.run import run
+    return command_line.run("benchmark", arguments, parse, _measure)
 
-        run(options)
-    except HelpRequested as help:
-        print(help)
-    except UsageError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+def _measure(options: Options) -> None:
+    # JAX takes a second to import; a mistyped flag does not wait for it.
+    from experiments.benchmark.run import run
+
+    run(options)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import flags
+
+from experiments.command_line import UsageError, read
 
 SUITES = ("attention", "memory", "compile", "additive", "patterns")
 
@@ -25,14 +26,6 @@ length for every family of masks and tells how time and bytes grow.
   --out=runs/benchmark directory of results; those of the same suite are replaced
   --noplots            leave out the sweep over lengths and its plots
   --quick              tiny shapes, to see that everything runs; its numbers mean nothing"""
-
-
-class UsageError(Exception):
-    """A request that cannot be met; the argument is the sentence to print."""
-
-
-class HelpRequested(Exception):  # noqa: N818  it is no error
-    """`--help` was given; the argument is the text to print."""
 
 
 class Options(NamedTuple):
@@ -56,7 +49,7 @@ def parse(arguments: Sequence[str]) -> Options:
     ('memory', 'compile')
     >>> parse(["--suites=memroy"])
     Traceback (most recent call last):
-    experiments.benchmark.command_line.UsageError: --suites: no suite 'memroy'; there are
+    experiments.command_line.UsageError: --suites: no suite 'memroy'; there are
     attention, memory, compile, additive, patterns, and all.
     """
     values = flags.FlagValues()
@@ -65,20 +58,7 @@ def parse(arguments: Sequence[str]) -> Options:
     flags.DEFINE_string("out", "runs/benchmark", "", flag_values=values)
     flags.DEFINE_bool("plots", True, "", flag_values=values)
     flags.DEFINE_bool("quick", False, "", flag_values=values)
-    flags.DEFINE_flag(flags.BooleanFlag("help", False, "", short_name="h"), values)
-    try:
-        rest = values(["benchmark", *arguments])[1:]
-    except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(values), n=1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists all flags."
-        raise UsageError(f"unknown flag --{error.flagname}; {hint}") from None
-    except flags.Error as error:
-        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
-    if values["help"].value:
-        raise HelpRequested(_HELP)
-    if rest:
-        raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
-    given: dict[str, Any] = {name: values[name].value for name in values}
+    given = read("benchmark", values, arguments, lambda: _HELP)
     return _checked(
         Options(
             suites=tuple(given["suites"]),

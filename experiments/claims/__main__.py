@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from experiments.claims.command_line import help_text, list_text, parse
-from experiments.translate.config import UsageError
+from experiments.claims.command_line import list_text, parse
+from experiments.command_line import HelpRequested, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,13 +17,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        if options is None or options.list:
-            print(list_text() if options else help_text())
+        if options.list:
+            print(list_text())
             return 0
         # JAX takes a second to import; help and a mistyped flag do not wait for it.
         from experiments.claims.run import run
 
         return run(options)
+    except HelpRequested as help:
+        print(help)
+        return 0
     except UsageError as error:
         print(f"claims: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from absl import flags
 
 from experiments.claims.catalogue import claims, themes
 from experiments.claims.claim import SETTINGS, Claim
-from experiments.translate.config import UsageError
+from experiments.command_line import UsageError, read
 
 _HELP = """\
 Tests what is claimed about additive and multiplicative attention and their relatives: each claim
@@ -46,11 +45,12 @@ class Options:
         return [c for c in claims().values() if not self.claims or c.number in self.claims]
 
 
-def parse(arguments: Sequence[str]) -> Options | None:
-    """Read the arguments behind the program's name; None stands for a call for help.
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the arguments behind the program's name.
 
     Raises:
       UsageError: an unknown flag, or a value that cannot be used.
+      HelpRequested: the help text was asked for.
 
     >>> parse(["--claims=39,43", "--setting=tiny"]).claims
     (39, 43)
@@ -60,20 +60,7 @@ def parse(arguments: Sequence[str]) -> Options | None:
         default: Any = None if field.name == "claims" else field.default
         define: Any = flags.DEFINE_bool if field.name == "list" else flags.DEFINE_string
         define(field.name, default, "", flag_values=values)
-    flags.DEFINE_flag(flags.BooleanFlag("help", False, "", short_name="h"), values)
-    try:
-        rest = values(["claims", *arguments])[1:]
-    except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, Options.__dataclass_fields__, n=1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists all flags."
-        raise UsageError(f"unknown flag --{error.flagname}; {hint}") from None
-    except flags.Error as error:
-        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
-    if values["help"].value:
-        return None
-    if rest:
-        raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
-    given: dict[str, Any] = {name: values[name].value for name in Options.__dataclass_fields__}
+    given = read("claims", values, arguments, help_text)
     given["claims"] = _numbers(given["claims"])
     options = Options(**given)
     _check(options)

@@ -22,7 +22,7 @@ from experiments.claims.cache import Cache
 from experiments.claims.catalogue import themes
 from experiments.claims.claim import SETTINGS, Claim, Setting
 from experiments.claims.command_line import Options
-from experiments.translate.config import UsageError
+from experiments.command_line import UsageError
 from experiments.translate.workdir import environment, write_json, write_text
 
 Record = dict[str, Any]

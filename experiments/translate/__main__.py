@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from experiments.translate.command_line import HelpRequested, parse
-from experiments.translate.config import UsageError
+from experiments.command_line import HelpRequested, UsageError
+from experiments.translate.command_line import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.translate.config import UsageError
+from experiments.command_line import UsageError
 from experiments.translate.workdir import write_text
 
 _KEPT = 2

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import textwrap
 import typing
 from collections.abc import Sequence
 
 from absl import flags
 
+from experiments.command_line import read
 from experiments.translate import kept
-from experiments.translate.config import Config, UsageError
+from experiments.translate.config import Config
 
 _SUMMARY = """\
 Trains translators that differ in nothing but their attention score, several seeds of each at
@@ -27,10 +27,6 @@ once, and writes a table, learning curves, alignments and a report of who won.
 The same command again resumes an interrupted run. --flagfile=FILE reads flags from a file."""
 
 
-class HelpRequested(Exception):  # noqa: N818  it is no error
-    """`--help` was given; the argument is the text to print."""
-
-
 def parse(arguments: Sequence[str]) -> Config:
     """Read a configuration from the arguments behind the program's name, and check it.
 
@@ -40,23 +36,12 @@ def parse(arguments: Sequence[str]) -> Config:
 
     >>> parse(["--seeds=2", "--scores=dot,none", "--noline_noise"])
     Traceback (most recent call last):
-    experiments.translate.config.UsageError: unknown flag --noline_noise; --help lists all flags.
+    experiments.command_line.UsageError: unknown flag --noline_noise; --help lists all flags.
     >>> parse(["--seeds=2", "--scores=dot,none"]).scores
     ('dot', 'none')
     """
     values = _flags()
-    try:
-        rest = values(["translate", *arguments])[1:]
-    except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, Config.__dataclass_fields__, n=1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists all flags."
-        raise UsageError(f"unknown flag --{error.flagname}; {hint}") from None
-    except flags.Error as error:
-        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
-    if values["help"].value:
-        raise HelpRequested(help_text())
-    if rest:
-        raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
+    read("translate", values, arguments, help_text)
     names = Config.__dataclass_fields__
     given = {name: _python(values[name].value) for name in names if values[name].present}
     config = Config(**given)
@@ -100,7 +85,6 @@ def _flags() -> flags.FlagValues:
         define[types[field.name]](
             field.name, default, field.metadata["help"], flag_values=values, module_name="translate"
         )
-    flags.DEFINE_flag(flags.BooleanFlag("help", False, "this text", short_name="h"), values)
     flags.DEFINE_string("flagfile", "", "file of flags", flag_values=values)
     return values
 

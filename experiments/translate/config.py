@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.command_line import UsageError
+
 SCORES = (
     "additive",
     "bilinear",
@@ -53,10 +55,6 @@ _OF_MODEL = {
 _LONGEST_CHUNK = 5
 # Steps between two synchronisations with the host: more do not make training faster.
 _LONGEST_ROUND = 25
-
-
-class UsageError(ValueError):
-    """A request that cannot be met; the message is one sentence for the person who made it."""
 
 
 class Range(NamedTuple):

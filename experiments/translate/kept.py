@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.command_line import UsageError
 from experiments.data.corpus import Corpus, Pair
 from experiments.data.tokens import detokenize, tokenize
 from experiments.data.vocabulary import Vocabulary
-from experiments.translate.config import Config, UsageError, group_of
+from experiments.translate.config import Config, group_of
 from experiments.translate.workdir import shown, write_json
 
 _FILE = "vocabularies.json"

@@ -14,7 +14,8 @@ from attention_jax import scores
 from attention_jax.binding import rule
 from attention_jax.composition import Separated, mapped, projected, separate
 from attention_jax.parameters import Parameter, bind_parameters, learned, parameters_of
-from experiments.translate.config import SCORES, UsageError
+from experiments.command_line import UsageError
+from experiments.translate.config import SCORES
 
 Array = jax.Array
 

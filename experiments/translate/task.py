@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.command_line import UsageError
 from experiments.data import DataError, load
 from experiments.data.batches import Buckets, bucket, schedule
 from experiments.data.corpus import Corpus
 from experiments.data.vocabulary import PAD
-from experiments.translate.config import Config, UsageError
+from experiments.translate.config import Config
 from experiments.translate.evaluate import Examples, examples
 
 Array = jax.Array

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from attention_jax.checks import ShapeError
 from experiments import metrics
+from experiments.command_line import UsageError
 from experiments.translate import evaluate
 from experiments.translate.checkpoints import Checkpoints
-from experiments.translate.config import Config, UsageError
+from experiments.translate.config import Config
 from experiments.translate.devices import Placement
 from experiments.translate.interrupts import Interrupted, listening
 from experiments.translate.learning import State, initial_state

@@ -11,13 +11,14 @@ import jax
 import numpy as np
 
 from experiments import metrics
+from experiments.command_line import UsageError
 from experiments.data.corpora import Reader
 from experiments.data.corpus import DataError, Pair
 from experiments.data.text import lines_of, read_lines
 from experiments.translate import evaluate, evaluation, interaction, kept, task
 from experiments.translate.budget import sizes_of
 from experiments.translate.checkpoints import Checkpoints
-from experiments.translate.config import Config, UsageError
+from experiments.translate.config import Config
 from experiments.translate.evaluate import Examples, Weights, Words
 from experiments.translate.kept import Languages
 from experiments.translate.learning import abstract_state, graph_of

@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from experiments.translate.config import Config, UsageError
+from experiments.command_line import UsageError
+from experiments.translate.config import Config
 
 Record = dict[str, Any]
 

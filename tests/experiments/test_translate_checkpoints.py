@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.command_line import UsageError
 from experiments.translate.checkpoints import Checkpoints
-from experiments.translate.config import UsageError
 
 
 def state(step):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from attention_jax import scores
-from experiments.translate.command_line import HelpRequested, help_text, parse
-from experiments.translate.config import CONTROLS, SCORES, Config, UsageError
+from experiments.command_line import HelpRequested, UsageError
+from experiments.translate.command_line import help_text, parse
+from experiments.translate.config import CONTROLS, SCORES, Config
 from experiments.translate.report import command
 
 ROOT = Path(__file__).parents[2]

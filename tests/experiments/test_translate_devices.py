@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.command_line import UsageError
 from experiments.data.vocabulary import EOS
 from experiments.translate import devices, learning
 from experiments.translate.command_line import parse
-from experiments.translate.config import Config, UsageError
+from experiments.translate.config import Config
 from experiments.translate.learning import quick_options
 from experiments.translate.model import Sizes
 

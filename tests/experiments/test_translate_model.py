@@ -12,9 +12,10 @@ from flax import nnx
 from attention_jax import scores
 from attention_jax.nnx import DecoderAttention
 from attention_jax.parameters import bind_parameters, initialize
+from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate import budget, decoding
-from experiments.translate.config import CONTROLS, SCORES, UsageError
+from experiments.translate.config import CONTROLS, SCORES
 from experiments.translate.learning import count_parameters, graph_of, quick_options, token_losses
 from experiments.translate.mechanisms import between_projections, score_of
 from experiments.translate.model import Sizes, Translator, from_input, from_state, gated

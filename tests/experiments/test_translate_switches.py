@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from attention_jax.parameters import bind_parameters, initialize
+from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate.command_line import parse
-from experiments.translate.config import UsageError
 from experiments.translate.learning import count_parameters, graph_of, quick_options
 from experiments.translate.mechanisms import score_of
 from experiments.translate.model import Sizes

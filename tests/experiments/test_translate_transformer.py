@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate import budget, decoding
 from experiments.translate.command_line import parse
-from experiments.translate.config import Config, UsageError
+from experiments.translate.config import Config
 from experiments.translate.learning import (
     count_parameters,
     graph_of,

@@ -1,0 +1,70 @@
+"""What the command lines of all programs share: absl flags, and one sentence for a mistake."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from absl import flags
+
+Options = TypeVar("Options")
+
+
+class UsageError(ValueError):
+    """A request that cannot be met; the message is one sentence for the person who made it."""
+
+
+class HelpRequested(Exception):  # noqa: N818  it is no error
+    """`--help` was given; the argument is the text to print."""
+
+
+def read(
+    program: str, values: flags.FlagValues, arguments: Sequence[str], help: Callable[[], str]
+) -> dict[str, Any]:
+    """Read the arguments behind a program's name by its flags, and return the value of each.
+
+    Raises:
+      UsageError: an unknown flag, a value of another type, or an argument that is no flag.
+      HelpRequested: the help text was asked for.
+
+    >>> values = flags.FlagValues()
+    >>> flags.DEFINE_integer("length", 16, "", flag_values=values)
+    <absl.flags._flagvalues.FlagHolder ...>
+    >>> read("draw", values, ["--lenght=8"], str)
+    Traceback (most recent call last):
+    experiments.command_line.UsageError: unknown flag --lenght; did you mean --length?
+    """
+    names = list(values)
+    flags.DEFINE_flag(flags.BooleanFlag("help", False, "this text", short_name="h"), values)
+    try:
+        rest = values([program, *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, names, n=1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists all flags."
+        raise UsageError(f"unknown flag --{error.flagname}; {hint}") from None
+    except flags.Error as error:
+        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
+    if values["help"].value:
+        raise HelpRequested(help())
+    if rest:
+        raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
+    return {name: values[name].value for name in names}
+
+
+def run(
+    program: str,
+    arguments: Sequence[str] | None,
+    parse: Callable[[Sequence[str]], Options],
+    do: Callable[[Options], Any],
+) -> int:
+    """Run a program and return its exit code: 0, 2 for a request that cannot be met."""
+    try:
+        do(parse(sys.argv[1:] if arguments is None else arguments))
+    except HelpRequested as help:
+        print(help)
+    except UsageError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    return 0
