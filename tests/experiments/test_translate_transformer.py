@@ -1,6 +1,7 @@
 """The Transformer as a translator does all that the recurrent one does."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate import budget, decoding
+from experiments.translate.__main__ import main
 from experiments.translate.command_line import parse
 from experiments.translate.config import Config
 from experiments.translate.learning import (
@@ -206,3 +208,40 @@ def test_what_a_model_does_not_know_is_refused_by_name(flags, sentence):
     with pytest.raises(UsageError) as error:
         parse(["--model=transformer", *flags])
     assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.slow
+def test_the_whole_program_with_a_transformer(tmp_path, translate_to_words):
+    """Trained, resumed, evaluated with a beam, and asked for a translation with its alignment."""
+    flags = [
+        *("--model=transformer", "--data=copy", "--width=16", "--heads=2", "--layers=1"),
+        *("--train_size=400", "--valid_size=16", "--test_size=16", "--batch_size=16"),
+        *("--seeds=2", "--steps=50", "--buckets=1", "--learning_rate=0.003", "--dropout=0.1"),
+        *("--scores=scaled_dot,uniform", f"--workdir={tmp_path}/run"),
+    ]
+    code, out, _ = translate_to_words(*flags)
+    assert code == 0 and out.splitlines()[-1] == f"{tmp_path}/run/report.html"
+    results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
+    assert [row["score"] for row in results["mechanisms"]] == ["scaled_dot", "uniform"]
+    assert all(row["sizes"]["model"] == "transformer" for row in results["mechanisms"])
+    (tmp_path / "text").write_text("a b c\nd\n", "utf-8")
+    asked = (f"--workdir={tmp_path}/run", f"--input={tmp_path}/text", "--mode=translate")
+    code, out, _ = translate_to_words(*asked, f"--alignments={tmp_path}/links", "--beam_size=2")
+    assert code == 0 and len(out.splitlines()) == 2
+    assert len((tmp_path / "links").read_text("utf-8").splitlines()) == 2
+    asked = (f"--workdir={tmp_path}/run", "--mode=evaluate", "--beam_size=3")
+    code, out, _ = translate_to_words(*asked)
+    assert code == 0 and "beam of 3, length penalty 0.6" in out
+
+
+@pytest.fixture
+def translate_to_words(capsys):
+    """The main job in this process: exit code and what it says."""
+
+    def run(*arguments):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            code = main(arguments)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
