@@ -37,8 +37,9 @@ class Task(NamedTuple):
     examples: int = 64
     noise: float = 0.3
 
-    def batch(self, key: Array) -> Batch:
+    def batch(self, key: Array, data: None = None) -> Batch:
         """Draw examples."""
+        del data
         which, latents, noise = jax.random.split(key, 3)
         index = jax.random.randint(which, (self.examples,), 0, self.keys)
         latent = jax.random.normal(latents, (self.examples, self.keys, self.latent))

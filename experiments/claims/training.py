@@ -12,6 +12,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from experiments.translate.learning import quick_options
+
 Array = jax.Array
 
 _HELD_OUT = 1_000_000
@@ -38,13 +40,14 @@ class Trained(NamedTuple):
 
 def train(
     arm: Arm,
-    batch: Callable[[Array], Any],
+    batch: Callable[[Array, Any], Any],
     key: Array,
     *,
     rates: Sequence[float],
     seeds: int,
     steps: int,
-    held_out: Callable[[Array], Any] | None = None,
+    data: Any = None,
+    held_out: Any = None,
 ) -> Trained:
     """Train every seed at every rate by Adam, and keep the rate with the least held-out loss.
 
@@ -53,16 +56,18 @@ def train(
 
     Args:
       arm: what is trained.
-      batch: from a key to a batch.
+      batch: from a key and `data` to a batch.
       key: of all seeds.
       rates: largest learning rates; each grows for a tenth of the steps and then falls to zero.
       seeds: models of each rate.
       steps: of training.
-      held_out: from a key to the batch that rates are compared on; `batch` unless given.
+      data: arrays that batches are drawn from; where only these differ, nothing is compiled anew.
+      held_out: the batch that rates are compared on; one more of `batch` unless given.
     """
     seed_keys = jax.random.split(key, seeds)
-    test = (held_out or batch)(jax.random.fold_in(key, _HELD_OUT))
-    parameters, losses = _all(arm, batch, steps, seed_keys, jnp.asarray(rates, jnp.float32), test)
+    test = batch(jax.random.fold_in(key, _HELD_OUT), data) if held_out is None else held_out
+    rates_array = jnp.asarray(rates, jnp.float32)
+    parameters, losses = _compiled(arm, batch, steps)(seed_keys, rates_array, data, test)
     by_rate = np.asarray(losses, np.float64)
     means = np.nan_to_num(by_rate, nan=np.inf).mean(axis=1)
     best = int(means.argmin())
@@ -74,9 +79,21 @@ def train(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("arm", "batch", "steps"))
-def _all(
-    arm: Arm, batch: Callable[[Array], Any], steps: int, seeds: Array, rates: Array, test: Any
+@functools.cache
+def _compiled(arm: Arm, batch: Callable[[Array, Any], Any], steps: int) -> Any:
+    # LLVM's full effort takes longer and does not make small models faster.
+    every = functools.partial(_every_rate_and_seed, arm, batch, steps)
+    return jax.jit(every, compiler_options=quick_options(1))
+
+
+def _every_rate_and_seed(
+    arm: Arm,
+    batch: Callable[[Array, Any], Any],
+    steps: int,
+    seeds: Array,
+    rates: Array,
+    data: Any,
+    test: Any,
 ) -> tuple[Any, Array]:
     def one(rate: Array, key: Array) -> tuple[Any, Array]:
         shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10 + 1, steps + 1)
@@ -85,7 +102,7 @@ def _all(
 
         def step(state: Any, number: Array) -> Any:
             parameters, moments = state
-            given = batch(jax.random.fold_in(key, number))
+            given = batch(jax.random.fold_in(key, number), data)
             gradient = jax.grad(arm.loss)(parameters, given)
             updates, moments = optimizer.update(gradient, moments, parameters)
             return (optax.apply_updates(parameters, updates), moments), None

@@ -13,6 +13,8 @@ HOLDS, ONLY_IF, FAILS, OPEN = (
     "cannot be decided here",
 )
 
+NOISE = [0.5, -0.4, 0.6, -0.7, 0.3, -0.3, 0.2, -0.2]
+
 
 def around(center, spread=0.01, count=8):
     """Values whose mean is the centre."""
@@ -152,6 +154,90 @@ def of_75(first, second):
     return {"rows": rows}
 
 
+def of_50(separate, shared, noise=0):
+    shared = [shared + noise * n for n in NOISE]
+    return {"bleu": {"separate": around(separate), "shared": shared, "shared, not oneself": shared}}
+
+
+def of_51(*differences, level=20.0):
+    """BLEU of scaled dot less that of additive at each size."""
+    scaled = [around(level + of) for of in differences]
+    level_one = [around(level)] * len(differences)
+    return {
+        "sizes": [2, 8, 512][: len(differences)],
+        "bleu": {"dot": level_one, "scaled_dot": scaled, "additive": level_one},
+    }
+
+
+def of_52(gain, level=20.0, noise=0):
+    best = [level + gain + noise * n for n in NOISE]
+    return {"heads": [1, 2, 4], "bleu": [around(level), around(level), best]}
+
+
+def of_55(summed, breach=1e-7, concat=20.0):
+    bleu = {"concatenated": around(concat), "summed": summed}
+    return {"breach": breach, "bleu": bleu}
+
+
+def of_56(rise):
+    rises = [[rise] * 4] * 6
+    alike = {"entropy": around(1.0), "js": around(0.2), "cka": around(0.5)}
+    return {"encoder": rises, "decoder": rises, "to the encoder": rises, **alike}
+
+
+def of_57(additive, bilinear, low_rank):
+    names = ("additive", "bilinear", "low_rank_bilinear")
+    accuracy = dict(zip(names, (additive, bilinear, low_rank), strict=True))
+    return {"accuracy": accuracy, "parameters": dict.fromkeys(names, 400)}
+
+
+def of_62(bridged, plain):
+    def arm(rate, spread):
+        rates = around(rate, spread)
+        return {"norms": [[2.718 ** (r * j) for r in rates] for j in range(8)]}
+
+    return {
+        "additive": {**arm(bridged, 0.01), "correlation": around(0.8)},
+        "without attention": arm(plain, 0.01),
+    }
+
+
+def of_69(last, first=99.0):
+    right = {"sinusoids": [around(first), around(last), around(last)]}
+    return {"lengths": [16, 32, 64], "identity": 1e-13, "right": right}
+
+
+def of_71(parity, copy=99.0):
+    right = {"copy": [around(copy)] * 4, "parity": [around(99.0)] * 3 + [parity]}
+    return {"lengths": [8, 16, 24, 32], "right": right}
+
+
+def of_72(least, most=0.0, spread=0.01):
+    """Loss of scaled dot less that of additive with the least and with all data."""
+    additive = [around(1.0)] * 2
+    scaled = [
+        [a + d for a, d in zip(around(1.0), around(of, spread), strict=True)]
+        for of in (least, most)
+    ]
+    return {"sizes": [100, 6000], "loss": {"additive": additive, "scaled_dot": scaled}}
+
+
+def of_74(none, uniform, additive):
+    arms = {"no attention": none, "mean of the source": uniform, "additive": additive}
+    right = {name: [around(first), around(last)] for name, (first, last) in arms.items()}
+    return {"lengths": [4, 12], "right": right}
+
+
+def of_76(small, large, dot=1.0):
+    """Loss of scaled dot less that of additive at the smallest and the largest size."""
+    loss = {
+        "dot": [around(2.0), around(2.0 + dot)],
+        "scaled_dot": [around(2.0 + small), around(2.0 + large)],
+        "additive": [around(2.0), around(2.0)],
+    }
+    return {"sizes": [2, 512], "loss": loss}
+
+
 CASES = [
     (39, of_39(1.0, 1.0), HOLDS),
     (39, of_39(1.0, 3.0), ONLY_IF),
@@ -184,12 +270,39 @@ CASES = [
     (49, of_49(around(0.99)), HOLDS),
     (49, of_49(around(0.2)), FAILS),
     (49, of_49(around(0.95, 0.04)), OPEN),
+    (50, of_50(20.0, 18.5), HOLDS),
+    (50, of_50(20.0, 20.1), FAILS),
+    (50, of_50(20.0, 12.0), FAILS),
+    (50, of_50(20.0, 18.5, noise=5), OPEN),
+    (50, of_50(0.1, 0.1), OPEN),
+    (51, of_51(1.0, 1.0, 1.0), HOLDS),
+    (51, of_51(1.0, -1.0, 0.0), ONLY_IF),
+    (51, of_51(0.0, -1.0, 0.0), FAILS),
+    (51, of_51(0.0, 0.0, 0.0), OPEN),
+    (51, of_51(1.0, 1.0, 1.0, level=0.5), OPEN),
+    (52, of_52(1.5), HOLDS),
+    (52, of_52(5.0), FAILS),
+    (52, of_52(0.1), FAILS),
+    (52, of_52(1.5, noise=5), OPEN),
+    (52, of_52(1.5, level=0.1), OPEN),
     (53, {"heads": [1, 2], "depth 256/h": [1, 2], "depth 64": [1, 2]}, HOLDS),
     (53, {"heads": [1, 2], "depth 256/h": [1, 1], "depth 64": [1, 2]}, ONLY_IF),
     (53, {"heads": [1, 2], "depth 256/h": [1, 1], "depth 64": [1, 1]}, FAILS),
     (54, of_54(4.0, 0.1), HOLDS),
     (54, of_54(4.0, 1.0), ONLY_IF),
     (54, of_54(256.0, 1.0), FAILS),
+    (55, of_55(around(15.0)), HOLDS),
+    (55, of_55(around(20.0)), FAILS),
+    (55, of_55(around(25.0)), FAILS),
+    (55, of_55(around(15.0), breach=0.1), FAILS),
+    (55, of_55([20 + 9 * noise for noise in NOISE]), OPEN),
+    (55, of_55(around(0.0), concat=0.1), OPEN),
+    (56, of_56(0.01), HOLDS),
+    (56, of_56(0.5), FAILS),
+    (57, of_57(around(90), around(80), around(80)), HOLDS),
+    (57, of_57(around(80), around(90), around(70)), FAILS),
+    (57, of_57(around(80), around(80), around(70)), FAILS),
+    (57, of_57(around(80), [80 + 9 * noise for noise in NOISE], around(70)), OPEN),
     (58, of_58(0.9, 0.9, 0.1), HOLDS),
     (58, of_58(0.9, 0.9, 0.7), ONLY_IF),
     (58, of_58(0.9, 0.5, 0.7), FAILS),
@@ -202,6 +315,9 @@ CASES = [
     (60, of_60(0.0, finite=False), FAILS),
     (61, {"a": {"filled": True, "attend": True}}, HOLDS),
     (61, {"a": {"filled": False, "attend": True}}, FAILS),
+    (62, of_62(-0.02, -0.5), HOLDS),
+    (62, of_62(-0.5, -0.02), FAILS),
+    (62, of_62(-0.4, -0.5), OPEN),
     (63, of_63(1.0, 1.0, 1.0), HOLDS),
     (63, of_63(1.0, 0.5, 0.1), ONLY_IF),
     (63, of_63(0.5, 0.5, 0.1), FAILS),
@@ -220,15 +336,33 @@ CASES = [
     (68, of_68(0.0, 0.0), HOLDS),
     (68, of_68(0.0, 0.5), ONLY_IF),
     (68, of_68(0.1, 0.5), FAILS),
+    (69, of_69(98.0), HOLDS),
+    (69, of_69(30.0), FAILS),
+    (69, of_69(30.0, first=50.0), OPEN),
     (70, of_70(0.5, 1.0), HOLDS),
     (70, of_70(1.0, 1.0), OPEN),
     (70, of_70(0.5, 0.9), FAILS),
     (70, of_70(0.5, 1.0, error=100.0), FAILS),
+    (71, of_71(around(98.0)), HOLDS),
+    (71, of_71(around(50.0)), FAILS),
+    (71, of_71(around(93.0)), OPEN),
+    (71, of_71(around(50.0), copy=60.0), OPEN),
+    (72, of_72(0.5), HOLDS),
+    (72, of_72(-0.5), FAILS),
+    (72, of_72(0.5, most=0.9), OPEN),
+    (72, of_72(0.0, spread=0.3), OPEN),
     (73, {"a": 1e-7, "b": 1e-6}, HOLDS),
     (73, {"a": 1e-7, "b": 1e-2}, FAILS),
+    (74, of_74((90, 30), (95, 40), (99, 98)), HOLDS),
+    (74, of_74((90, 99), (95, 40), (99, 90)), FAILS),
+    (74, of_74((50, 50), (50, 50), (99, 98)), OPEN),
     (75, of_75(0.3, 0.9), HOLDS),
     (75, of_75(0.3, 0.001), OPEN),
     (75, of_75(0.001, 0.001), FAILS),
+    (76, of_76(0.5, -0.5), HOLDS),
+    (76, of_76(-0.5, -0.5), FAILS),
+    (76, of_76(0.5, 0.5), FAILS),
+    (76, of_76(0.0, 0.0), OPEN),
 ]
 
 

@@ -1,0 +1,85 @@
+"""Small encoders that label every token of a sequence: tasks of any length, drawn as they train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax import masks
+from attention_jax.nnx import TokenEncoder
+from experiments.claims.claim import Setting
+from experiments.claims.training import Arm, Trained, accuracy, arm_of, cross_entropy, merged, train
+
+Array = jax.Array
+SYMBOLS, WIDTH, HEADS = 8, 32, 4
+
+
+class Batch(NamedTuple):
+    """Tokens [B, T], how many of them there are [B], and a label for each token, or -1."""
+
+    tokens: Array
+    lengths: Array
+    labels: Array
+
+
+# From tokens [T] and their number to labels [T].
+Task = Callable[[Array, Array], Array]
+
+
+def draw(task: Task, key: Array, longest: int, shortest: int = 1, count: int = 32) -> Batch:
+    """Draw sequences of all lengths between two."""
+    symbols, sizes = jax.random.split(key)
+    tokens = jax.random.randint(symbols, (count, longest), 0, SYMBOLS)
+    lengths = jax.random.randint(sizes, (count,), shortest, longest + 1)
+    there = jnp.arange(longest)[None] < lengths[:, None]
+    labels = jnp.where(there, jax.vmap(task)(tokens, lengths), -1)
+    return Batch(jnp.where(there, tokens, SYMBOLS), lengths, labels)
+
+
+def trained(
+    setting: Setting, task: Task, longest: int, **options: Any
+) -> tuple[Callable[[Any], Any], Trained]:
+    """Train encoders of two layers on sequences up to a length; options are the encoder's."""
+
+    def build(rngs: nnx.Rngs) -> TokenEncoder:
+        sizes = {"hidden_features": 2 * WIDTH, "norm_first": True}
+        return TokenEncoder(SYMBOLS + 1, WIDTH, HEADS, 2, **sizes, **options, rngs=rngs)
+
+    arm: Arm = arm_of(build, lambda model, batch: cross_entropy(logits(model, batch), batch.labels))
+
+    def batch(key: Array, data: None) -> Batch:
+        del data
+        return draw(task, key, longest)
+
+    found = train(
+        arm,
+        batch,
+        jax.random.key(0),
+        rates=setting.pick(tiny=(3e-3,), quick=(1e-3, 3e-3), full=(3e-4, 1e-3, 3e-3)),
+        seeds=setting.pick(tiny=2, quick=6, full=8),
+        steps=setting.pick(tiny=4, quick=500, full=5000),
+        held_out=draw(task, jax.random.key(1), longest, count=256),
+    )
+    return merged(build), found
+
+
+def logits(model: TokenEncoder, batch: Batch) -> Array:
+    """Return logits [B, T, symbols] that padding has no part in."""
+    return model(batch.tokens, masks.Lengths(batch.lengths))
+
+
+def right(
+    setting: Setting, merge: Callable[[Any], Any], parameters: Any, task: Task, length: int
+) -> list[float]:
+    """Return for each seed the percentage of right labels in sequences of exactly one length."""
+    count = setting.pick(tiny=8, quick=128, full=512)
+    batch = draw(task, jax.random.key(2), length, length, count)
+
+    def of_seed(own: Any) -> Array:
+        return 100 * accuracy(logits(merge(own), batch), batch.labels)
+
+    return jax.jit(jax.vmap(of_seed))(parameters).tolist()

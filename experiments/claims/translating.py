@@ -1,0 +1,169 @@
+"""Small translators of the generated grammar, recurrent or Transformers, and their BLEU."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attention_jax import masks
+from attention_jax.nnx import EncoderDecoder, MultiHeadAttention
+from experiments import metrics
+from experiments.claims.claim import Setting
+from experiments.claims.training import Arm, Trained, arm_of, merged, train
+from experiments.data import load
+from experiments.data.batches import pad
+from experiments.data.corpus import Pair
+from experiments.data.vocabulary import BOS, PAD, Vocabulary
+from experiments.translate import decoding
+from experiments.translate.learning import token_losses
+from experiments.translate.model import Sizes, Translator
+
+Array = jax.Array
+WIDTH = 32
+_BATCH = 32
+
+
+class Text(NamedTuple):
+    """Encoded pairs: source [n, S] and target [n, T], both with an end symbol and padding.
+
+    Of the `size` first ones training draws its batches.
+    """
+
+    source: Array
+    target: Array
+    size: Array
+
+
+class Material(NamedTuple):
+    """Training text, held-out text, and the test pairs as text and as words."""
+
+    train: Text
+    valid: Text
+    test: Text
+    pairs: tuple[Pair, ...]
+    source_vocabulary: Vocabulary
+    target_vocabulary: Vocabulary
+
+
+@functools.cache
+def material(setting: Setting, name: str = "grammar", longest: int = 10) -> Material:
+    """Generate a corpus whose sentences have at most so many words."""
+    sizes = setting.pick(tiny=(200, 20, 20), quick=(6000, 200, 200), full=(20000, 500, 500))
+    corpus = load(
+        name, train_size=sizes[0], valid_size=sizes[1], test_size=sizes[2], max_length=longest
+    )
+    vocabularies = corpus.source_vocabulary, corpus.target_vocabulary
+    splits = corpus.train, corpus.valid, corpus.test
+    sides = [
+        [vocabulary.encode(getattr(pair, side)) for pairs in splits for pair in pairs]
+        for side, vocabulary in zip(("source", "target"), vocabularies, strict=True)
+    ]
+    source, target = (pad(of_side, 1 + max(map(len, of_side))) for of_side in sides)
+    ends = np.cumsum([0, *map(len, splits)])
+    train, valid, test = (
+        Text(jnp.asarray(source[a:b]), jnp.asarray(target[a:b]), jnp.int32(b - a))
+        for a, b in itertools.pairwise(ends)
+    )
+    return Material(train, valid, test, corpus.test, *vocabularies)
+
+
+def batch(key: Array, text: Text) -> tuple[Array, Array]:
+    """Draw pairs with replacement."""
+    rows = jax.random.randint(key, (_BATCH,), 0, text.size)
+    return text.source[rows], text.target[rows]
+
+
+def recurrent(given: Material, score: str, attention_size: int = WIDTH) -> Model:
+    """Return a recurrent translator that differs from others in its score alone."""
+    words = len(given.source_vocabulary), len(given.target_vocabulary)
+    sizes = Sizes(*words, width=WIDTH, attention_size=attention_size, readout_size=WIDTH)
+
+    def build(rngs: nnx.Rngs) -> Translator:
+        return Translator(score, sizes, rngs=rngs)
+
+    def loss(model: Translator, pairs: tuple[Array, Array]) -> Array:
+        logits, _ = model(*pairs)
+        return jnp.sum(token_losses(logits, pairs[1])) / jnp.sum(pairs[1] != PAD)
+
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+    return Model(arm_of(build, loss), build, functools.partial(decoding.greedy, graph))
+
+
+def transformer(given: Material, heads: int, **options: Any) -> Model:
+    """Return a Transformer of one block on either side; options are those of its attention."""
+    words = len(given.source_vocabulary), len(given.target_vocabulary)
+    attention = functools.partial(MultiHeadAttention, **options)
+
+    def build(rngs: nnx.Rngs) -> EncoderDecoder:
+        sizes = {"hidden_features": 2 * WIDTH, "norm_first": True}
+        return EncoderDecoder(*words, WIDTH, heads, 1, attention=attention, **sizes, rngs=rngs)
+
+    def loss(model: EncoderDecoder, pairs: tuple[Array, Array]) -> Array:
+        return teacher_forced(model, pairs)[0]
+
+    merge = merged(build)
+
+    def translate(longest: int, parameters: Any, source: Array) -> Array:
+        begin = jnp.full((len(source), 1), BOS, jnp.int32)
+
+        def of_seed(own: Any) -> Array:
+            return merge(own).generate(source, begin, longest, present(source))
+
+        return jax.vmap(of_seed)(parameters)
+
+    return Model(arm_of(build, loss), build, translate)
+
+
+class Model(NamedTuple):
+    """What is trained, the module that is built, and how all seeds translate sources [B, S]."""
+
+    arm: Arm
+    build: Callable[[nnx.Rngs], Any]
+    translate: Callable[[int, Any, Array], Array]
+
+    def train(self, setting: Setting, given: Material, text: Text | None = None) -> Trained:
+        """Train six seeds and more at each learning rate, and keep the best rate."""
+        return train(
+            self.arm,
+            batch,
+            jax.random.key(0),
+            rates=setting.pick(tiny=(3e-3,), quick=(3e-3, 1e-2), full=(1e-3, 3e-3, 1e-2)),
+            seeds=setting.pick(tiny=2, quick=6, full=8),
+            steps=setting.pick(tiny=4, quick=250, full=1500),
+            data=given.train if text is None else text,
+            held_out=(given.valid.source, given.valid.target),
+        )
+
+    def bleu(self, parameters: Any, given: Material) -> list[float]:
+        """BLEU of the greedy translations of the test set, for each seed."""
+        longest = given.test.target.shape[1] + 2
+        words = jax.jit(functools.partial(self.translate, longest))(parameters, given.test.source)
+        references = [pair.target for pair in given.pairs]
+        decode = given.target_vocabulary.decode
+        return [
+            metrics.bleu([decode(ids) for ids in of_seed], references).value
+            for of_seed in np.asarray(words).tolist()
+        ]
+
+
+def teacher_forced(
+    model: EncoderDecoder, pairs: tuple[Array, Array], **options: Any
+) -> tuple[Array, Any]:
+    """Return the mean loss of a target word, and what the model returned."""
+    source, target = pairs
+    begun = jnp.concatenate([jnp.full_like(target[:, :1], BOS), target[:, :-1]], axis=1)
+    found = model(source, begun, present(source), **options)
+    logits = found[0] if isinstance(found, tuple) else found
+    return jnp.sum(token_losses(logits.swapaxes(0, 1), target)) / jnp.sum(target != PAD), found
+
+
+def present(tokens: Array) -> masks.Lengths:
+    """Return the mask that hides padding."""
+    return masks.Lengths(jnp.sum(tokens != PAD, axis=1, dtype=jnp.int32))

@@ -1,0 +1,85 @@
+"""A context vector of fixed size is a bottleneck: without attention, long sequences suffer.
+
+Source: Cho et al. 2014 (properties of neural machine translation); Bahdanau et al. 2015, figure 2.
+
+Method: Recurrent translators are trained to write strings of 1 to 12 symbols backwards, without
+attention, with the mean of the source as context, and with additive attention; six seeds or more,
+the learning rate of each arm swept. The share of symbols that are right, given those before, by
+length.
+
+Criterion: Holds if for 9 symbols and more additive attention is conclusively better than both
+controls, and both lose conclusively from the shortest strings to the longest. Fails if a control
+is conclusively no worse than attention for the longest.
+
+Published: Bahdanau et al. 2015, test set without unknown words: 26.75 BLEU (RNNsearch-50) against
+17.82 (RNNencdec-50) on all sentences.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
+from experiments.claims.comparing import difference, higher
+from experiments.claims.drawing import lines
+from experiments.claims.evidence import shown
+from experiments.claims.sweeps import reversal
+from experiments.claims.training import accuracy, merged
+from experiments.data.vocabulary import PAD
+
+ARMS = {"no attention": "none", "mean of the source": "uniform", "additive": "additive"}
+BOUNDS = ((1, 4), (5, 8), (9, 12))
+
+
+def measure(setting: Setting, key: jax.Array) -> Data:
+    """Train the arms and measure accuracy by length and seed."""
+    data: Data = {"lengths": [high for _, high in BOUNDS], "right": {}}
+    for name, score in ARMS.items():
+        model, trained, given = reversal(setting, score)
+        merge = merged(model.build)
+        source, target = given.test.source, given.test.target
+        lengths = jnp.sum(target != PAD, axis=1) - 1
+
+        def of_seed(parameters, merge=merge, source=source, target=target, lengths=lengths):
+            logits = merge(parameters)(source, target)[0].swapaxes(0, 1)
+            symbols = jnp.arange(target.shape[1])[None] < lengths[:, None]
+
+            def of_bounds(low: int, high: int) -> jax.Array:
+                counted = symbols & ((lengths >= low) & (lengths <= high))[:, None]
+                return 100 * accuracy(logits, jnp.where(counted, target, -1))
+
+            return [of_bounds(*bounds) for bounds in BOUNDS]
+
+        found = jax.jit(jax.vmap(of_seed))(trained.parameters)
+        data["right"][name] = [values.tolist() for values in found]
+    return data
+
+
+def verdict(data: Data) -> Verdict:
+    """Judge the longest strings, then what length costs the controls."""
+    *controls, attention = (data["right"][name] for name in ARMS)
+    longest = attention[-1]
+    found = ", ".join(
+        f"{name} {shown(of[0])}% to {shown(of[-1])}%" for name, of in data["right"].items()
+    )
+    found = (
+        f"Right symbols from the shortest to the longest strings: {found}. Attention less none: "
+        f"{difference(longest, controls[0][-1])}."
+    )
+    if any(higher(control[-1], longest) for control in controls):
+        return fails(found)
+    ahead = all(higher(longest, control[-1]) for control in controls)
+    lose = all(higher(control[0], control[-1]) for control in controls)
+    return holds(found) if ahead and lose else undecided(found)
+
+
+def figure(data: Data):
+    """Draw accuracy against length."""
+    return lines(
+        data["lengths"],
+        data["right"],
+        xlabel="symbols, up to",
+        ylabel="right symbols (%)",
+        ylim=(0, 102),
+    )
