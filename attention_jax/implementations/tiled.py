@@ -31,7 +31,7 @@ from attention_jax.composition import identity
 from attention_jax.implementations import online
 from attention_jax.implementations.head import SAVED, Head, Result, finite, kept, poison
 from attention_jax.implementations.tiles import Visits, make_plan, make_visits
-from attention_jax.intervals import indices
+from attention_jax.intervals import EMPTY, indices
 from attention_jax.masks import Lengths
 from attention_jax.matmul import times
 from attention_jax.normalizers import Elementwise, Exponential, streaming
@@ -202,7 +202,8 @@ class _Tiles:
             online.Sums.start(length, depth, operands.value.dtype), operands, given.query_poison
         )
         return online.finished(
-            how, self.over_tiles(given, read, visit, write, of_tile, lambda rows, *_: rows, sums)
+            how,
+            self.over_tiles(given, read, visit, write, of_tile, lambda rows, *_: rows, sums, False),
         )
 
     def tangent_sums(
@@ -266,7 +267,7 @@ class _Tiles:
             return jax.tree.map(functools.partial(_added, i), sums, found)
 
         sums = jnp.zeros_like(base), varying_like(jnp.zeros((base.size, depth), base.dtype), base)
-        return self.over_tiles(given, read, visit, write, of_tile, nothing, sums)
+        return self.over_tiles(given, read, visit, write, of_tile, nothing, sums, True)
 
     def over_tiles(
         self,
@@ -277,12 +278,13 @@ class _Tiles:
         of_tile: Callable[..., Any],
         nothing: Callable[..., Any],
         sums: Any,
+        transposed: bool,
     ) -> Any:
         """Fold over the visits: read the rows from query i on, visit each tile of them, and write.
 
         `of_tile` is called with the mask or without, or `nothing` for a tile that turns out to be
-        EMPTY at run time. A scan of fixed length, whatever the plan, so that it can be transposed;
-        nothing inside a step is kept for that.
+        EMPTY at run time. What is to be transposed is a scan of fixed length, whatever the plan,
+        and nothing inside a step is kept for that.
         """
         masked, unmasked = (functools.partial(of_tile, masked) for masked in (True, False))
 
@@ -301,7 +303,10 @@ class _Tiles:
                 found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
                 return write(sums, i, found), None
 
-            return lax.scan(body, sums, (visits.queries, visits.keys, states))[0]
+            where = visits.queries, visits.keys, states
+            if states is None or transposed:
+                return lax.scan(body, sums, where)[0]
+            return _over_live(lambda sums, where: body(sums, where)[0], sums, where)
 
         if given.states is not None:
             branches = [
@@ -347,6 +352,28 @@ class _Tiles:
             value=_rows(operands.value, j, self.key_size),
             bias=bias,
         )
+
+
+def _over_live(step: Callable[..., Any], sums: Any, where: Any) -> Any:
+    """Fold over the visits whose state is not EMPTY, as many as there are."""
+    where = jax.tree.map(jnp.asarray, where)
+    order = jnp.argsort(where[-1] == EMPTY, stable=True)
+
+    def body(n: Any, sums: Any) -> Any:
+        return step(sums, jax.tree.map(lambda x: x[order[n]], where))
+
+    return lax.fori_loop(0, _most(jnp.sum(where[-1] != EMPTY)), body, sums)
+
+
+@jax.custom_batching.custom_vmap
+def _most(count: Array) -> Array:
+    """Return the count; for a batch the largest, so that one loop does for all."""
+    return count
+
+
+@_most.def_vmap
+def _(axis_size: int, in_batched: list[bool], count: Array) -> tuple[Array, bool]:
+    return _most(jnp.max(count)), False
 
 
 def _added(i: Any, sums: Array, found: Array) -> Array:

@@ -135,7 +135,7 @@ def pairs():
             yield pytest.param(name, score, mask, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "score", "mask"), pairs())
+@pytest.mark.parametrize(("name", "score", "mask"), list(pairs()))
 def test_compiled_vectorised_and_in_half_precision(name, score, mask):
     """Also with more queries than keys: what the loops say of inputs rounded to that dtype."""
     rng = np.random.default_rng(8)
