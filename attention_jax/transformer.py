@@ -7,7 +7,7 @@ are asked for, or the next cache.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,14 +117,40 @@ class TransformerBlock(NamedTuple):
             raise ValueError("TransformerBlock: it attends to a memory, and none was given.")
 
 
-def one_after_another(functions: Iterable[Callable[[Array], Any]], x: Array, norm: Any) -> Any:
-    """Apply functions, and a last norm where there is one; what is beside becomes a list."""
+def one_after_another(
+    apply: Callable[..., Any], blocks: Sequence[Any], x: Array, memory: Any, norm: Any, *each: Any
+) -> Any:
+    """Apply `apply(block, x, memory, ...)` block after block, and a last norm where there is one.
+
+    Args:
+      apply: of one block, to x [B, T, D]; returns it, and what else comes of the block.
+      blocks: lowest first.
+      x: [B, T, D].
+      memory: one array for all blocks, or what `keys` made for each.
+      norm: a function, or None.
+      *each: more arguments, a sequence with one for each block.
+
+    Returns:
+      x [B, T, D]; with it a list of what else came of every block, where something did.
+    """
+    memories = memory if isinstance(memory, list) else [memory] * len(blocks)
     beside = []
-    for function in functions:
-        x, *more = _parts(function(x))
+    for block, *others in zip(blocks, memories, *each, strict=True):
+        x, *more = _parts(apply(block, x, *others))
         beside += more
     x = x if norm is None else norm(x)
     return (x, beside) if beside else x
+
+
+def decoded_one_after_another(
+    blocks: Sequence[Any], x: Array, caches: Sequence[Cache], memory: Any, norm: Any, **options: Any
+) -> tuple[Array, list[Cache]]:
+    """Let every block decode, each with its own cache; returns x and the next caches."""
+
+    def decode(block: Any, x: Array, memory: Any, cache: Cache) -> tuple[Array, Cache]:
+        return block.decode(x, cache, memory, **options)
+
+    return one_after_another(decode, blocks, x, memory, norm, caches)
 
 
 def on_output(function: Callable[[Array], Array], result: Any) -> Any:
@@ -141,11 +167,6 @@ def dropout_options(dropout_rate: float, deterministic: bool) -> dict[str, Any]:
     """Return what an attention is told of dropout: nothing where there is none."""
     dropped = {"dropout_rate": dropout_rate, "deterministic": deterministic}
     return dropped if dropout_rate else {}
-
-
-def per_layer(memory: Any, num_layers: int) -> Sequence[Any]:
-    """Return the memory of each layer: one array for all, or what `keys` made for each."""
-    return memory if isinstance(memory, list) else [memory] * num_layers
 
 
 def embed(

@@ -137,68 +137,84 @@ def _error(context: Any, query: Any, key: Any, value: Any) -> Any:
 @functools.cache
 def _approximations(options: Options) -> list[tuple[str, int | None, Callable[..., Any]]]:
     """Return name, size and a compiled function from draws and arrays to the numbers of a Row."""
-    import jax
-    import jax.numpy as jnp
-
-    from attention_jax import bind, feature_maps, linformer, performer, scores
+    from attention_jax import feature_maps, linformer, performer
     from attention_jax.linear import linear_attention
-
-    def logits_of(query: Any, key: Any) -> Any:
-        return scores.scaled_dot(query[0, :, 0], key[0, :, 0])
-
-    def favor(draw: Any, query: Any, key: Any, value: Any, kind: Any, count: int, orthogonal: bool):
-        projection = performer.random_features(draw, count, options.depth, orthogonal=orthogonal)
-        phi = bind(kind, projection=projection)
-        rows, exact = (query[0, :, 0], key[0, :, 0]), jnp.exp(logits_of(query, key))
-        kernel = phi(rows[0]) @ phi(rows[1]).T
-        context = linear_attention(query, key, value, feature_map=phi)
-        theory = performer.variance(phi, *rows) / exact**2
-        return _error(context, query, key, value), (kernel / exact - 1) ** 2, theory
-
-    def random(draw: Any, query: Any, key: Any, value: Any, rank: int):
-        projection = linformer.random_projection(draw, rank, options.length)
-        context = linformer.linformer_attention(query, key, value, projection)
-        weights, values = jax.nn.softmax(logits_of(query, key)), value[0, :, 0]
-        exact = weights @ values
-        joined = weights @ projection.T @ (projection @ values)
-        squares = jnp.sum(weights**2, axis=1)[:, None] * jnp.sum(values**2, axis=0)[None, :]
-        return (
-            _error(context, query, key, value),
-            (joined - exact) ** 2,
-            (squares + exact**2) / rank,
-        )
-
-    def pooled(query: Any, key: Any, value: Any, rank: int):
-        projection = linformer.mean_pooling(rank, options.length)
-        return linformer.linformer_attention(query, key, value, projection)
-
-    def drawn(one: Callable[..., Any]) -> Callable[..., Any]:
-        """Average over draws, and over pairs or entries."""
-
-        def average(draws: Any, *arrays: Any) -> Any:
-            found = jax.lax.map(lambda draw: one(draw, *arrays), draws)
-            return jax.tree.map(jnp.mean, found)
-
-        return jax.jit(average)
-
-    def fixed(context: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.jit(lambda draws, *arrays: (_error(context(*arrays), *arrays),))
 
     found: list[tuple[str, int | None, Callable[..., Any]]] = []
     for kind in (performer.positive, performer.hyperbolic, performer.trigonometric):
         for orthogonal in (False, True):
             for count in options.features:
                 name = f"FAVOR+ {kind.__name__}, {'orthogonal' if orthogonal else 'independent'}"
-                one = functools.partial(favor, kind=kind, count=count, orthogonal=orthogonal)
-                found.append((name, count, drawn(one)))
+                one = functools.partial(_favor, kind=kind, count=count, orthogonal=orthogonal)
+                found.append((name, count, _drawn(one)))
     for phi in (feature_maps.elu_plus_one, feature_maps.taylor):
         linear = functools.partial(linear_attention, feature_map=phi)
-        found.append((f"linear, {phi.__name__}", None, fixed(linear)))
+        found.append((f"linear, {phi.__name__}", None, _fixed(linear)))
     for rank in options.ranks:
-        one = functools.partial(random, rank=rank)
-        found.append(("Linformer, random E = F", rank, drawn(one)))
-        found.append(("Linformer, mean pooling", rank, fixed(functools.partial(pooled, rank=rank))))
+        found.append(
+            ("Linformer, random E = F", rank, _drawn(functools.partial(_random, rank=rank)))
+        )
+        projection = linformer.mean_pooling(rank, options.length)
+        pooled = functools.partial(linformer.linformer_attention, key_projection=projection)
+        found.append(("Linformer, mean pooling", rank, _fixed(pooled)))
     return found
+
+
+def _drawn(one: Callable[..., Any]) -> Callable[..., Any]:
+    """Average over draws, and over pairs or entries."""
+    import jax
+    import jax.numpy as jnp
+
+    def average(draws: Any, *arrays: Any) -> Any:
+        found = jax.lax.map(lambda draw: one(draw, *arrays), draws)
+        return jax.tree.map(jnp.mean, found)
+
+    return jax.jit(average)
+
+
+def _fixed(context: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the error of what draws nothing."""
+    import jax
+
+    return jax.jit(lambda draws, *arrays: (_error(context(*arrays), *arrays),))
+
+
+def _favor(
+    draw: Any, query: Any, key: Any, value: Any, *, kind: Any, count: int, orthogonal: bool
+) -> tuple[Any, ...]:
+    """Return the error of FAVOR+, that of its kernel and what theory says of it."""
+    import jax.numpy as jnp
+
+    from attention_jax import bind, performer, scores
+    from attention_jax.linear import linear_attention
+
+    depth = query.shape[-1]
+    projection = performer.random_features(draw, count, depth, orthogonal=orthogonal)
+    phi = bind(kind, projection=projection)
+    rows = query[0, :, 0], key[0, :, 0]
+    exact = jnp.exp(scores.scaled_dot(*rows))
+    kernel = phi(rows[0]) @ phi(rows[1]).T
+    context = linear_attention(query, key, value, feature_map=phi)
+    theory = performer.variance(phi, *rows) / exact**2
+    return _error(context, query, key, value), (kernel / exact - 1) ** 2, theory
+
+
+def _random(draw: Any, query: Any, key: Any, value: Any, *, rank: int) -> tuple[Any, ...]:
+    """Return the error of Linformer, that of the context of exact weights, and its theory."""
+    import jax
+    import jax.numpy as jnp
+
+    from attention_jax import linformer, scores
+
+    projection = linformer.random_projection(draw, rank, key.shape[1])
+    context = linformer.linformer_attention(query, key, value, projection)
+    values = value[0, :, 0]
+    weights = jax.nn.softmax(scores.scaled_dot(query[0, :, 0], key[0, :, 0]))
+    exact = weights @ values
+    joined = weights @ projection.T @ (projection @ values)
+    squares = jnp.sum(weights**2, axis=1)[:, None] * jnp.sum(values**2, axis=0)[None, :]
+    theory = (squares + exact**2) / rank
+    return _error(context, query, key, value), (joined - exact) ** 2, theory
 
 
 def table(rows: Sequence[Row]) -> str:

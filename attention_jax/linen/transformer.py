@@ -191,17 +191,12 @@ class TransformerStack(nn.Module):
     def __call__(self, x: Array, memory: Any = None, **options: Any) -> Any:
         """Apply the blocks to [B, T, features], as the twin does."""
 
-        def apply(block: TransformerBlock, memory: Any, x: Array) -> Any:
+        def apply(block: TransformerBlock, x: Array, memory: Any) -> Any:
             return block(x, memory, **options)
 
         apply = nn.remat(apply) if self.remat else apply
         blocks, norm = self.layers()
-        memories = transformer.per_layer(memory, self.num_layers)
-        applied = [
-            functools.partial(apply, block, own)
-            for block, own in zip(blocks, memories, strict=True)
-        ]
-        return transformer.one_after_another(applied, x, norm)
+        return transformer.one_after_another(apply, blocks, x, memory, norm)
 
     def keys(self, memory: Array) -> list[Projected]:
         """Project a memory [B, S, memory_features] for every block, once for all calls."""
@@ -216,12 +211,7 @@ class TransformerStack(nn.Module):
     ) -> tuple[Array, list[Cache]]:
         """Apply the blocks to the next tokens; options are those of a block's `decode`."""
         blocks, norm = self.layers()
-        memories = transformer.per_layer(memory, self.num_layers)
-        applied = [
-            functools.partial(block.decode, cache=cache, memory=own, **options)
-            for block, cache, own in zip(blocks, caches, memories, strict=True)
-        ]
-        return transformer.one_after_another(applied, x, norm)
+        return transformer.decoded_one_after_another(blocks, x, caches, memory, norm, **options)
 
 
 class Embedding(nn.Module):

@@ -59,13 +59,8 @@ class TokenModel(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        shared: dict[str, Any] = {
-            "dropout_rate": dropout_rate,
-            "deterministic": deterministic,
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
+        numbers: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        shared = {"dropout_rate": dropout_rate, "deterministic": deterministic, **numbers}
         position = transformer.table_unless(position, max_length, features)
         self.embedding = Embedding(vocabulary, features, position=position, **shared)
         options = {"norm_first": norm_first, "activation": activation, **shared, **options}
@@ -204,13 +199,8 @@ class EncoderDecoder(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        shared: dict[str, Any] = {
-            "dropout_rate": dropout_rate,
-            "deterministic": deterministic,
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
+        numbers: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        shared = {"dropout_rate": dropout_rate, "deterministic": deterministic, **numbers}
         embedding = functools.partial(
             Embedding,
             features=features,

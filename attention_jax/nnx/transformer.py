@@ -261,16 +261,11 @@ class TransformerStack(nnx.Module):
         `return_weights` a list with the weights of every block comes with the result.
         """
 
-        def apply(block: TransformerBlock, memory: Any, x: Array) -> Any:
+        def apply(block: TransformerBlock, x: Array, memory: Any) -> Any:
             return block(x, memory, **options)
 
         apply = nnx.remat(apply) if self.remat else apply
-        memories = transformer.per_layer(memory, self.num_layers)
-        applied = [
-            functools.partial(apply, block, own)
-            for block, own in zip(self.blocks, memories, strict=True)
-        ]
-        return transformer.one_after_another(applied, x, self.norm)
+        return transformer.one_after_another(apply, self.blocks, x, memory, self.norm)
 
     def keys(self, memory: Array) -> list[Projected]:
         """Project a memory [B, S, memory_features] for every block, once for all calls."""
@@ -284,12 +279,9 @@ class TransformerStack(nnx.Module):
         self, x: Array, caches: Sequence[Cache], memory: Any = None, **options: Any
     ) -> tuple[Array, list[Cache]]:
         """Apply the blocks to the next tokens; options are those of a block's `decode`."""
-        memories = transformer.per_layer(memory, self.num_layers)
-        applied = [
-            functools.partial(block.decode, cache=cache, memory=own, **options)
-            for block, cache, own in zip(self.blocks, caches, memories, strict=True)
-        ]
-        return transformer.one_after_another(applied, x, self.norm)
+        return transformer.decoded_one_after_another(
+            self.blocks, x, caches, memory, self.norm, **options
+        )
 
     @property
     def blocks(self) -> list[TransformerBlock]:
