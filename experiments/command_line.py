@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -53,6 +54,14 @@ def read(
     return {name: values[name].value for name in names}
 
 
+def show(text: object) -> None:
+    """Print a text whose reader may stop early, as `| head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # nor is there anyone to tell so at exit, when Python flushes again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(
     program: str,
     arguments: Sequence[str] | None,
@@ -63,7 +72,7 @@ def run(
     try:
         do(parse(sys.argv[1:] if arguments is None else arguments))
     except HelpRequested as help:
-        print(help)
+        show(help)
     except UsageError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2

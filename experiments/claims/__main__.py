@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments.claims.command_line import list_text, parse
-from experiments.command_line import HelpRequested, UsageError
+from experiments.command_line import HelpRequested, UsageError, show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(options)
     except HelpRequested as help:
-        print(help)
+        show(help)
         return 0
     except UsageError as error:
         print(f"claims: {error}", file=sys.stderr)

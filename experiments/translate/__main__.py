@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from experiments.command_line import HelpRequested, UsageError
+from experiments.command_line import HelpRequested, UsageError, show
 from experiments.translate.command_line import parse
 
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
     except HelpRequested as help:
-        print(help)
+        show(help)
         return 0
     except UsageError as error:
         return _complain(error, 2)

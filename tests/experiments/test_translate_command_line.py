@@ -144,3 +144,14 @@ def test_the_command_in_the_report_gives_the_same_run():
     import shlex
 
     assert parse(shlex.split(words)) == config
+
+
+def test_a_reader_of_the_help_may_stop_early():
+    with subprocess.Popen(
+        [sys.executable, "-m", "experiments.translate", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as program:
+        program.stdout.close()
+        assert program.stderr.read() == b""
+        assert program.wait() == 0
