@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from attention_jax import feature_maps, masks, normalizers, positions, scores
 from attention_jax import linen as attention_linen
-from attention_jax import masks, normalizers, scores
 from attention_jax import nnx as attention_nnx
 from attention_jax.parameters import Parameter, learned
 
@@ -34,6 +34,14 @@ MULTI_HEAD = {
     "raw": {"projections": False},
     "bias": {"bias": DISTANCE, "use_bias": False},
     "sink": {"normalizer": SINK},
+}
+PAIRLESS = {
+    "turned": ("LinearAttention", {"position": positions.rotary, "query_depth": 4}),
+    "features": ("LinearAttention", {"feature_map": feature_maps.hedgehog, "combine": "sum"}),
+    "each head": (
+        "LinformerAttention",
+        {"length": 9, "rank": 3, "share_heads": False, "num_key_heads": 2, "use_bias": False},
+    ),
 }
 DECODER = {
     score.__name__: (score, 8, 8, 5)
@@ -64,6 +72,15 @@ def test_multi_head(options):
     twin = attention_linen.MultiHeadAttention(*arguments, **options)
     x, memory = inputs(5, 12, 1), inputs(7, module.memory_features, 2)
     same(twin, module, x, memory, mask=masks.Window(2, 3), return_weights=True)
+
+
+@pytest.mark.parametrize("options", PAIRLESS.values(), ids=PAIRLESS)
+def test_linear_and_linformer(options):
+    kind, options = options
+    module = getattr(attention_nnx, kind)(4, 12, 8, rngs=nnx.Rngs(0), **options)
+    twin = getattr(attention_linen, kind)(4, 12, 8, **options)
+    mask = masks.Lengths(jnp.array([7, 3]))
+    same(twin, module, inputs(5, 12, 1), inputs(7, 8, 2), mask=mask)
 
 
 @pytest.mark.parametrize("norms", [(nnx.LayerNorm, nn.LayerNorm), (nnx.RMSNorm, nn.RMSNorm)])
