@@ -49,9 +49,10 @@ def matched(score: str, sizes: Sizes, budget: int) -> Sizes:
     def count(sizes: Sizes) -> int:
         return count_parameters(score, sizes)
 
-    attended = sizes._replace(
-        attention_size=_solve(lambda n: count(sizes._replace(attention_size=n)), budget)
-    )
+    # Rotary positions turn pairs of features.
+    pairs = 2 if sizes.positions == "rotary" else 1
+    solved = _solve(lambda n: count(sizes._replace(attention_size=pairs * n)), budget)
+    attended = sizes._replace(attention_size=pairs * solved)
     if abs(count(attended) - budget) <= _TOLERANCE * budget:
         return attended
     step = math.lcm(2, sizes.heads)

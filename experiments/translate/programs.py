@@ -86,7 +86,7 @@ def compile_all(
 
 
 def compile_when_called(graph: Graph, config: Config, longest: int, batch_size: int) -> Programs:
-    """Return programs that are compiled for each shape when it comes, and none that trains."""
+    """Return programs that are compiled for each shape when it comes first; none trains."""
     decoders = _decoders(graph, config, longest)
     decode = {kind: _for_any_shape(decoder) for kind, decoder in decoders.items()}
     return Programs(

@@ -31,19 +31,26 @@ _MULTIPLE = 8
 
 
 class Translators(NamedTuple):
-    """The trained translators of one score, and what runs them and gives them text."""
+    """The trained translators of one score, and what gives them text and runs them.
+
+    `compiled` keeps the programs by length and batch, so that none is compiled twice.
+    """
 
     score: str
     config: Config
     languages: Languages
     parameters: Any
     graph: Any
+    compiled: dict[tuple[int, int], Programs]
 
     def programs(self, sentences: Sequence[Words]) -> Programs:
         """Return programs for sentences of these lengths."""
         longest = max(self.languages.longest, *(3 * len(words) // 2 for words in sentences))
         batch_size = min(self.config.batch_size, len(sentences))
-        return compile_when_called(self.graph, self.config, longest, batch_size)
+        key = longest, batch_size
+        if key not in self.compiled:
+            self.compiled[key] = compile_when_called(self.graph, self.config, *key)
+        return self.compiled[key]
 
     def examples(self, pairs: Sequence[Pair]) -> Examples:
         """Sort pairs into buckets."""
@@ -107,7 +114,7 @@ def load(score: str, config: Config) -> Translators:
     step, state = restored
     if step < config.steps:
         _tell(f"{score}: the checkpoint is of step {step} of {config.steps}.")
-    return Translators(score, config, languages, state.parameters, graph)
+    return Translators(score, config, languages, state.parameters, graph, {})
 
 
 def _evaluate(config: Config) -> None:

@@ -169,7 +169,9 @@ def test_a_beam_of_one_is_greedy_and_a_larger_one_is_not():
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["additive", "dot", "uniform", "location"])
 def test_matched_transformers_have_equally_many_parameters(score):
-    sizes = SIZES._replace(width=64, attention_size=16, readout_size=256, heads=4)
+    sizes = SIZES._replace(
+        width=64, attention_size=16, readout_size=256, heads=4, positions="rotary"
+    )
     wanted = count_parameters("scaled_dot", sizes)
     found = count_parameters(score, budget.matched(score, sizes, wanted))
     assert abs(found / wanted - 1) <= 0.01

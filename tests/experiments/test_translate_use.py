@@ -88,6 +88,16 @@ def test_a_conversation_shows_where_words_were_read(done, samples):
     assert lines[3 + len(words) :] == ["> ", ""]
 
 
+def test_a_second_sentence_of_like_length_compiles_nothing(done):
+    translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).only(0)
+    sentences = [("one", "two")], [("five",)]
+    first, second = (translators.programs(given) for given in sentences)
+    assert first is second
+    for given in sentences:
+        translators.translations(given)
+    assert next(iter(first.greedy.values()))._cache_size() == 1
+
+
 def test_the_darkest_words_of_a_row_are_named():
     weights = np.array([[0.5, 0.4, 0.1], [0.05, 0.04, 0.91]])
     assert alignment(("a", "b"), ("x", "yy"), weights) == [
