@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from attention_jax import checks, masks
+from attention_jax import algebra, checks, masks
 from attention_jax.binding import as_pytree
 from attention_jax.composition import separate
 from attention_jax.implementations import choice, cudnn
@@ -84,7 +84,7 @@ def attend(
     sizes = _sizes(query, key, value)
     checks.multiple("attend", "query heads N", sizes["N"], "key heads K", sizes["K"])
     _check_dropout(dropout_rate, dropout_key)
-    mask = masks.with_int32(masks.as_mask(mask))
+    mask = algebra.with_int32(algebra.as_mask(mask))
     name, tile = _resolve(
         sizes,
         query.dtype,
@@ -154,7 +154,7 @@ def explain(
     """
     sizes: dict[str, int] = {}
     jax.eval_shape(lambda *operands: sizes.update(_sizes(*operands)), query, key, value)
-    mask = masks.with_int32(masks.as_mask(mask))
+    mask = algebra.with_int32(algebra.as_mask(mask))
     name, tile = _resolve(
         sizes,
         query.dtype,

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax import checks
-from attention_jax.masks import Mask, Segment, Table, owners
+from attention_jax.algebra import Mask, Table, owners
+from attention_jax.masks import Segment
 
 Array = jax.Array
 Sizes = dict[str, int]

@@ -13,9 +13,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from attention_jax import leading, masks
+from attention_jax import algebra, leading, masks
+from attention_jax.algebra import And, Full, Table
 from attention_jax.intervals import indices
-from attention_jax.masks import And, Causal, Full, Lengths, Table
+from attention_jax.masks import Causal, Lengths
 
 Array = jax.Array
 
@@ -73,7 +74,7 @@ def read(
     )
     everyone = (jnp.ones((sizes["B"], sizes[axis]), bool) for axis in "TS")
     padding = Padding(*everyone, causal=None)
-    for part in _parts(masks.with_int32(masks.as_mask(mask))):
+    for part in _parts(algebra.with_int32(algebra.as_mask(mask))):
         if isinstance(part, Causal) and causal:
             offset = _number(part.offset)
             if offset is None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax import checks, masks
+from attention_jax import algebra, checks, masks
 from attention_jax.binding import as_pytree
 from attention_jax.composition import separate
 from attention_jax.implementations.head import finite_rows
@@ -125,7 +125,7 @@ def _by_example(mask: Any, sizes: dict[str, int]) -> tuple[list[Any], list[int |
                 f"read: mask must broadcast to [B, T, S] = {(batch, *pairs)}, got shape "
                 f"{mask.allowed.shape}."
             ) from None
-    extra = {id(array): count for array, count in masks.leading_axes(mask)}
+    extra = {id(array): count for array, count in algebra.leading_axes(mask)}
     arrays, structure = jax.tree.flatten(mask)
     for array in arrays:
         if extra[id(array)] > 1 or (extra[id(array)] and len(array) != batch):

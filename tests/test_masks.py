@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_jax import graphs, grids, masks, patterns
+from attention_jax import algebra, graphs, grids, masks, patterns
 from attention_jax.masks import (
     EMPTY,
     FULL,
@@ -175,7 +175,7 @@ def test_tiles_of_the_common_masks_are_exact(mask, size):
     states = mask.tiles(20, 20, size, size)
     real = states_of(np.asarray(mask.to_dense(20)), size, size)
     np.testing.assert_array_equal(states == EMPTY, real == EMPTY)
-    if not isinstance(mask, masks.Or):
+    if not isinstance(mask, algebra.Or):
         np.testing.assert_array_equal(states, real)
 
 
@@ -282,7 +282,7 @@ def test_and_or_not_are_refused():
             "int.",
         ),
         (
-            lambda: masks.leading_axes(Segment(np.zeros((2, 3, 4, 5), int))),
+            lambda: algebra.leading_axes(Segment(np.zeros((2, 3, 4, 5), int))),
             ValueError,
             "Segment: query_ids has 1 axes for one example and at most 2 more (batch, heads), "
             "got shape (2, 3, 4, 5).",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax import attend, explain, grids, masks, patterns
+from attention_jax import algebra, attend, explain, grids, masks, patterns
 from attention_jax.intervals import indices
 from experiments.benchmark.measure import (
     Program,
@@ -151,7 +151,7 @@ def allowed_share(mask: Any, length: int) -> float:
     >>> allowed_share(masks.Causal(), 99)
     0.505...
     """
-    mask, columns = masks.with_int32(masks.as_mask(mask)), indices(length)[None, :]
+    mask, columns = algebra.with_int32(algebra.as_mask(mask)), indices(length)[None, :]
 
     def of_row(row: jax.Array) -> jax.Array:
         return jnp.sum(jnp.broadcast_to(mask(row[None, None], columns), (1, length)))
