@@ -4,7 +4,8 @@ Source: Vaswani et al. 2017, section 3.5 ("may allow the model to extrapolate").
 
 Method: PE(p + k) = R_k PE(p) is checked for p and k up to 4096 in float64. Then encoders of two
 layers learn to label each token with the one three before it, on sequences of up to 16 tokens, and
-are tested at 16, 32 and 64; with sinusoids, with rotary positions and with ALiBi.
+are tested at 16, 32 and 64; with sinusoids, with rotary positions and with T5's buckets of
+distance.
 
 Criterion: Fails if with sinusoids the accuracy at 64 is conclusively more than 10 points below
 that at 16; holds if it is conclusively not; undecided if the task is not learned to 90% at 16.
@@ -33,7 +34,7 @@ LENGTHS = (16, 32, 64)
 KINDS = {
     "sinusoids": {"position": partial(positions.sinusoidal, depth=reading.WIDTH)},
     "rotary": {"attention": partial(MultiHeadAttention, position=positions.rotary)},
-    "ALiBi": {"attention": partial(MultiHeadAttention, bias=positions.alibi_bias(reading.HEADS))},
+    "T5": {"attention": partial(MultiHeadAttention, bias=positions.learned_buckets())},
 }
 
 
