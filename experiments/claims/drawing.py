@@ -68,7 +68,14 @@ def lines(
     for name, at in (xmarks or {}).items():
         axes.axvline(at, **dashes)
         axes.annotate(
-            name, (at, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="#555555"
+            name,
+            (at, 1),
+            (4, -3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            color="#555555",
         )
     axes.set(xlabel=xlabel, ylabel=ylabel, **axes_options)
     if axes_options.get("xscale") in ("log", "symlog"):

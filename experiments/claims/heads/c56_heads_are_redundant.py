@@ -86,7 +86,7 @@ def redundant(data: Data) -> list[float]:
 def verdict(data: Data) -> Verdict:
     """Judge by the share of redundant heads."""
     share = interval(redundant(data))
-    largest = max(rise for of_seed in data["to the encoder"] for rise in of_seed)
+    largest = max(rise for kind in KINDS for of_seed in data[kind] for rise in of_seed)
     found = (
         f"The share of heads that can be left out is {shown(redundant(data))}; the most important "
         f"one raises the loss by {100 * largest:.0f}%. Heads to the encoder differ by "

@@ -25,7 +25,7 @@ Attention = Callable[..., jax.Array]
 def filled(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Mask as in the textbook."""
     logits = query @ key.T / jnp.asarray(query.shape[-1] ** 0.5, query.dtype)
-    return jax.nn.softmax(jnp.where(mask, logits, jnp.asarray(-1e9, logits.dtype))) @ value
+    return jax.nn.softmax(jnp.where(mask, logits, jnp.float32(-1e9).astype(logits.dtype))) @ value
 
 
 def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
