@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +29,9 @@ from jax.custom_derivatives import SymbolicZero
 from attention_jax.composition import identity
 from attention_jax.implementations import online
 from attention_jax.implementations.head import SAVED, Head, Result, finite, kept, poison
+from attention_jax.implementations.passes import Pass, over_visits
 from attention_jax.implementations.tiles import Visits, make_plan, make_visits
-from attention_jax.intervals import EMPTY, indices
+from attention_jax.intervals import indices
 from attention_jax.masks import Lengths
 from attention_jax.matmul import times
 from attention_jax.normalizers import Elementwise, Exponential, streaming
@@ -184,9 +184,11 @@ class _Tiles:
         def read(sums: online.Sums, i: Any, rows: int) -> online.Sums:
             return jax.tree.map(lambda x: _rows(x, i, rows), sums)
 
-        def of_tile(masked: bool, sums: online.Sums, i: Any, j: Any) -> online.Sums:
-            here = self.of(operands, i, j, sums.total.size)
+        def of_tile(masked: bool, here: _Operands, sums: online.Sums, i: Any, j: Any):
             return online.accumulate(how, sums, self.tile(here, given, i, j, masked))
+
+        def nothing(_: Any, sums: online.Sums, *where: Any) -> online.Sums:
+            return sums
 
         def write(sums: online.Sums, i: Any, found: online.Sums) -> online.Sums:
             def put(x: Array, rows: Array) -> Array:
@@ -194,17 +196,12 @@ class _Tiles:
 
             return jax.tree.map(put, sums, found)
 
-        def visit(of_tile: Callable[..., Any], *where: Any) -> online.Sums:
-            return of_tile(*where)
-
         length, depth = operands.query.shape[0], operands.value.shape[1]
         sums = varying_like(
             online.Sums.start(length, depth, operands.value.dtype), operands, given.query_poison
         )
-        return online.finished(
-            how,
-            self.over_tiles(given, read, visit, write, of_tile, lambda rows, *_: rows, sums, False),
-        )
+        what = Pass((operands,), self.of, read, of_tile, nothing, write, is_transposed=False)
+        return online.finished(how, over_visits(what, self.visits, given.states, sums))
 
     def tangent_sums(
         self, operands: _Operands, tangents: list[Any], given: _Given, logsumexp: Array
@@ -259,67 +256,13 @@ class _Tiles:
         def read(_: Any, i: Any, rows: int) -> Array:
             return _rows(base, i, rows)
 
-        def visit(of_tile: Callable[..., Any], base: Array, i: Any, j: Any) -> Any:
-            both = (self.of(x, i, j, base.size) for x in (operands, tangent))
-            return of_tile(*both, base, i, j)
-
         def write(sums: Any, i: Any, found: Any) -> Any:
             return jax.tree.map(functools.partial(_added, i), sums, found)
 
         sums = jnp.zeros_like(base), varying_like(jnp.zeros((base.size, depth), base.dtype), base)
-        return self.over_tiles(given, read, visit, write, of_tile, nothing, sums, True)
-
-    def over_tiles(
-        self,
-        given: _Given,
-        read: Callable[..., Any],
-        visit: Callable[..., Any],
-        write: Callable[..., Any],
-        of_tile: Callable[..., Any],
-        nothing: Callable[..., Any],
-        sums: Any,
-        transposed: bool,
-    ) -> Any:
-        """Fold over the visits: read the rows from query i on, visit each tile of them, and write.
-
-        `of_tile` is called with the mask or without, or `nothing` for a tile that turns out to be
-        EMPTY at run time. What is to be transposed is a scan of fixed length, whatever the plan,
-        and nothing inside a step is kept for that.
-        """
-        masked, unmasked = (functools.partial(of_tile, masked) for masked in (True, False))
-
-        def fold(sums: Any, visits: Visits, states: Any, choose: Callable[..., Any]) -> Any:
-            rows, together = visits.rows, visits.together
-
-            @functools.partial(jax.checkpoint, prevent_cse=False)
-            def body(sums: Any, where: Any) -> tuple[Any, None]:
-                i, j, state = where
-                here = read(sums, i, rows * together)
-                one = functools.partial(visit, choose(state))
-                if together == 1:
-                    return write(sums, i, one(here, i, j[0])), None
-                here = jax.tree.map(lambda x: x.reshape(together, rows, *x.shape[1:]), here)
-                found = jax.vmap(one)(here, i + rows * indices(together), j)
-                found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
-                return write(sums, i, found), None
-
-            where = visits.queries, visits.keys, states
-            if states is None or transposed:
-                return lax.scan(body, sums, where)[0]
-            return _over_live(lambda sums, where: body(sums, where)[0], sums, where)
-
-        if given.states is not None:
-            branches = [
-                jax.checkpoint(branch, prevent_cse=False) for branch in (nothing, masked, unmasked)
-            ]
-
-            def switch(state: Array) -> Callable[..., Any]:
-                return lambda *operands: lax.switch(state, branches, *operands)
-
-            return fold(sums, self.visits[0], given.states.astype(jnp.int32), switch)
-        for visits in self.visits:
-            sums = fold(sums, visits, None, lambda _, v=visits: masked if v.masked else unmasked)
-        return sums
+        both = operands, tangent
+        what = Pass(both, self.of, read, of_tile, nothing, write, is_transposed=True)
+        return over_visits(what, self.visits, given.states, sums)
 
     def tile(self, here: _Operands, given: _Given, i: Any, j: Any, masked: bool) -> online.Tile:
         """Return the tile of the operands `here`, whose first query is i and first key j."""
@@ -352,28 +295,6 @@ class _Tiles:
             value=_rows(operands.value, j, self.key_size),
             bias=bias,
         )
-
-
-def _over_live(step: Callable[..., Any], sums: Any, where: Any) -> Any:
-    """Fold over the visits whose state is not EMPTY, as many as there are."""
-    where = jax.tree.map(jnp.asarray, where)
-    order = jnp.argsort(where[-1] == EMPTY, stable=True)
-
-    def body(n: Any, sums: Any) -> Any:
-        return step(sums, jax.tree.map(lambda x: x[order[n]], where))
-
-    return lax.fori_loop(0, _most(jnp.sum(where[-1] != EMPTY)), body, sums)
-
-
-@jax.custom_batching.custom_vmap
-def _most(count: Array) -> Array:
-    """Return the count; for a batch the largest, so that one loop does for all."""
-    return count
-
-
-@_most.def_vmap
-def _(axis_size: int, in_batched: list[bool], count: Array) -> tuple[Array, bool]:
-    return _most(jnp.max(count)), False
 
 
 def _added(i: Any, sums: Array, found: Array) -> Array:

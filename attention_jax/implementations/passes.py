@@ -1,0 +1,106 @@
+"""A pass over tiles: how the loop over visits goes, whatever is found at each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attention_jax.implementations.tiles import Visits
+from attention_jax.intervals import EMPTY, indices
+
+Array = jax.Array
+
+
+class Pass(NamedTuple):
+    """What is done at a visit.
+
+    `read(sums, i, rows)` takes what is needed of the rows from query i on, and `write(sums, i,
+    found)` puts back what was found. `slice(operands, i, j, rows)` returns the operands of a tile,
+    of which `of_tile(masked, *operands, read, i, j)` finds it; `nothing(*operands, read, i, j)`,
+    of a tile that turns out to be EMPTY at run time. A pass that `is_transposed` is a scan of
+    fixed length, whatever the tiles, and keeps nothing from inside a step.
+    """
+
+    operands: tuple[Any, ...]
+    slice: Callable[..., Any]
+    read: Callable[..., Any]
+    of_tile: Callable[..., Any]
+    nothing: Callable[..., Any]
+    write: Callable[..., Any]
+    is_transposed: bool
+
+
+def over_visits(what: Pass, groups: list[Visits], states: Array | None, sums: Any) -> Any:
+    """Fold over the visits of all groups.
+
+    `states [n]` tells what the tiles are where only run time knows: the masked and the unmasked
+    visit and the one that finds nothing are then branches, and there is one group.
+    """
+    masked, unmasked = (functools.partial(what.of_tile, masked) for masked in (True, False))
+    if states is None:
+        for visits in groups:
+            branch = masked if visits.masked else unmasked
+            sums = _fold(what, visits, None, lambda _, branch=branch: branch, sums)
+        return sums
+    branches = [
+        jax.checkpoint(branch, prevent_cse=False) for branch in (what.nothing, masked, unmasked)
+    ]
+
+    def switch(state: Array) -> Callable[..., Any]:
+        return lambda *operands: lax.switch(state, branches, *operands)
+
+    return _fold(what, groups[0], states.astype(jnp.int32), switch, sums)
+
+
+def _fold(what: Pass, visits: Visits, states: Any, choose: Callable[..., Any], sums: Any) -> Any:
+    """Fold over the visits of a group; `choose(state)` is the branch that a tile takes."""
+    rows, together = visits.rows, visits.together
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(sums: Any, where: Any) -> tuple[Any, None]:
+        i, j, state = where
+
+        def visit(read: Any, i: Any, j: Any) -> Any:
+            tile = (what.slice(operands, i, j, rows) for operands in what.operands)
+            return choose(state)(*tile, read, i, j)
+
+        read = what.read(sums, i, rows * together)
+        if together == 1:
+            return what.write(sums, i, visit(read, i, j[0])), None
+        read = jax.tree.map(lambda x: x.reshape(together, rows, *x.shape[1:]), read)
+        found = jax.vmap(visit)(read, i + rows * indices(together), j)
+        found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+        return what.write(sums, i, found), None
+
+    where = visits.queries, visits.keys, states
+    if states is None or what.is_transposed:
+        return lax.scan(step, sums, where)[0]
+    return _over_live(lambda sums, where: step(sums, where)[0], sums, where)
+
+
+def _over_live(step: Callable[..., Any], sums: Any, where: Any) -> Any:
+    """Fold over the visits whose state is not EMPTY, as many as there are."""
+    where = jax.tree.map(jnp.asarray, where)
+    is_empty = where[-1] == EMPTY
+    order = jnp.argsort(is_empty, stable=True)
+
+    def body(n: Any, sums: Any) -> Any:
+        return step(sums, jax.tree.map(lambda x: x[order[n]], where))
+
+    return lax.fori_loop(0, _most(jnp.sum(~is_empty)), body, sums)
+
+
+@jax.custom_batching.custom_vmap
+def _most(count: Array) -> Array:
+    """Return the count; for a batch the largest, so that one loop does for all."""
+    return count
+
+
+@_most.def_vmap
+def _(axis_size: int, in_batched: list[bool], count: Array) -> tuple[Array, bool]:
+    return _most(jnp.max(count)), False
