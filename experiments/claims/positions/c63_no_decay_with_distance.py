@@ -2,12 +2,12 @@
 
 Source: Vaswani et al. 2017, section 4 (maximum path length O(1)); said of Transformers in general.
 
-Method: A query and keys of the same content up to noise, over 512 positions: the mean weight of
-the keys at distance 256 to 511 over that of those at 1 to 16, without positions, with rotary
+Method: A query and keys of the same content up to noise, over 512 positions: the logarithm of the
+mean weight of the 16 furthest keys over that of the 16 nearest, without positions, with rotary
 positions and with ALiBi (slope 1/16).
 
-Criterion: Fails if without positions the 95% interval of the ratio does not contain 1. Holds if
-all three do; else it holds only without what decays.
+Criterion: Fails if without positions the 95% interval of the logarithm does not contain 0. Holds
+if all three do; else it holds only without what decays.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         found = {}
         for kind in KINDS:
             by_distance = jax.nn.softmax(logits[kind])[0, ::-1]
-            near, far = jnp.mean(by_distance[1:17]), jnp.mean(by_distance[256:])
-            found[f"{kind} ratio"] = far / near
+            near, far = jnp.mean(by_distance[1:17]), jnp.mean(by_distance[-16:])
+            found[f"{kind} ratio"] = jnp.log(far / near)
             for low, high in itertools.pairwise(EDGES):
                 found[f"{kind} {low}"] = LENGTH * jnp.mean(by_distance[low:high])
         return found
@@ -64,13 +64,13 @@ def measure(setting: Setting, key: jax.Array) -> Data:
 
 def verdict(data: Data) -> Verdict:
     """Judge by the ratio of far to near."""
-    found = "Weight of a far key over that of a near one: " + ", ".join(
+    found = "Logarithm of the weight of far keys over that of near ones: " + ", ".join(
         f"{kind} {shown(values)}" for kind, values in data["ratio"].items()
     )
     ratio = {kind: interval(values) for kind, values in data["ratio"].items()}
-    if not ratio["none"].low <= 1 <= ratio["none"].high:
+    if not ratio["none"].low <= 0 <= ratio["none"].high:
         return fails(f"{found}.")
-    decaying = [kind for kind in ("rotary", "alibi") if ratio[kind].high < 1]
+    decaying = [kind for kind in ("rotary", "alibi") if ratio[kind].high < 0]
     if decaying:
         return holds_only_if(f"positions do not enter by {' or '.join(decaying)}", f"{found}.")
     return holds(f"{found}.")
