@@ -24,7 +24,7 @@ def by_attention_size(setting: Setting) -> Data:
       The sizes; and for each score, at each size, BLEU, held-out loss of every seed, and the best
       learning rate.
     """
-    sizes = setting.pick(tiny=(2,), quick=(2, 32, 512), full=(2, 8, 32, 128, 512))
+    sizes = setting.pick(tiny=(2,), quick=(2, 16, 256), full=(2, 8, 32, 128, 512))
     given = translating.material(setting)
     data: Data = {"sizes": sizes, "bleu": {}, "loss": {}, "rate": {}}
     for score in SCORES:

@@ -67,7 +67,11 @@ def train(
     seed_keys = jax.random.split(key, seeds)
     test = batch(jax.random.fold_in(key, _HELD_OUT), data) if held_out is None else held_out
     rates_array = jnp.asarray(rates, jnp.float32)
-    parameters, losses = _compiled(arm, batch, steps)(seed_keys, rates_array, data, test)
+    # Drawn one operation at a time: jaxlib's orthogonal matrices, many at once inside one program,
+    # can wait for each other forever where there are two processors.
+    drawn = jax.vmap(lambda key: arm.init(jax.random.fold_in(key, _HELD_OUT)))(seed_keys)
+    jax.block_until_ready(drawn)
+    parameters, losses = _compiled(arm, batch, steps)(seed_keys, drawn, rates_array, data, test)
     by_rate = np.asarray(losses, np.float64)
     means = np.nan_to_num(by_rate, nan=np.inf).mean(axis=1)
     best = int(means.argmin())
@@ -91,11 +95,12 @@ def _every_rate_and_seed(
     batch: Callable[[Array, Any], Any],
     steps: int,
     seeds: Array,
+    drawn: Any,
     rates: Array,
     data: Any,
     test: Any,
 ) -> tuple[Any, Array]:
-    def one(rate: Array, key: Array) -> tuple[Any, Array]:
+    def one(rate: Array, key: Array, parameters: Any) -> tuple[Any, Array]:
         shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10 + 1, steps + 1)
         adam = optax.adam(lambda number: rate * shape(number), b2=0.98)
         optimizer = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), adam))
@@ -107,13 +112,12 @@ def _every_rate_and_seed(
             updates, moments = optimizer.update(gradient, moments, parameters)
             return (optax.apply_updates(parameters, updates), moments), None
 
-        parameters = arm.init(jax.random.fold_in(key, _HELD_OUT))
         state = parameters, optimizer.init(parameters)
         (parameters, _), _ = jax.lax.scan(step, state, jnp.arange(steps))
         return parameters, arm.loss(parameters, test)
 
-    of_rate = jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(of_rate, in_axes=(0, None))(rates, seeds)
+    of_rate = jax.vmap(one, in_axes=(None, 0, 0))
+    return jax.vmap(of_rate, in_axes=(0, None, None))(rates, seeds, drawn)
 
 
 def arm_of(build: Callable[[nnx.Rngs], Any], loss: Callable[[Any, Any], Array]) -> Arm:
