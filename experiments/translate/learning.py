@@ -98,7 +98,9 @@ def _drawn(score: str, sizes: Sizes, config: Config) -> State:
         parameters = nnx.state(translator, nnx.Param)
         return parameters, optimizer_of(config).init(parameters)
 
-    parameters, optimizer = jax.vmap(one_seed)(jnp.arange(config.seeds))
+    # One seed after the other: on few processors, several batched QR decompositions at once, of
+    # which orthogonal weights are made, can wait for each other for ever (jaxlib 0.10).
+    parameters, optimizer = jax.lax.map(one_seed, jnp.arange(config.seeds))
     return State(jnp.int32(0), parameters, optimizer)
 
 
