@@ -63,11 +63,7 @@ def log_normalizer(logits: Array, allowed: Array, sink: Any = None) -> Array:
     >>> log_normalizer(jnp.zeros((1, 4)), jnp.array([[True, True, False, False]]))
     Array([0.693], dtype=float32)
     """
-    hidden = jnp.where(allowed, logits, -jnp.inf)
-    if sink is not None:
-        column = jnp.broadcast_to(jnp.asarray(sink, logits.dtype), (logits.shape[0], 1))
-        hidden = jnp.concatenate([hidden, column], axis=1)
-    return stable_logsumexp(hidden)
+    return stable_logsumexp(_hidden(logits, allowed, sink))
 
 
 def stable_logsumexp(logits: Array) -> Array:
@@ -223,7 +219,19 @@ def _(shift: Any = 0.0) -> Elementwise:
 
 
 def _exponential(logits: Array, allowed: Array, sink: Any) -> Array:
-    normalizer = log_normalizer(logits, allowed, sink)
+    hidden = _hidden(logits, allowed, sink)
+    # Beside a large log-sum-exp, small differences of logits would be lost.
+    largest = jax.lax.stop_gradient(jnp.max(hidden, axis=1, keepdims=True, initial=-jnp.inf))
+    hidden = hidden - jnp.where(jnp.isneginf(largest), 0.0, largest)
+    normalizer = stable_logsumexp(hidden)
     finite = jnp.where(jnp.isneginf(normalizer), 0.0, normalizer)
+    return jnp.exp(hidden - finite[:, None])[:, : logits.shape[1]]
+
+
+def _hidden(logits: Array, allowed: Array, sink: Any) -> Array:
+    """Return logits with -inf for what is not allowed, and the sink as a last column."""
     hidden = jnp.where(allowed, logits, -jnp.inf)
-    return jnp.exp(hidden - finite[:, None])
+    if sink is None:
+        return hidden
+    column = jnp.broadcast_to(jnp.asarray(sink, logits.dtype), (logits.shape[0], 1))
+    return jnp.concatenate([hidden, column], axis=1)

@@ -205,3 +205,14 @@ def test_what_needs_a_whole_row_says_so_in_tiled():
         assert streaming(normalizer_of(name)) is None
         with pytest.raises(ValueError, match="needs a whole row of logits"):
             attend(x, x, x, normalizer=normalizer_of(name), implementation="tiled")
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax_plus_one"])
+def test_small_differences_of_huge_logits_count(name):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 64)), jnp.float32) + 1e4
+    allowed = jnp.ones(logits.shape, bool)
+    exact = np.asarray(logits, np.float64)
+    exact = np.exp(exact - exact.max(axis=1, keepdims=True))
+    exact /= exact.sum(axis=1, keepdims=True)
+    found = getattr(normalizers, name)(logits, allowed)
+    np.testing.assert_allclose(found, exact, rtol=3e-6)
