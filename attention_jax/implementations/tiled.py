@@ -268,9 +268,9 @@ class _Tiles:
         """Return the tile of the operands `here`, whose first query is i and first key j."""
         rows = here.query.shape[0]
         q_idx = i + indices(rows)
-        kv_idx = jnp.maximum(j, 0) + indices(self.key_size)
+        kv_idx = j + indices(self.key_size)
         pair = q_idx[:, None], kv_idx[None, :]
-        allowed = given.mask(*pair) & (j >= 0) if masked else None
+        allowed = given.mask(*pair) if masked else None
         usable = _usable(here)
         return online.Tile(
             logits=self.logits[rows](

@@ -22,8 +22,8 @@ VISIT_PAIRS = {"cpu": 2**18}
 MOST_TOGETHER = 8
 """So many rows of tiles are visited together at most."""
 
-UNIT = 128
-"""A tile begins at a multiple of this many keys, where its width is one too."""
+FRACTIONS = 4
+"""A tile begins at a multiple of its width divided by this, where it is divisible."""
 
 
 class Plan(NamedTuple):
@@ -47,7 +47,7 @@ class Visits(NamedTuple):
     """Tiles that a loop visits `together` at a time, each `rows` queries high.
 
     `queries [n]` is the first query of a visit; the tiles of a visit lie below each other, and
-    `keys [n, together]` are their first keys, -1 for none.
+    `keys [n, together]` are their first keys.
     """
 
     masked: bool
@@ -73,8 +73,8 @@ def make_visits(plan: Plan, query_length: int, query_size: int, key_size: int) -
 def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]:
     """Make few large visits of many small tiles, for a plan that is known while tracing.
 
-    FULL tiles below each other in `tall` rows of tiles become one. Of what is left, the tiles of
-    `together` rows are visited at once, each with keys of its own.
+    FULL tiles below each other in `tall` rows of tiles become one. Of what is left, as many tiles
+    of `together` rows as all of them have are visited at once, each with keys of its own.
     """
     row, key, full = plan.starts[:, 0] // query_size, plan.starts[:, 1], plan.states == FULL
     wide = np.max(key, initial=0) + 1
@@ -86,14 +86,24 @@ def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]
     rest = ~is_tall[inverse]
     row, key, full = row[rest], key[rest], full[rest]
     number = np.arange(len(row)) - np.searchsorted(row, row)
-    visit, place = np.unique(row // together * wide + number, return_inverse=True)
-    keys = np.full((len(visit), together), -1)
+    visit, place, many = np.unique(
+        row // together * wide + number, return_inverse=True, return_counts=True
+    )
+    at_once = many == together
+    keys = np.zeros((len(visit), together), int)
     keys[place, row % together] = key
-    masked = np.bincount(place, full, len(visit)) < together
-    found = [Visits(False, tall * query_size, 1, column // wide * tall, column % wide)]
-    found += [
-        Visits(here, query_size, together, visit[of] // wide * together, keys[of])
-        for here, of in ((False, ~masked), (True, masked))
+    hidden = np.bincount(place, ~full, len(visit)) > 0
+    alone = ~at_once[place]
+    found = [
+        Visits(False, tall * query_size, 1, column // wide * tall, column % wide),
+        *(
+            Visits(masked, query_size, together, visit[of] // wide * together, keys[of])
+            for masked, of in ((False, at_once & ~hidden), (True, at_once & hidden))
+        ),
+        *(
+            Visits(masked, query_size, 1, row[of], key[of])
+            for masked, of in ((False, alone & full), (True, alone & ~full))
+        ),
     ]
     return [
         visits._replace(
@@ -110,11 +120,11 @@ def make_plan(
 ) -> Plan:
     """Cover what may be live of each row of tiles by as few tiles as possible.
 
-    Rows of tiles lie on a grid; within a row a tile begins where it is needed, to a multiple of
-    UNIT, so that a band of keys is covered by one tile and not by the two that it touches.
+    Rows of tiles lie on a grid; within a row a tile begins where it is needed, to a fraction of
+    its width, so that a band of keys is covered by one tile and not by the two that it touches.
     """
-    unit = UNIT if key_size % UNIT == 0 else key_size
-    per_tile = key_size // unit
+    per_tile = FRACTIONS if key_size % FRACTIONS == 0 else 1
+    unit = key_size // per_tile
     grid = (query_length, key_length, query_size, unit)
     live = np.asarray(mask.static().tiles(*grid)) != EMPTY
     rows, units = _cover(_padded(live, per_tile, False), per_tile)

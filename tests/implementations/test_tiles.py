@@ -41,16 +41,13 @@ def test_visits_meet_every_live_pair_once(mask, query_length, key_tiles, sizes, 
     for group in visits:
         for first, keys in zip(group.queries, group.keys, strict=True):
             for place, key in enumerate(keys):
-                if key >= 0:
-                    here = first + place * group.rows, key
-                    tile = tuple(
-                        slice(start, start + size)
-                        for start, size in zip(here, (group.rows, key_size), strict=True)
-                    )
-                    met[tile] += 1
-                    unmasked[tile] |= not group.masked
-                else:
-                    assert group.masked
+                here = first + place * group.rows, key
+                tile = tuple(
+                    slice(start, start + size)
+                    for start, size in zip(here, (group.rows, key_size), strict=True)
+                )
+                met[tile] += 1
+                unmasked[tile] |= not group.masked
     allowed = np.asarray(mask.to_dense(query_length, key_length))
     inside = slice(0, query_length)
     assert met.max(initial=0) <= 1
