@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from attention_jax import leading
-from attention_jax.implementations.tiles import make_plan
+from attention_jax.implementations.tiles import Plan, make_plan, make_visits
 from attention_jax.intervals import FULL, PARTIAL, Unknown
 from attention_jax.masks import Mask
 
@@ -96,7 +96,7 @@ def describe(
     held = (
         2 * heads * pairs
         if implementation == "dense"
-        else (2 * tile[0] * tile[1] + heads * query_length * (sizes["V"] + 1))
+        else 2 * _largest_visit(plan, query_length, tile) + heads * query_length * (sizes["V"] + 1)
     )
     return Choice(
         implementation,
@@ -108,6 +108,12 @@ def describe(
         flops=2 * heads * pairs * depth,
         bytes=held * itemsize,
     )
+
+
+def _largest_visit(plan: Plan, query_length: int, tile: tuple[int, int]) -> int:
+    """Return how many pairs are held at once."""
+    visits = make_visits(plan, query_length, *tile)
+    return max((one.rows * one.together for one in visits), default=0) * tile[1]
 
 
 def sequential_axes(mask_axes: Any) -> str:

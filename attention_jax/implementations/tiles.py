@@ -16,7 +16,7 @@ import numpy as np
 from attention_jax.intervals import EMPTY, FULL, PARTIAL
 from attention_jax.masks import Mask
 
-VISIT_PAIRS = {"cpu": 2**18}
+TOGETHER_PAIRS = {"cpu": 2**18}
 """Small tiles that are visited together have about so many pairs; FULL ones twice as many."""
 
 MOST_TOGETHER = 8
@@ -62,7 +62,7 @@ def make_visits(plan: Plan, query_length: int, query_size: int, key_size: int) -
     if not plan.is_static:
         return [Visits(True, query_size, 1, plan.starts[:, 0], plan.starts[:, 1:])]
     rows = -(-query_length // query_size)
-    pairs = VISIT_PAIRS.get(jax.default_backend(), 0)
+    pairs = TOGETHER_PAIRS.get(jax.default_backend(), 0)
     together, tall = (
         2 ** int(np.log2(max(1, min(many / (query_size * key_size), rows, MOST_TOGETHER))))
         for many in (pairs, 2 * pairs)

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         if options.list:
-            print(list_text())
+            show(list_text())
             return 0
         # JAX takes a second to import; help and a mistyped flag do not wait for it.
         from experiments.claims.run import run

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.statistics import interval
-from experiments.translate.figures import _COLORS as COLORS
-from experiments.translate.figures import _STYLE
+from experiments.translate.figures import COLORS
 
 # A number, or one for every seed or draw.
 Point = float | Sequence[float]
-
-
-def style() -> AbstractContextManager[Any]:
-    """Fonts, spines and grid."""
-    return mpl.rc_context(cast("Any", _STYLE))
 
 
 def lines(

@@ -51,6 +51,20 @@ def shown(values: Values | float) -> str:
     return f"{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]"
 
 
+def by_size(
+    title: str, sizes: Sequence[str], values: Mapping[str, Sequence[Values]]
+) -> list[list[str]]:
+    """Return a table with a row for each size and a column for each name.
+
+    >>> by_size("loss", ["d = 2"], {"dot": [[1.0, 3.0]], "additive": [[2.0, 2.0]]})
+    [['loss', 'dot', 'additive'], ['d = 2', '2 [1, 3]', '2']]
+    """
+    rows = [
+        [size, *(shown(of_name[n]) for of_name in values.values())] for n, size in enumerate(sizes)
+    ]
+    return [[title, *values], *rows]
+
+
 def between(values: Values, low: float, high: float) -> bool:
     """Tell whether the whole 95% interval lies between two numbers.
 

@@ -61,7 +61,7 @@ def trained(
         jax.random.key(0),
         rates=setting.pick(tiny=(3e-3,), quick=(1e-3, 3e-3), full=(3e-4, 1e-3, 3e-3)),
         seeds=setting.pick(tiny=2, quick=6, full=8),
-        steps=setting.pick(tiny=4, quick=400, full=4000),
+        steps=setting.pick(tiny=4, quick=400, full=2000),
         held_out=draw(task, jax.random.key(1), longest, count=256),
     )
     return merged(build), found

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from experiments import pages
 from experiments.claims.catalogue import Theme, themes
-from experiments.translate import report as translated
 
 Record = dict[str, Any]
 
-# Both reports look alike.
-_STYLE = re.findall(r"<style>(.*?)</style>", translated._PAGE.template, re.DOTALL)[0]
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Claims about attention, tested</title>
-<style>$style
-h3 { font-size: 1.08rem; margin: 2.4rem 0 .3rem; max-width: 46rem; }
+_STYLE = """h3 { font-size: 1.08rem; margin: 2.4rem 0 .3rem; max-width: 46rem; }
 h3 .number { color: var(--soft); font-weight: 400; margin-right: .5rem; }
 .verdict { display: inline-block; font-weight: 600; border-radius: 4px; padding: .05rem .5rem; }
 .holds { background: #dcf1e4; color: #135c33; }
@@ -37,14 +27,10 @@ section figure img { max-width: 38rem; width: 100%; }
 td.left, .claims td { text-align: left; font-weight: 400; } .claims th { text-align: left; }
 a { color: inherit; text-decoration-color: var(--line); }
 nav { columns: 17rem; font-size: .92rem; margin: 1.2rem 0; }
-</style>
-</head>
-<body>
-<main>
-<h1>Claims about attention, tested</h1>
-<p class="lead">$lead</p>
-<p>Every claim below was put to a test that was written down before there were data: what is
-measured, and what decides. The verdict is computed from the numbers. Intervals in brackets are 95%
+"""
+_BODY = Template("""<p class="lead">$lead</p>
+<p>Below each claim stands what is measured, and what decides. The verdict is computed from the
+numbers by the criterion that stands beside it. Intervals in brackets are 95%
 bootstrap intervals over seeds or draws, unless it says otherwise; where several trained arms are
 compared, a paired permutation test over seeds has to agree.</p>
 <h2>At a glance</h2>
@@ -53,11 +39,7 @@ $wrong
 $chapters
 <h2>How to get this again</h2>
 <pre>$command</pre>
-<div class="settings">$settings</div>
-</main>
-</body>
-</html>
-""")
+$settings""")
 _CLASSES = {
     "holds": "holds",
     "holds only if": "only",
@@ -71,8 +53,7 @@ def write(results: Record, folder: Path) -> Path:
     claims = results["claims"]
     counts = Counter(record["outcome"] for record in claims)
     found = "; ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
-    page = _PAGE.substitute(
-        style=_STYLE,
+    body = _BODY.substitute(
         lead=escape(
             f"{len(claims)} sentences that courses, blogs and papers say about additive and "
             f"multiplicative attention, and what came out: {found}."
@@ -85,11 +66,12 @@ def write(results: Record, folder: Path) -> Path:
             if (of_theme := [record for record in claims if record["theme"] == name])
         ),
         command=escape(command(results)),
-        settings=translated._settings(
+        settings=pages.settings(
             {"setting": results["setting"], "seconds": results["seconds"], **results["environment"]}
         ),
     )
     path = folder / "report.html"
+    page = pages.page("Claims about attention, tested", body, _STYLE)
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -105,9 +87,7 @@ def _glance(claims: list[Record]) -> str:
         f"<td>{escape(record['claim'])}</td><td>{_badge(record)}</td>"
         for record in claims
     ]
-    return translated._table(["", "claim", "verdict"], rows).replace(
-        "<table>", '<table class="claims">'
-    )
+    return pages.table(["", "claim", "verdict"], rows, "claims")
 
 
 def _wrong(claims: list[Record]) -> str:
@@ -136,7 +116,7 @@ def _section(record: Record, folder: Path) -> str:
     )
     figure = ""
     if record.get("figure"):
-        image = translated._inline(folder / "figures" / f"{record['figure']}.svg")
+        image = pages.inline(folder / "figures" / f"{record['figure']}.svg")
         figure = f'<figure><img alt="{escape(record["claim"])}" src="{image}"></figure>'
     return (
         f'<section id="c{record["number"]}"><h3><span class="number">{record["number"]}</span>'
@@ -150,7 +130,7 @@ def _table(rows: list[list[str]] | None) -> str:
         return ""
     header, *body = rows
     cells = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in body]
-    return f"<div class=scroll>{translated._table(header, cells)}</div>"
+    return f"<div class=scroll>{pages.table(header, cells)}</div>"
 
 
 def _badge(record: Record) -> str:

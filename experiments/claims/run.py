@@ -17,12 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from attention_jax.plots import save
-from experiments.claims import drawing, report
+from experiments.claims import report
 from experiments.claims.cache import Cache
 from experiments.claims.catalogue import themes
 from experiments.claims.claim import SETTINGS, Claim, Setting
 from experiments.claims.command_line import Options
 from experiments.command_line import UsageError
+from experiments.translate.figures import style
 from experiments.translate.workdir import environment, write_json, write_text
 
 Record = dict[str, Any]
@@ -107,7 +108,7 @@ def _tested(claim: Claim, setting: Setting, folder: Path) -> Record:
     verdict = module.verdict(data)
     name = claim.path.stem
     if hasattr(module, "figure"):
-        with drawing.style():
+        with style():
             save(module.figure(data), _made(folder / "figures" / name))
     return {
         "outcome": str(verdict.outcome),

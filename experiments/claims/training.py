@@ -136,8 +136,13 @@ def arm_of(build: Callable[[nnx.Rngs], Any], loss: Callable[[Any, Any], Array]) 
 
 def merged(build: Callable[[nnx.Rngs], Any]) -> Callable[[Any], Any]:
     """Return the function from parameters to the module that has them."""
+    return functools.partial(nnx.merge, graph_of(build))
+
+
+def graph_of(build: Callable[[nnx.Rngs], Any]) -> Any:
+    """Return the graph of the module that is built, without its parameters."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
-    return functools.partial(nnx.merge, graph)
+    return graph
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:

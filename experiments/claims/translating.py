@@ -16,7 +16,7 @@ from attention_jax import masks
 from attention_jax.nnx import EncoderDecoder, MultiHeadAttention
 from experiments import metrics
 from experiments.claims.claim import Setting
-from experiments.claims.training import Arm, Trained, arm_of, merged, train
+from experiments.claims.training import Arm, Trained, arm_of, graph_of, merged, train
 from experiments.data import load
 from experiments.data.batches import pad
 from experiments.data.corpus import Pair
@@ -92,8 +92,7 @@ def recurrent(given: Material, score: str, attention_size: int = WIDTH) -> Model
         logits, _ = model(*pairs)
         return jnp.sum(token_losses(logits, pairs[1])) / jnp.sum(pairs[1] != PAD)
 
-    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
-    return Model(arm_of(build, loss), build, functools.partial(decoding.greedy, graph))
+    return Model(arm_of(build, loss), build, functools.partial(decoding.greedy, graph_of(build)))
 
 
 def transformer(given: Material, heads: int, **options: Any) -> Model:
@@ -136,7 +135,7 @@ class Model(NamedTuple):
             jax.random.key(0),
             rates=setting.pick(tiny=(3e-3,), quick=(3e-3, 1e-2), full=(1e-3, 3e-3, 1e-2)),
             seeds=setting.pick(tiny=2, quick=6, full=8),
-            steps=setting.pick(tiny=4, quick=250, full=1500),
+            steps=setting.pick(tiny=4, quick=250, full=1000),
             data=given.train if text is None else text,
             held_out=(given.valid.source, given.valid.target),
         )

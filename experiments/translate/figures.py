@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from experiments.statistics import interval
 from experiments.translate.workdir import Record
 
 # Okabe and Ito's colours, which those who are colour-blind can tell apart; no yellow on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GOLD = "#D55E00"
 _END = "<eos>"
 _STYLE = {
@@ -39,11 +40,16 @@ _STYLE = {
 _ACROSS = 4
 
 
+def style() -> AbstractContextManager[Any]:
+    """Fonts, spines and grid of all programs' pictures."""
+    return mpl.rc_context(cast("Any", _STYLE))
+
+
 def draw_all(
     outcomes: Sequence[Record], log: Mapping[str, Sequence[Record]], folder: Path
 ) -> list[str]:
     """Draw all figures of a run, each as PNG and SVG, and return their names."""
-    with mpl.rc_context(cast("Any", _STYLE)):
+    with style():
         figures = {"learning_curves": learning_curves(log)}
         # Without attention there are no weights to draw.
         attending = [o for o in outcomes if np.any(o["pictures"][0]["weights"])] or outcomes
@@ -60,7 +66,7 @@ def learning_curves(log: Mapping[str, Sequence[Record]]) -> Figure:
     """Draw exact match and loss on the validation set against steps, with bands over seeds."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (score, records), color in zip(log.items(), itertools.cycle(_COLORS), strict=False):
+    for (score, records), color in zip(log.items(), itertools.cycle(COLORS), strict=False):
         validated = [record for record in records if "exact_match" in record]
         for axes, name in ((left, "exact_match"), (right, "valid_loss")):
             _curve(axes, validated, name, score, color)

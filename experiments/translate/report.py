@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
 import shlex
 from collections.abc import Sequence
@@ -10,58 +9,12 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from experiments import pages
 from experiments.translate import table
 from experiments.translate.config import Config
 from experiments.translate.workdir import Record
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light; --ink: #1c1e21; --soft: #5f6670; --line: #dfe3e8; --paper: #fff; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 17px/1.55 Charter, "Bitstream Charter", Cambria, Georgia, serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 3rem 0 .6rem; }
-p { max-width: 44rem; margin: .5rem 0; }
-.lead { font-size: 1.1rem; color: var(--soft); }
-small, figcaption, .soft { color: var(--soft); font-size: .86rem; line-height: 1.45; }
-.scroll { overflow-x: auto; }
-p + .scroll { margin-top: 1.5rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%;
-  font-size: .92rem; }
-th { text-align: right; font-weight: 600; font-size: .82rem; white-space: nowrap;
-  border-bottom: 1.5px solid var(--ink); padding: .35rem .6rem; }
-td { text-align: right; border-bottom: 1px solid var(--line); padding: .45rem .6rem;
-  vertical-align: top; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: 600; }
-td small { display: block; white-space: nowrap; }
-.text td { text-align: left; font-weight: 400; padding-left: 0; border: 0; padding: .1rem 0; }
-.text td:first-child { color: var(--soft); font-weight: 400; white-space: nowrap; width: 1%;
-  padding-right: 1.5rem; }
-.text tbody tr:last-child td { border-bottom: 1px solid var(--line); padding-bottom: .7rem; }
-.text tbody tr:first-child td { padding-top: .7rem; }
-.settings { columns: 19rem; column-gap: 2rem; font-size: .86rem; }
-.settings div { display: flex; justify-content: space-between; gap: 1rem; break-inside: avoid;
-  border-bottom: 1px solid var(--line); padding: .15rem 0; }
-.settings span:first-child { color: var(--soft); }
-.wrong { background: #fde9dd; }
-figure { margin: 1rem 0 2rem; }
-figure img { max-width: 100%; height: auto; display: block; }
-code, pre { font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-pre { background: #f5f6f8; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; }
-@media print { main { padding: 0; } }
-</style>
-</head>
-<body>
-<main>
-<h1>$title</h1>
-<p class="lead">$lead</p>
+_BODY = Template("""<p class="lead">$lead</p>
 
 <h2>Result</h2>
 <div class="scroll">$table</div>
@@ -91,11 +44,7 @@ $notices
 
 <h2>How to get this again</h2>
 <pre>$command</pre>
-<div class="settings">$settings</div>
-</main>
-</body>
-</html>
-""")
+$settings""")
 
 _EXTRA = (
     ("exact_match", "exact match %", 1),
@@ -117,8 +66,7 @@ def write(
     """Write the report and return its path."""
     scores = [outcome["score"] for outcome in outcomes]
     data, config = results["data"], results["config"]
-    page = _PAGE.substitute(
-        title=escape(" against ".join(scores[:2]) if len(scores) == 2 else ", ".join(scores)),
+    body = _BODY.substitute(
         lead=escape(
             f"{_subject(scores)}, trained on {data['pairs']['train']:,} sentence pairs "
             f"({data['name']}) in {config['steps']:,} steps, "
@@ -127,11 +75,11 @@ def write(
         table=_result_table(results),
         legend=escape(_legend(results)),
         comparison=_comparison(results),
-        curves=_inline(folder / "figures" / "learning_curves.svg"),
+        curves=pages.inline(folder / "figures" / "learning_curves.svg"),
         bands=escape(_bands(results)),
         gold=_GOLD if outcomes[0]["pictures"][0]["gold"] else "",
         alignments="".join(
-            f'<figure><img alt="{name}" src="{_inline(folder / "figures" / f"{name}.svg")}">'
+            f'<figure><img alt="{name}" src="{pages.inline(folder / "figures" / f"{name}.svg")}">'
             "</figure>"
             for name in figures
             if name.startswith("alignment")
@@ -144,10 +92,11 @@ def write(
             f"the source language and {data['target_words']:,} of the target language are known."
         ),
         notices="".join(f"<p class='soft'>{escape(n)}</p>" for n in data["notices"]),
-        settings=_settings({**config, **results["environment"]}),
+        settings=pages.settings({**config, **results["environment"]}),
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    title = " against ".join(scores[:2]) if len(scores) == 2 else ", ".join(scores)
+    path.write_text(pages.page(title, body), encoding="utf-8")
     return path
 
 
@@ -213,7 +162,7 @@ def _result_table(results: Record) -> str:
         )
         for row in table.rows(results)
     ]
-    return _table(table.header(results), rows)
+    return pages.table(table.header(results), rows)
 
 
 def _translations(outcomes: Sequence[Record]) -> str:
@@ -254,7 +203,7 @@ def _extra(results: Record) -> str:
                 + "".join(f"<td>{c.value}<small>{c.interval}</small></td>" for c in cells)
             )
         pairs = results["data"]["pairs"][name]
-        text = _table(["score", *(title for _, title, _ in _EXTRA)], rows)
+        text = pages.table(["score", *(title for _, title, _ in _EXTRA)], rows)
         about = f"<p class=soft>{_LONG}</p>" * (name == "long")
         parts.append(
             f"<h2>On “{escape(name)}”, {pairs:,} pairs</h2>{about}<div class=scroll>{text}</div>"
@@ -267,28 +216,5 @@ def _comparison(results: Record) -> str:
         return ""
     rows = ["".join(f"<td>{escape(text)}</td>" for text in row) for row in table.compared(results)]
     sentence = escape(results["comparisons"][0]["sentence"])
-    return (
-        f"<div class=scroll>{_table(table.compared_header(results), rows)}</div><p>{sentence}</p>"
-    )
-
-
-def _settings(values: Record) -> str:
-    shown = {
-        name: ", ".join(value) if isinstance(value, list) else str(value)
-        for name, value in values.items()
-        if value is not None
-    }
-    return "".join(
-        f"<div><span>{escape(name)}</span><span>{escape(value)}</span></div>"
-        for name, value in shown.items()
-    )
-
-
-def _table(header: Sequence[str], rows: Sequence[str]) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in header)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _inline(path: Path) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    found = pages.table(table.compared_header(results), rows)
+    return f"<div class=scroll>{found}</div><p>{sentence}</p>"

@@ -5,9 +5,9 @@ import json
 import jax
 import pytest
 
-from experiments.claims import drawing
 from experiments.claims.catalogue import claims
 from experiments.claims.claim import SETTINGS, Outcome
+from experiments.translate.figures import style
 
 # The others take more than four seconds, most of them compiling what they draw and train.
 QUICK = (45, 53, 63, 65, 67, 68, 70)
@@ -25,7 +25,7 @@ def test_a_claim_runs(number):
     verdict = module.verdict(data)
     assert verdict.outcome in Outcome and len(verdict.because) > 30
     if hasattr(module, "figure"):
-        with drawing.style():
+        with style():
             assert module.figure(data).axes
     if hasattr(module, "table"):
         header, *rows = module.table(data)

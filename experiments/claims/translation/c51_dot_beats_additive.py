@@ -23,7 +23,7 @@ import jax
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if, undecided
 from experiments.claims.comparing import difference, higher, learned
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import shown
+from experiments.claims.evidence import by_size
 from experiments.claims.sweeps import SCORES, by_attention_size
 
 
@@ -68,10 +68,8 @@ def figure(data: Data):
 
 def table(data: Data) -> list[list[str]]:
     """Show ours and the published figures."""
-    ours = [
-        [f"here, d = {size}", *(shown(data["bleu"][score][n]) for score in SCORES)]
-        for n, size in enumerate(data["sizes"])
-    ]
+    sizes = [f"here, d = {size}" for size in data["sizes"]]
+    bleu = {score: data["bleu"][score] for score in SCORES}
     britz = [
         [f"Britz et al. 2017, d = {size}", dot, "–", additive]
         for size, dot, additive in zip(
@@ -81,4 +79,4 @@ def table(data: Data) -> list[list[str]]:
             strict=True,
         )
     ]
-    return [["BLEU (not of the same data)", *SCORES], *ours, *britz]
+    return [*by_size("BLEU (not of the same data)", sizes, bleu), *britz]

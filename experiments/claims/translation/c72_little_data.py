@@ -20,7 +20,7 @@ from experiments.claims import translating
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
 from experiments.claims.comparing import difference, higher
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import shown
+from experiments.claims.evidence import by_size
 
 SCORES = ("additive", "scaled_dot")
 
@@ -69,8 +69,5 @@ def figure(data: Data):
 
 def table(data: Data) -> list[list[str]]:
     """Show losses."""
-    rows = [
-        [f"{size} pairs", *(shown(data["loss"][score][n]) for score in SCORES)]
-        for n, size in enumerate(data["sizes"])
-    ]
-    return [["loss of a held-out word", *SCORES], *rows]
+    loss = {score: data["loss"][score] for score in SCORES}
+    return by_size("loss of a held-out word", [f"{size} pairs" for size in data["sizes"]], loss)

@@ -20,7 +20,7 @@ import jax
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
 from experiments.claims.comparing import difference, higher
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import shown
+from experiments.claims.evidence import by_size
 from experiments.claims.sweeps import SCORES, by_attention_size
 
 
@@ -58,8 +58,5 @@ def figure(data: Data):
 
 def table(data: Data) -> list[list[str]]:
     """Show losses."""
-    rows = [
-        [f"d = {size}", *(shown(data["loss"][score][n]) for score in SCORES)]
-        for n, size in enumerate(data["sizes"])
-    ]
-    return [["loss of a held-out word", *SCORES], *rows]
+    loss = {score: data["loss"][score] for score in SCORES}
+    return by_size("loss of a held-out word", [f"d = {size}" for size in data["sizes"]], loss)
