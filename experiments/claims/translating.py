@@ -133,7 +133,7 @@ class Model(NamedTuple):
             self.arm,
             batch,
             jax.random.key(0),
-            rates=setting.pick(tiny=(3e-3,), quick=(3e-3, 1e-2), full=(1e-3, 3e-3, 1e-2)),
+            rates=setting.pick(tiny=(3e-3,), quick=(3e-3, 1e-2), full=(3e-3, 1e-2, 3e-2)),
             seeds=setting.pick(tiny=2, quick=6, full=8),
             steps=setting.pick(tiny=4, quick=250, full=1000),
             data=given.train if text is None else text,
