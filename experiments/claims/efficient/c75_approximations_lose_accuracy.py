@@ -57,7 +57,10 @@ def figure(data: Data):
     rows = [row for row in data["rows"] if row["scale"] == scale]
     errors = {_name(row): row["context"] for row in rows}
     return bars(
-        errors, xlabel="relative error of the context", marks={"just the mean": rows[0]["baseline"]}
+        errors,
+        xlabel="relative error of the context",
+        xscale="log",
+        marks={"just the mean": rows[0]["baseline"]},
     )
 
 
