@@ -1,0 +1,92 @@
+"""What a sweep shows and what it does not, in a few sentences."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from experiments.statistics import seeds_needed
+from experiments.translate.workdir import Record
+from experiments.translate_sweep.config import RATE, shown
+
+_ALPHA = 0.05
+
+
+def conclude(results: Record) -> str:
+    """Return the paragraph; it never says more than the tests do."""
+    sentences = (
+        *_compared(results),
+        *_diverged(results["diverged"]),
+        _about_rates(results),
+        "Seeds stand for other initial weights and another order of the same sentences: nothing "
+        "is said about other data, sizes or lengths of training.",
+    )
+    return " ".join(sentences)
+
+
+def _compared(results: Record) -> Iterable[str]:
+    comparisons, seeds = results["comparisons"], results["config"]["seeds"]
+    if not comparisons:
+        yield "There are no two scores to compare."
+        return
+    tests = sum(found["p_value"] is not None for found in comparisons)
+    corrected = f", corrected for all {tests} of the sweep" if tests > 1 else ""
+    yield (
+        f"Scores are compared by BLEU on test, each at its best learning rate by validation loss, "
+        f"in paired permutation tests over {seeds} seed{'s' * (seeds > 1)}{corrected}."
+    )
+    smallest = min(1.0, tests * 2.0 ** (1 - seeds))
+    if smallest > _ALPHA:
+        yield (
+            f"Nothing can be concluded about which score is better: with so few seeds the smallest "
+            f"possible p is {smallest:.2g}; at least {seeds_needed(_ALPHA, tests)} seeds are "
+            f"needed for p <= {_ALPHA:g}."
+        )
+        return
+    shown_where, not_shown = defaultdict(list), defaultdict(list)
+    for found in comparisons:
+        first, second, difference = (found[k] for k in ("first", "second", "difference"))
+        if found["conclusive"]:
+            higher, lower = (first, second) if difference["mean"] > 0 else (second, first)
+            by = f"by {abs(difference['mean']):.3g}"
+            where = f"{shown(found['point'])} ({by})" if found["point"] else by
+            shown_where[f"{higher} is higher than {lower}"].append(where)
+        else:
+            not_shown[f"{first} and {second}"].append(shown(found["point"]))
+    if shown_where:
+        yield f"Shown (p <= {_ALPHA:g}): {_listed(shown_where)}."
+    if not_shown:
+        which = f" between {_listed(not_shown)}" if shown_where else ""
+        yield f"No difference is shown{which}, which does not show that they are equal."
+
+
+def _diverged(diverged: list[Record]) -> Iterable[str]:
+    where = defaultdict(list)
+    for found in diverged:
+        where[found["score"]].append(shown(found["point"]))
+    for score, points in where.items():
+        yield f"{_listed({score: points})}: diverged at every learning rate, and not compared."
+
+
+def _about_rates(results: Record) -> str:
+    rates, mechanisms = results["rates"], results["mechanisms"]
+    if len(rates) == 1:
+        return f"One learning rate was tried, {rates[0]:g}; each score may do better at another."
+    ends = min(rates), max(rates)
+    at_end = sum(mechanism[RATE] in ends for mechanism in mechanisms)
+    if not at_end:
+        return "No best learning rate is the smallest or the largest tried."
+    return (
+        f"{at_end} of {len(mechanisms)} best learning rates are the smallest or the largest tried, "
+        "and a wider --learning_rate may change these results."
+    )
+
+
+def _listed(places: dict[str, list[str]]) -> str:
+    """Join statements, each with the points where it holds."""
+    parts = []
+    for what, points in places.items():
+        where = "; ".join(filter(None, points))
+        joint = " " if where.startswith("by ") else " at "
+        parts.append(what + (joint + where if where else ""))
+    return "; ".join(parts)
