@@ -21,7 +21,7 @@ def conclude(results: Record) -> str:
         "Seeds stand for other initial weights and another order of the same sentences: nothing "
         "is said about other data, sizes or lengths of training.",
     )
-    return " ".join(sentences)
+    return " ".join(filter(None, sentences))
 
 
 def _compared(results: Record) -> Iterable[str]:
@@ -72,6 +72,8 @@ def _about_rates(results: Record) -> str:
     rates, mechanisms = results["rates"], results["mechanisms"]
     if len(rates) == 1:
         return f"One learning rate was tried, {rates[0]:g}; each score may do better at another."
+    if not mechanisms:
+        return ""
     ends = min(rates), max(rates)
     at_end = sum(mechanism[RATE] in ends for mechanism in mechanisms)
     if not at_end:
@@ -86,7 +88,7 @@ def _listed(places: dict[str, list[str]]) -> str:
     """Join statements, each with the points where it holds."""
     parts = []
     for what, points in places.items():
-        where = "; ".join(filter(None, points))
+        where = " and ".join(filter(None, points))
         joint = " " if where.startswith("by ") else " at "
         parts.append(what + (joint + where if where else ""))
     return "; ".join(parts)

@@ -54,8 +54,10 @@ def quality(results: Record, name: str) -> Figure:
                 _line(axes, values, dict(found), score, color)
             axes.set(title=f"{title}, {shown(point)}" if point else title, xlabel=name)
             _finish(axes, values)
-            axes.set_ylim(bottom=0)
+            top = axes.get_ylim()[1]
+            axes.set_ylim(-0.03 * top, top)
     rows[0, 0].legend(loc="best")
+    _explain(figure, results)
     return figure
 
 
@@ -79,7 +81,9 @@ def learning_rates(results: Record) -> Figure:
         axes.set(title=shown(point), xlabel=RATE, ylabel="validation loss")
         axes.label_outer()
         _finish(axes, results["rates"])
-    grid[0, 0].legend(loc="best")
+    if points:
+        grid[0, 0].legend(loc="best")
+    _explain(figure, results)
     return figure
 
 
@@ -104,6 +108,14 @@ def _line(
     for x in at:
         if x not in found:
             axes.plot(x, 0.02, "x", color=color, transform=axes.get_xaxis_transform())
+
+
+def _explain(figure: Figure, results: Record) -> None:
+    """Say below what a point is, so that the figure can be read by itself."""
+    seeds = results["config"]["seeds"]
+    over = "one seed" if seeds == 1 else f"mean and 95% interval over {seeds} seeds"
+    chosen = "; learning rates chosen by validation loss" * (len(results["rates"]) > 1)
+    figure.supxlabel(f"{over}{chosen}; a cross: diverged", fontsize=8.5, color="#5f6670")
 
 
 def _finish(axes: Axes, values: Sequence[float]) -> None:

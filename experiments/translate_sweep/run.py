@@ -54,12 +54,12 @@ def run(sweep: Sweep) -> Path:
 
 
 def _do_all(cells: list[Cell], console: Console) -> list[Record]:
-    missing = sum(_found(cell) is None for cell in cells)
+    before = [_found(cell) for cell in cells]
+    missing = before.count(None)
     counted = f"{len(cells)} runs, {len(cells) - missing} of them done before"
     console.print(counted, highlight=False, soft_wrap=True)
     start, records, done = time.perf_counter(), [], 0
-    for number, cell in enumerate(cells, 1):
-        found = _found(cell)
+    for number, (cell, found) in enumerate(zip(cells, before, strict=True), 1):
         head = f"{number}/{len(cells)} {cell}"
         if found is None:
             console.print(f"{head}: training", highlight=False, soft_wrap=True)
@@ -128,6 +128,6 @@ def _read(config: Config) -> task.Task:
 
 def _said(found: Record) -> str:
     if "diverged" in found:
-        return f"diverged ({found['diverged']})"
+        return f"diverged ({found['diverged'].split(';')[0]})"
     means = {name: results.mean(found["metrics"][name]) for name in ("valid_loss", "bleu")}
     return f"valid loss {means['valid_loss']:.3f}, BLEU {means['bleu']:.1f}"
