@@ -7,7 +7,10 @@ from collections.abc import Iterable
 
 from experiments.statistics import seeds_needed
 from experiments.translate.workdir import Record
-from experiments.translate_sweep.config import RATE, shown
+from experiments.translate_sweep.config import RATE, Point, shown
+
+# Statements, each with the points where it holds and a remark on it there.
+Places = dict[str, list[tuple[Point, str]]]
 
 _ALPHA = 0.05
 
@@ -43,16 +46,16 @@ def _compared(results: Record) -> Iterable[str]:
             f"needed for p <= {_ALPHA:g}."
         )
         return
-    shown_where, not_shown = defaultdict(list), defaultdict(list)
+    shown_where: Places = defaultdict(list)
+    not_shown: Places = defaultdict(list)
     for found in comparisons:
         first, second, difference = (found[k] for k in ("first", "second", "difference"))
         if found["conclusive"]:
             higher, lower = (first, second) if difference["mean"] > 0 else (second, first)
             by = f"by {abs(difference['mean']):.3g}"
-            where = f"{shown(found['point'])} ({by})" if found["point"] else by
-            shown_where[f"{higher} is higher than {lower}"].append(where)
+            shown_where[f"{higher} is higher than {lower}"].append((found["point"], by))
         else:
-            not_shown[f"{first} and {second}"].append(shown(found["point"]))
+            not_shown[f"{first} and {second}"].append((found["point"], ""))
     if shown_where:
         yield f"Shown (p <= {_ALPHA:g}): {_listed(shown_where)}."
     if not_shown:
@@ -61,9 +64,9 @@ def _compared(results: Record) -> Iterable[str]:
 
 
 def _diverged(diverged: list[Record]) -> Iterable[str]:
-    where = defaultdict(list)
+    where: Places = defaultdict(list)
     for found in diverged:
-        where[found["score"]].append(shown(found["point"]))
+        where[found["score"]].append((found["point"], ""))
     for score, points in where.items():
         yield f"{_listed({score: points})}: diverged at every learning rate, and not compared."
 
@@ -84,11 +87,26 @@ def _about_rates(results: Record) -> str:
     )
 
 
-def _listed(places: dict[str, list[str]]) -> str:
-    """Join statements, each with the points where it holds."""
+def _listed(places: Places) -> str:
+    """Join statements, each with the points where it holds.
+
+    >>> _listed({"dot is higher": [({"width": 8}, "by 2"), ({"width": 16}, "by 3")]})
+    'dot is higher at width=8 (by 2) and 16 (by 3)'
+    """
     parts = []
     for what, points in places.items():
-        where = " and ".join(filter(None, points))
-        joint = " " if where.startswith("by ") else " at "
-        parts.append(what + (joint + where if where else ""))
+        where = []
+        for number, (point, remark) in enumerate(points):
+            # Where one flag is swept, its name is said once.
+            named = len(point) > 1 or number == 0
+            text = shown(point) if named else str(*point.values())
+            where.append(f"{text} ({remark})" if text and remark else text or remark)
+        joint = " at " if points[0][0] else " "
+        parts.append((what + joint + _enumerated(where)).rstrip())
     return "; ".join(parts)
+
+
+def _enumerated(texts: list[str]) -> str:
+    """Write a list as one says it: one, two and three."""
+    *first, last = texts
+    return " and ".join(filter(None, (", ".join(first), last)))

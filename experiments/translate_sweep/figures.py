@@ -57,7 +57,8 @@ def quality(results: Record, name: str) -> Figure:
             top = axes.get_ylim()[1]
             axes.set_ylim(-0.03 * top, top)
     rows[0, 0].legend(loc="best")
-    _explain(figure, results)
+    chosen = "each score at the learning rate with the lowest validation loss"
+    _explain(figure, results, chosen if len(results["rates"]) > 1 else "")
     return figure
 
 
@@ -70,7 +71,7 @@ def learning_rates(results: Record) -> Figure:
     across = min(_ACROSS, max(1, len(points)))
     down = -(-len(points) // across) or 1
     figure = Figure(figsize=(3.4 * across + 1, 2.8 * down + 0.4), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
     for axes in grid.flat[len(points) :]:
         axes.set_visible(False)
     for axes, point in zip(grid.flat, points, strict=False):
@@ -78,9 +79,10 @@ def learning_rates(results: Record) -> Figure:
             here = [m for m in results["mechanisms"] if (m["score"], m["point"]) == (score, point)]
             found = {r[RATE]: r["valid_loss"] for m in here for r in m["rates"] if r["valid_loss"]}
             _line(axes, results["rates"], found, score, color)
-        axes.set(title=shown(point), xlabel=RATE, ylabel="validation loss")
-        axes.label_outer()
+        axes.set(title=shown(point), xlabel=RATE)
         _finish(axes, results["rates"])
+    for axes in grid[:, 0]:
+        axes.set_ylabel("validation loss")
     if points:
         grid[0, 0].legend(loc="best")
     _explain(figure, results)
@@ -110,12 +112,14 @@ def _line(
             axes.plot(x, 0.02, "x", color=color, transform=axes.get_xaxis_transform())
 
 
-def _explain(figure: Figure, results: Record) -> None:
+def _explain(figure: Figure, results: Record, chosen: str = "") -> None:
     """Say below what a point is, so that the figure can be read by itself."""
     seeds = results["config"]["seeds"]
-    over = "one seed" if seeds == 1 else f"mean and 95% interval over {seeds} seeds"
-    chosen = "; learning rates chosen by validation loss" * (len(results["rates"]) > 1)
-    figure.supxlabel(f"{over}{chosen}; a cross: diverged", fontsize=8.5, color="#5f6670")
+    over = "One seed" if seeds == 1 else f"Mean and 95% interval over {seeds} seeds"
+    crossed = any(r["valid_loss"] is None for m in results["mechanisms"] for r in m["rates"])
+    cross = "a cross: diverged" if crossed or results["diverged"] else ""
+    text = "; ".join(filter(None, (over, chosen, cross)))
+    figure.supxlabel(text, fontsize=8.5, color="#5f6670")
 
 
 def _finish(axes: Axes, values: Sequence[float]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,19 +35,33 @@ def _mechanisms(results: Record) -> Table:
     table.add_column("score")
     for title in (*axes, "best rate", "parameters", *(title for _, title, _ in columns)):
         table.add_column(title, justify="right")
-    for found in results["mechanisms"]:
-        cells = [of_run.cell(found["metrics"][name], digits) for name, _, digits in columns]
-        table.add_row(
-            found["score"],
-            *(str(found["point"][name]) for name in axes),
-            f"{found[RATE]:g}",
-            f"{found['parameters']:,}",
-            *(f"{c.value}\n[dim]{c.interval}[/]" if c.interval else c.value for c in cells),
-        )
-    for found in results["diverged"]:
-        point = (str(found["point"][name]) for name in axes)
-        table.add_row(found["score"], *point, "all diverged")
+    for _, of_point in itertools.groupby(_in_order(results), key=lambda found: found["point"]):
+        for found in of_point:
+            point = [str(value) for value in found["point"].values()]
+            if "metrics" not in found:
+                table.add_row(found["score"], *point, "all diverged")
+                continue
+            cells = [of_run.cell(found["metrics"][name], digits) for name, _, digits in columns]
+            table.add_row(
+                found["score"],
+                *point,
+                f"{found[RATE]:g}",
+                f"{found['parameters']:,}",
+                *(f"{c.value}\n[dim]{c.interval}[/]" if c.interval else c.value for c in cells),
+            )
+        table.add_section()
     return table
+
+
+def _in_order(results: Record) -> list[Record]:
+    """Return what was found of every score at every point, in the order of the flags."""
+
+    def place(found: Record) -> list[int]:
+        values = zip(results["axes"].values(), found["point"].values(), strict=True)
+        score = results["config"]["scores"].index(found["score"])
+        return [*(of_axis.index(value) for of_axis, value in values), score]
+
+    return sorted(results["mechanisms"] + results["diverged"], key=place)
 
 
 def _comparisons(results: Record) -> Table:
@@ -62,7 +78,7 @@ def _comparisons(results: Record) -> Table:
         bounds = (difference["low"], difference["high"])
         table.add_row(
             f"{found['first']} - {found['second']}",
-            *(str(found["point"][name]) for name in axes),
+            *(str(value) for value in found["point"].values()),
             f"{difference['mean']:+.3g}",
             "–" if None in bounds else " to ".join(f"{bound:+.3g}" for bound in bounds),
             f"{found['p_value']:.2g}",

@@ -126,7 +126,7 @@ def test_all_tests_of_a_sweep_are_corrected_together():
         "Scores are compared by BLEU on test, each at its best learning rate by validation loss, "
         "in paired permutation tests over 8 seeds, corrected for all 6 of the sweep. Shown (p <= "
         "0.05): additive is higher than dot at attention_size=2 (by 49.2); additive is higher than "
-        "none at attention_size=2 (by 48.2) and attention_size=8 (by 49.2); none is higher than "
+        "none at attention_size=2 (by 48.2) and 8 (by 49.2); none is higher than "
         "dot at attention_size=2 (by 1); dot is higher than none at attention_size=8 (by 49.2). No "
         "difference is shown between additive and dot at attention_size=8, which does not show "
         "that they are equal. One learning rate was tried, 0.01; each score may do better at "
