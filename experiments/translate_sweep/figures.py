@@ -54,8 +54,6 @@ def quality(results: Record, name: str) -> Figure:
                 _line(axes, values, dict(found), score, color)
             axes.set(title=f"{title}, {shown(point)}" if point else title, xlabel=name)
             _finish(axes, values)
-            top = axes.get_ylim()[1]
-            axes.set_ylim(-0.03 * top, top)
     rows[0, 0].legend(loc="best")
     chosen = "each score at the learning rate with the lowest validation loss"
     _explain(figure, results, chosen if len(results["rates"]) > 1 else "")

@@ -141,17 +141,17 @@ def test_data_that_cannot_be_read_are_refused_before_anything_is_written(sweep, 
 @pytest.mark.slow
 def test_a_real_sweep_measures_what_the_translator_measures(sweep, translate, tmp_path, capsys):
     """One rate is so large that weights overflow."""
-    flags = ("--attention_size=2,4", "--learning_rate=0.01,1e30", "--seeds=2")
-    assert sweep(*flags) == 0
+    flags = ("--attention_size=4", "--seeds=2")
+    assert sweep(*flags, "--learning_rate=0.01,1e30") == 0
     results = json.loads((tmp_path / "sweep" / "results.json").read_text(encoding="utf-8"))
-    assert [m["learning_rate"] for m in results["mechanisms"]] == 4 * [0.01]
+    assert [m["learning_rate"] for m in results["mechanisms"]] == 2 * [0.01]
     assert all(m["rates"][1]["valid_loss"] is None for m in results["mechanisms"])
-    assert "at least 7 seeds are needed" in results["conclusion"]
+    assert "at least 6 seeds are needed" in results["conclusion"]
     alone = tmp_path / "alone"
-    assert translate(*TINY, "--attention_size=4", "--seeds=2", f"--workdir={alone}") == 0
+    assert translate(*TINY, *flags, f"--workdir={alone}") == 0
     capsys.readouterr()
     theirs = json.loads((alone / "results.json").read_text(encoding="utf-8"))["mechanisms"]
-    ours = results["mechanisms"][2:]
+    ours = results["mechanisms"]
     for name in ("valid_loss", "bleu", "alignment_error", "mean_exact_match"):
         assert [m["metrics"][name] for m in ours] == [m["metrics"][name] for m in theirs]
     assert all(Path(m["folder"]).is_relative_to(tmp_path) for m in ours)
