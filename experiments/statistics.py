@@ -155,6 +155,43 @@ def compare_all(
     systems: Mapping[str, Values], *, metric: str = "score", alpha: float = 0.05
 ) -> tuple[Comparison, ...]:
     """Every pair of systems, with p-values corrected for their number by Holm's method."""
+    return compare_families({metric: systems}, alpha=alpha)[metric]
+
+
+def compare_families(
+    families: Mapping[str, Mapping[str, Values]], *, alpha: float = 0.05
+) -> dict[str, tuple[Comparison, ...]]:
+    """Every pair of systems within each family, corrected for all comparisons of all families.
+
+    Args:
+      families: the systems of each by what they are compared in, such as "BLEU at width 8".
+      alpha: largest corrected p that is called conclusive.
+
+    >>> high, low = [3.0, 4, 5, 4, 3, 4, 5], [1.0, 2, 1, 2, 1, 2, 1]
+    >>> found = compare_families(
+    ...     {"early": {"a": high, "b": low}, "late": {"a": high, "b": high}}
+    ... )
+    >>> [(c.metric, c.p_value, c.conclusive) for of in found.values() for c in of]
+    [('early', 0.03125, True), ('late', 1.0, False)]
+    """
+    pairs = [
+        (metric, names, _differences(systems, names))
+        for metric, systems in families.items()
+        for names in itertools.combinations(_paired(systems), 2)
+    ]
+    finite = [bool(np.isfinite(d).all()) for _, _, d in pairs]
+    tested = [sign_flip_p_value(d) for (_, _, d), ok in zip(pairs, finite, strict=True) if ok]
+    p_values = iter(holm(tested))
+    found: dict[str, tuple[Comparison, ...]] = dict.fromkeys(families, ())
+    for (metric, (a, b), d), ok in zip(pairs, finite, strict=True):
+        p = next(p_values) if ok else math.nan
+        sentence = _sentence(a, b, metric, interval(d), p, alpha, len(tested))
+        compared = Comparison(a, b, metric, interval(d), p, ok and p <= alpha, sentence)
+        found[metric] += (compared,)
+    return found
+
+
+def _paired(systems: Mapping[str, Values]) -> Mapping[str, Values]:
     counts = {name: len(values) for name, values in systems.items()}
     if len(set(counts.values())) != 1 or len(systems) < 2 or 0 in counts.values():
         raise ValueError(
@@ -162,20 +199,12 @@ def compare_all(
             + (", ".join(f"{count} of {name}" for name, count in counts.items()) or "none")
             + "."
         )
-    pairs = list(itertools.combinations(systems, 2))
-    differences = [
-        np.asarray(systems[a], np.float64) - np.asarray(systems[b], np.float64) for a, b in pairs
-    ]
-    finite = [bool(np.isfinite(d).all()) for d in differences]
-    p_values = iter(
-        holm([sign_flip_p_value(d) for d, ok in zip(differences, finite, strict=True) if ok])
-    )
-    comparisons = []
-    for (a, b), d, ok in zip(pairs, differences, finite, strict=True):
-        p = next(p_values) if ok else math.nan
-        sentence = _sentence(a, b, metric, interval(d), p, alpha, sum(finite))
-        comparisons.append(Comparison(a, b, metric, interval(d), p, ok and p <= alpha, sentence))
-    return tuple(comparisons)
+    return systems
+
+
+def _differences(systems: Mapping[str, Values], names: tuple[str, str]) -> np.ndarray:
+    first, second = (np.asarray(systems[name], np.float64) for name in names)
+    return first - second
 
 
 def _sentence(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
@@ -26,6 +26,18 @@ once, and writes a table, learning curves, alignments and a report of who won.
 
 The same command again resumes an interrupted run. --flagfile=FILE reads flags from a file."""
 
+Define = Callable[..., typing.Any]
+
+# How absl defines a flag for a field of each type.
+DEFINE: Mapping[typing.Any, Define] = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    int | None: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    tuple[str, ...]: flags.DEFINE_list,
+}
+
 
 def parse(arguments: Sequence[str]) -> Config:
     """Read a configuration from the arguments behind the program's name, and check it.
@@ -40,7 +52,7 @@ def parse(arguments: Sequence[str]) -> Config:
     >>> parse(["--seeds=2", "--scores=dot,none"]).scores
     ('dot', 'none')
     """
-    values = _flags()
+    values = defined(dataclasses.fields(Config))
     read("translate", values, arguments, help_text)
     names = Config.__dataclass_fields__
     given = {name: _python(values[name].value) for name in names if values[name].present}
@@ -49,12 +61,16 @@ def parse(arguments: Sequence[str]) -> Config:
     return config if config.mode == "train" else kept.configured(config, given)
 
 
-def help_text(width: int = 98) -> str:
-    """Return all flags by group, with their defaults."""
+def help_text(
+    summary: str = _SUMMARY,
+    fields: Sequence[dataclasses.Field] = dataclasses.fields(Config),
+    width: int = 98,
+) -> str:
+    """Return all flags by group, with their defaults, below a summary."""
     indent = 27
-    lines = [_SUMMARY]
+    lines = [summary]
     group = None
-    for field in dataclasses.fields(Config):
+    for field in fields:
         if field.metadata["group"] != group:
             group = field.metadata["group"]
             lines += ["", group]
@@ -69,18 +85,13 @@ def help_text(width: int = 98) -> str:
     return "\n".join(lines)
 
 
-def _flags() -> flags.FlagValues:
+def defined(
+    fields: Sequence[dataclasses.Field], define: Mapping[typing.Any, Define] = DEFINE
+) -> flags.FlagValues:
+    """Return flags for fields of `Config`, each defined as `define` says for its type."""
     values = flags.FlagValues()
     types = typing.get_type_hints(Config)
-    define = {
-        bool: flags.DEFINE_bool,
-        int: flags.DEFINE_integer,
-        int | None: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        str: flags.DEFINE_string,
-        tuple[str, ...]: flags.DEFINE_list,
-    }
-    for field in dataclasses.fields(Config):
+    for field in fields:
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         define[types[field.name]](
             field.name, default, field.metadata["help"], flag_values=values, module_name="translate"

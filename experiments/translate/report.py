@@ -100,7 +100,7 @@ def write(
     return path
 
 
-def command(config: Record) -> str:
+def command(config: Record, program: str = "experiments.translate") -> str:
     """Return the command line of a run, with the flags that differ from their defaults."""
     plain = Config().identity
     flags = [
@@ -108,7 +108,7 @@ def command(config: Record) -> str:
         for name, value in config.items()
         if value != plain[name]
     ]
-    return shlex.join(["python", "-m", "experiments.translate", *flags])
+    return shlex.join(["python", "-m", program, *flags])
 
 
 def _subject(scores: Sequence[str]) -> str:

@@ -42,24 +42,28 @@ def summarize(config: Config, task: Task, outcomes: Sequence[Record], host: Reco
     }
 
 
-def _mechanism(outcome: Record) -> Record:
+def measured(outcome: Record) -> dict[str, Any]:
+    """Return what was measured of a mechanism by name: a value of each seed, or None."""
     test, valid = outcome["sets"]["test"], outcome["sets"]["valid"]
-    values = {
+    return {
         "valid_loss": valid["loss"],
         "test_loss": test["loss"],
         **{k: test[k] for k in ("exact_match", "token_accuracy", "bleu", "chrf")},
         **{k: test[k] for k in ("alignment_error", *metrics.CLASSES)},
         **{k: outcome[k] for k in ("steps_to_90", "mean_exact_match")},
     }
+
+
+def _mechanism(outcome: Record) -> Record:
     extra = {
-        name: {k: summary(v) for k, v in measured.items()}
-        for name, measured in outcome["sets"].items()
+        name: {k: summary(v) for k, v in of_set.items()}
+        for name, of_set in outcome["sets"].items()
         if name not in ("valid", "test")
     }
     kept = ("score", "parameters", "sizes", "compile_seconds", "train_seconds")
     return {
         **{k: outcome[k] for k in (*kept, "tokens_per_second")},
-        "metrics": {name: summary(of_seeds) for name, of_seeds in values.items()},
+        "metrics": {name: summary(of_seeds) for name, of_seeds in measured(outcome).items()},
         "extra": extra,
     }
 
@@ -88,13 +92,13 @@ def _comparisons(mechanisms: list[Record]) -> list[Record]:
     for metric, words in COMPARED.items():
         values = [m["metrics"][metric]["values"] for m in (first, second)]
         found = statistics.compare(*values, names=(first["score"], second["score"]), metric=words)
-        record = _without_nan(dataclasses.asdict(found))
+        record = without_nan(dataclasses.asdict(found))
         compared.append({**record, "metric": metric})
     return compared
 
 
-def _without_nan(record: Any) -> Any:
-    """JSON knows no NaN."""
+def without_nan(record: Any) -> Any:
+    """Return a record with None for NaN, which JSON does not know."""
     if isinstance(record, dict):
-        return {name: _without_nan(value) for name, value in record.items()}
+        return {name: without_nan(value) for name, value in record.items()}
     return None if isinstance(record, float) and math.isnan(record) else record

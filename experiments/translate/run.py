@@ -43,7 +43,7 @@ def run(config: Config) -> Path:
         kept.write(folder, given.corpus, given.longest, config)
         _describe(console, config, given, sizes)
         outcomes = [
-            _outcome(score, sizes[score], config, given, folder, console) for score in sizes
+            outcome_of(score, sizes[score], config, given, folder, console) for score in sizes
         ]
         host = json.loads((folder / "config.json").read_text(encoding="utf-8"))["environment"]
         summary = results.summarize(config, given, outcomes, host)
@@ -58,7 +58,7 @@ def run(config: Config) -> Path:
     return path
 
 
-def _outcome(
+def outcome_of(
     score: str, sizes: Sizes, config: Config, given: task.Task, folder: Path, console: Console
 ) -> Record:
     """Train and measure one mechanism, or read what was measured before."""

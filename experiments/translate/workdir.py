@@ -11,12 +11,26 @@ import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from experiments.command_line import UsageError
-from experiments.translate.config import Config
 
 Record = dict[str, Any]
+
+
+class Owner(Protocol):
+    """What a folder belongs to: a run, or a sweep of runs."""
+
+    @property
+    def directory(self) -> Path:
+        """Its folder."""
+        ...
+
+    @property
+    def identity(self) -> Record:
+        """What may not change from one command in the folder to the next, as JSON has it."""
+        ...
+
 
 # What a run that was killed at once leaves behind.
 _FIRST = (".lock", "config.json.unfinished")
@@ -39,13 +53,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def check(config: Config) -> None:
-    """Refuse a folder that is not this run's, before anything is computed or written.
+def check(owner: Owner) -> None:
+    """Refuse a folder that is not its owner's, before anything is computed or written.
 
     Raises:
       UsageError: it holds another run or other files, or cannot be written to.
     """
-    folder = config.directory
+    folder = owner.directory
     hint = "give another --workdir."
     if not folder.exists():
         parent = next(path for path in folder.absolute().parents if path.exists())
@@ -65,23 +79,23 @@ def check(config: Config) -> None:
         held = json.loads(path.read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is not the configuration of a run; {hint}") from None
-    differing = [name for name, value in config.identity.items() if held.get(name) != value]
+    differing = [name for name, value in owner.identity.items() if held.get(name) != value]
     if differing:
         name = differing[0]
         raise UsageError(
             f"--workdir {folder} holds another run (--{name} was {shown(held.get(name))}, now it "
-            f"is {shown(config.identity[name])}); {hint}"
+            f"is {shown(owner.identity[name])}); {hint}"
         )
 
 
 @contextlib.contextmanager
-def opened(config: Config) -> Iterator[Path]:
-    """Create the folder, keep other processes out of it, and write what the run is.
+def opened(owner: Owner) -> Iterator[Path]:
+    """Create the folder, keep other processes out of it, and write whose it is.
 
     Raises:
       UsageError: it cannot be written to, or another process is at work in it.
     """
-    folder = config.directory
+    folder = owner.directory
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")
@@ -98,7 +112,7 @@ def opened(config: Config) -> Iterator[Path]:
             ) from None
         if not (folder / "config.json").exists():
             write_json(
-                folder / "config.json", {"config": config.identity, "environment": environment()}
+                folder / "config.json", {"config": owner.identity, "environment": environment()}
             )
         yield folder
 

@@ -1,0 +1,56 @@
+"""What a program that trains says and returns at its end, whatever that is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from experiments.command_line import HelpRequested, UsageError, show
+
+Options = TypeVar("Options")
+
+
+def run(
+    program: str,
+    arguments: Sequence[str] | None,
+    parse: Callable[[Sequence[str]], Options],
+    do: Callable[[Options], Any],
+) -> int:
+    """Run a program and return its exit code, with one sentence for what went wrong.
+
+    0; 1 where training or writing failed; 2 for a request that cannot be met; 130 or 143 when
+    it was interrupted.
+    """
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+    except HelpRequested as help:
+        show(help)
+        return 0
+    except UsageError as error:
+        return _complain(program, error, 2)
+    # JAX takes a second to import; help and a mistyped flag do not wait for it.
+    from experiments.translate.interrupts import Interrupted
+    from experiments.translate.train import Diverged
+
+    try:
+        do(options)
+    except UsageError as error:
+        return _complain(program, error, 2)
+    except Diverged as error:
+        return _complain(program, error, 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sentence = f"{where}{error.strerror or error}; what was saved before is kept."
+        return _complain(program, sentence, 1)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        where = f" after {stop}" if str(stop) else ""
+        code = stop.code if isinstance(stop, Interrupted) else 130
+        sentence = f"interrupted{where}; the same command goes on from there."
+        return _complain(program, sentence, code)
+    return 0
+
+
+def _complain(program: str, sentence: object, code: int) -> int:
+    print(f"{program}: {sentence}", file=sys.stderr)
+    return code

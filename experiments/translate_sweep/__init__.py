@@ -1,0 +1,1 @@
+"""Sweeps: translators trained at every combination of listed values, as one job that resumes."""

@@ -1,0 +1,130 @@
+"""What a sweep is: a run with several values for some of its fields, and the runs it consists of.
+
+Nothing here imports JAX, so that `--help` and a mistyped flag are answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.command_line import UsageError
+from experiments.translate.config import Config
+
+RATE = "learning_rate"
+
+# Fields that may have several values.
+LISTED = (
+    "train_size",
+    "heads",
+    "layers",
+    "width",
+    "attention_size",
+    "dropout",
+    "steps",
+    "batch_size",
+    RATE,
+    "warmup",
+    "weight_decay",
+    "clip",
+    "label_smoothing",
+)
+
+Point = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """A run of a sweep: one score, where it is asked for, at one learning rate."""
+
+    score: str
+    point: Point
+    rate: float
+    config: Config
+
+    def __str__(self) -> str:
+        return f"{self.score}, {shown({**self.point, RATE: self.rate})}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Everything that determines a sweep.
+
+    Attributes:
+      base: a run with the first value of every field.
+      values: the values of each field that was given several of them.
+    """
+
+    base: Config
+    values: Mapping[str, tuple[Any, ...]]
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the sweep."""
+        if self.base.workdir:
+            return Path(self.base.workdir)
+        key = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
+        return Path("runs") / f"sweep-{Path(self.base.data).stem or 'data'}-{key}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all runs share; scores and values may be added to a sweep."""
+        return self.base.identity | dict.fromkeys(("scores", *LISTED), "swept")
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The identity of `base` with all values, as on the command line."""
+        several = {name: ",".join(map(str, values)) for name, values in self.values.items()}
+        return self.base.identity | several
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Values of the swept fields but the learning rate, which is chosen for each point."""
+        return {name: values for name, values in self.values.items() if name != RATE}
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates among which is chosen."""
+        return self.values.get(RATE, (self.base.learning_rate,))
+
+    @property
+    def points(self) -> list[Point]:
+        """Every combination of the values of `axes`."""
+        axes = self.axes
+        return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield every run."""
+        for point, score, rate in itertools.product(self.points, self.base.scores, self.rates):
+            # The first score says how many parameters the others are given.
+            first = self.base.scores[:1] if self.base.match_parameters else ()
+            scores = tuple(dict.fromkeys((*first, score)))
+            run = dataclasses.replace(self.base, **point, learning_rate=rate, scores=scores)
+            folder = self.directory / "runs" / f"{score}-{run.key}"
+            yield Cell(score, point, rate, dataclasses.replace(run, workdir=str(folder)))
+
+    def check(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+          UsageError: one sentence with flag, value and what is needed.
+        """
+        for name, values in self.values.items():
+            for value in values:
+                if values.count(value) > 1:
+                    raise UsageError(f"--{name} names {value} twice; name every value once.")
+        for point, rate in itertools.product(self.points, self.rates):
+            dataclasses.replace(self.base, **point, learning_rate=rate).check()
+
+
+def shown(point: Point) -> str:
+    """Write a point as on the command line, but with commas.
+
+    >>> shown({"attention_size": 8, "learning_rate": 0.01})
+    'attention_size=8, learning_rate=0.01'
+    """
+    return ", ".join(f"{name}={value}" for name, value in point.items())

@@ -1,0 +1,133 @@
+"""A whole sweep: do every run that is not done yet, then choose, compare and draw."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from experiments.translate import kept, task, workdir
+from experiments.translate import results as of_run
+from experiments.translate.budget import sizes_of
+from experiments.translate.config import Config, group_of
+from experiments.translate.run import outcome_of
+from experiments.translate.table import console as new_console
+from experiments.translate.train import Diverged
+from experiments.translate.workdir import Record
+from experiments.translate_sweep import figures, results, table, tidy
+from experiments.translate_sweep.config import RATE, Cell, Sweep
+
+# Fields outside of the group "Data" that what is learned depends on.
+_OF_TASK = ("seeds", "steps", "batch_size", "buckets", "evaluate_every")
+_KEPT = ("parameters", "sizes", "compile_seconds", "train_seconds", "tokens_per_second")
+
+
+def run(sweep: Sweep) -> Path:
+    """Do what is left to do of a sweep, and return the path of its results.
+
+    Raises:
+      UsageError: the data or the folder cannot be used.
+      Interrupted: the sweep was asked to stop; the same call goes on.
+    """
+    console = new_console()
+    workdir.check(sweep)
+    cells = list(sweep.cells())
+    sets = _task(cells[0].config).sets
+    with workdir.opened(sweep) as folder:
+        records = _do_all(cells, console)
+        summary = results.summarize(sweep, records)
+        summary |= {
+            "environment": json.loads((folder / "config.json").read_text("utf-8"))["environment"],
+            "pairs": {name: len(given.pairs) for name, given in sets.items()},
+        }
+        workdir.write_text(folder / "sweep.csv", tidy.table(summary, records))
+        workdir.write_json(folder / "results.json", summary)
+        figures.draw_all(summary, folder / "figures")
+    table.show(console, summary)
+    path = folder / "results.json"
+    print(path.absolute(), flush=True)
+    return path
+
+
+def _do_all(cells: list[Cell], console: Console) -> list[Record]:
+    before = [_found(cell) for cell in cells]
+    missing = before.count(None)
+    counted = f"{len(cells)} runs, {len(cells) - missing} of them done before"
+    console.print(counted, highlight=False, soft_wrap=True)
+    start, records, done = time.perf_counter(), [], 0
+    for number, (cell, found) in enumerate(zip(cells, before, strict=True), 1):
+        head = f"{number}/{len(cells)} {cell}"
+        if found is None:
+            console.print(f"{head}: training", highlight=False, soft_wrap=True)
+            found = _done(cell, console)
+            done += 1
+            left = (time.perf_counter() - start) / done * (missing - done)
+            said = f"{_said(found)}; {left / 60:.0f} min left"
+        else:
+            said = f"{_said(found)}; done before"
+        console.print(f"{head}: {said}", highlight=False, soft_wrap=True)
+        records.append({"score": cell.score, "point": cell.point, RATE: cell.rate, **found})
+    return records
+
+
+def _found(cell: Cell) -> Record | None:
+    """Read what a run came to, if it is over: what was measured, or why it diverged."""
+    folder = cell.config.directory
+    measured, diverged = _files(cell)
+    if diverged.exists():
+        return {"folder": str(folder), **json.loads(diverged.read_text(encoding="utf-8"))}
+    if not measured.exists():
+        return None
+    outcome = json.loads(measured.read_text(encoding="utf-8"))
+    kept_of_it = {name: outcome[name] for name in _KEPT}
+    return {"folder": str(folder), **kept_of_it, "metrics": of_run.measured(outcome)}
+
+
+def _files(cell: Cell) -> tuple[Path, Path]:
+    folder = cell.config.directory
+    return folder / "outcomes" / f"{cell.score}.json", folder / "diverged.json"
+
+
+def _done(cell: Cell, console: Console) -> Record:
+    """Do a run, or the rest of one that was interrupted."""
+    # Where there is no bar to show, a line for every validation would be too many.
+    quiet = console if console.is_terminal else Console(quiet=True)
+    given = _task(cell.config)
+    corpus = given.corpus
+    vocabularies = corpus.source_vocabulary, corpus.target_vocabulary
+    sizes = sizes_of(cell.config, *map(len, vocabularies))[cell.score]
+    workdir.check(cell.config)
+    with workdir.opened(cell.config) as folder:
+        kept.write(folder, corpus, given.longest, cell.config)
+        try:
+            outcome_of(cell.score, sizes, cell.config, given, folder, quiet)
+        except Diverged as error:
+            _, diverged = _files(cell)
+            workdir.write_json(diverged, {"diverged": str(error)})
+        finally:
+            jax.clear_caches()
+    found = _found(cell)
+    assert found is not None
+    return found
+
+
+def _task(config: Config) -> task.Task:
+    """Read what a run learns; runs that learn the same and follow each other share it."""
+    needed = (f for f in vars(config) if group_of(f) == "Data" or f in _OF_TASK)
+    return _read(Config(**{name: getattr(config, name) for name in needed}))
+
+
+@functools.lru_cache(maxsize=1)
+def _read(config: Config) -> task.Task:
+    return task.read(config)
+
+
+def _said(found: Record) -> str:
+    if "diverged" in found:
+        return f"diverged ({found['diverged'].split(';')[0]})"
+    means = {name: results.mean(found["metrics"][name]) for name in ("valid_loss", "bleu")}
+    return f"valid loss {means['valid_loss']:.3f}, BLEU {means['bleu']:.1f}"

@@ -1,0 +1,157 @@
+"""A sweep as one job: what is done is not done again, and what diverged does not stop the rest."""
+
+import fcntl
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments.translate.interrupts import Interrupted
+from experiments.translate.train import Diverged
+from experiments.translate.workdir import write_json
+from experiments.translate_sweep import run
+from experiments.translate_sweep.__main__ import main
+
+TINY = (
+    "--data=copy",
+    "--train_size=100",
+    "--valid_size=10",
+    "--test_size=10",
+    "--width=4",
+    "--steps=10",
+    "--batch_size=8",
+    "--buckets=1",
+    "--scores=additive,dot",
+)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """The program in a folder, with the promotion of arrays that a user's process has."""
+
+    def do(*flags):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return main([*TINY, *flags, f"--workdir={tmp_path}/sweep"])
+
+    return do
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs that train nothing: what they were asked for; rates above one diverge."""
+    asked = []
+
+    def outcome_of(score, sizes, config, given, folder, console):
+        del given, console
+        asked.append((score, sizes.attention_size, config.learning_rate))
+        if config.learning_rate > 1:
+            raise Diverged(f"{score}, seed 0: the loss of step 1 is nan; no step is kept.")
+        bleu = [90.0 + seed if score == "dot" else 10.0 for seed in range(config.seeds)]
+        ones = [config.learning_rate] * config.seeds
+        test = dict.fromkeys(("exact_match", "token_accuracy", "chrf", "loss"), ones)
+        classes = dict.fromkeys(("alignment_error", "sure_found", "possible_found", "links_wrong"))
+        (folder / "outcomes").mkdir()
+        write_json(
+            folder / "outcomes" / f"{score}.json",
+            {
+                "score": score,
+                "parameters": 100,
+                "sizes": sizes._asdict(),
+                "compile_seconds": 1.0,
+                "train_seconds": 2.0,
+                "tokens_per_second": 3.0,
+                "sets": {"valid": {"loss": ones}, "test": test | classes | {"bleu": bleu}},
+                "steps_to_90": [None] * config.seeds,
+                "mean_exact_match": ones,
+            },
+        )
+
+    monkeypatch.setattr(run, "outcome_of", outcome_of)
+    return asked
+
+
+def test_values_added_later_are_trained_alone(sweep, trained, tmp_path, capsys):
+    assert sweep("--attention_size=2,4", "--learning_rate=0.01,100", "--seeds=7") == 0
+    assert len(trained) == 8
+    printed = capsys.readouterr().out
+    assert "8/8 dot, attention_size=4, learning_rate=100.0: diverged (dot, seed 0" in printed
+    assert printed.rstrip().endswith(f"{tmp_path}/sweep/results.json")
+    results = json.loads((tmp_path / "sweep" / "results.json").read_text(encoding="utf-8"))
+    assert [m["learning_rate"] for m in results["mechanisms"]] == 4 * [0.01]
+    assert [c["conclusive"] for c in results["comparisons"]] == [True, True]
+    assert len((tmp_path / "sweep" / "sweep.csv").read_text("utf-8").splitlines()) == 1 + 8 * 7
+    for name in ("attention_size", "learning_rate"):
+        assert (tmp_path / "sweep" / "figures" / f"{name}.png").stat().st_size > 1000
+
+    trained.clear()
+    assert sweep("--attention_size=2,4", "--learning_rate=0.01,100", "--seeds=7") == 0
+    assert trained == []
+    again = json.loads((tmp_path / "sweep" / "results.json").read_text(encoding="utf-8"))
+    assert again == results
+    assert sweep("--attention_size=2,4,8", "--learning_rate=0.001,0.01,100", "--seeds=7") == 0
+    new = {(2, 0.001), (4, 0.001), (8, 0.001), (8, 0.01), (8, 100)}
+    assert set(trained) == {(score, *where) for score in ("additive", "dot") for where in new}
+
+
+def test_a_sweep_that_is_stopped_goes_on_where_it_was(sweep, trained, capsys, monkeypatch):
+    kept = run.outcome_of
+
+    def stopped(score, *rest):
+        if score == "dot":
+            raise Interrupted("step 5 of dot", 15)
+        return kept(score, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "outcome_of", stopped)
+        assert sweep("--seeds=1") == 143
+    assert capsys.readouterr().err == (
+        "translate_sweep: interrupted after step 5 of dot; the same command goes on from there.\n"
+    )
+    assert [score for score, *_ in trained] == ["additive"]
+    assert sweep("--seeds=1") == 0
+    assert [score for score, *_ in trained] == ["additive", "dot"]
+
+
+def test_another_sweep_or_process_in_the_folder_is_refused(sweep, trained, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    assert sweep("--seeds=1") == 0
+    capsys.readouterr()
+    assert sweep("--seeds=2") == 2
+    assert capsys.readouterr().err == (
+        f"translate_sweep: --workdir {folder} holds another run (--seeds was 1, now it is 2); give "
+        "another --workdir.\n"
+    )
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert sweep("--seeds=1") == 2
+    assert capsys.readouterr().err == (
+        f"translate_sweep: --workdir {folder} is in use by another process; wait for it, or give "
+        "another.\n"
+    )
+    assert len(trained) == 2
+
+
+def test_data_that_cannot_be_read_are_refused_before_anything_is_written(sweep, tmp_path, capsys):
+    assert sweep("--data=/no/where.tsv") == 2
+    assert capsys.readouterr().err.startswith("translate_sweep: /no/where.tsv does not exist")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_real_sweep_measures_what_the_translator_measures(sweep, translate, tmp_path, capsys):
+    """One rate is so large that weights overflow."""
+    flags = ("--attention_size=4", "--seeds=2")
+    assert sweep(*flags, "--learning_rate=0.01,1e30") == 0
+    results = json.loads((tmp_path / "sweep" / "results.json").read_text(encoding="utf-8"))
+    assert [m["learning_rate"] for m in results["mechanisms"]] == 2 * [0.01]
+    assert all(m["rates"][1]["valid_loss"] is None for m in results["mechanisms"])
+    assert "at least 6 seeds are needed" in results["conclusion"]
+    alone = tmp_path / "alone"
+    assert translate(*TINY, *flags, f"--workdir={alone}") == 0
+    capsys.readouterr()
+    theirs = json.loads((alone / "results.json").read_text(encoding="utf-8"))["mechanisms"]
+    ours = results["mechanisms"]
+    for name in ("valid_loss", "bleu", "alignment_error", "mean_exact_match"):
+        assert [m["metrics"][name] for m in ours] == [m["metrics"][name] for m in theirs]
+    assert all(Path(m["folder"]).is_relative_to(tmp_path) for m in ours)
