@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from attention_jax.plots import save
-from experiments.translate.figures import _COLORS as COLORS
-from experiments.translate.figures import _STYLE as STYLE
+from experiments.translate.figures import COLORS, style
 from experiments.translate.workdir import Record
 from experiments.translate_sweep.config import RATE, Point, shown
 
@@ -25,7 +22,7 @@ _ACROSS = 3
 def draw_all(results: Record, folder: Path) -> list[str]:
     """Draw all figures of a sweep from its results, as PNG and SVG, and return their names."""
     figures: dict[str, Figure] = {}
-    with mpl.rc_context(cast("Any", STYLE)):
+    with style():
         for name in results["axes"]:
             figures[name] = quality(results, name)
         if len(results["rates"]) > 1:
