@@ -82,12 +82,13 @@ def as_one_vector_if_small(update: optax.GradientTransformation) -> optax.Gradie
         size = sum(leaf.size for leaf in jax.tree.leaves(tree))
         return optax.flatten(update) if size < _MANY_PARAMETERS else update
 
-    return optax.GradientTransformation(
-        lambda parameters: chosen(parameters).init(parameters),
-        lambda gradients, state, parameters=None: chosen(gradients).update(
-            gradients, state, parameters
-        ),
-    )
+    def init(params: Any) -> Any:
+        return chosen(params).init(params)
+
+    def updated(updates: Any, state: Any, params: Any = None) -> Any:
+        return chosen(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(init, updated)
 
 
 def quick_options(effort: int) -> dict[str, int]:
