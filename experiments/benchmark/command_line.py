@@ -10,18 +10,21 @@ from absl import flags
 
 from experiments.command_line import UsageError, read
 
-SUITES = ("attention", "memory", "compile", "additive", "patterns")
+SUITES = ("attention", "memory", "compile", "additive", "patterns", "translate")
 
 _HELP = """\
 Measures attend beside jax.nn, the textbook formula and, where it is installed, PyTorch: the
 programs of a case take turns in one process, and a ratio is taken in every turn. Prints a table;
 writes JSON and log-log plots against the sequence length. The suite patterns instead sweeps the
-length for every family of masks and tells how time and bytes grow.
+length for every family of masks and tells how time and bytes grow; the suite translate trains
+the recurrent translator, at its default size and at that of Multi30k, beside one in PyTorch.
 
   python -m experiments.benchmark
   python -m experiments.benchmark --suites=memory,compile,additive --repeats=11
 
-  --suites=attention   which of attention, memory, compile, additive, patterns to run, or all
+  --suites=attention   which of attention, memory, compile, additive, patterns, translate to run,
+                       or all
+  --data=DIR           Multi30k for translate; without it, sentences of its size are made up
   --repeats=7          turns that every program of a case takes
   --out=runs/benchmark directory of results; those of the same suite are replaced
   --noplots            leave out the sweep over lengths and its plots
@@ -36,6 +39,7 @@ class Options(NamedTuple):
     out: pathlib.Path
     plots: bool
     quick: bool
+    data: str
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -50,7 +54,7 @@ def parse(arguments: Sequence[str]) -> Options:
     >>> parse(["--suites=memroy"])
     Traceback (most recent call last):
     experiments.command_line.UsageError: --suites: no suite 'memroy'; there are
-    attention, memory, compile, additive, patterns, and all.
+    attention, memory, compile, additive, patterns, translate, and all.
     """
     values = flags.FlagValues()
     flags.DEFINE_list("suites", ["attention"], "", flag_values=values)
@@ -58,6 +62,7 @@ def parse(arguments: Sequence[str]) -> Options:
     flags.DEFINE_string("out", "runs/benchmark", "", flag_values=values)
     flags.DEFINE_bool("plots", True, "", flag_values=values)
     flags.DEFINE_bool("quick", False, "", flag_values=values)
+    flags.DEFINE_string("data", "", "", flag_values=values)
     given = read("benchmark", values, arguments, lambda: _HELP)
     return _checked(
         Options(
@@ -66,6 +71,7 @@ def parse(arguments: Sequence[str]) -> Options:
             out=pathlib.Path(given["out"]),
             plots=given["plots"],
             quick=given["quick"],
+            data=given["data"],
         )
     )
 

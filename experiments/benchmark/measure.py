@@ -69,12 +69,31 @@ def mebibytes_of(compiled: Any) -> float:
     return float("nan") if analysis is None else analysis.temp_size_in_bytes / 2**20
 
 
+def seconds_a_token(program: Program) -> Meter:
+    """Return what runs a program that tells how many tokens it trained on; the first is no turn."""
+    program.function()
+
+    def measure() -> Cost:
+        tokens: list[int] = []
+        cost = _timed(lambda: tokens.append(program.function()), 1)
+        return Cost(cost.wall / tokens[0], cost.cpu / tokens[0])
+
+    return measure
+
+
 def compiled(program: Program) -> Any:
     """Compile a program for its arguments."""
     return jax.jit(program.function).lower(*program.arguments).compile()
 
 
-METERS = {"ms": milliseconds, "s": compile_seconds, "MiB": mebibytes}
+METERS = {
+    "ms": milliseconds,
+    "s": compile_seconds,
+    "MiB": mebibytes,
+    "tokens/s": seconds_a_token,
+}
+RATES = ("tokens/s",)
+"""Units that are one over the cost."""
 
 
 def take_turns(meters: Mapping[Name, Meter], repeats: int) -> dict[Name, list[Cost]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -16,16 +17,16 @@ import rich.box
 import rich.console
 import rich.table
 
-from experiments.benchmark import patterns
+from experiments.benchmark import patterns, translating
 from experiments.benchmark.command_line import Options
-from experiments.benchmark.measure import METERS, Compared, compared, take_turns
+from experiments.benchmark.measure import METERS, RATES, Compared, compared, take_turns
 from experiments.benchmark.plots import plot
 from experiments.benchmark.programs import HAS_TORCH
-from experiments.benchmark.suites import SUITES, Comparison, Group, Sweep
+from experiments.benchmark.suites import SUITES, Comparison, Group, Suite, Sweep
 
 SCALE_OF_QUICK = 64
 SCALE_OF_QUICK_PATTERNS = 16
-WIDTH = 116
+WIDTH = 120
 """Columns that the table needs; a narrower terminal wraps it, and a file keeps it whole."""
 
 
@@ -43,7 +44,7 @@ def run(options: Options) -> None:
         if name == "patterns":
             _run_patterns(options, surroundings, scale, console)
             continue
-        suite = SUITES[name]
+        suite = _suite(name, options)
         measured = [_measure(group, options.repeats) for group in suite.groups(scale)]
         console.print(_table(name, [row for group in measured for row in group["rows"]]))
         result = {"machine": surroundings, "load": load(), "groups": measured}
@@ -53,6 +54,12 @@ def run(options: Options) -> None:
             plot(sweep.title, sweep.unit, result["sweep"], options.out / name)
         _write(options.out / f"{name}.json", result)
     console.print(f"load {load()}; results in {options.out}/")
+
+
+def _suite(name: str, options: Options) -> Suite:
+    if name == "translate":
+        return Suite(functools.partial(translating.groups, options.data))
+    return SUITES[name]
 
 
 def _run_patterns(
@@ -115,17 +122,16 @@ def _measure(group: Group, repeats: int) -> dict[str, Any]:
     meter = METERS[group.unit]
     meters = {name: meter(program()) for name, program in group.programs.items()}
     costs = take_turns(meters, 1 if group.unit == "MiB" else repeats)
-    rows = [
-        row | {"unit": group.unit}
-        for row in (_row(c, compared(costs[c.ours], costs[c.peer])) for c in group.comparisons)
-    ]
+    rows = [_row(c, compared(costs[c.ours], costs[c.peer]), group.unit) for c in group.comparisons]
     return {"unit": group.unit, "costs": costs, "rows": rows}
 
 
-def _row(comparison: Comparison, found: Compared) -> dict[str, Any]:
+def _row(comparison: Comparison, found: Compared, unit: str) -> dict[str, Any]:
+    power = -1 if unit in RATES else 1
     return comparison._asdict() | {
-        "ours_median": found.ours,
-        "peer_median": found.peer,
+        "unit": unit,
+        "ours_median": found.ours**power,
+        "peer_median": found.peer**power,
         "ratio": found.ratio,
         "least": found.least,
         "most": found.most,
@@ -160,8 +166,8 @@ def _table(title: str, rows: list[dict[str, Any]]) -> rich.table.Table:
             row["case"],
             row["ours"],
             row["peer"],
-            f"{row['ours_median']:.3g} {row['unit']}",
-            f"{row['peer_median']:.3g} {row['unit']}",
+            f"{_number(row['ours_median'])} {row['unit']}",
+            f"{_number(row['peer_median'])} {row['unit']}",
             f"{row['ratio']:.2f}",
             f"{row['least']:.2f}..{row['most']:.2f}",
             f"{row['cpu_ratio']:.2f}",
@@ -169,6 +175,10 @@ def _table(title: str, rows: list[dict[str, Any]]) -> rich.table.Table:
             "yes" if row["met"] else "no",
         )
     return table
+
+
+def _number(value: float) -> str:
+    return f"{value / 1000:.3g}k" if value >= 10_000 else f"{value:.3g}"
 
 
 def _write(path: pathlib.Path, result: dict[str, Any]) -> None:

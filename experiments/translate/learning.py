@@ -23,6 +23,8 @@ from experiments.translate.transformer import TransformerTranslator
 Array = jax.Array
 Graph = Any
 
+_MANY_PARAMETERS = 2**20
+
 
 class State(NamedTuple):
     """Where training stands: the number of steps taken, and parameters and optimizer per seed."""
@@ -54,10 +56,7 @@ def count_parameters(score: str, sizes: Sizes) -> int:
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) on clipped gradients, warmed up, then annealed.
-
-    It sees all parameters as one vector: one fused update instead of one for each of them.
-    """
+    """AdamW (Loshchilov and Hutter 2019) on clipped gradients, warmed up, then annealed."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -65,12 +64,31 @@ def optimizer_of(config: Config) -> optax.GradientTransformation:
         decay_steps=config.steps,
         end_value=0.01 * config.learning_rate,
     )
-    return optax.flatten(
+    return as_one_vector_if_small(
         optax.chain(
             optax.clip_by_global_norm(config.clip),
             optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay),
         )
     )
+
+
+def as_one_vector_if_small(update: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Show all parameters to an optimizer as one vector: one fused update instead of many.
+
+    Not where there are many of them: copying them together would take longer than it saves.
+    """
+
+    def chosen(tree: Any) -> optax.GradientTransformation:
+        size = sum(leaf.size for leaf in jax.tree.leaves(tree))
+        return optax.flatten(update) if size < _MANY_PARAMETERS else update
+
+    def init(params: Any) -> Any:
+        return chosen(params).init(params)
+
+    def updated(updates: Any, state: Any, params: Any = None) -> Any:
+        return chosen(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(init, updated)
 
 
 def quick_options(effort: int) -> dict[str, int]:

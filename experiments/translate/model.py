@@ -11,6 +11,7 @@ for all positions at once: the gates' share of the input, the keys, the readout,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,26 +67,22 @@ class Memory(NamedTuple):
     carry: Carry
 
 
-def gated(state: Array, gates: Array) -> Array:
+def gated(state: Array, inputs: Array, share: Array) -> Array:
     """Step a GRU whose gate inputs are known: h' = z h + (1 - z) tanh(n + r m).
 
     Cho et al. 2014, equations 5 to 8, but with the reset gate r behind the product of state and
-    matrix, so that one product serves three gates. The inputs lie in the order n, r, z, m: n
-    has no share of the state, m none of the input.
+    matrix, so that one product serves three gates.
+
+    Args:
+      state: h, [..., D].
+      inputs: what the input adds to n, r and z, in this order, [..., 3 D].
+      share: what the state adds to r, z and m, in this order, [..., 3 D].
     """
-    candidate, reset, update, memory = jnp.split(gates, 4, axis=-1)
-    update = jax.nn.sigmoid(update)
-    return update * state + (1 - update) * jnp.tanh(candidate + jax.nn.sigmoid(reset) * memory)
-
-
-def from_input(share: Array) -> Array:
-    """Place the share that an input has in n, r and z, [..., 3 D], among all gates, [..., 4 D]."""
-    return jnp.pad(share, [(0, 0)] * (share.ndim - 1) + [(0, share.shape[-1] // 3)])
-
-
-def from_state(share: Array) -> Array:
-    """Place the share that a state has in r, z and m, [..., 3 D], among all gates, [..., 4 D]."""
-    return jnp.pad(share, [(0, 0)] * (share.ndim - 1) + [(share.shape[-1] // 3, 0)])
+    depth = state.shape[-1]
+    candidate, memory = inputs[..., :depth], share[..., 2 * depth :]
+    gates = jax.nn.sigmoid(inputs[..., depth:] + share[..., : 2 * depth])
+    reset, update = jnp.split(gates, 2, axis=-1)
+    return update * state + (1 - update) * jnp.tanh(candidate + reset * memory)
 
 
 def orthogonal_gates(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -93,6 +90,15 @@ def orthogonal_gates(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float3
     *leading, depth, _ = shape
     gates = initializers.orthogonal()(key, (*leading, 3, depth, depth), dtype)
     return jnp.moveaxis(gates, -3, -2).reshape(shape)
+
+
+def keeping_products(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the backward pass keep the matrix products of a step, and compute the rest again.
+
+    All that lies between two states is larger than what keeping it would save: the pairs of a
+    state with every word, above all.
+    """
+    return jax.checkpoint(step, policy=jax.checkpoint_policies.dots_saveable)
 
 
 class Encoder(nnx.Module):
@@ -108,18 +114,18 @@ class Encoder(nnx.Module):
     def __call__(self, embedded: Array, mask: Array) -> tuple[Array, Array]:
         """Map [S, B, E] and mask [S, B] to annotations [B, S, D] and the last states [B, D]."""
         forward, backward = jnp.split(self.inputs(embedded), 2, axis=-1)
-        gates = from_input(jnp.stack([forward, backward[::-1]], axis=1))
+        gates = jnp.stack([forward, backward[::-1]], axis=1)
         recurrent, bias = self.recurrent[...], self.bias[...][:, None]
 
         def step(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
             gates, present = inputs
             share = jnp.einsum("dbh,dhg->dbg", state, recurrent) + bias
-            state = jnp.where(present[..., None], gated(state, gates + from_state(share)), state)
+            state = jnp.where(present[..., None], gated(state, gates, share), state)
             return state, state
 
         initial = jnp.zeros((2, embedded.shape[1], self.depth), embedded.dtype)
         present = jnp.stack([mask, mask[::-1]], axis=1)
-        last, states = jax.lax.scan(jax.checkpoint(step), initial, (gates, present))
+        last, states = jax.lax.scan(keeping_products(step), initial, (gates, present))
         annotations = jnp.concatenate([states[:, 0], states[::-1, 1]], axis=-1)
         return annotations.swapaxes(0, 1), jnp.concatenate([last[0], last[1]], axis=-1)
 
@@ -160,16 +166,16 @@ class Decoder(nnx.Module):
     def step(self, carry: Carry, gates: Array, memory: Memory) -> tuple[Carry, Array, Array]:
         """Return the next carry, the context [B, C] and the weights [B, S]."""
         state, *last_context = carry
-        gates = gates + from_state(state @ self.recurrent[...] + self.bias[...][None])
+        share = state @ self.recurrent[...] + self.bias[...][None]
         if self.attention is None or self.context is None or memory.source is None:
             weights = jnp.zeros(memory.mask.shape, state.dtype)
-            return (gated(state, gates),), state[:, :0], weights
+            return (gated(state, gates, share),), state[:, :0], weights
         if self.asks_current:
-            state = gated(state, gates + from_input(self.context(*last_context)))
+            state = gated(state, gates + self.context(*last_context), share)
             context, weights = self.attention(state, memory.source, memory.mask)
             return (state, context), context, weights
         context, weights = self.attention(state, memory.source, memory.mask)
-        return (gated(state, gates + from_input(self.context(context))),), context, weights
+        return (gated(state, gates + self.context(context), share),), context, weights
 
     def logits(self, state: Array, context: Array, embedded: Array) -> Array:
         """Read words out of states, contexts and previous words by a layer of maxout units."""
@@ -224,9 +230,8 @@ class Translator(nnx.Module):
             carry, context, weights = self.decoder.step(carry, gates, memory)
             return carry, (carry[0], context, weights)
 
-        gates = from_input(self.decoder.inputs(embedded))
-        # Kept by the step, all that lies between two states would be larger than what it saves.
-        _, (states, contexts, weights) = jax.lax.scan(jax.checkpoint(step), memory.carry, gates)
+        gates = self.decoder.inputs(embedded)
+        _, (states, contexts, weights) = jax.lax.scan(keeping_products(step), memory.carry, gates)
         units = self._dropped(self.decoder.read(states, contexts, embedded), dropout_key, 2)
         return self.decoder.output(units), weights
 
@@ -238,7 +243,7 @@ class Translator(nnx.Module):
     def step(self, memory: Memory, carry: Carry, previous: Array) -> tuple[Carry, Array]:
         """Return the next carry and logits [B, W] of the word after the previous one, [B]."""
         embedded = self.decoder.embedding(previous)
-        gates = from_input(self.decoder.inputs(embedded))
+        gates = self.decoder.inputs(embedded)
         carry, context, _ = self.decoder.step(carry, gates, memory)
         return carry, self.decoder.logits(carry[0], context, embedded)
 

@@ -18,7 +18,7 @@ from experiments.translate import budget, decoding
 from experiments.translate.config import CONTROLS, SCORES
 from experiments.translate.learning import count_parameters, graph_of, quick_options, token_losses
 from experiments.translate.mechanisms import between_projections, score_of
-from experiments.translate.model import Sizes, Translator, from_input, from_state, gated
+from experiments.translate.model import Sizes, Translator, gated
 
 SIZES = Sizes(source_words=11, target_words=13, width=6, attention_size=5, readout_size=6)
 SOURCE = jnp.array([[4, 5, 6, 7, EOS], [8, 9, EOS, PAD, PAD]], jnp.int32)
@@ -148,8 +148,8 @@ def test_the_cell_is_a_gated_recurrent_unit():
     r_own, z_own, m = np.split(own, 3, axis=1)
     z = sigmoid(z + z_own)
     expected = z * state + (1 - z) * np.tanh(n + sigmoid(r + r_own) * m)
-    gates = from_input(jnp.asarray(share)) + from_state(jnp.asarray(own))
-    np.testing.assert_allclose(gated(jnp.asarray(state), gates), expected, atol=1e-6)
+    found = gated(*map(jnp.asarray, (state, share, own)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_the_encoder_reads_in_both_directions(graph, parameters):

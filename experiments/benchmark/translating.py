@@ -1,0 +1,166 @@
+"""Training of the recurrent translator: what the program runs, and the same model in PyTorch.
+
+A turn is what the program does between two synchronisations with the host, some chunks of steps:
+forward, backward, optimizer. In every turn all see the same batches, of which the tokens of
+sentences and their ends count, no padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.benchmark import made_up
+from experiments.benchmark.measure import Program
+from experiments.benchmark.programs import HAS_TORCH
+from experiments.benchmark.suites import Comparison, Group
+from experiments.translate import learning, task
+from experiments.translate.budget import sizes_of
+from experiments.translate.command_line import parse
+from experiments.translate.config import Config
+from experiments.translate.devices import Placement
+from experiments.translate.model import Sizes
+from experiments.translate.programs import compile_all
+from experiments.translate.task import Task
+
+MULTI30K = pathlib.Path(__file__).parents[1] / "configs" / "multi30k_de_en.flags"
+QUICK = ("--width=4", "--batch_size=4", "--buckets=1", "--train_size=60", "--steps=25")
+
+Train = Callable[[range], np.ndarray]
+"""Takes the steps of some chunks, and returns the losses of every step and seed, [n, N]."""
+
+
+class Learner(NamedTuple):
+    """What is trained: the translators of a score, one for each seed, and on which pairs."""
+
+    score: str
+    sizes: Sizes
+    config: Config
+    task: Task
+
+
+def learner_of(score: str, config: Config) -> Learner:
+    """Read the pairs, and find out what follows from them."""
+    given = _read(config)
+    words = given.corpus.source_vocabulary, given.corpus.target_vocabulary
+    return Learner(score, sizes_of(config, *map(len, words))[score], config, given)
+
+
+def in_jax(learner: Learner) -> Train:
+    """Return the training that the program does, compiled."""
+    score, sizes, config, given = learner
+    state = learning.initial_state(score, sizes, config)
+    placement = Placement(config.batch_size)
+    state, arrays = jax.device_put((state, given.arrays), placement.everywhere)
+    programs = compile_all(
+        score, sizes, config, placement, state, given.training, (), given.longest
+    )
+
+    def train(chunks: range) -> np.ndarray:
+        nonlocal state
+        pending = []
+        for chunk in chunks:
+            bucket = given.order[chunk]
+            state, losses = programs.train[bucket](state, *arrays[bucket], given.rows[chunk])
+            pending.append(losses)
+        return np.concatenate(jax.device_get(pending))
+
+    return train
+
+
+def in_torch(learner: Learner) -> Train:
+    """Return the same training in PyTorch, one translator after the other."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    from experiments.benchmark.torch_training import Trainer, choose_threads
+
+    score, sizes, config, given = learner
+    drawn = nnx.to_pure_dict(learning.initial_state(score, sizes, config).parameters)
+
+    def trainer(seed: int) -> Trainer:
+        parameters = jax.tree.map(lambda x: x[seed], drawn)
+        return Trainer(score, sizes, config, parameters, given.arrays)
+
+    def rows(chunks: range, seed: int) -> list[tuple[int, np.ndarray]]:
+        return [(given.order[chunk], given.rows[chunk, seed]) for chunk in chunks]
+
+    threads = choose_threads(trainer(0), rows(range(1), 0))
+    trainers = [trainer(seed) for seed in range(config.seeds)]
+
+    def train(chunks: range) -> np.ndarray:
+        torch.set_num_threads(threads)
+        return np.stack(
+            [of_seed.train(rows(chunks, seed)) for seed, of_seed in enumerate(trainers)], axis=1
+        )
+
+    return train
+
+
+def groups(data: str, scale: int) -> Iterator[Group]:
+    """Train at the default size, and at that of Multi30k.
+
+    Args:
+      data: a folder with Multi30k; without it, as many sentences as long are made up.
+      scale: other than 1, everything is tiny.
+    """
+    quick = QUICK if scale > 1 else ()
+    yield from _of_size(parse(quick), 2)
+    with tempfile.TemporaryDirectory() as folder:
+        if not data:
+            made_up.write(pathlib.Path(folder), made_up.PAIRS // scale)
+        yield from _of_size(
+            parse([f"--flagfile={MULTI30K}", f"--data={data or folder}", *quick]), 1.5
+        )
+
+
+def _of_size(config: Config, target: float) -> Iterator[Group]:
+    for score in config.scores:
+        yield _group(f"width {config.width}, {score}", score, config, target)
+
+
+def _group(case: str, score: str, config: Config, target: float) -> Group:
+    """Compare one seed with one in PyTorch, and all of them at once with as many in turn."""
+    several = f", {config.seeds} seeds"
+    names = {1: ""} if config.seeds == 1 else {1: "", config.seeds: several}
+    kinds = {"JAX": in_jax} | ({"PyTorch": in_torch} if HAS_TORCH else {})
+    programs = {
+        kind + name: functools.partial(
+            _program, build, score, dataclasses.replace(config, seeds=seeds)
+        )
+        for kind, build in kinds.items()
+        for seeds, name in names.items()
+    }
+    comparisons = [
+        Comparison(case, f"JAX{name}", f"PyTorch{name}", target)
+        for name in names.values()
+        if HAS_TORCH
+    ]
+    if config.seeds > 1:
+        comparisons.append(Comparison(case, f"JAX{several}", "JAX", 1))
+    return Group("tokens/s", programs, comparisons)
+
+
+def _program(build: Callable[[Learner], Train], score: str, config: Config) -> Program:
+    learner = learner_of(score, config)
+    train, tokens = build(learner), learner.task.tokens
+    length = config.round // config.chunk
+    starts = itertools.cycle(range(0, len(tokens), length))
+
+    def turn() -> int:
+        start = next(starts)
+        train(range(start, start + length))
+        return int(tokens[start : start + length].sum())
+
+    return Program(turn, jit=False)
+
+
+_read = functools.cache(task.read)
