@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Options:
     claims: tuple[int, ...] = _flag((), "numbers of claims, as in 39,43; all unless given")
     setting: str = _flag("quick", "tiny (seconds), quick (minutes) or full (for papers)")
     workdir: str = _flag("runs/claims", "folder of results and of what was measured before")
-    out: str = _flag("", "a Markdown file for the table; none written unless given")
+    out: str = _flag("", "a file NAME.md for the table; the data go into NAME.json beside it")
     list: bool = _flag(False, "list all claims and test none")
 
     @property
@@ -106,5 +107,16 @@ def _check(options: Options) -> None:
     if options.setting not in SETTINGS:
         there_are = ", ".join(SETTINGS)
         raise UsageError(f"--setting: must be one of {there_are}, got {options.setting!r}.")
-    if options.out and Path(options.out).is_dir():
-        raise UsageError(f"--out: {options.out} is a folder; give a file.")
+    if options.out:
+        _check_out(Path(options.out))
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a file that could not be written when all is done."""
+    if out.is_dir():
+        raise UsageError(f"--out: {out} is a folder; give a file.")
+    if out.suffix != ".md":
+        raise UsageError(f"--out is {out}, but a name that ends in .md is needed.")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise UsageError(f"--out: {out} cannot be written in {parent}; give another.")

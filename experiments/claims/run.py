@@ -67,6 +67,8 @@ def run(options: Options) -> int:
         out = Path(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, markdown(results))
+        # Without layout: the numbers of all draws are many.
+        write_text(out.with_suffix(".json"), json.dumps(results) + "\n")
     _show(console, results)
     print(path.absolute(), flush=True)
     return int(any(record["outcome"] == FAILED for record in records))

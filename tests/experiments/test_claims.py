@@ -94,6 +94,8 @@ def test_a_failing_claim_is_reported_and_the_others_are_tested(two_claims, tmp_p
     assert "Traceback" in (folder / "errors" / "902.txt").read_text()
     for ending in ("png", "svg"):
         assert (folder / "figures" / f"c901_above_zero.{ending}").stat().st_size > 1000
+    data = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert data == json.loads((folder / "results.json").read_text())
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| 901 | Numbers are larger than zero. | **holds** | It is 2.0. |" in table
 
@@ -148,6 +150,11 @@ def test_the_key_of_a_claim_follows_what_it_imports():
         (["--claim=3"], "unknown flag --claim; did you mean --claims?"),
         (["all"], "'all' is no flag; write --name=value, and --help lists all flags."),
         (["--out=/"], "--out: / is a folder; give a file."),
+        (["--out=results"], "--out is results, but a name that ends in .md is needed."),
+        (
+            ["--out=/dev/null/table.md"],
+            "--out: /dev/null/table.md cannot be written in /dev/null; give another.",
+        ),
     ],
 )
 def test_bad_arguments_get_one_line(arguments, message, capsys):
