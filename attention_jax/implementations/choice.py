@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from attention_jax import leading
 from attention_jax.implementations.tiles import Plan, make_plan, make_visits
@@ -71,12 +73,19 @@ def choose_tile(mask: Mask, sizes: dict[str, int], platform: str | None = None) 
     query_length, key_length = max(sizes["T"], 1), max(sizes["S"], 1)
     known = _of_every_example(mask, sizes)
 
-    def cost(tile: tuple[int, int]) -> int:
-        plan = make_plan(known, query_length, key_length, *tile)
-        return len(plan.starts) * (tile[0] * tile[1] + VISIT_PAIRS)
-
     tiles = {(min(edge, query_length), min(other, key_length)) for edge in edges for other in edges}
-    return min(sorted(tiles), key=cost)
+    chosen, least, certain = (0, 0), math.inf, 0
+    for tile in sorted(tiles, key=math.prod, reverse=True):
+        # No plan visits fewer pairs than those of FULL tiles, and small tiles take more visits.
+        if certain * (1 + VISIT_PAIRS / math.prod(tile)) >= least:
+            continue
+        plan = make_plan(known, query_length, key_length, *tile)
+        cost = len(plan.starts) * (math.prod(tile) + VISIT_PAIRS)
+        if cost < least:
+            chosen, least = tile, cost
+        ends = np.minimum(plan.starts[plan.states == FULL] + tile, (query_length, key_length))
+        certain = max(certain, np.prod(ends - plan.starts[plan.states == FULL], axis=1).sum())
+    return chosen
 
 
 def describe(

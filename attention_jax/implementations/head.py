@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax import lax
 
 from attention_jax.composition import Separated
 from attention_jax.masks import Mask
@@ -50,7 +51,7 @@ class Result(NamedTuple):
 
 def finite(x: Array) -> Array:
     """Return x with zeros for NaN and Inf."""
-    return jnp.where(jnp.isfinite(x), x, 0.0)
+    return lax.select(lax.is_finite(x), x, jnp.zeros_like(x))
 
 
 def poison(x: Array) -> Array:
@@ -59,7 +60,8 @@ def poison(x: Array) -> Array:
     The poison joins the logits of the pairs that may attend, so such a row spoils what attends to
     it and nothing else: 0 * NaN never enters a sum, in the value or in a derivative.
     """
-    return jnp.sum(jnp.where(jnp.isfinite(x), jnp.zeros((), x.dtype), jnp.nan), axis=-1)
+    # Zero times NaN or Inf is NaN.
+    return jnp.sum(lax.stop_gradient(x) * jnp.zeros((), x.dtype), axis=-1)
 
 
 def finite_rows(x: Array) -> tuple[Array, Array]:

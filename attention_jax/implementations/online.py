@@ -28,11 +28,17 @@ class Tile(NamedTuple):
     key_poison: Array
 
     def hidden(self, masked: float) -> Array:
-        """Return the logits with poison, and `masked` where the pair may not attend."""
+        """Return the logits, and where some may not attend, poison and `masked` among them."""
         if self.allowed is None:
             return self.logits
         poison = self.query_poison[:, None] + self.key_poison[None, :]
         return jnp.where(self.allowed, self.logits + poison, masked)
+
+    def exponentials(self, hidden: Array, base: Array) -> Array:
+        """Return exp(hidden - base), with the poison that hidden logits do not have yet."""
+        if self.allowed is None:
+            hidden, base = hidden + self.key_poison[None, :], base + self.query_poison
+        return jnp.exp(hidden - base[:, None])
 
     def row_poison(self) -> Array:
         """Return the poison of each row that need not be added to every logit, [bt]."""
@@ -75,8 +81,8 @@ def accumulate(how: Exponential | Elementwise, sums: Sums, tile: Tile) -> Sums:
     maximum = jnp.maximum(sums.maximum, jnp.max(logits, axis=1))
     base = finite_or_zero(maximum)
     shrink = jnp.exp(sums.maximum - base)
-    weights = jnp.exp(logits - base[:, None])
-    total = sums.total * shrink + jnp.sum(weights, axis=1) + tile.row_poison()
+    weights = tile.exponentials(logits, base)
+    total = sums.total * shrink + jnp.sum(weights, axis=1)
     context = sums.context * shrink[:, None] + times(tile.used(weights), tile.value)
     return Sums(maximum, total, context)
 

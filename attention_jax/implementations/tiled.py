@@ -304,7 +304,8 @@ def _added(i: Any, sums: Array, found: Array) -> Array:
     slice that is read, added to and written back would copy all rows at every tile.
     """
     tiles = sums.reshape(-1, *found.shape)
-    added = tiles.at[i // found.shape[0]].add(found, mode="promise_in_bounds", unique_indices=True)
+    which = lax.div(i, jnp.int32(found.shape[0]))
+    added = tiles.at[which].add(found, mode="promise_in_bounds", unique_indices=True)
     return added.reshape(sums.shape)
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from attention_jax.intervals import EMPTY, FULL, PARTIAL
 from attention_jax.masks import Mask
 
-TOGETHER_PAIRS = {"cpu": 2**18}
-"""Small tiles that are visited together have about so many pairs; FULL ones twice as many."""
+TOGETHER_PAIRS = {"cpu": 2**19}
+"""Small tiles that are visited together have about so many pairs."""
 
 MOST_TOGETHER = 8
 """So many rows of tiles are visited together at most."""
@@ -63,25 +63,22 @@ def make_visits(plan: Plan, query_length: int, query_size: int, key_size: int) -
         return [Visits(True, query_size, 1, plan.starts[:, 0], plan.starts[:, 1:])]
     rows = -(-query_length // query_size)
     pairs = TOGETHER_PAIRS.get(jax.default_backend(), 0)
-    together, tall = (
-        2 ** int(np.log2(max(1, min(many / (query_size * key_size), rows, MOST_TOGETHER))))
-        for many in (pairs, 2 * pairs)
-    )
-    return group(plan, query_size, tall, together)
+    many = min(pairs / (query_size * key_size), rows, MOST_TOGETHER)
+    return group(plan, query_size, 2 ** int(np.log2(max(1, many))))
 
 
-def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]:
+def group(plan: Plan, query_size: int, together: int) -> list[Visits]:
     """Make few large visits of many small tiles, for a plan that is known while tracing.
 
-    FULL tiles below each other in `tall` rows of tiles become one. Of what is left, as many tiles
-    of `together` rows as all of them have are visited at once, each with keys of its own.
+    FULL tiles below each other in `together` rows of tiles become one. Of what is left, as many
+    tiles of so many rows as all of them have are visited at once, each with keys of its own.
     """
     row, key, full = plan.starts[:, 0] // query_size, plan.starts[:, 1], plan.states == FULL
     wide = np.max(key, initial=0) + 1
     column, inverse, height = np.unique(
-        np.where(full, row // tall * wide + key, -1), return_inverse=True, return_counts=True
+        np.where(full, row // together * wide + key, -1), return_inverse=True, return_counts=True
     )
-    is_tall = (column >= 0) & (height == tall)
+    is_tall = (column >= 0) & (height == together)
     column = column[is_tall]
     rest = ~is_tall[inverse]
     row, key, full = row[rest], key[rest], full[rest]
@@ -95,7 +92,7 @@ def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]
     hidden = np.bincount(place, ~full, len(visit)) > 0
     alone = ~at_once[place]
     found = [
-        Visits(False, tall * query_size, 1, column // wide * tall, column % wide),
+        Visits(False, together * query_size, 1, column // wide * together, column % wide),
         *(
             Visits(masked, query_size, together, visit[of] // wide * together, keys[of])
             for masked, of in ((False, at_once & ~hidden), (True, at_once & hidden))
@@ -156,8 +153,8 @@ def _cover(live: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """
     rows, cells = live.shape
     following = np.full((rows, cells + 1), cells)  # the first live cell from here on
-    for cell in reversed(range(cells)):
-        following[:, cell] = np.where(live[:, cell], cell, following[:, cell + 1])
+    following[:, :-1][live] = np.nonzero(live)[1]
+    following = np.minimum.accumulate(following[:, ::-1], axis=1)[:, ::-1]
     found = []
     begin = following[:, 0]
     while (begin < cells).any():
