@@ -17,7 +17,10 @@ from attention_jax.intervals import EMPTY, FULL, PARTIAL
 from attention_jax.masks import Mask
 
 TOGETHER_PAIRS = {"cpu": 2**19}
-"""Small tiles that are visited together have about so many pairs."""
+"""Tiles that are visited together have about so many pairs."""
+
+LARGE_PAIRS = 2**18
+"""A tile of so many pairs gains nothing from others beside it, only from FULL ones below it."""
 
 MOST_TOGETHER = 8
 """So many rows of tiles are visited together at most."""
@@ -64,38 +67,39 @@ def make_visits(plan: Plan, query_length: int, query_size: int, key_size: int) -
     rows = -(-query_length // query_size)
     pairs = TOGETHER_PAIRS.get(jax.default_backend(), 0)
     many = min(pairs / (query_size * key_size), rows, MOST_TOGETHER)
-    return group(plan, query_size, 2 ** int(np.log2(max(1, many))))
+    tall = 2 ** int(np.log2(max(1, many)))
+    return group(plan, query_size, tall, 1 if query_size * key_size >= LARGE_PAIRS else tall)
 
 
-def group(plan: Plan, query_size: int, together: int) -> list[Visits]:
+def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]:
     """Make few large visits of many small tiles, for a plan that is known while tracing.
 
-    FULL tiles below each other in `together` rows of tiles become one. Of what is left, as many
-    tiles of so many rows as all of them have are visited at once, each with keys of its own.
+    FULL tiles below each other in `tall` rows of tiles become one. Of what is left, as many
+    tiles of one kind as all of `together` rows have are visited at once, with keys of their own.
     """
     row, key, full = plan.starts[:, 0] // query_size, plan.starts[:, 1], plan.states == FULL
     wide = np.max(key, initial=0) + 1
     column, inverse, height = np.unique(
-        np.where(full, row // together * wide + key, -1), return_inverse=True, return_counts=True
+        np.where(full, row // tall * wide + key, -1), return_inverse=True, return_counts=True
     )
-    is_tall = (column >= 0) & (height == together)
+    is_tall = (column >= 0) & (height == tall)
     column = column[is_tall]
     rest = ~is_tall[inverse]
-    row, key, full = row[rest], key[rest], full[rest]
-    number = np.arange(len(row)) - np.searchsorted(row, row)
+    order = np.lexsort((full[rest], row[rest]))
+    row, key, full = row[rest][order], key[rest][order], full[rest][order]
+    number = np.arange(len(row)) - np.searchsorted(2 * row + full, 2 * row + full)
     visit, place, many = np.unique(
-        row // together * wide + number, return_inverse=True, return_counts=True
+        (row // together * 2 + full) * wide + number, return_inverse=True, return_counts=True
     )
-    at_once = many == together
     keys = np.zeros((len(visit), together), int)
     keys[place, row % together] = key
-    hidden = np.bincount(place, ~full, len(visit)) > 0
-    alone = ~at_once[place]
+    at_once, alone = many == together, many[place] < together
+    first, is_full = visit // wide // 2 * together, visit // wide % 2 == 1
     found = [
-        Visits(False, together * query_size, 1, column // wide * together, column % wide),
+        Visits(False, tall * query_size, 1, column // wide * tall, column % wide),
         *(
-            Visits(masked, query_size, together, visit[of] // wide * together, keys[of])
-            for masked, of in ((False, at_once & ~hidden), (True, at_once & hidden))
+            Visits(masked, query_size, together, first[of], keys[of])
+            for masked, of in ((False, at_once & is_full), (True, at_once & ~is_full))
         ),
         *(
             Visits(masked, query_size, 1, row[of], key[of])
