@@ -35,12 +35,14 @@ def verdict(data: Data) -> Verdict:
     """Judge at the largest standard deviation."""
     scale = max(row["scale"] for row in data["rows"])
     rows = [row for row in data["rows"] if row["scale"] == scale]
-    worse = [_name(row) for row in rows if row["context"] > row["baseline"]]
+    worse = [row["name"] for row in rows if row["context"] > row["baseline"]]
+    kinds = ", ".join(dict.fromkeys(name.partition(",")[0] for name in worse))
     best = min(rows, key=lambda row: row["context"])
     found = (
         f"Relative errors at standard deviation {scale:g} from {best['context']:.2f} "
         f"({_name(best)}) to {max(row['context'] for row in rows):.2f}; the mean of the values "
-        f"has {rows[0]['baseline']:.2f}. Worse than that: {', '.join(worse) or 'none'}."
+        f"has {rows[0]['baseline']:.2f}. Worse than that are {len(worse)} of {len(rows)} settings"
+        f"{f': of {kinds}' * bool(worse)}."
     )
     if all(row["context"] > 0.01 for row in rows):
         return holds(found)
