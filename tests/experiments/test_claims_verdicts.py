@@ -1,6 +1,7 @@
 """Every verdict on made-up data: each can come out in more than one way."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ HOLDS, ONLY_IF, FAILS, OPEN = (
     "cannot be decided here",
 )
 
+COMMITTED = Path(__file__).parents[2] / "experiments" / "results" / "claims.json"
 NOISE = [0.5, -0.4, 0.6, -0.7, 0.3, -0.3, 0.2, -0.2]
 
 
@@ -385,3 +387,10 @@ def test_every_verdict_can_come_out_in_more_than_one_way():
         ways.setdefault(number, set()).add(outcome)
     assert set(ways) == set(claims())
     assert {number for number, outcomes in ways.items() if len(outcomes) < 2} == set()
+
+
+def test_the_committed_verdicts_follow_from_the_committed_data():
+    records = json.loads(COMMITTED.read_text(encoding="utf-8"))["claims"]
+    found = {record["number"]: record["verdict"] for record in records}
+    again = {r["number"]: str(claims()[r["number"]].load().verdict(r["data"])) for r in records}
+    assert found == again and found.keys() == claims().keys()
