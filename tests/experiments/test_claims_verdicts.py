@@ -102,7 +102,13 @@ def of_58(bound, low, random):
 def of_59(parameters):
     names = ("additive, textbook", "dot, dense", "additive, tiled", "dot, tiled")
     held = dict(zip(names, (101.0, 1.0, 1.0, 1.0), strict=True))
-    return {"length": 9, "parameters": parameters, "temporaries": held}
+    milliseconds = {name: around(1.0) for name in names}
+    return {
+        "length": 9,
+        "parameters": parameters,
+        "temporaries": held,
+        "milliseconds": milliseconds,
+    }
 
 
 def of_60(future, finite=True):
@@ -139,7 +145,12 @@ def of_65(window_2, dilated):
 def of_66(recurrence):
     attention = [[0.1], [0.1], [1.0], [10.0]]
     lengths = [16, 64, 256, 1024]
-    return {"lengths": lengths, "attention": attention, "recurrence": [[r] for r in recurrence]}
+    return {
+        "lengths": lengths,
+        "attention": attention,
+        "recurrence": [[r] for r in recurrence],
+        "mebibytes": {"attention": [1.0] * 4, "recurrence": [1.0] * 4},
+    }
 
 
 def of_68(neither, causal):

@@ -4,8 +4,8 @@ Source: Comparison tables in blogs and lectures; Vaswani et al. 2017, section 3.
 dot products are faster and more space-efficient in practice.
 
 Method: Bytes of temporaries that the compiler plans for the gradient of one head with respect to
-the queries, and bytes of the parameters: scaled dot product; additive by the textbook's broadcast
-to [T, S, A]; additive by `attend`, dense and tiled.
+the queries, bytes of the parameters, and processor time of programs that take turns: scaled dot
+product; additive by the textbook's broadcast to [T, S, A]; additive by `attend`, dense and tiled.
 
 Criterion: Holds if the parameters are at least half of what textbook additive attention needs
 beyond the dot product; fails if they are below a tenth.
@@ -20,9 +20,16 @@ import jax.numpy as jnp
 
 from attention_jax import attend, bind, scores
 from attention_jax.parameters import initialize, parameters_of
-from experiments.benchmark.measure import Program, compiled, mebibytes_of
+from experiments.benchmark.measure import (
+    Program,
+    compiled,
+    mebibytes_of,
+    milliseconds_of,
+    take_turns,
+)
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
 from experiments.claims.drawing import bars
+from experiments.claims.evidence import shown
 
 DEPTH = 64
 
@@ -50,14 +57,18 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         "additive, tiled": partial(one_head, score=additive, implementation="tiled"),
     }
 
-    def bytes_of(function) -> float:
-        gradient = jax.grad(lambda *arrays: jnp.sum(function(*arrays) ** 2))
-        return mebibytes_of(compiled(Program(gradient, tuple(rows))))
+    def gradient(function):
+        of_loss = jax.grad(lambda *arrays: jnp.sum(function(*arrays) ** 2))
+        return compiled(Program(of_loss, tuple(rows)))
 
+    called = {name: gradient(function) for name, function in programs.items()}
+    meters = {name: milliseconds_of(program, tuple(rows)) for name, program in called.items()}
+    costs = take_turns(meters, setting.pick(tiny=2, quick=5, full=15))
     return {
         "length": length,
         "parameters": sum(x.size for x in jax.tree.leaves(own)) * 4 / 2**20,
-        "temporaries": {name: bytes_of(function) for name, function in programs.items()},
+        "temporaries": {name: mebibytes_of(program) for name, program in called.items()},
+        "milliseconds": {name: [cost.cpu for cost in of] for name, of in costs.items()},
     }
 
 
@@ -72,7 +83,8 @@ def verdict(data: Data) -> Verdict:
         f"MiB, the dense dot product {held['dot, dense']:.1f}; the parameters are {parameters:.3f} "
         f"MiB, {100 * share:.2g}% of the difference. It is the T x S x A array; without it "
         f"additive needs {held['additive, tiled']:.2f} MiB (tiled; the dot product "
-        f"{held['dot, tiled']:.2f})."
+        f"{held['dot, tiled']:.2f}), and {shown(data['milliseconds']['additive, tiled'])} instead "
+        f"of {shown(data['milliseconds']['additive, textbook'])} ms of processor."
     )
     if excess > 0 and share < 0.1:
         return fails(found)
@@ -83,3 +95,12 @@ def figure(data: Data):
     """Draw bytes on a logarithmic axis."""
     held = data["temporaries"] | {"parameters": data["parameters"]}
     return bars(held, xlabel="MiB", xscale="log")
+
+
+def table(data: Data) -> list[list[str]]:
+    """Show bytes and time."""
+    rows = [
+        [name, f"{held:.2f}", shown(data["milliseconds"][name])]
+        for name, held in data["temporaries"].items()
+    ]
+    return [["gradient of one head", "MiB of temporaries", "ms of processor"], *rows]

@@ -78,27 +78,24 @@ def verdict(data: Data) -> Verdict:
     """Judge by the exponents of time."""
     found = {name: interval(exponents(of)) for name, of in data.items()}
     bytes_of = {name: slope(of["lengths"], of["mebibytes"]) for name, of in data.items()}
-    because = "Exponents of time: " + ", ".join(
+    of_time = ", ".join(
         f"{name} {shown(exponents(data[name]))} (claimed {CLAIMED[name]})" for name in found
     )
-    because += (
-        f". Of bytes: full attention {bytes_of['full, dense']:.2f} dense, {bytes_of['full']:.2f} "
-        "in tiles."
+    because = (
+        f"Exponents of time: {of_time}. Of bytes: full attention {bytes_of['full, dense']:.2f} "
+        f"dense, {bytes_of['full']:.2f} in tiles."
     )
-    off = {name: abs(of.mean - CLAIMED[name]) for name, of in found.items()}
-    if max(off.values()) <= 0.35:
+    if all(abs(of.mean - CLAIMED[name]) <= 0.35 for name, of in found.items()):
         return holds(because)
-    clearly = [
-        name
-        for name, of in found.items()
-        if of.low > CLAIMED[name] + 0.35 or of.high < CLAIMED[name] - 0.35
-    ]
+    clearly = any(
+        max(of.low - CLAIMED[name], CLAIMED[name] - of.high) > 0.35 for name, of in found.items()
+    )
     return fails(because) if clearly else undecided(because)
 
 
 def figure(data: Data):
     """Draw the median time of a turn against the length."""
-    longest = max((of["lengths"] for of in data.values()), key=len)
+    longest = data["full"]["lengths"]
     series = {
         name: of["milliseconds"] + [[float("nan")]] * (len(longest) - len(of["lengths"]))
         for name, of in data.items()

@@ -4,7 +4,7 @@ Source: Vaswani et al. 2017, section 4 and table 1 (attention is faster while n 
 
 Method: Processor time of a GRU (a scan over n, d x d products) and of self-attention with its
 projections, both of width 64 and batch 1, forward, for n of 16 to 8192; where the curves cross, by
-interpolation.
+interpolation. Bytes of temporaries that the compiler plans are reported beside.
 
 Criterion: Holds if the recurrence is faster from 2 d at the latest. If it wins further out, the
 claim needs that length as its condition; fails if it never does.
@@ -20,7 +20,13 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.nnx import MultiHeadAttention
-from experiments.benchmark.measure import Program, compiled, milliseconds_of, take_turns
+from experiments.benchmark.measure import (
+    Program,
+    compiled,
+    mebibytes_of,
+    milliseconds_of,
+    take_turns,
+)
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import shown
@@ -40,15 +46,17 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         _, states = jax.lax.scan(cell, jnp.zeros((1, WIDTH)), x.swapaxes(0, 1))
         return states
 
-    meters = {}
+    meters, held = {}, {"attention": [], "recurrence": []}
     for n in lengths:
         x = jax.random.normal(key, (1, n, WIDTH))
         for name, function in {"attention": layer, "recurrence": recurrence}.items():
             called = compiled(Program(lambda x, f=function: f(x), (x,)))
             meters[f"{name}@{n}"] = milliseconds_of(called, (x,))
+            held[name].append(mebibytes_of(called))
     costs = take_turns(meters, setting.pick(tiny=2, quick=9, full=25))
     return {
         "lengths": lengths,
+        "mebibytes": held,
         **{
             name: [[cost.cpu for cost in costs[f"{name}@{n}"]] for n in lengths]
             for name in ("attention", "recurrence")
@@ -75,7 +83,9 @@ def verdict(data: Data) -> Verdict:
     at, longest = crossing(data), data["lengths"][-1]
     found = (
         f"At n = {longest}: attention {shown(data['attention'][-1])} ms, recurrence "
-        f"{shown(data['recurrence'][-1])} ms, for d = {WIDTH}."
+        f"{shown(data['recurrence'][-1])} ms, for d = {WIDTH}; temporaries of "
+        f"{data['mebibytes']['attention'][-1]:.1f} and {data['mebibytes']['recurrence'][-1]:.1f} "
+        f"MiB."
     )
     if at is None:
         return fails(f"{found} The recurrence is never faster up to there.")
