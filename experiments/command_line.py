@@ -66,14 +66,22 @@ def run(
     program: str,
     arguments: Sequence[str] | None,
     parse: Callable[[Sequence[str]], Options],
-    do: Callable[[Options], Any],
+    do: Callable[[Options], int | None],
 ) -> int:
-    """Run a program and return its exit code: 0, 2 for a request that cannot be met."""
+    """Run a program and return its exit code: what `do` returns, 0 for None.
+
+    2 for a request that cannot be met.
+    """
     try:
-        do(parse(sys.argv[1:] if arguments is None else arguments))
+        return do(parse(sys.argv[1:] if arguments is None else arguments)) or 0
     except HelpRequested as help:
         show(help)
+        return 0
     except UsageError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return complain(program, error, 2)
+
+
+def complain(program: str, sentence: object, code: int) -> int:
+    """Say what went wrong, and return the exit code for it."""
+    print(f"{program}: {sentence}", file=sys.stderr)
+    return code

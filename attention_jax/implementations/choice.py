@@ -83,8 +83,9 @@ def choose_tile(mask: Mask, sizes: dict[str, int], platform: str | None = None) 
         cost = len(plan.starts) * (math.prod(tile) + VISIT_PAIRS)
         if cost < least:
             chosen, least = tile, cost
-        ends = np.minimum(plan.starts[plan.states == FULL] + tile, (query_length, key_length))
-        certain = max(certain, np.prod(ends - plan.starts[plan.states == FULL], axis=1).sum())
+        full = plan.starts[plan.states == FULL]
+        ends = np.minimum(full + tile, (query_length, key_length))
+        certain = max(certain, np.prod(ends - full, axis=1).sum())
     return chosen
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-from experiments.command_line import HelpRequested, UsageError, show
-
-Options = TypeVar("Options")
+from experiments import command_line
+from experiments.command_line import Options, complain
 
 
 def run(
@@ -22,35 +20,25 @@ def run(
     0; 1 where training or writing failed; 2 for a request that cannot be met; 130 or 143 when
     it was interrupted.
     """
-    try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
-    except HelpRequested as help:
-        show(help)
+
+    def done(options: Options) -> int:
+        # JAX takes a second to import; help and a mistyped flag do not wait for it.
+        from experiments.translate.interrupts import Interrupted
+        from experiments.translate.train import Diverged
+
+        try:
+            do(options)
+        except Diverged as error:
+            return complain(program, error, 1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            sentence = f"{where}{error.strerror or error}; what was saved before is kept."
+            return complain(program, sentence, 1)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            where = f" after {stop}" if str(stop) else ""
+            code = stop.code if isinstance(stop, Interrupted) else 130
+            sentence = f"interrupted{where}; the same command goes on from there."
+            return complain(program, sentence, code)
         return 0
-    except UsageError as error:
-        return _complain(program, error, 2)
-    # JAX takes a second to import; help and a mistyped flag do not wait for it.
-    from experiments.translate.interrupts import Interrupted
-    from experiments.translate.train import Diverged
 
-    try:
-        do(options)
-    except UsageError as error:
-        return _complain(program, error, 2)
-    except Diverged as error:
-        return _complain(program, error, 1)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        sentence = f"{where}{error.strerror or error}; what was saved before is kept."
-        return _complain(program, sentence, 1)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        where = f" after {stop}" if str(stop) else ""
-        code = stop.code if isinstance(stop, Interrupted) else 130
-        sentence = f"interrupted{where}; the same command goes on from there."
-        return _complain(program, sentence, code)
-    return 0
-
-
-def _complain(program: str, sentence: object, code: int) -> int:
-    print(f"{program}: {sentence}", file=sys.stderr)
-    return code
+    return command_line.run(program, arguments, parse, done)
