@@ -344,7 +344,8 @@ def _separate_dot() -> Separated:
 
 @rule(scaled_dot, "separation")
 def _separate_scaled_dot() -> Separated:
-    return mapped(dot, Partial(_divide_by_root), identity)
+    # The scale is left to the pairs: free in a tile, but a pass over memory for all queries.
+    return Separated(identity, identity, Partial(_scaled_pairs), identity)
 
 
 @rule(bilinear, "separation")
@@ -391,8 +392,8 @@ def _inverse_root(query: Array) -> Array:
     return jnp.asarray(query.shape[-1] ** -0.5 if query.shape[-1] else 1.0, query.dtype)
 
 
-def _divide_by_root(query: Array) -> Array:
-    return query * _inverse_root(query)
+def _scaled_pairs(query: Array, key: Array) -> Array:
+    return times_transpose(query * _inverse_root(query), key)
 
 
 def _divide(logits: Array, by: Any) -> Array:

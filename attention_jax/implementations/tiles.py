@@ -20,7 +20,7 @@ TOGETHER_PAIRS = {"cpu": 2**19}
 """Tiles that are visited together have about so many pairs."""
 
 LARGE_PAIRS = 2**18
-"""A tile of so many pairs gains nothing from others beside it, only from FULL ones below it."""
+"""A tile of so many pairs gains nothing from others beside it, only from those below it."""
 
 MOST_TOGETHER = 8
 """So many rows of tiles are visited together at most."""
@@ -74,15 +74,18 @@ def make_visits(plan: Plan, query_length: int, query_size: int, key_size: int) -
 def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]:
     """Make few large visits of many small tiles, for a plan that is known while tracing.
 
-    FULL tiles below each other in `tall` rows of tiles become one. Of what is left, as many
-    tiles of one kind as all of `together` rows have are visited at once, with keys of their own.
+    Tiles below each other in `tall` rows of tiles become one where one of them is FULL, with the
+    mask if one is PARTIAL. Of what is left, as many tiles of one kind as all of `together` rows
+    have are visited at once, with keys of their own.
     """
     row, key, full = plan.starts[:, 0] // query_size, plan.starts[:, 1], plan.states == FULL
     wide = np.max(key, initial=0) + 1
     column, inverse, height = np.unique(
-        np.where(full, row // tall * wide + key, -1), return_inverse=True, return_counts=True
+        row // tall * wide + key, return_inverse=True, return_counts=True
     )
-    is_tall = (column >= 0) & (height == tall)
+    of_full = np.bincount(inverse, full, len(column))
+    is_tall = (height == tall) & (of_full > 0)
+    with_mask = of_full[is_tall] < tall
     column = column[is_tall]
     rest = ~is_tall[inverse]
     order = np.lexsort((full[rest], row[rest]))
@@ -96,7 +99,10 @@ def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]
     at_once, alone = many == together, many[place] < together
     first, is_full = visit // wide // 2 * together, visit // wide % 2 == 1
     found = [
-        Visits(False, tall * query_size, 1, column // wide * tall, column % wide),
+        *(
+            Visits(masked, tall * query_size, 1, column[of] // wide * tall, column[of] % wide)
+            for masked, of in ((False, ~with_mask), (True, with_mask))
+        ),
         *(
             Visits(masked, query_size, together, first[of], keys[of])
             for masked, of in ((False, at_once & is_full), (True, at_once & ~is_full))
