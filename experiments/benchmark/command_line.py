@@ -23,7 +23,7 @@ the recurrent translator, at its default size and at that of Multi30k, beside on
   python -m experiments.benchmark --suites=memory,compile,additive --repeats=11
 
   --suites=attention   which of attention, memory, compile, additive, patterns, translate to run,
-                       or all
+                       or all; --suite is the same
   --data=DIR           Multi30k for translate; without it, sentences of its size are made up
   --repeats=7          turns that every program of a case takes
   --out=runs/benchmark directory of results; those of the same suite are replaced
@@ -58,6 +58,7 @@ def parse(arguments: Sequence[str]) -> Options:
     """
     values = flags.FlagValues()
     flags.DEFINE_list("suites", ["attention"], "", flag_values=values)
+    flags.DEFINE_alias("suite", "suites", flag_values=values)
     flags.DEFINE_integer("repeats", 7, "", flag_values=values)
     flags.DEFINE_string("out", "runs/benchmark", "", flag_values=values)
     flags.DEFINE_bool("plots", True, "", flag_values=values)

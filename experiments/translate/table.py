@@ -93,22 +93,21 @@ def compared(results: Record) -> list[list[str]]:
     seeds = results["config"]["seeds"]
     rows = []
     for found in results["comparisons"]:
-        difference, so = found["difference"], "no difference shown"
-        if found["conclusive"]:
-            so = f"{found['first'] if difference['mean'] > 0 else found['second']} is higher"
-        elif seeds < seeds_needed():
+        mean, interval, so = difference(found)
+        if not found["conclusive"] and seeds < seeds_needed():
             so = "one seed is too few" if seeds == 1 else f"{seeds} seeds are too few"
-        bounds = [difference["low"], difference["high"]]
-        rows.append(
-            [
-                COMPARED[found["metric"]],
-                f"{difference['mean']:+.3g}",
-                "–" if None in bounds else " to ".join(f"{bound:+.3g}" for bound in bounds),
-                "–" if found["p_value"] is None else f"{found['p_value']:.2g}",
-                so,
-            ]
-        )
+        p_value = "–" if found["p_value"] is None else f"{found['p_value']:.2g}"
+        rows.append([COMPARED[found["metric"]], mean, interval, p_value, so])
     return rows
+
+
+def difference(found: Record) -> tuple[str, str, str]:
+    """Return the mean of a difference, its interval, and what it shows, as text."""
+    mean, *bounds = (found["difference"][which] for which in ("mean", "low", "high"))
+    interval = "–" if None in bounds else " to ".join(f"{bound:+.3g}" for bound in bounds)
+    higher = found["first"] if mean > 0 else found["second"]
+    shown = f"{higher} is higher" if found["conclusive"] else "no difference shown"
+    return f"{mean:+.3g}", interval, shown
 
 
 def show(console: Console, results: Record) -> None:

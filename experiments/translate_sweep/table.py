@@ -72,16 +72,8 @@ def _comparisons(results: Record) -> Table:
         table.add_column(title, justify="right")
     table.add_column("conclusion")
     for found in results["comparisons"]:
-        difference, so = found["difference"], "no difference shown"
-        if found["conclusive"]:
-            so = f"{found['first'] if difference['mean'] > 0 else found['second']} is higher"
-        bounds = (difference["low"], difference["high"])
-        table.add_row(
-            f"{found['first']} - {found['second']}",
-            *(str(value) for value in found["point"].values()),
-            f"{difference['mean']:+.3g}",
-            "–" if None in bounds else " to ".join(f"{bound:+.3g}" for bound in bounds),
-            f"{found['p_value']:.2g}",
-            so,
-        )
+        mean, interval, shown = of_run.difference(found)
+        point = [str(value) for value in found["point"].values()]
+        pair = f"{found['first']} - {found['second']}"
+        table.add_row(pair, *point, mean, interval, f"{found['p_value']:.2g}", shown)
     return table

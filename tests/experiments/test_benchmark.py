@@ -31,7 +31,7 @@ def test_a_sweep_writes_tables_numbers_and_pictures_of_both_passes(tmp_path, mon
     of_pass = {"causal": points, "swin": points}
     measured = dict.fromkeys(patterns.PASSES, of_pass)
     monkeypatch.setattr(patterns, "measure", lambda scale, repeats: measured)
-    run(command_line.parse(["--suites=patterns", "--quick", f"--out={tmp_path}"]))
+    run(command_line.parse(["--suite=patterns", "--quick", f"--out={tmp_path}"]))
     assert capsys.readouterr().out.count("| causal |") == 2
     passes = json.loads((tmp_path / "patterns.json").read_text())["passes"]
     assert passes["forward and backward pass"]["swin"][1] == points[1]._asdict()
