@@ -1,11 +1,15 @@
-"""The README's Python runs as it stands, and its table of contents tells the truth."""
+"""The README's Python runs as it stands, and its tables tell the truth."""
 
+import json
 import re
 from pathlib import Path
 
 import jax.numpy as jnp
+import pytest
 
 from experiments.claims.catalogue import claims
+from experiments.translate_sweep.conclusion import conclude
+from experiments.translate_sweep.results import compare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +40,30 @@ def test_the_verdicts_are_those_of_the_committed_run():
         assert verdicts[number][0] == claim.claim
     ours = {int(number): rest for number, *rest in _rows(README)}
     assert ours == {number: rest[:2] for number, rest in verdicts.items()}
+
+
+def test_the_headline_is_that_of_the_committed_sweep():
+    committed = ROOT / "experiments" / "results" / "attention_size.json"
+    found = json.loads(committed.read_text(encoding="utf-8"))
+    assert found["command"] in README
+    rows = re.findall(r"^\| (\d+) features \| (.*) \|$", README, flags=re.MULTILINE)
+    assert {int(size): cells.split(" | ") for size, cells in rows} == {
+        size: [_bleu(found, score, size) for score in ("scaled_dot", "dot", "additive")]
+        for size in found["axes"]["attention_size"]
+    }
+    points = [{"attention_size": size} for size in found["axes"]["attention_size"]]
+    for again, before in zip(
+        compare(found["mechanisms"], points), found["comparisons"], strict=True
+    ):
+        assert again["p_value"] == pytest.approx(before["p_value"])
+        assert again["difference"] == pytest.approx(before["difference"])
+    assert conclude(found) == found["conclusion"]
+
+
+def _bleu(found, score, size):
+    of_score = [m for m in found["mechanisms"] if m["score"] == score]
+    (bleu,) = [m["metrics"]["bleu"] for m in of_score if m["point"]["attention_size"] == size]
+    return "{mean:.1f} ({low:.1f}–{high:.1f})".format(**bleu)
 
 
 def _rows(text):
