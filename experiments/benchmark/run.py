@@ -26,7 +26,7 @@ from experiments.benchmark.suites import SUITES, Comparison, Group, Suite, Sweep
 
 SCALE_OF_QUICK = 64
 SCALE_OF_QUICK_PATTERNS = 16
-WIDTH = 120
+WIDTH = 140
 """Columns that the table needs; a narrower terminal wraps it, and a file keeps it whole."""
 
 
@@ -178,7 +178,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> rich.table.Table:
 
 
 def _number(value: float) -> str:
-    return f"{value / 1000:.3g}k" if value >= 10_000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _write(path: pathlib.Path, result: dict[str, Any]) -> None:

@@ -89,7 +89,7 @@ def test_a_rate_is_one_over_the_cost():
     assert row["ours_median"] == pytest.approx(100_000)
     assert row["peer_median"] == pytest.approx(25_000)
     assert row["ratio"] == pytest.approx(4) and row["met"]
-    assert _number(row["ours_median"]) == "100k"
+    assert _number(row["ours_median"]) == "100,000"
 
 
 @pytest.mark.parametrize("has_torch", [True, False])
