@@ -1,8 +1,9 @@
 """Which tiles of the T x S plane are worked on, and in what order.
 
 From the interval reading of the mask: EMPTY tiles are never visited, FULL tiles are visited
-without the mask, PARTIAL ones with it. What is known while tracing shapes the program itself;
-what is known only inside `jit` (segments, lengths) decides at run time, on the same program.
+without the mask (but for those that `group` joins to a PARTIAL one), PARTIAL ones with it. What
+is known while tracing shapes the program itself; what is known only inside `jit` (segments,
+lengths) decides at run time, on the same program.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]
     """Make few large visits of many small tiles, for a plan that is known while tracing.
 
     Tiles below each other in `tall` rows of tiles become one where one of them is FULL, with the
-    mask if one is PARTIAL. Of what is left, as many tiles of one kind as all of `together` rows
-    have are visited at once, with keys of their own.
+    mask if one is PARTIAL: on a FULL tile it costs less than a visit of its own. Of what is left,
+    as many tiles of one kind as all of `together` rows have are visited at once, with keys of
+    their own.
     """
     row, key, full = plan.starts[:, 0] // query_size, plan.starts[:, 1], plan.states == FULL
     wide = np.max(key, initial=0) + 1
