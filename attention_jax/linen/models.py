@@ -205,8 +205,24 @@ class EncoderDecoder(nn.Module):
         **options: Any,
     ) -> Any:
         """Return logits [B, T, target_vocabulary] of the next tokens, as the twin does."""
+        result = self.write(
+            source, target, source_mask, mask, deterministic=deterministic, **options
+        )
+        return transformer.on_output(self.target.attend, result)
+
+    def write(
+        self,
+        source: Array,
+        target: Array,
+        source_mask: Any = None,
+        mask: Any = None,
+        *,
+        deterministic: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return what the logits are made of, [B, T, features], as the twin does."""
         memory = self.encode(source, source_mask, deterministic=deterministic)
-        result = self.decoder(
+        return self.decoder(
             self.target(target, deterministic=deterministic),
             memory,
             mask=transformer.causal(mask),
@@ -214,7 +230,6 @@ class EncoderDecoder(nn.Module):
             deterministic=deterministic,
             **options,
         )
-        return transformer.on_output(self.target.attend, result)
 
     def encode(
         self,

@@ -247,8 +247,27 @@ class EncoderDecoder(nnx.Module):
         Returns:
           [B, T, target_vocabulary].
         """
+        result = self.write(
+            source, target, source_mask, mask, deterministic=deterministic, **options
+        )
+        return transformer.on_output(self.target.attend, result)
+
+    def write(
+        self,
+        source: Array,
+        target: Array,
+        source_mask: Any = None,
+        mask: Any = None,
+        *,
+        deterministic: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return what the logits are made of, [B, T, features]; arguments are those of the call.
+
+        `target.attend` makes logits of any of these vectors, such as those of a loss alone.
+        """
         memory = self.encode(source, source_mask, deterministic=deterministic)
-        result = self.decoder(
+        return self.decoder(
             self.target(target, deterministic=deterministic),
             memory,
             mask=transformer.causal(mask),
@@ -256,7 +275,6 @@ class EncoderDecoder(nnx.Module):
             deterministic=deterministic,
             **options,
         )
-        return transformer.on_output(self.target.attend, result)
 
     def encode(
         self,

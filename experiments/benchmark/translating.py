@@ -61,9 +61,8 @@ def in_jax(learner: Learner) -> Train:
     state = learning.initial_state(score, sizes, config)
     placement = Placement(config.batch_size)
     state, arrays = jax.device_put((state, given.arrays), placement.everywhere)
-    programs = compile_all(
-        score, sizes, config, placement, state, given.training, (), given.longest
-    )
+    shapes = given.training, given.most_words, (), given.longest
+    programs = compile_all(score, sizes, config, placement, state, *shapes)
 
     def train(chunks: range) -> np.ndarray:
         nonlocal state

@@ -90,7 +90,7 @@ def recurrent(given: Material, score: str, attention_size: int = WIDTH) -> Model
 
     def loss(model: Translator, pairs: tuple[Array, Array]) -> Array:
         logits, _ = model(*pairs)
-        return jnp.sum(token_losses(logits, pairs[1])) / jnp.sum(pairs[1] != PAD)
+        return jnp.sum(token_losses(logits, pairs[1].T)) / jnp.sum(pairs[1] != PAD)
 
     return Model(arm_of(build, loss), build, functools.partial(decoding.greedy, graph_of(build)))
 
@@ -160,7 +160,7 @@ def teacher_forced(
     begun = jnp.concatenate([jnp.full_like(target[:, :1], BOS), target[:, :-1]], axis=1)
     found = model(source, begun, present(source), **options)
     logits = found[0] if isinstance(found, tuple) else found
-    return jnp.sum(token_losses(logits.swapaxes(0, 1), target)) / jnp.sum(target != PAD), found
+    return jnp.sum(token_losses(logits, target)) / jnp.sum(target != PAD), found
 
 
 def present(tokens: Array) -> masks.Lengths:

@@ -34,7 +34,7 @@ def force(graph: Graph, parameters: Any, source: Array, target: Array) -> tuple[
 
     def one_seed(parameters: Any) -> tuple[Array, Array]:
         logits, weights = nnx.merge(graph, parameters)(source, target)
-        return jnp.sum(token_losses(logits, target), axis=0), weights.swapaxes(0, 1)
+        return jnp.sum(token_losses(logits, target.T), axis=0), weights.swapaxes(0, 1)
 
     return jax.vmap(one_seed)(parameters)
 

@@ -122,26 +122,51 @@ def _drawn(score: str, sizes: Sizes, config: Config) -> State:
     return State(jnp.int32(0), parameters, optimizer)
 
 
-def token_losses(logits: Array, target: Array, smoothing: float = 0.0) -> Array:
-    """Cross-entropy [T, B] of logits [T, B, W] with target [B, T], zero for padding.
+def token_losses(logits: Array, words: Array, smoothing: float = 0.0) -> Array:
+    """Cross-entropy [...] of logits [..., W] with words [...], zero for padding.
 
     The wanted distribution has 1 - smoothing on the right word and spreads the rest evenly
     over all words (Szegedy et al. 2016, section 7).
     """
-    right = jnp.take_along_axis(logits, target.T[..., None], axis=-1)[..., 0]
+    right = jnp.take_along_axis(logits, words[..., None], axis=-1)[..., 0]
     wanted = (1 - smoothing) * right + smoothing * jnp.mean(logits, axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - wanted
-    return jnp.where(target.T == PAD, 0.0, losses)
+    return jnp.where(words == PAD, 0.0, losses)
+
+
+def words_of(target: Array, most: int | None) -> tuple[Array, Array | None]:
+    """Return the words of target [B, T], and their indices of T x B where padding is left out.
+
+    With None, padding is not: words [T, B]. Else [n], of which the last are padding if there are
+    fewer than n = most words.
+
+    >>> words, where = words_of(jnp.array([[5, 2, 0], [6, 7, 2]]), 6)
+    >>> words.tolist(), where.tolist()
+    ([5, 6, 2, 7, 2, 0], [0, 1, 2, 3, 5, 6])
+    """
+    words = target.T
+    if most is None:
+        return words, None
+    words = words.ravel()
+    where = jnp.nonzero(words != PAD, size=most, fill_value=words.size)[0]
+    return words.at[where].get(mode="fill", fill_value=PAD), where
 
 
 def train(
-    graph: Graph, config: Config, state: State, source: Array, target: Array, rows: Array
+    graph: Graph,
+    config: Config,
+    most: int | None,
+    state: State,
+    source: Array,
+    target: Array,
+    rows: Array,
 ) -> tuple[State, Array]:
     """Take n steps with every seed.
 
     Args:
       graph: from `graph_of`.
       config: of the run.
+      most: no batch has more target words; or None. See `words_of`.
       state: with leading axis N of seeds.
       source: a whole bucket, [rows, S].
       target: [rows, T].
@@ -154,9 +179,10 @@ def train(
 
     def loss(parameters: Any, source: Array, target: Array, key: Array) -> Array:
         parameters = jax.tree.map(lambda x: x.astype(config.dtype), parameters)
-        logits, _ = nnx.merge(graph, parameters)(source, target, key)
-        losses = token_losses(logits.astype(jnp.float32), target, config.label_smoothing)
-        return jnp.sum(losses) / jnp.sum(target != PAD, dtype=losses.dtype)
+        words, where = words_of(target, most)
+        logits, _ = nnx.merge(graph, parameters)(source, target, key, where)
+        losses = token_losses(logits.astype(jnp.float32), words, config.label_smoothing)
+        return jnp.sum(losses) / jnp.sum(words != PAD, dtype=losses.dtype)
 
     def one_seed(seed: Array, parameters: Any, moments: Any, step: Array, rows: Array) -> Any:
         key = jax.random.fold_in(jax.random.key(seed), step)

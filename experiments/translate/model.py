@@ -67,6 +67,14 @@ class Memory(NamedTuple):
     carry: Carry
 
 
+def rows_at(x: Array, where: Array | None) -> Array:
+    """Return the rows [n, D] of x [T, B, D] at indices [n] of T x B; all of x where that is None.
+
+    An index behind the end gives the last row.
+    """
+    return x if where is None else x.reshape(-1, x.shape[-1]).at[where].get(mode="clip")
+
+
 def gated(state: Array, inputs: Array, share: Array) -> Array:
     """Step a GRU whose gate inputs are known: h' = z h + (1 - z) tanh(n + r m).
 
@@ -218,9 +226,16 @@ class Translator(nnx.Module):
         return self.decoder.remember(*self.encoder(embedded, mask.T), mask)
 
     def __call__(
-        self, source: Array, target: Array, dropout_key: Array | None = None
+        self,
+        source: Array,
+        target: Array,
+        dropout_key: Array | None = None,
+        where: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Return logits [T, B, W] and weights [T, B, S], each target word given those before it."""
+        """Return logits [T, B, W] and weights [T, B, S], each target word given those before it.
+
+        With indices `where` [n] of T x B, logits of these words alone: [n, W].
+        """
         memory = self.encode(source, dropout_key)
         begin = jnp.full_like(target[:, :1], BOS)
         previous = jnp.concatenate([begin, target[:, :-1]], axis=1).T
@@ -232,7 +247,8 @@ class Translator(nnx.Module):
 
         gates = self.decoder.inputs(embedded)
         _, (states, contexts, weights) = jax.lax.scan(keeping_products(step), memory.carry, gates)
-        units = self._dropped(self.decoder.read(states, contexts, embedded), dropout_key, 2)
+        units = self.decoder.read(*(rows_at(x, where) for x in (states, contexts, embedded)))
+        units = self._dropped(units, dropout_key, 2, target.T.shape, where)
         return self.decoder.output(units), weights
 
     def start(self, memory: Memory, longest: int) -> Carry:
@@ -247,7 +263,20 @@ class Translator(nnx.Module):
         carry, context, _ = self.decoder.step(carry, gates, memory)
         return carry, self.decoder.logits(carry[0], context, embedded)
 
-    def _dropped(self, x: Array, key: Array | None, place: int) -> Array:
+    def _dropped(
+        self,
+        x: Array,
+        key: Array | None,
+        place: int,
+        positions: tuple[int, ...] | None = None,
+        where: Array | None = None,
+    ) -> Array:
+        """Drop features of x, which may be the rows `where` of many `positions`.
+
+        Drawn for all positions, so that what is dropped does not depend on which are asked for.
+        """
         if key is None or self.dropout.rate == 0:
             return x
-        return self.dropout(x, deterministic=False, rngs=jax.random.fold_in(key, place))
+        everywhere = jnp.ones((*(positions or x.shape[:-1]), x.shape[-1]), x.dtype)
+        key = jax.random.fold_in(key, place)
+        return x * rows_at(self.dropout(everywhere, deterministic=False, rngs=key), where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -45,10 +45,14 @@ def compile_all(
     placement: Placement,
     state: State,
     data: Buckets,
+    most_words: Sequence[int],
     widths: Widths,
     longest: int,
 ) -> Programs:
-    """Compile training on the buckets of `data`, and translating sentences of `widths`."""
+    """Compile training on the buckets of `data`, and translating sentences of `widths`.
+
+    `most_words` tells of each bucket how many target words a batch of it has at most.
+    """
     start = time.perf_counter()
     trained, _ = graph_of(score, sizes, config.dropout, config.dtype)
     graph, _ = graph_of(score, sizes)
@@ -56,7 +60,9 @@ def compile_all(
     rows = words((config.seeds, config.chunk, config.batch_size))
     lowered: dict[Any, Any] = {}
     for number, bucket in enumerate(data.members):
-        take_steps = functools.partial(learning.train, trained, config)
+        # On several devices each keeps its share of all positions.
+        most = most_words[number] if len(placement.devices) == 1 else None
+        take_steps = functools.partial(learning.train, trained, config, most)
         train = jax.jit(take_steps, donate_argnums=0, **placement.of_training())
         both = words(bucket.source.shape), words(bucket.target.shape)
         lowered["train", number] = train.lower(state, *both, rows)

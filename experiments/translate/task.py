@@ -19,13 +19,16 @@ from experiments.translate.evaluate import Examples, examples
 
 Array = jax.Array
 
+_WORDS_TOGETHER = 32
+
 
 @dataclass(frozen=True)
 class Task:
     """A corpus made ready for training.
 
     Chunk c takes its steps from bucket `order[c]`, and seed n in step i of it the rows
-    `rows[c, n, i]`; `tokens[c]` counts words and end symbols of both sides, for all seeds.
+    `rows[c, n, i]`; `tokens[c]` counts words and end symbols of both sides, for all seeds. No
+    batch of bucket b has more target words, end symbols included, than `most_words[b]`.
     """
 
     corpus: Corpus
@@ -34,6 +37,7 @@ class Task:
     order: np.ndarray
     rows: np.ndarray
     tokens: np.ndarray
+    most_words: tuple[int, ...]
     sets: Mapping[str, Examples]
 
     @property
@@ -93,5 +97,17 @@ def read(config: Config) -> Task:
         order=order,
         rows=rows,
         tokens=np.array(tokens),
+        most_words=_most_words(training, order, rows),
         sets=examples(sets, corpus, config.batch_size),
     )
+
+
+def _most_words(training: Buckets, order: np.ndarray, rows: np.ndarray) -> tuple[int, ...]:
+    """Count target words of all batches, rounded up so that few shapes are compiled."""
+    slots = [rows.shape[-1] * width for _, width in training.widths]
+    most = [1] * len(slots)
+    for number, taken in zip(order, rows, strict=True):
+        words = (training.members[number].target[taken] != PAD).sum(axis=(-2, -1))
+        most[number] = max(most[number], int(words.max()))
+    rounded = (-(-words // _WORDS_TOGETHER) * _WORDS_TOGETHER for words in most)
+    return tuple(map(min, rounded, slots))

@@ -62,7 +62,7 @@ def train(
     log.rewind(score, step)
     with Meter(console, score, step, config.steps) as meter:
         try:
-            shapes = (task.training, task.widths, task.longest)
+            shapes = (task.training, task.most_words, task.widths, task.longest)
             programs = compile_all(score, sizes, config, placement, state, *shapes)
         except ShapeError as error:
             raise UsageError(f"--scores={score} does not fit this run: {error}") from None

@@ -19,7 +19,7 @@ from attention_jax.nnx import EncoderDecoder, MultiHeadAttention
 from attention_jax.positions import rotary
 from experiments.data.vocabulary import BOS, PAD
 from experiments.translate.mechanisms import score_of_head
-from experiments.translate.model import Sizes
+from experiments.translate.model import Sizes, rows_at
 
 Array = jax.Array
 
@@ -93,9 +93,15 @@ class TransformerTranslator(nnx.Module):
         return Memory(self.model.keys(memory), lengths)
 
     def __call__(
-        self, source: Array, target: Array, dropout_key: Array | None = None
+        self,
+        source: Array,
+        target: Array,
+        dropout_key: Array | None = None,
+        where: Array | None = None,
     ) -> tuple[Array, Array]:
         """Return logits [T, B, W] and weights [T, B, S], each target word given those before it.
+
+        With indices `where` [n] of T x B, logits of these words alone: [n, W].
 
         The weights are the mean of all heads of the last layer but one, whose heads come nearest
         to an alignment (Garg et al. 2019, section 4.1).
@@ -103,7 +109,7 @@ class TransformerTranslator(nnx.Module):
         self._drop_by(dropout_key)
         begin = jnp.full_like(target[:, :1], BOS)
         previous = jnp.concatenate([begin, target[:, :-1]], axis=1)
-        logits, weights = self.model(
+        written, weights = self.model.write(
             source,
             previous,
             Lengths(_lengths(source)),
@@ -111,7 +117,8 @@ class TransformerTranslator(nnx.Module):
             return_weights=True,
         )
         looked = weights[max(self.layers - 2, 0)].cross_attention.mean(axis=1)
-        return logits.swapaxes(0, 1), looked.swapaxes(0, 1)
+        written = rows_at(written.swapaxes(0, 1), where)
+        return self.model.target.attend(written), looked.swapaxes(0, 1)
 
     def start(self, memory: Memory, longest: int) -> Any:
         """Return what the first step is handed: arrays with a leading axis B."""

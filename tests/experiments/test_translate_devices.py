@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments.command_line import UsageError
-from experiments.data.vocabulary import EOS
+from experiments.data.vocabulary import EOS, PAD
 from experiments.translate import devices, learning
 from experiments.translate.command_line import parse
 from experiments.translate.config import Config
@@ -38,16 +38,17 @@ FLAGS = (
 )
 
 
-def training(dtype, sizes=SIZES):
+def training(dtype, sizes=SIZES, most_words=None):
     """Four steps of training, compiled or not, and what they are applied to."""
     config = Config(seeds=2, steps=4, batch_size=3, dtype=dtype, learning_rate=1e-3)
     graph, _ = learning.graph_of("additive", sizes, dtype=dtype)
     random = np.random.default_rng(0)
     words = random.integers(4, 9, size=(2, 6, 5))
     words[..., -1] = EOS
+    words[1, ::2, 3:] = EOS, PAD
     source, target = jnp.asarray(words, jnp.int32)
     rows = jnp.asarray(random.integers(0, 6, size=(2, 4, 3)), jnp.int32)
-    train = functools.partial(learning.train, graph, config)
+    train = functools.partial(learning.train, graph, config, most_words)
     compiled = jax.jit(train, compiler_options=quick_options(0))
     shapes = learning.abstract_state("additive", sizes, config)
     drawn = functools.partial(learning.initial_state, "additive", sizes, config)
@@ -85,6 +86,20 @@ def test_what_is_kept_is_float32_and_near_to_what_float32_gives(sizes):
     assert jnp.any(losses != expected)
     moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), state.parameters, plain.parameters)
     assert max(map(float, jax.tree.leaves(moved))) < 0.02
+
+
+@pytest.mark.parametrize("sizes", [SIZES, TRANSFORMER])
+def test_padding_that_is_left_out_changes_nothing(sizes):
+    found = []
+    for most_words in (None, 15, 16):
+        with jax.numpy_dtype_promotion("standard"):
+            train, _, drawn, batch = training("float32", sizes, most_words)
+            found.append(train(drawn(), *batch))
+    (state, losses), *others = found
+    for other, again in others:
+        np.testing.assert_allclose(again, losses, rtol=1e-5)
+        for left, right in zip(*map(jax.tree.leaves, (other, state)), strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
 
 
 def test_a_batch_is_spread_over_as_many_devices_as_divide_it():

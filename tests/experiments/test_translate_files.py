@@ -3,8 +3,10 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
+from experiments.data.vocabulary import PAD
 from experiments.translate import task
 from experiments.translate.config import Config
 
@@ -82,6 +84,17 @@ def test_harmless_differences_give_the_same_task(change, tmp_path):
         assert ours.target.tolist() == theirs.target.tolist()
     assert first.rows.tolist() == second.rows.tolist()
     assert first.corpus.test == second.corpus.test
+
+
+def test_no_batch_has_more_words_than_are_read_out():
+    given = task.read(Config(data="copy", train_size=900, steps=50, batch_size=12, seeds=2))
+    most = [0] * len(given.most_words)
+    for bucket, rows in zip(given.order, given.rows, strict=True):
+        words = np.asarray(given.arrays[bucket][1])[rows] != PAD
+        most[bucket] = max(most[bucket], words.sum(axis=(2, 3)).max())
+    slots = [12 * width for _, width in given.training.widths]
+    for found, bound, held in zip(most, given.most_words, slots, strict=True):
+        assert found <= bound <= min(found + 31, held)
 
 
 def test_a_folder_where_a_table_was_expected(tmp_path, capsys, translate):

@@ -98,7 +98,7 @@ def test_every_parameter_of_a_translator_learns(score):
 
     def loss(parameters):
         logits, _ = nnx.merge(graph, parameters)(SOURCE, TARGET)
-        return jnp.sum(token_losses(logits, TARGET))
+        return jnp.sum(token_losses(logits, TARGET.T))
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(quick(jax.grad(loss))(draw(score))):
         assert jnp.any(leaf != 0), jax.tree_util.keystr(path)
@@ -206,7 +206,7 @@ def test_forced_losses_are_those_of_the_model(graph, parameters, translate):
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), parameters)
     losses, weights = quick(functools.partial(decoding.force, graph))(stacked, SOURCE, TARGET)
     logits, expected = translate(SOURCE, TARGET)
-    np.testing.assert_allclose(losses, [token_losses(logits, TARGET).sum(axis=0)] * 2, rtol=1e-4)
+    np.testing.assert_allclose(losses, [token_losses(logits, TARGET.T).sum(axis=0)] * 2, rtol=1e-4)
     np.testing.assert_allclose(weights[1], expected.swapaxes(0, 1), atol=1e-5)
 
 
@@ -254,5 +254,5 @@ def test_losses_are_those_of_smoothed_labels(smoothing):
     logits = jnp.asarray(random.normal(size=(4, 2, 13)), jnp.float32)
     labels = optax.smooth_labels(jax.nn.one_hot(TARGET.T, 13), smoothing)
     expected = jnp.where(TARGET.T == PAD, 0.0, optax.softmax_cross_entropy(logits, labels))
-    found = token_losses(logits, TARGET, smoothing)
+    found = token_losses(logits, TARGET.T, smoothing)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

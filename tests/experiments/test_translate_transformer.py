@@ -21,6 +21,7 @@ from experiments.translate.learning import (
     initial_state,
     quick_options,
     token_losses,
+    words_of,
 )
 from experiments.translate.model import Sizes
 
@@ -89,6 +90,19 @@ def test_padding_has_no_effect(translate):
     np.testing.assert_allclose(weights, more[:, :, :5], atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [SIZES, SIZES._replace(model="bigru")])
+def test_logits_of_words_alone_are_those_among_all(sizes):
+    graph, parameters = drawn("additive", sizes, dropout=0.5)
+    words, where = words_of(TARGET, 7)
+    np.testing.assert_array_equal(words, [4, 12, 9, EOS, 5, EOS, PAD])
+    keys = jax.random.key(3)
+    translate = quick(lambda *given: nnx.merge(graph, parameters)(SOURCE, TARGET, *given))
+    logits, weights = translate(keys)
+    some, same = translate(keys, where)
+    np.testing.assert_allclose(some[:6], logits.reshape(8, 13)[where[:6]], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(same, weights, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_every_parameter_learns(additive):
     graph, parameters = additive
@@ -97,7 +111,7 @@ def test_every_parameter_learns(additive):
     @jax.grad
     def gradient(parameters):
         logits, _ = nnx.merge(graph, parameters)(SOURCE, TARGET)
-        return jnp.sum(token_losses(logits, TARGET))
+        return jnp.sum(token_losses(logits, TARGET.T))
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(parameters)):
         assert jnp.any(leaf != 0), jax.tree_util.keystr(path)

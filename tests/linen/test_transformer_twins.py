@@ -161,6 +161,12 @@ def test_generation_from_a_source():
     full = jax.jit(twin.apply)(variables, PROMPT, PROMPT, mask)
     chex.assert_trees_all_close(decoded, full, atol=1e-5)
 
+    def last(model):
+        return model.target.attend(model.write(PROMPT, PROMPT, mask)[:, 3])
+
+    written = jax.jit(lambda variables: twin.apply(variables, method=last))(variables)
+    chex.assert_trees_all_close(written, full[:, 3], atol=1e-5)
+
 
 def test_bad_arguments_are_explained():
     key = jax.random.key(0)

@@ -253,6 +253,10 @@ def test_weights_come_with_the_logits():
     run = nnx.jit(lambda model, *tokens: model(*tokens, return_weights=True))
     logits, (weights,) = run(model, PROMPT, PROMPT[:, :3])
     assert logits.shape == (2, 3, 9)
+    written, _ = nnx.jit(EncoderDecoder.write, static_argnames="return_weights")(
+        model, PROMPT, PROMPT[:, :3], return_weights=True
+    )
+    chex.assert_trees_all_close(model.target.attend(written[:, 1]), logits[:, 1], atol=1e-5)
     assert weights.attention.shape == (2, 2, 3, 3) and weights.cross_attention.shape == (2, 2, 3, 4)
 
 
