@@ -8,6 +8,7 @@ a run that was interrupted goes on exactly as if it had not been.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -152,6 +153,22 @@ def words_of(target: Array, most: int | None) -> tuple[Array, Array | None]:
     return words.at[where].get(mode="fill", fill_value=PAD), where
 
 
+def over_seeds(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Apply a function to every seed, on axis 0 of all that it takes and returns.
+
+    A single seed is not vectorised: the product of two matrices is faster than that of two
+    batches of one matrix.
+    """
+
+    def of_every_seed(*operands: Any) -> Any:
+        if jax.tree.leaves(operands)[0].shape[0] > 1:
+            return jax.vmap(function)(*operands)
+        found = function(*jax.tree.map(lambda x: x[0], operands))
+        return jax.tree.map(lambda x: x[None], found)
+
+    return of_every_seed
+
+
 def train(
     graph: Graph,
     config: Config,
@@ -184,19 +201,17 @@ def train(
         losses = token_losses(logits.astype(jnp.float32), words, config.label_smoothing)
         return jnp.sum(losses) / jnp.sum(words != PAD, dtype=losses.dtype)
 
-    def one_seed(seed: Array, parameters: Any, moments: Any, step: Array, rows: Array) -> Any:
+    def one_seed(step: Array, seed: Array, parameters: Any, moments: Any, rows: Array) -> Any:
         key = jax.random.fold_in(jax.random.key(seed), step)
         value, gradient = jax.value_and_grad(loss)(parameters, source[rows], target[rows], key)
         updates, moments = optimizer.update(gradient, moments, parameters)
         return optax.apply_updates(parameters, updates), moments, value
 
-    every_seed = jax.vmap(one_seed, in_axes=(0, 0, 0, None, 0))
     seeds = jnp.arange(rows.shape[0])
 
     def one_step(state: State, rows: Array) -> tuple[State, Array]:
-        parameters, moments, losses = every_seed(
-            seeds, state.parameters, state.optimizer, state.step, rows
-        )
+        every_seed = over_seeds(functools.partial(one_seed, state.step))
+        parameters, moments, losses = every_seed(seeds, state.parameters, state.optimizer, rows)
         return State(state.step + 1, parameters, moments), losses
 
     return jax.lax.scan(one_step, state, rows.swapaxes(0, 1))

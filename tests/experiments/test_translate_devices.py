@@ -38,16 +38,16 @@ FLAGS = (
 )
 
 
-def training(dtype, sizes=SIZES, most_words=None):
+def training(dtype, sizes=SIZES, most_words=None, seeds=2):
     """Four steps of training, compiled or not, and what they are applied to."""
-    config = Config(seeds=2, steps=4, batch_size=3, dtype=dtype, learning_rate=1e-3)
+    config = Config(seeds=seeds, steps=4, batch_size=3, dtype=dtype, learning_rate=1e-3)
     graph, _ = learning.graph_of("additive", sizes, dtype=dtype)
     random = np.random.default_rng(0)
     words = random.integers(4, 9, size=(2, 6, 5))
     words[..., -1] = EOS
     words[1, ::2, 3:] = EOS, PAD
     source, target = jnp.asarray(words, jnp.int32)
-    rows = jnp.asarray(random.integers(0, 6, size=(2, 4, 3)), jnp.int32)
+    rows = jnp.asarray(random.integers(0, 6, size=(2, 4, 3)), jnp.int32)[:seeds]
     train = functools.partial(learning.train, graph, config, most_words)
     compiled = jax.jit(train, compiler_options=quick_options(0))
     shapes = learning.abstract_state("additive", sizes, config)
@@ -100,6 +100,20 @@ def test_padding_that_is_left_out_changes_nothing(sizes):
         np.testing.assert_allclose(again, losses, rtol=1e-5)
         for left, right in zip(*map(jax.tree.leaves, (other, state)), strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
+
+
+def test_a_seed_alone_learns_what_it_learns_among_others():
+    found = []
+    for seeds in (1, 2):
+        with jax.numpy_dtype_promotion("standard"):
+            train, _, drawn, batch = training("float32", seeds=seeds)
+            found.append(train(drawn(), *batch))
+    (alone, losses), (among, both) = found
+    np.testing.assert_allclose(losses[:, 0], both[:, 0], rtol=1e-5)
+    parameters = (alone.parameters, among.parameters)
+    for left, right in zip(*map(jax.tree.leaves, parameters), strict=True):
+        assert len(left) == 1 and len(right) == 2
+        np.testing.assert_allclose(left[0], right[0], rtol=1e-3, atol=1e-5)
 
 
 def test_a_batch_is_spread_over_as_many_devices_as_divide_it():
