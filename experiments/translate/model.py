@@ -87,9 +87,10 @@ def gated(state: Array, inputs: Array, share: Array) -> Array:
       share: what the state adds to r, z and m, in this order, [..., 3 D].
     """
     depth = state.shape[-1]
-    candidate, memory = inputs[..., :depth], share[..., 2 * depth :]
-    gates = jax.nn.sigmoid(inputs[..., depth:] + share[..., : 2 * depth])
-    reset, update = jnp.split(gates, 2, axis=-1)
+    # Of `split` the backward pass is one concatenation; of slices, a sum of padded arrays.
+    candidate, inputs = jnp.split(inputs, [depth], axis=-1)
+    share, memory = jnp.split(share, [2 * depth], axis=-1)
+    reset, update = jnp.split(jax.nn.sigmoid(inputs + share), 2, axis=-1)
     return update * state + (1 - update) * jnp.tanh(candidate + reset * memory)
 
 
