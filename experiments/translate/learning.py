@@ -136,10 +136,10 @@ def token_losses(logits: Array, words: Array, smoothing: float = 0.0) -> Array:
 
 
 def words_of(target: Array, most: int | None) -> tuple[Array, Array | None]:
-    """Return the words of target [B, T], and their indices of T x B where padding is left out.
+    """Return the words of target [B, T] without padding, [n], and their indices of T x B, [n].
 
-    With None, padding is not: words [T, B]. Else [n], of which the last are padding if there are
-    fewer than n = most words.
+    If there are fewer than n = most words, the last are padding; with None, all positions are
+    returned, words [T, B], without indices.
 
     >>> words, where = words_of(jnp.array([[5, 2, 0], [6, 7, 2]]), 6)
     >>> words.tolist(), where.tolist()
@@ -157,7 +157,7 @@ def over_seeds(function: Callable[..., Any]) -> Callable[..., Any]:
     """Apply a function to every seed, on axis 0 of all that it takes and returns.
 
     A single seed is not vectorised: the product of two matrices is faster than that of two
-    batches of one matrix.
+    batches of one matrix each.
     """
 
     def of_every_seed(*operands: Any) -> Any:
