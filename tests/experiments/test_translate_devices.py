@@ -88,18 +88,17 @@ def test_what_is_kept_is_float32_and_near_to_what_float32_gives(sizes):
     assert max(map(float, jax.tree.leaves(moved))) < 0.02
 
 
-@pytest.mark.parametrize("sizes", [SIZES, TRANSFORMER])
+@pytest.mark.parametrize("sizes", [SIZES, pytest.param(TRANSFORMER, marks=pytest.mark.slow)])
 def test_padding_that_is_left_out_changes_nothing(sizes):
     found = []
-    for most_words in (None, 15, 16):
+    for most_words in (None, 14):
         with jax.numpy_dtype_promotion("standard"):
-            train, _, drawn, batch = training("float32", sizes, most_words)
+            train, _, drawn, batch = training("float32", sizes, most_words, seeds=1)
             found.append(train(drawn(), *batch))
-    (state, losses), *others = found
-    for other, again in others:
-        np.testing.assert_allclose(again, losses, rtol=1e-5)
-        for left, right in zip(*map(jax.tree.leaves, (other, state)), strict=True):
-            np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
+    (state, losses), (other, again) = found
+    np.testing.assert_allclose(again, losses, rtol=1e-5)
+    for left, right in zip(*map(jax.tree.leaves, (other, state)), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
 
 
 def test_a_seed_alone_learns_what_it_learns_among_others():

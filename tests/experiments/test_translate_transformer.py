@@ -90,7 +90,10 @@ def test_padding_has_no_effect(translate):
     np.testing.assert_allclose(weights, more[:, :, :5], atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [SIZES, SIZES._replace(model="bigru")])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(SIZES, marks=pytest.mark.slow), SIZES._replace(model="bigru")],
+)
 def test_logits_of_words_alone_are_those_among_all(sizes):
     graph, parameters = drawn("additive", sizes, dropout=0.5)
     words, where = words_of(TARGET, 7)
