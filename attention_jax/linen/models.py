@@ -194,21 +194,10 @@ class EncoderDecoder(nn.Module):
         self.encoder = stack(options=options)
         self.decoder = stack(options={"memory_features": self.features, **options})
 
-    def __call__(
-        self,
-        source: Array,
-        target: Array,
-        source_mask: Any = None,
-        mask: Any = None,
-        *,
-        deterministic: bool | None = None,
-        **options: Any,
-    ) -> Any:
+    def __call__(self, source: Array, target: Array, *masks: Any, **options: Any) -> Any:
         """Return logits [B, T, target_vocabulary] of the next tokens, as the twin does."""
-        result = self.write(
-            source, target, source_mask, mask, deterministic=deterministic, **options
-        )
-        return transformer.on_output(self.target.attend, result)
+        written = self.write(source, target, *masks, **options)
+        return transformer.on_output(self.target.attend, written)
 
     def write(
         self,
@@ -220,7 +209,7 @@ class EncoderDecoder(nn.Module):
         deterministic: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Return what the logits are made of, [B, T, features], as the twin does."""
+        """Return a vector for each of the target's tokens, [B, T, features], as the twin does."""
         memory = self.encode(source, source_mask, deterministic=deterministic)
         return self.decoder(
             self.target(target, deterministic=deterministic),

@@ -223,34 +223,13 @@ class EncoderDecoder(nnx.Module):
         self.encoder = stack()
         self.decoder = stack(memory_features=features)
 
-    def __call__(
-        self,
-        source: Array,
-        target: Array,
-        source_mask: Any = None,
-        mask: Any = None,
-        *,
-        deterministic: bool | None = None,
-        **options: Any,
-    ) -> Any:
-        """Return the logits of the token after each of the target's.
+    def __call__(self, source: Array, target: Array, *masks: Any, **options: Any) -> Any:
+        """Return logits [B, T, target_vocabulary] of the token after each of the target's.
 
-        Args:
-          source: tokens [B, S].
-          target: tokens [B, T].
-          source_mask: which of the source's tokens are seen, by itself and by the target, such as
-            `masks.Lengths`.
-          mask: of the target, beside the causal one.
-          deterministic: instead of the module's own.
-          **options: return_weights and sow_weights, as in `TransformerStack`, of the decoder.
-
-        Returns:
-          [B, T, target_vocabulary].
+        Arguments are those of `write`.
         """
-        result = self.write(
-            source, target, source_mask, mask, deterministic=deterministic, **options
-        )
-        return transformer.on_output(self.target.attend, result)
+        written = self.write(source, target, *masks, **options)
+        return transformer.on_output(self.target.attend, written)
 
     def write(
         self,
@@ -262,9 +241,19 @@ class EncoderDecoder(nnx.Module):
         deterministic: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Return what the logits are made of, [B, T, features]; arguments are those of the call.
+        """Return a vector for each of the target's tokens, of which `target.attend` makes logits.
 
-        `target.attend` makes logits of any of these vectors, such as those of a loss alone.
+        Args:
+          source: tokens [B, S].
+          target: tokens [B, T].
+          source_mask: which of the source's tokens are seen, by itself and by the target, such as
+            `masks.Lengths`.
+          mask: of the target, beside the causal one.
+          deterministic: instead of the module's own.
+          **options: return_weights and sow_weights, as in `TransformerStack`, of the decoder.
+
+        Returns:
+          [B, T, features].
         """
         memory = self.encode(source, source_mask, deterministic=deterministic)
         return self.decoder(

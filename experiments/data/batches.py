@@ -123,6 +123,15 @@ def pad(sequences: Sequence[list[int]], width: int) -> np.ndarray:
     return rows
 
 
+def rounded_up(count: int, multiple: int) -> int:
+    """The next multiple, or the count itself if it is one.
+
+    >>> rounded_up(33, 32), rounded_up(32, 32)
+    (64, 32)
+    """
+    return -(-count // multiple) * multiple
+
+
 def choose_widths(lengths: np.ndarray, count: int, minimum: int = 1) -> Widths:
     """At most ``count`` growing widths (S, T) for ``lengths`` [n, 2], with the fewest padded slots.
 
@@ -201,7 +210,7 @@ def schedule(
 def _bucket_order(sizes: Sequence[int], chunks: int) -> np.ndarray:
     """Always the bucket that is furthest behind its share, then shuffled inside each window."""
     total, visits, order = sum(sizes), [0] * len(sizes), []
-    for chunk in range(1, -(-chunks // _WINDOW) * _WINDOW + 1):
+    for chunk in range(1, rounded_up(chunks, _WINDOW) + 1):
         behind = [size * chunk - total * n for size, n in zip(sizes, visits, strict=True)]
         order.append(behind.index(max(behind)))
         visits[order[-1]] += 1

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from experiments import metrics
-from experiments.data.batches import Buckets, bucket, choose_widths, sweep
+from experiments.data.batches import Buckets, bucket, choose_widths, rounded_up, sweep
 from experiments.data.corpus import Corpus, Links, Pair
 from experiments.data.vocabulary import EOS, PAD
 from experiments.translate.programs import Programs
@@ -41,7 +41,7 @@ def examples(
     pairs = [pair for pairs in sets.values() for pair in pairs]
     lengths = np.array([(len(pair.source) + 1, len(pair.target) + 1) for pair in pairs])
     chosen = choose_widths(lengths, _SHAPES)
-    widths = tuple((_rounded_up(s, multiple), _rounded_up(t, multiple)) for s, t in chosen)
+    widths = tuple((rounded_up(s, multiple), rounded_up(t, multiple)) for s, t in chosen)
     return {
         name: Examples(
             pairs, bucket(pairs, *vocabularies, batch_size=batch_size, widths=widths), corpus
@@ -134,10 +134,6 @@ def alignment(links: list[list[Links]], pairs: Sequence[Pair]) -> dict[str, list
         name: None if not rates or any(map(math.isnan, rates)) else [100 * rate for rate in rates]
         for name, rates in of_seeds.items()
     }
-
-
-def _rounded_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 def _forced(programs: Programs, parameters: Any, given: Examples):

@@ -135,10 +135,10 @@ def token_losses(logits: Array, words: Array, smoothing: float = 0.0) -> Array:
     return jnp.where(words == PAD, 0.0, losses)
 
 
-def words_of(target: Array, most: int | None) -> tuple[Array, Array | None]:
+def words_of(target: Array, most_words: int | None) -> tuple[Array, Array | None]:
     """Return the words of target [B, T] without padding, [n], and their indices of T x B, [n].
 
-    If there are fewer than n = most words, the last are padding; with None, all positions are
+    If there are fewer than n = most_words, the last are padding; with None, all positions are
     returned, words [T, B], without indices.
 
     >>> words, where = words_of(jnp.array([[5, 2, 0], [6, 7, 2]]), 6)
@@ -146,10 +146,10 @@ def words_of(target: Array, most: int | None) -> tuple[Array, Array | None]:
     ([5, 6, 2, 7, 2, 0], [0, 1, 2, 3, 5, 6])
     """
     words = target.T
-    if most is None:
+    if most_words is None:
         return words, None
     words = words.ravel()
-    where = jnp.nonzero(words != PAD, size=most, fill_value=words.size)[0]
+    where = jnp.nonzero(words != PAD, size=most_words, fill_value=words.size)[0]
     return words.at[where].get(mode="fill", fill_value=PAD), where
 
 
@@ -172,7 +172,7 @@ def over_seeds(function: Callable[..., Any]) -> Callable[..., Any]:
 def train(
     graph: Graph,
     config: Config,
-    most: int | None,
+    most_words: int | None,
     state: State,
     source: Array,
     target: Array,
@@ -183,7 +183,7 @@ def train(
     Args:
       graph: from `graph_of`.
       config: of the run.
-      most: no batch has more target words; or None. See `words_of`.
+      most_words: no batch has more target words; or None. See `words_of`.
       state: with leading axis N of seeds.
       source: a whole bucket, [rows, S].
       target: [rows, T].
@@ -196,7 +196,7 @@ def train(
 
     def loss(parameters: Any, source: Array, target: Array, key: Array) -> Array:
         parameters = jax.tree.map(lambda x: x.astype(config.dtype), parameters)
-        words, where = words_of(target, most)
+        words, where = words_of(target, most_words)
         logits, _ = nnx.merge(graph, parameters)(source, target, key, where)
         losses = token_losses(logits.astype(jnp.float32), words, config.label_smoothing)
         return jnp.sum(losses) / jnp.sum(words != PAD, dtype=losses.dtype)

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.command_line import UsageError
 from experiments.data import DataError, load
-from experiments.data.batches import Buckets, bucket, schedule
+from experiments.data.batches import Buckets, bucket, rounded_up, schedule
 from experiments.data.corpus import Corpus
 from experiments.data.vocabulary import PAD
 from experiments.translate.config import Config
@@ -87,8 +87,12 @@ def read(config: Config) -> Task:
         raise UsageError(str(error)) from None
     order = schedules[0].bucket
     rows = np.stack([of_seed.rows for of_seed in schedules], axis=1)
-    lengths = [(b.source != PAD).sum(1) + (b.target != PAD).sum(1) for b in training.members]
+    words = [(b.target != PAD).sum(1) for b in training.members]
+    lengths = [(b.source != PAD).sum(1) + w for b, w in zip(training.members, words, strict=True)]
     tokens = [lengths[number][taken].sum() for number, taken in zip(order, rows, strict=True)]
+    # Rounded up, so that few shapes are compiled, but to no more than all positions.
+    most_words = (rounded_up(most, _WORDS_TOGETHER) for most in _most_words(words, order, rows))
+    positions = (config.batch_size * width for _, width in training.widths)
     sets = {"valid": corpus.valid, "test": corpus.test, **corpus.extra}
     return Task(
         corpus=corpus,
@@ -97,17 +101,14 @@ def read(config: Config) -> Task:
         order=order,
         rows=rows,
         tokens=np.array(tokens),
-        most_words=_most_words(training, order, rows),
+        most_words=tuple(map(min, most_words, positions)),
         sets=examples(sets, corpus, config.batch_size),
     )
 
 
-def _most_words(training: Buckets, order: np.ndarray, rows: np.ndarray) -> tuple[int, ...]:
-    """Count target words of all batches, rounded up so that few shapes are compiled."""
-    slots = [rows.shape[-1] * width for _, width in training.widths]
-    most = [1] * len(slots)
+def _most_words(words: list[np.ndarray], order: np.ndarray, rows: np.ndarray) -> list[int]:
+    """Find the most target words of any batch of each bucket, given those of each of its rows."""
+    most = [1] * len(words)
     for number, taken in zip(order, rows, strict=True):
-        words = (training.members[number].target[taken] != PAD).sum(axis=(-2, -1))
-        most[number] = max(most[number], int(words.max()))
-    rounded = (-(-words // _WORDS_TOGETHER) * _WORDS_TOGETHER for words in most)
-    return tuple(map(min, rounded, slots))
+        most[number] = max(most[number], int(words[number][taken].sum(axis=-1).max()))
+    return most
