@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -20,7 +21,7 @@ from attention_jax.trees import varying_like
 
 Array = jax.Array
 
-_CONTRACTED = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
+_CONTRACTED = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
 
 
 def times(a: Array, b: Array) -> Array:
@@ -39,15 +40,18 @@ def _multiply(a: Array, b: Array, kind: str) -> Array:
 
 
 def _plain(a: Array, b: Array, *, kind: str) -> Array:
-    return lax.dot_general(a, b, (_CONTRACTED[kind], ((), ())))
+    """Multiply the last two axes; those before them are vectorised."""
+    leading = tuple(range(a.ndim - 2))
+    contracted = [(axis + len(leading),) for axis in _CONTRACTED[kind]]
+    return lax.dot_general(a, b, (contracted, (leading, leading)))
 
 
 def _copied(a: Array, b: Array, *, kind: str) -> Array:
     if kind != "tn":
         return _plain(a, b, kind=kind)
-    if a.shape[1] < b.shape[1]:
-        return _kept_apart(a.T, b)
-    return lax.optimization_barrier(_kept_apart(b.T, a)).T
+    if a.shape[-1] < b.shape[-1]:
+        return _kept_apart(a.mT, b)
+    return lax.optimization_barrier(_kept_apart(b.mT, a)).mT
 
 
 def _kept_apart(a: Array, b: Array) -> Array:
@@ -60,8 +64,11 @@ def _abstract(a: Any, b: Any, *, kind: str) -> Any:
 
 
 def _batched(operands: Any, axes: Any, *, kind: str) -> Any:
-    """Vectorise as the plain product: a batch of tiles has no long axis to copy for."""
-    return jax.vmap(functools.partial(_plain, kind=kind), axes)(*operands), 0
+    """Vectorise as the plain product where one side is shared: it is a larger product then."""
+    if None in axes:
+        return jax.vmap(functools.partial(_plain, kind=kind), axes)(*operands), 0
+    a, b = (jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes, strict=True))
+    return _product.bind(a, b, kind=kind), 0
 
 
 def _toward_left(cotangent: Any, _: Any, b: Array, *, kind: str) -> Array:

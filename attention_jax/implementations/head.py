@@ -60,8 +60,10 @@ def poison(x: Array) -> Array:
     The poison joins the logits of the pairs that may attend, so such a row spoils what attends to
     it and nothing else: 0 * NaN never enters a sum, in the value or in a derivative.
     """
-    # Zero times NaN or Inf is NaN.
-    return jnp.sum(lax.stop_gradient(x) * jnp.zeros((), x.dtype), axis=-1)
+    # Zero times NaN or Inf is NaN. As a product this reads the rows once; the barrier hides that
+    # its other side is zero, and the highest precision rounds no large number to Inf.
+    zeros = lax.optimization_barrier(jnp.zeros(x.shape[-1], x.dtype))
+    return jnp.dot(lax.stop_gradient(x), zeros, precision="highest")
 
 
 def finite_rows(x: Array) -> tuple[Array, Array]:
