@@ -66,12 +66,8 @@ def in_jax(learner: Learner) -> Train:
 
     def train(chunks: range) -> np.ndarray:
         nonlocal state
-        pending = []
-        for chunk in chunks:
-            bucket = given.order[chunk]
-            state, losses = programs.train[bucket](state, *arrays[bucket], given.rows[chunk])
-            pending.append(losses)
-        return np.concatenate(jax.device_get(pending))
+        state, losses = programs.train(state, arrays, given.order[chunks], given.rows[chunks])
+        return jax.device_get(losses)
 
     return train
 

@@ -30,10 +30,10 @@ class Placement:
         mesh = Mesh(np.array(self.devices), ("batch",))
         self.everywhere = NamedSharding(mesh, PartitionSpec())
         self.shares = NamedSharding(mesh, PartitionSpec("batch"))
-        self.shares_of_steps = NamedSharding(mesh, PartitionSpec(None, None, "batch"))
+        self.shares_of_steps = NamedSharding(mesh, PartitionSpec(None, None, None, "batch"))
 
     def of_training(self) -> dict[str, Any]:
-        """Return options of `jax.jit` for functions of state, source, target, rows [N, n, B]."""
+        """Return options of `jax.jit` for functions of state, pairs, order, rows [c, N, n, B]."""
         here = self.everywhere
         return {"in_shardings": (here, here, here, self.shares_of_steps), "out_shardings": here}
 

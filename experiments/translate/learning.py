@@ -8,7 +8,7 @@ a run that was interrupted goes on exactly as if it had not been.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -172,26 +172,50 @@ def over_seeds(function: Callable[..., Any]) -> Callable[..., Any]:
 def train(
     graph: Graph,
     config: Config,
-    most_words: int | None,
+    most_words: Sequence[int | None],
     state: State,
-    source: Array,
-    target: Array,
+    pairs: Sequence[tuple[Array, Array]],
+    order: Array,
     rows: Array,
 ) -> tuple[State, Array]:
-    """Take n steps with every seed.
+    """Take c chunks of n steps with every seed; a chunk takes its batches from one bucket.
 
     Args:
       graph: from `graph_of`.
       config: of the run.
-      most_words: no batch has more target words; or None. See `words_of`.
+      most_words: of each bucket, no batch of it has more target words; or None. See `words_of`.
       state: with leading axis N of seeds.
-      source: a whole bucket, [rows, S].
-      target: [rows, T].
-      rows: which to take in each step, [N, n, B].
+      pairs: of each bucket all sentences, source [rows, S] and target [rows, T].
+      order: the bucket of each chunk, [c].
+      rows: which to take in each step, [c, N, n, B].
 
     Returns:
-      The new state, and the mean loss of a token in every step, [n, N].
+      The new state, and the mean loss of a token in every step, [c n, N].
     """
+    # All buckets in one program: each call gets fresh memory from the system, page by page.
+    chunks = [
+        functools.partial(_take_steps, graph, config, most, *both)
+        for most, both in zip(most_words, pairs, strict=True)
+    ]
+
+    def chunk(state: State, taken: tuple[Array, Array]) -> tuple[State, Array]:
+        bucket, rows = taken
+        return jax.lax.switch(bucket, chunks, state, rows)
+
+    state, losses = jax.lax.scan(chunk, state, (order, rows))
+    return state, losses.reshape(-1, losses.shape[-1])
+
+
+def _take_steps(
+    graph: Graph,
+    config: Config,
+    most_words: int | None,
+    source: Array,
+    target: Array,
+    state: State,
+    rows: Array,
+) -> tuple[State, Array]:
+    """Take n steps on rows [N, n, B] of one bucket."""
     optimizer = optimizer_of(config)
 
     def loss(parameters: Any, source: Array, target: Array, key: Array) -> Array:

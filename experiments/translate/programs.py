@@ -25,12 +25,13 @@ Compiled = Any
 
 @dataclass(frozen=True)
 class Programs:
-    """Compiled functions: `train` for each bucket, the others for each width.
+    """Compiled functions: `train` takes the steps of a round, the others serve one width each.
 
-    `greedy` translates in validation, `search` as the configuration asks for.
+    `greedy` translates in validation, `search` as the configuration asks for. `train` is None where
+    nothing is trained.
     """
 
-    train: tuple[Compiled, ...]
+    train: Compiled
     force: Mapping[tuple[int, int], Compiled]
     greedy: Mapping[int, Compiled]
     search: Mapping[int, Compiled]
@@ -57,15 +58,14 @@ def compile_all(
     trained, _ = graph_of(score, sizes, config.dropout, config.dtype)
     graph, _ = graph_of(score, sizes)
     words = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    rows = words((config.seeds, config.chunk, config.batch_size))
-    lowered: dict[Any, Any] = {}
-    for number, bucket in enumerate(data.members):
-        # On several devices each keeps its share of all positions.
-        most = most_words[number] if len(placement.devices) == 1 else None
-        take_steps = functools.partial(learning.train, trained, config, most)
-        train = jax.jit(take_steps, donate_argnums=0, **placement.of_training())
-        both = words(bucket.source.shape), words(bucket.target.shape)
-        lowered["train", number] = train.lower(state, *both, rows)
+    order = words((config.round // config.chunk,))
+    rows = words((*order.shape, config.seeds, config.chunk, config.batch_size))
+    pairs = tuple((words(b.source.shape), words(b.target.shape)) for b in data.members)
+    # On several devices each keeps its share of all positions.
+    most = most_words if len(placement.devices) == 1 else [None] * len(pairs)
+    take_steps = functools.partial(learning.train, trained, config, most)
+    train = jax.jit(take_steps, donate_argnums=0, **placement.of_training())
+    lowered: dict[Any, Any] = {("train", None): train.lower(state, pairs, order, rows)}
     for width in widths:
         force = jax.jit(functools.partial(decoding.force, graph), **placement.of_sentences(2))
         source, target = (words((config.batch_size, length)) for length in width)
@@ -82,7 +82,7 @@ def compile_all(
         for kind in ("train", "force", "greedy", "search")
     }
     return Programs(
-        train=tuple(by_kind["train"].values()),
+        train=by_kind["train"][None],
         force=by_kind["force"],
         greedy=by_kind["greedy"],
         search=by_kind["search"] or by_kind["greedy"],
@@ -96,7 +96,7 @@ def compile_when_called(graph: Graph, config: Config, longest: int, batch_size: 
     decoders = _decoders(graph, config, longest)
     decode = {kind: _for_any_shape(decoder) for kind, decoder in decoders.items()}
     return Programs(
-        train=(),
+        train=None,
         force=_for_any_shape(functools.partial(decoding.force, graph)),
         greedy=decode["greedy"],
         search=decode.get("search", decode["greedy"]),

@@ -87,19 +87,15 @@ def _remaining_steps(
     saved, saved_at = step, time.monotonic()
     with listening() as listener:
         while step < config.steps:
-            chunks = range(step // config.chunk, (step + config.round) // config.chunk)
+            chunks = slice(step // config.chunk, (step + config.round) // config.chunk)
             start = time.perf_counter()
-            pending = []
-            for chunk in chunks:
-                bucket = task.order[chunk]
-                take_steps = programs.train[bucket]
-                state, found = take_steps(state, *task.arrays[bucket], task.rows[chunk])
-                pending.append(found)
-            values = np.concatenate(jax.device_get(pending))
+            taken = task.arrays, task.order[chunks], task.rows[chunks]
+            state, found = programs.train(state, *taken)
+            values = jax.device_get(found)
             seconds = time.perf_counter() - start
             _check_finite(score, step, values, saved, checkpoints)
             step += config.round
-            tokens = int(task.tokens[chunks.start : chunks.stop].sum())
+            tokens = int(task.tokens[chunks].sum())
             log.append(
                 {
                     "score": score,

@@ -33,7 +33,7 @@ FLAGS = (
     "--steps=20",
     "--evaluate_every=10",
     "--batch_size=16",
-    "--buckets=1",
+    "--buckets=2",
     "--learning_rate=0.001",
 )
 
@@ -48,11 +48,11 @@ def training(dtype, sizes=SIZES, most_words=None, seeds=2):
     words[1, ::2, 3:] = EOS, PAD
     source, target = jnp.asarray(words, jnp.int32)
     rows = jnp.asarray(random.integers(0, 6, size=(2, 4, 3)), jnp.int32)[:seeds]
-    train = functools.partial(learning.train, graph, config, most_words)
+    train = functools.partial(learning.train, graph, config, [most_words])
     compiled = jax.jit(train, compiler_options=quick_options(0))
     shapes = learning.abstract_state("additive", sizes, config)
     drawn = functools.partial(learning.initial_state, "additive", sizes, config)
-    return compiled, shapes, drawn, (source, target, rows)
+    return compiled, shapes, drawn, ([(source, target)], jnp.zeros(1, jnp.int32), rows[None])
 
 
 TRANSFORMER = SIZES._replace(
@@ -113,6 +113,23 @@ def test_a_seed_alone_learns_what_it_learns_among_others():
     for left, right in zip(*map(jax.tree.leaves, parameters), strict=True):
         assert len(left) == 1 and len(right) == 2
         np.testing.assert_allclose(left[0], right[0], rtol=1e-3, atol=1e-5)
+
+
+def test_each_chunk_takes_its_batches_from_its_bucket():
+    with jax.numpy_dtype_promotion("standard"):
+        _, _, drawn, ([(source, target)], _, rows) = training("float32", seeds=1)
+        config = Config(seeds=1, steps=8, batch_size=3, learning_rate=1e-3)
+        graph, _ = learning.graph_of("additive", SIZES)
+        train = functools.partial(learning.train, graph, config, [None, None])
+        compiled = jax.jit(train, compiler_options=quick_options(0))
+        buckets, rows = [(source, target), (source[::-1], target)], jnp.tile(rows, (2, 1, 1, 1))
+        order = jnp.array([1, 0], jnp.int32)
+        _, losses = compiled(drawn(), buckets, order, rows)
+        _, exchanged = compiled(drawn(), buckets[::-1], order[::-1], rows)
+        _, others = compiled(drawn(), buckets, order[::-1], rows)
+    assert losses.shape == (8, 1)
+    np.testing.assert_array_equal(exchanged, losses)
+    assert (others != losses).all()
 
 
 def test_a_batch_is_spread_over_as_many_devices_as_divide_it():
