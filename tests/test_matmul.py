@@ -66,6 +66,23 @@ def test_vectorised_like_the_plain_product(product, axes):
     np.testing.assert_allclose(gradient(function), gradient(plain), rtol=1e-12)
 
 
+def test_derivatives_of_a_batch_of_batches(product):
+    function, a, b, plain = product
+    scales = jnp.linspace(0.5, 1, 6, dtype=a.dtype).reshape(2, 3, 1, 1)
+    a, b = scales * a[None, None], b[None, None] / scales
+
+    def bounded(multiply):
+        return lambda a, b: jnp.tanh(jax.vmap(jax.vmap(multiply))(a, b))
+
+    check_grads(bounded(function), (a, b), order=2, rtol=1e-6)
+
+    def gradient(multiply):
+        return jax.grad(lambda a, b: jnp.sum(bounded(multiply)(a, b)), (0, 1))(a, b)
+
+    for x, y in zip(gradient(function), gradient(plain), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11)
+
+
 def test_under_shard_map(product):
     function, a, b, plain = product
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -68,6 +68,15 @@ def test_finite_rows_split_numbers_from_poison():
     np.testing.assert_array_equal(poison, [0.0, np.nan, np.nan])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_largest_numbers_are_no_poison(dtype):
+    largest = jnp.finfo(dtype).max
+    x = jnp.full((3, 64), largest, dtype) * jnp.array([[1], [-1], [1]], dtype)
+    for found in (finite_rows(x)[1], jax.jit(lambda x: finite_rows(x)[1])(x)):
+        assert found.dtype == x.dtype
+        np.testing.assert_array_equal(found, jnp.zeros(3, dtype))
+
+
 def test_the_factor_of_a_pair_does_not_depend_on_the_tile():
     dropout = (jnp.array([3, 5], jnp.uint32), jnp.float32(0.4))
     q_idx, kv_idx = jnp.arange(9)[:, None], jnp.arange(13)[None, :]
