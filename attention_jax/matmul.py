@@ -42,8 +42,8 @@ def _multiply(a: Array, b: Array, kind: str) -> Array:
 def _plain(a: Array, b: Array, *, kind: str) -> Array:
     """Multiply the last two axes; those before them are vectorised."""
     leading = tuple(range(a.ndim - 2))
-    contracted = [(axis + len(leading),) for axis in _CONTRACTED[kind]]
-    return lax.dot_general(a, b, (contracted, (leading, leading)))
+    left, right = (axis + a.ndim - 2 for axis in _CONTRACTED[kind])
+    return lax.dot_general(a, b, (((left,), (right,)), (leading, leading)))
 
 
 def _copied(a: Array, b: Array, *, kind: str) -> Array:

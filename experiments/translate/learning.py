@@ -192,7 +192,7 @@ def train(
     Returns:
       The new state, and the mean loss of a token in every step, [c n, N].
     """
-    # All buckets in one program: each call gets fresh memory from the system, page by page.
+    # One program for all buckets makes calls few: each gets fresh memory, page by page.
     chunks = [
         functools.partial(_take_steps, graph, config, most, *both)
         for most, both in zip(most_words, pairs, strict=True)

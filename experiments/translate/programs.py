@@ -79,10 +79,10 @@ def compile_all(
         compiled = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
     by_kind = {
         kind: {key: program for (name, key), program in compiled.items() if name == kind}
-        for kind in ("train", "force", "greedy", "search")
+        for kind in ("force", "greedy", "search")
     }
     return Programs(
-        train=by_kind["train"][None],
+        train=compiled["train", None],
         force=by_kind["force"],
         greedy=by_kind["greedy"],
         search=by_kind["search"] or by_kind["greedy"],
