@@ -36,7 +36,7 @@ MULTI30K = pathlib.Path(__file__).parents[1] / "configs" / "multi30k_de_en.flags
 QUICK = ("--width=4", "--batch_size=4", "--buckets=1", "--train_size=60", "--steps=25")
 
 Train = Callable[[range], np.ndarray]
-"""Takes the steps of some chunks, and returns the losses of every step and seed, [n, N]."""
+"""Takes the steps of a round's chunks, and returns the losses of every step and seed, [n, N]."""
 
 
 class Learner(NamedTuple):

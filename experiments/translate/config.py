@@ -234,12 +234,12 @@ class Config:
 
     @property
     def chunk(self) -> int:
-        """Steps in one call, all from one bucket: a divisor of `round`."""
+        """Steps in a row from one bucket: a divisor of `round`."""
         return _largest_divisor(self.round, _LONGEST_CHUNK)
 
     @property
     def round(self) -> int:
-        """Steps between two synchronisations with the host: a divisor of every interval."""
+        """Steps in one call, after which the host waits: a divisor of every interval."""
         return _largest_divisor(math.gcd(self.steps, self.evaluate_every), _LONGEST_ROUND)
 
     @property

@@ -56,15 +56,15 @@ def speed(records: list[Record]) -> dict[str, Any]:
       first validated step with at least 90% (None if there is none) and the mean exact match
       over all validations, the area under the learning curve.
     """
-    chunks = [record for record in records if "tokens" in record]
-    seconds = sum(record["seconds"] for record in chunks)
+    rounds = [record for record in records if "tokens" in record]
+    seconds = sum(record["seconds"] for record in rounds)
     validated = [record for record in records if "exact_match" in record]
     exact = np.array([record["exact_match"] for record in validated])
     steps = [record["step"] for record in validated]
     reached = [np.flatnonzero(of_seed >= _REACHED) for of_seed in exact.T]
     return {
         "train_seconds": round(seconds, 2),
-        "tokens_per_second": sum(record["tokens"] for record in chunks) / seconds,
+        "tokens_per_second": sum(record["tokens"] for record in rounds) / seconds,
         "steps_to_90": [steps[at[0]] if len(at) else None for at in reached],
         "mean_exact_match": exact.mean(axis=0).tolist(),
     }
