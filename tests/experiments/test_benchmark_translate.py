@@ -62,7 +62,9 @@ def test_both_have_the_same_logits(pair, torch):
 def test_both_learn_the_same(score, torch):
     """Every loss of ten steps agrees: the same batches, gradients, clipping, rate and updates."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        learner = translating.learner_of(score, parse([*translating.QUICK, "--seeds=2"]))
+        learner = translating.learner_of(
+            score, parse([*translating.QUICK, "--steps=10", "--seeds=2"])
+        )
         ours, peer = (build(learner) for build in (translating.in_jax, translating.in_torch))
         expected, found = ours(range(2)), peer(range(2))
     assert expected.shape == (10, 2) and expected[-1].mean() < expected[0].mean()
