@@ -99,11 +99,13 @@ def _attend(head: Head, query_size: int, key_size: int) -> tuple[Array, Array]:
     visits = make_visits(plan, query_length, query_size, key_size)
     padded_rows = max((one.rows * one.together for one in visits), default=query_size)
 
+    query = _padded(head.query, padded_rows)
+    key, value = _padded(head.key, key_size), _padded(head.value, key_size)
     bias_is_function = callable(head.bias)
     operands = _Operands(
-        query=_padded(_mapped(head.score.query_map, head.query), padded_rows),
-        key=_padded(_mapped(head.score.key_map, head.key), key_size),
-        value=_padded(head.value, key_size),
+        query=_mapped(head.score.query_map, query),
+        key=_mapped(head.score.key_map, key),
+        value=value,
         bias=None if bias_is_function else _padded_bias(head.bias, padded_rows, key_size),
         functions=_Functions(head.score, head.bias if bias_is_function else None, head.normalizer),
         captured={},
@@ -112,8 +114,8 @@ def _attend(head: Head, query_size: int, key_size: int) -> tuple[Array, Array]:
         mask=mask,
         states=None if plan.is_static else plan.states,
         dropout=head.dropout,
-        query_poison=_padded(poison(head.query), padded_rows),
-        key_poison=_padded(poison(head.key) + poison(head.value), key_size),
+        query_poison=poison(query),
+        key_poison=poison(key) + poison(value),
     )
     tiles = _Tiles(key_size, visits)
     logits, captured = {}, {}
@@ -337,10 +339,16 @@ def _rows(x: Array, start: Any, size: int, axis: int = 0) -> Array:
 
 
 def _padded(x: Array, size: int, axis: int = 0) -> Array:
-    """Repeat the last row until the length is a multiple of the tile: no score sees odd input."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % size)
-    return jnp.pad(x, widths, mode="edge") if widths[axis][1] else x
+    """Repeat the last row until the length is a multiple of the tile: no score sees odd input.
+
+    Written into repeated rows, since XLA's CPU compiler concatenates an element at a time.
+    """
+    length = x.shape[axis]
+    if not length % size:
+        return x
+    last = lax.slice_in_dim(x, length - 1, length, axis=axis)
+    shape = (*x.shape[:axis], length + -length % size, *x.shape[axis + 1 :])
+    return lax.dynamic_update_slice_in_dim(jnp.broadcast_to(last, shape), x, 0, axis)
 
 
 def _padded_bias(bias: Any, query_size: int, key_size: int) -> Any:
