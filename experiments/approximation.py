@@ -17,6 +17,7 @@ from absl import flags
 
 from experiments import command_line
 from experiments.command_line import UsageError
+from experiments.translate.workdir import write_text
 
 _HELP = """\
 Approximates softmax attention by random features (FAVOR+), by linear attention and by Linformer,
@@ -34,6 +35,9 @@ predicting the mean of the values, and the mean squared error of the kernel besi
   --draws=20             of random directions and projections
   --seed=0               of everything
   --out=                 a Markdown file for the tables; none written unless given"""
+
+# JAX makes keys of whole numbers with a sign and 64 bits.
+_SEEDS = 2**63
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +88,12 @@ def parse(arguments: Sequence[str]) -> Options:
         raise UsageError(
             f"--ranks: a rank is at most --length={options.length}, got {max(options.ranks)}."
         )
+    if not -_SEEDS <= options.seed < _SEEDS:
+        raise UsageError(
+            f"--seed: must be at least -{_SEEDS} and below {_SEEDS}, got {options.seed}."
+        )
+    if options.out:
+        command_line.check_file("out", pathlib.Path(options.out))
     return options
 
 
@@ -270,7 +280,7 @@ def print_errors(options: Options) -> None:
     if options.out:
         path = pathlib.Path(options.out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report(options, rows), encoding="utf-8")
+        write_text(path, report(options, rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
@@ -39,19 +43,67 @@ def read(
     """
     names = list(values)
     flags.DEFINE_flag(flags.BooleanFlag("help", False, "this text", short_name="h"), values)
+    said = io.StringIO()
     try:
-        rest = values([program, *arguments])[1:]
+        with contextlib.redirect_stderr(said):
+            rest = values([program, *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, names, n=1)
         hint = f"did you mean --{near[0]}?" if near else "--help lists all flags."
         raise UsageError(f"unknown flag --{error.flagname}; {hint}") from None
-    except flags.Error as error:
-        raise UsageError(f"{' '.join(str(error).split())}; --help lists all flags.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--flagfile: text in {error.encoding} is needed, but the file has the byte "
+            f"0x{error.object[error.start]:02x} where no character can have it; give another file."
+        ) from None
+    except (flags.Error, ValueError) as error:
+        raise UsageError(f"{_mistake(error)}; --help lists all flags.") from None
+    # All that absl has to say here is that it left out a file of flags that includes itself.
+    if warning := said.getvalue():
+        file = warning.strip().rpartition(": ")[2]
+        raise UsageError(f"--flagfile: {file} includes itself; take --flagfile out of it.")
     if values["help"].value:
         raise HelpRequested(help())
     if rest:
         raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
     return {name: values[name].value for name in names}
+
+
+def _mistake(error: Exception) -> str:
+    """Say in one line what absl found wrong with an argument."""
+    text = " ".join(str(error).split())
+    # Of a word that is neither true nor false absl shows a tuple.
+    if boolean := re.fullmatch(r"flag --(\w+)=(.*): \('Non-boolean .*\)", text):
+        return "--{} is {}, but true or false is needed".format(*boolean.groups())
+    return text
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Refuse a file that could not be written when all is done.
+
+    Raises:
+      UsageError: it is a folder, or cannot be created where it is.
+    """
+    if path.is_dir():
+        raise UsageError(f"--{flag}: {path} is a folder; give a file.")
+    _check_written_in(path.absolute().parent, flag, path)
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """Refuse a folder in which no file could be written when all is done.
+
+    Raises:
+      UsageError: it is a file, or cannot be created where it is, or written to.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--{flag}: {path} is a file; give a directory.")
+    _check_written_in(path.absolute(), flag, path)
+
+
+def _check_written_in(folder: Path, flag: str, path: Path) -> None:
+    parent = next(there for there in (folder, *folder.parents) if there.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise UsageError(f"--{flag}: {path} cannot be written in {parent}; give another.")
 
 
 def show(text: object) -> None:

@@ -64,6 +64,8 @@ def parse(arguments: Sequence[str]) -> Options:
     flags.DEFINE_string("out", None, "", flag_values=values)
     given = command_line.read("gallery", values, arguments, lambda: _HELP)
     only, length, tile = given["only"], given["length"], given["tile"]
+    if not only:
+        raise UsageError("--only is empty; name at least one mask, or leave it out for all.")
     for name in only:
         if name not in _NAMES:
             near = difflib.get_close_matches(name, _NAMES, n=1)
@@ -75,8 +77,8 @@ def parse(arguments: Sequence[str]) -> Options:
             f"--length={length} and --tile={tile}."
         )
     out = pathlib.Path(given["out"]) if given["out"] else None
-    if out and out.exists() and not out.is_dir():
-        raise UsageError(f"--out: {out} is a file; give a directory.")
+    if out:
+        command_line.check_folder("out", out)
     return Options(tuple(only), length, tile, out)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from absl import flags
 
 from experiments.claims.catalogue import claims, themes
 from experiments.claims.claim import SETTINGS, Claim
-from experiments.command_line import UsageError, read
+from experiments.command_line import UsageError, check_file, read
 
 _HELP = """\
 Tests what is claimed about additive and multiplicative attention and their relatives: each claim
@@ -108,15 +107,7 @@ def _check(options: Options) -> None:
         there_are = ", ".join(SETTINGS)
         raise UsageError(f"--setting: must be one of {there_are}, got {options.setting!r}.")
     if options.out:
-        _check_out(Path(options.out))
-
-
-def _check_out(out: Path) -> None:
-    """Refuse a file that could not be written when all is done."""
-    if out.is_dir():
-        raise UsageError(f"--out: {out} is a folder; give a file.")
-    if out.suffix != ".md":
-        raise UsageError(f"--out is {out}, but a name that ends in .md is needed.")
-    parent = next(path for path in out.absolute().parents if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise UsageError(f"--out: {out} cannot be written in {parent}; give another.")
+        out = Path(options.out)
+        check_file("out", out)
+        if out.suffix != ".md":
+            raise UsageError(f"--out is {out}, but a name that ends in .md is needed.")

@@ -40,6 +40,17 @@ def test_every_error_stands_beside_its_theory_and_the_mean_of_the_values(tmp_pat
             "approximation: --ranks: a rank is at most --length=128, got 256.",
         ),
         (
+            ["--seed=99999999999999999999"],
+            "approximation: --seed: must be at least -9223372036854775808 and below "
+            "9223372036854775808, got 99999999999999999999.",
+        ),
+        (["--out=tests"], "approximation: --out: tests is a folder; give a file."),
+        (
+            ["--out=/dev/null/new/x.md"],
+            "approximation: --out: /dev/null/new/x.md cannot be written in /dev/null; give "
+            "another.",
+        ),
+        (
             ["all"],
             "approximation: 'all' is no flag; write --name=value, and --help lists all flags.",
         ),

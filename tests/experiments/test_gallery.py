@@ -51,6 +51,14 @@ def test_some_masks_saved_as_pictures(tmp_path, capsys):
             "gallery: 'causal' is no flag; write --name=value, and --help lists all flags.",
         ),
         (["--out=setup.cfg"], "gallery: --out: setup.cfg is a file; give a directory."),
+        (
+            ["--out=/dev/null/new"],
+            "gallery: --out: /dev/null/new cannot be written in /dev/null; give another.",
+        ),
+        (
+            ["--only="],
+            "gallery: --only is empty; name at least one mask, or leave it out for all.",
+        ),
     ],
 )
 def test_bad_arguments_get_one_line(arguments, message, capsys):

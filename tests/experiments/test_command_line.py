@@ -1,0 +1,63 @@
+"""What all programs make of their arguments: a value, or one sentence."""
+
+import pytest
+from absl import flags
+
+from experiments.command_line import UsageError, read
+
+
+def values():
+    found = flags.FlagValues()
+    flags.DEFINE_bool("lowercase", True, "", flag_values=found)
+    flags.DEFINE_integer("seeds", 3, "", flag_values=found)
+    flags.DEFINE_string("flagfile", "", "", flag_values=found)
+    return found
+
+
+def refusal(*arguments):
+    with pytest.raises(UsageError) as error:
+        read("program", values(), arguments, str)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--nolowercase=1", "--nolowercase=1 does not take an argument; --help lists all flags."),
+        (
+            "--lowercase=maybe",
+            "--lowercase is maybe, but true or false is needed; --help lists all flags.",
+        ),
+        (
+            "--seeds=x",
+            "flag --seeds=x: invalid literal for int() with base 10: 'x'; --help lists all flags.",
+        ),
+    ],
+)
+def test_a_value_of_another_type_gets_one_sentence(argument, sentence):
+    assert refusal(argument) == sentence
+
+
+def test_a_file_of_flags_that_is_no_text_is_refused(tmp_path):
+    file = tmp_path / "some.flags"
+    file.write_bytes(b"--seeds=2\n\xff\n")
+    assert refusal(f"--flagfile={file}") == (
+        "--flagfile: text in utf-8 is needed, but the file has the byte 0xff where no character "
+        "can have it; give another file."
+    )
+
+
+def test_a_file_of_flags_that_includes_itself_is_refused(tmp_path, capsys):
+    first, second = tmp_path / "first.flags", tmp_path / "second.flags"
+    first.write_text(f"--flagfile={second}\n")
+    second.write_text(f"--seeds=2\n--flagfile={first}\n")
+    sentence = f"--flagfile: {first} includes itself; take --flagfile out of it."
+    assert refusal(f"--flagfile={first}") == sentence
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_of_flags_may_be_included_twice(tmp_path):
+    file = tmp_path / "some.flags"
+    file.write_text("--seeds=2\n")
+    given = read("program", values(), [f"--flagfile={file}", f"--flagfile={file}"], str)
+    assert given["seeds"] == 2 and given["lowercase"] is True
