@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments import pages
 from experiments.claims.catalogue import Theme, themes
+from experiments.translate.workdir import write_text
 
 Record = dict[str, Any]
 
@@ -72,7 +73,7 @@ def write(results: Record, folder: Path) -> Path:
     )
     path = folder / "report.html"
     page = pages.page("Claims about attention, tested", body, _STYLE)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from collections import Counter
@@ -22,7 +21,7 @@ from experiments.claims.cache import Cache
 from experiments.claims.catalogue import themes
 from experiments.claims.claim import SETTINGS, Claim, Setting
 from experiments.claims.command_line import Options
-from experiments.command_line import UsageError
+from experiments.claims.folder import writable
 from experiments.translate.figures import style
 from experiments.translate.workdir import environment, write_json, write_text
 
@@ -36,9 +35,9 @@ def run(options: Options) -> int:
     """Test what is asked for, write the results, and return the exit code.
 
     Raises:
-      UsageError: the folder cannot be written to.
+      UsageError: the folder is another program's, or cannot be written to.
     """
-    folder, setting = _writable(Path(options.workdir)), SETTINGS[options.setting]
+    folder, setting = writable(Path(options.workdir)), SETTINGS[options.setting]
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
@@ -172,20 +171,6 @@ def _line(record: Record) -> str:
     seconds = f"{record['seconds']:.1f} s" if "seconds" in record else "-"
     seconds = "as before" if record.get("cached") else seconds
     return f"{record['number']}  {record['verdict']}  ({seconds}): {record['claim']}"
-
-
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", "report.html"):
-            if (folder / name).is_dir():
-                raise UsageError(f"--workdir: {folder / name} is a folder; give another --workdir.")
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"--workdir {folder}: {reason}; give another --workdir.") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--workdir {folder} is not to be written to; give another --workdir.")
-    return folder
 
 
 def _made(path: Path) -> Path:

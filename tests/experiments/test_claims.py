@@ -1,6 +1,7 @@
 """The program that tests claims, with two claims of its own in place of the real ones."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,15 @@ def test_the_report_has_everything_in_one_file(two_claims, tmp_path):
     assert "http" not in page.split("<style>")[0] and "<script" not in page
 
 
+def test_whoever_reads_the_report_while_it_is_written_anew_sees_the_old_one(two_claims, tmp_path):
+    path = tmp_path / "work" / "report.html"
+    main(["--claims=901", "--setting=tiny", f"--workdir={path.parent}"])
+    with path.open() as reader:
+        main(["--setting=tiny", f"--workdir={path.parent}"])
+        assert "Nothing goes wrong." not in reader.read()
+    assert "Nothing goes wrong." in path.read_text()
+
+
 def test_what_was_measured_is_measured_again_only_if_its_code_changed(two_claims, tmp_path):
     arguments = ["--claims=901", "--setting=tiny", f"--workdir={tmp_path / 'work'}"]
     path = tmp_path / "made_up" / "scale" / "c901_above_zero.py"
@@ -170,6 +180,61 @@ def test_an_unwritable_workdir_gets_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"{message} --workdir.\n"
     assert main(["--claims=53", f"--workdir={tmp_path / 'file'}"]) == 2
     assert capsys.readouterr().err.endswith("File exists; give another --workdir.\n")
+
+
+def _contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        (
+            {"results.json": '{"config": {}}', "config.json": "{}", "cache/901.json": "{}"},
+            ": {folder}/results.json is not of this program",
+        ),
+        ({"results.json": "no JSON"}, ": {folder}/results.json is not of this program"),
+        (
+            {"report.html": "another", "cache/901-slow-0.json": "{}"},
+            " holds other files, such as report.html, and no tests of claims",
+        ),
+        (
+            {"cache/0.json": "", "config.json": "{}", "thesis.txt": ""},
+            " holds other files, such as config.json, and no tests of claims",
+        ),
+    ],
+)
+def test_the_folder_of_another_program_is_left_as_it_is(files, why, tmp_path, capsys):
+    folder = tmp_path / "work"
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    before = _contents(folder)
+    assert main(["--claims=53", "--setting=tiny", f"--workdir={folder}"]) == 2
+    captured = capsys.readouterr()
+    sentence = why.format(folder=folder)
+    assert captured.err == f"claims: --workdir {folder}{sentence}; give another --workdir.\n"
+    assert not captured.out and _contents(folder) == before
+
+
+def test_a_folder_of_ours_is_gone_on_with_whenever_it_was_left(two_claims, tmp_path):
+    folder = tmp_path / "work"
+    arguments = ["--claims=901", "--setting=tiny", f"--workdir={folder}"]
+    folder.mkdir()
+    assert main(arguments) == 0, "empty"
+    (folder / "notes.txt").write_text("those of the user")
+    assert main(arguments) == 0, "done before"
+    (folder / "results.json").unlink()
+    assert main(arguments) == 0, "stopped after a measurement"
+    assert two_claims.read_text().split() == ["measured"]
+    for name in ("cache", "figures", "results.json", "report.html", "notes.txt"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "errors").mkdir()
+    assert main(arguments) == 0, "stopped before the first measurement was over"
 
 
 @pytest.mark.parametrize("flag", ["--help", "--list"])
