@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from experiments.translate import kept, task, workdir
 from experiments.translate import results as of_run
 from experiments.translate.budget import sizes_of
 from experiments.translate.config import Config, group_of
+from experiments.translate.model import Sizes
 from experiments.translate.run import outcome_of
 from experiments.translate.table import console as new_console
 from experiments.translate.train import Diverged
@@ -36,6 +38,7 @@ def run(sweep: Sweep) -> Path:
     console = new_console()
     workdir.check(sweep)
     cells = list(sweep.cells())
+    _check(cells)
     sets = _task(cells[0].config).sets
     with workdir.opened(sweep) as folder:
         records = _do_all(cells, console)
@@ -51,6 +54,23 @@ def run(sweep: Sweep) -> Path:
     path = folder / "results.json"
     print(path.absolute(), flush=True)
     return path
+
+
+def _check(cells: list[Cell]) -> None:
+    """Refuse at once what would otherwise end the sweep when some of its runs are done.
+
+    Raises:
+      UsageError: the data, a score or a folder of any run cannot be used.
+    """
+    of_task: dict[Config, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        workdir.check(cell.config)
+        # Whatever else the learning rate changes, data and sizes are the same.
+        if cell.rate == cells[0].rate:
+            of_task[_config_of_task(cell.config)].append(cell)
+    for together in of_task.values():
+        for cell in together:
+            _sizes(cell, _task(cell.config))
 
 
 def _do_all(cells: list[Cell], console: Console) -> list[Record]:
@@ -97,12 +117,10 @@ def _done(cell: Cell, console: Console) -> Record:
     # Where there is no bar to show, a line for every validation would be too many.
     quiet = console if console.is_terminal else Console(quiet=True)
     given = _task(cell.config)
-    corpus = given.corpus
-    vocabularies = corpus.source_vocabulary, corpus.target_vocabulary
-    sizes = sizes_of(cell.config, *map(len, vocabularies))[cell.score]
+    sizes = _sizes(cell, given)
     workdir.check(cell.config)
     with workdir.opened(cell.config) as folder:
-        kept.write(folder, corpus, given.longest, cell.config)
+        kept.write(folder, given.corpus, given.longest, cell.config)
         try:
             outcome_of(cell.score, sizes, cell.config, given, folder, quiet)
         except Diverged as error:
@@ -115,10 +133,19 @@ def _done(cell: Cell, console: Console) -> Record:
     return found
 
 
+def _sizes(cell: Cell, given: task.Task) -> Sizes:
+    vocabularies = given.corpus.source_vocabulary, given.corpus.target_vocabulary
+    return sizes_of(cell.config, *map(len, vocabularies))[cell.score]
+
+
 def _task(config: Config) -> task.Task:
     """Read what a run learns; runs that learn the same and follow each other share it."""
+    return _read(_config_of_task(config))
+
+
+def _config_of_task(config: Config) -> Config:
     needed = (f for f in vars(config) if group_of(f) == "Data" or f in _OF_TASK)
-    return _read(Config(**{name: getattr(config, name) for name in needed}))
+    return Config(**{name: getattr(config, name) for name in needed})
 
 
 @functools.lru_cache(maxsize=1)

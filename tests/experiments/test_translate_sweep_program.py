@@ -138,6 +138,41 @@ def test_data_that_cannot_be_read_are_refused_before_anything_is_written(sweep, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        (
+            "--batch_size=8,101",
+            "batch_size is 101, but there are only 100 pairs to train on; set a smaller "
+            "batch_size.\n",
+        ),
+        ("--train_size=50,7", "batch_size is 8, but there are only 7 pairs to train on; "),
+        ("--scores=dot,nowhere.score", "--scores: nowhere.score cannot be imported: "),
+    ],
+)
+def test_every_run_is_checked_before_the_first_is_done(
+    flag, sentence, sweep, trained, tmp_path, capsys
+):
+    assert sweep(flag, "--learning_rate=0.01,0.02") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"translate_sweep: {sentence}") and error.count("\n") == 1
+    assert trained == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_a_run_that_holds_something_else_is_refused_at_once(
+    sweep, trained, tmp_path, capsys
+):
+    assert sweep("--seeds=1", "--scores=dot") == 0
+    (held,) = (tmp_path / "sweep" / "runs").iterdir()
+    (held / "config.json").unlink()
+    capsys.readouterr()
+    assert sweep("--seeds=1", "--scores=additive,dot") == 2
+    assert capsys.readouterr().err == (
+        f"translate_sweep: --workdir {held} holds other files and no run; give another --workdir.\n"
+    )
+    assert len(trained) == 1
+
+
 @pytest.mark.slow
 def test_a_real_sweep_measures_what_the_translator_measures(sweep, translate, tmp_path, capsys):
     """One rate is so large that weights overflow."""
