@@ -88,9 +88,22 @@ def chrf(hypotheses: Sentences, references: Sentences) -> Score:
     return _corpus_score("chrf", CHRF(), hypotheses, references)
 
 
-def signatures() -> dict[str, str]:
-    """What sacrebleu calls the settings of `bleu` and of `chrf`."""
-    return {name: score([("a",)], [("a",)]).signature for name, score in _CORPUS_SCORES.items()}
+def signatures(lowercased: bool = False) -> dict[str, str]:
+    """What sacrebleu calls the settings of `bleu` and of `chrf`.
+
+    Args:
+      lowercased: whether all words were lower-cased before they were compared; scores are then
+        those that sacrebleu gives without regard to case, and say so.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    measures = {"bleu": BLEU(lowercase=lowercased), "chrf": CHRF(lowercase=lowercased)}
+    word = [("a",)]
+    return {
+        name: _corpus_score(name, measure, word, word).signature
+        for name, measure in measures.items()
+    }
 
 
 def _corpus_score(name: str, metric, hypotheses: Sentences, references: Sentences) -> Score:
@@ -98,9 +111,6 @@ def _corpus_score(name: str, metric, hypotheses: Sentences, references: Sentence
     texts = [[detokenize(s) for s in sentences] for sentences in (hypotheses, references)]
     value = metric.corpus_score(texts[0], [texts[1]]).score
     return Score(value, str(metric.get_signature()))
-
-
-_CORPUS_SCORES = {"bleu": bleu, "chrf": chrf}
 
 
 def links(weights: np.ndarray, source_length: int, target_length: int) -> Links:

@@ -12,7 +12,7 @@ from string import Template
 from experiments import pages
 from experiments.translate import table
 from experiments.translate.config import Config
-from experiments.translate.workdir import Record
+from experiments.translate.workdir import Record, write_text
 
 _BODY = Template("""<p class="lead">$lead</p>
 
@@ -96,7 +96,7 @@ def write(
     )
     path = folder / "report.html"
     title = " against ".join(scores[:2]) if len(scores) == 2 else ", ".join(scores)
-    path.write_text(pages.page(title, body), encoding="utf-8")
+    write_text(path, pages.page(title, body))
     return path
 
 
@@ -113,7 +113,7 @@ def command(config: Record, program: str = "experiments.translate") -> str:
 
 def _subject(scores: Sequence[str]) -> str:
     if len(scores) == 1:
-        return "A translator with attention"
+        return f"A translator {'without' if scores[0] == 'none' else 'with'} attention"
     return "Translators that differ in nothing but the score of their attention"
 
 

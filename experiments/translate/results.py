@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments import metrics, statistics
+from experiments.data.corpus import Pair
+from experiments.data.load import GENERATED
 from experiments.translate.config import Config
 from experiments.translate.task import Task
 from experiments.translate.workdir import Record
 
-# Of the first two mechanisms these are compared: is there a difference, and was one faster?
+# Of the first two mechanisms these are compared: is there a difference, and was one faster? Not of
+# all pairs: of five scores these were 40 tests, with which fewer than 11 seeds can show nothing.
 COMPARED = {
     "exact_match": "exact match on test (%)",
     "bleu": "BLEU on test",
@@ -36,10 +39,19 @@ def summarize(config: Config, task: Task, outcomes: Sequence[Record], host: Reco
             "target_words": len(corpus.target_vocabulary),
             "notices": list(corpus.notices),
         },
-        "signatures": metrics.signatures(),
+        "signatures": signatures(config, task.sets["test"].pairs),
         "mechanisms": mechanisms,
-        "comparisons": _comparisons(mechanisms[:2]) if len(mechanisms) > 1 else [],
+        "comparisons": _comparisons(mechanisms) if len(mechanisms) > 1 else [],
     }
+
+
+def signatures(config: Config, pairs: Sequence[Pair]) -> dict[str, str]:
+    """Return sacrebleu's signatures of scores on pairs of a run's corpus.
+
+    Text of files is lower-cased as the run has it, unless it has gold alignments: see `load`.
+    """
+    as_it_is = config.data in GENERATED or any(pair.sure is not None for pair in pairs)
+    return metrics.signatures(lowercased=config.lowercase and not as_it_is)
 
 
 def measured(outcome: Record) -> dict[str, Any]:
@@ -87,13 +99,21 @@ def summary(values: list[float | None] | None) -> Record | None:
 
 
 def _comparisons(mechanisms: list[Record]) -> list[Record]:
-    first, second = mechanisms
+    """Test the first two mechanisms in every metric, corrected for all of these tests."""
+    families = {
+        words: {m["score"]: m["metrics"][metric]["values"] for m in mechanisms[:2]}
+        for metric, words in COMPARED.items()
+    }
+    found = statistics.compare_families(families)
+    left_out = (
+        f" Of the {len(mechanisms)} scores only the first two are compared; "
+        "experiments.translate_sweep compares all pairs."
+    ) * (len(mechanisms) > 2)
     compared = []
     for metric, words in COMPARED.items():
-        values = [m["metrics"][metric]["values"] for m in (first, second)]
-        found = statistics.compare(*values, names=(first["score"], second["score"]), metric=words)
-        record = without_nan(dataclasses.asdict(found))
-        compared.append({**record, "metric": metric})
+        (of_metric,) = found[words]
+        record = without_nan(dataclasses.asdict(of_metric))
+        compared.append({**record, "metric": metric, "sentence": of_metric.sentence + left_out})
     return compared
 
 

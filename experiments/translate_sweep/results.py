@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import metrics, statistics
+from experiments import statistics
 from experiments.translate import results as of_run
 from experiments.translate.report import command
 from experiments.translate.workdir import Record
@@ -44,7 +44,6 @@ def summarize(sweep: Sweep, records: Sequence[Record]) -> Record:
         "config": sweep.base.identity | {name: list(v) for name, v in sweep.values.items()},
         "axes": {name: list(values) for name, values in sweep.axes.items()},
         "rates": list(sweep.rates),
-        "signatures": metrics.signatures(),
         "mechanisms": mechanisms,
         "diverged": diverged,
         "comparisons": compare(mechanisms, sweep.points),

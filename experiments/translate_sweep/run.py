@@ -45,6 +45,7 @@ def run(sweep: Sweep) -> Path:
         summary = results.summarize(sweep, records)
         summary |= {
             "environment": json.loads((folder / "config.json").read_text("utf-8"))["environment"],
+            "signatures": of_run.signatures(sweep.base, sets["test"].pairs),
             "pairs": {name: len(given.pairs) for name, given in sets.items()},
         }
         workdir.write_text(folder / "sweep.csv", tidy.table(summary, records))

@@ -16,6 +16,7 @@ from experiments.metrics import (
     exact_match,
     links,
     pharaoh,
+    signatures,
     token_accuracy,
 )
 
@@ -62,6 +63,10 @@ def test_bleu_and_chrf_are_sacrebleu_on_the_text():
     assert chrf(hypotheses, references).signature.startswith(
         "nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:"
     )
+    for name, metric in (("bleu", bleu), ("chrf", chrf)):
+        found = metric(hypotheses, references).signature
+        assert signatures()[name] == found
+        assert signatures(lowercased=True)[name] == found.replace("case:mixed", "case:lc")
     perfect = [("a", "b", "c", "d", "e")]
     assert bleu(perfect, perfect).value == pytest.approx(100)
     assert bleu([()], perfect).value == 0.0

@@ -1,0 +1,110 @@
+"""What a run says of its numbers: differences no louder than p, and what BLEU was taken of."""
+
+import types
+
+import pytest
+
+from experiments.data.corpus import Pair
+from experiments.metrics import CLASSES
+from experiments.statistics import holm, sign_flip_p_value
+from experiments.translate import report, results
+from experiments.translate.config import Config
+
+HIGH = [90.0, 91.0, 92.0, 90.0, 91.0, 92.0, 93.0, 90.0]
+LOW = [40.0, 42.0, 41.0, 44.0, 40.0, 41.0, 42.0, 45.0]
+NEAR = [90.0, 91.5, 91.0, 90.5, 91.0, 91.0, 93.5, 90.0]
+
+
+def outcome(score, values):
+    measures = ("loss", "exact_match", "token_accuracy", "bleu", "chrf")
+    test = dict.fromkeys(measures, values) | dict.fromkeys(("alignment_error", *CLASSES))
+    return {
+        "score": score,
+        "parameters": 100,
+        "sizes": {},
+        "compile_seconds": 1.0,
+        "train_seconds": 2.0,
+        "tokens_per_second": 3000.0,
+        "sets": {"valid": test, "test": test | {"bleu": HIGH}},
+        "steps_to_90": [None] * len(values),
+        "mean_exact_match": values,
+        "pictures": [{"gold": None}],
+        "samples": [],
+    }
+
+
+def summary(config, outcomes):
+    pairs = (Pair(("a",), ("b",)),)
+    corpus = types.SimpleNamespace(
+        name=config.data, train=pairs, source_vocabulary="ab", target_vocabulary="ab", notices=()
+    )
+    sets = {"test": types.SimpleNamespace(pairs=pairs)}
+    task = types.SimpleNamespace(corpus=corpus, sets=sets)
+    return results.summarize(config, task, outcomes, {})
+
+
+def test_all_metrics_of_a_run_are_corrected_together():
+    config = Config(seeds=8)
+    found = summary(config, [outcome("additive", HIGH), outcome("scaled_dot", LOW)])["comparisons"]
+    assert [c["metric"] for c in found] == ["exact_match", "bleu", "valid_loss", "mean_exact_match"]
+    alone = sign_flip_p_value([a - b for a, b in zip(HIGH, LOW, strict=True)])
+    assert [c["p_value"] for c in found] == pytest.approx(holm([alone, 1.0, alone, alone]))
+    assert all("corrected for 4 comparisons" in c["sentence"] for c in found)
+    assert found[0]["sentence"].endswith(": additive is higher than scaled_dot.")
+
+
+def test_seeds_that_are_enough_for_one_test_may_be_too_few_for_all():
+    config = Config(seeds=6)
+    found = summary(config, [outcome("additive", HIGH[:6]), outcome("scaled_dot", LOW[:6])])
+    assert not any(c["conclusive"] for c in found["comparisons"])
+    assert found["comparisons"][0]["sentence"].endswith(
+        "(paired permutation test, p = 0.12, corrected for 4 comparisons): too few seeds to "
+        "conclude anything, because with 6 the smallest possible p is 0.12; at least 8 are needed "
+        "for p <= 0.05."
+    )
+
+
+def test_scores_that_are_not_compared_are_told():
+    outcomes = [outcome("additive", HIGH), outcome("scaled_dot", NEAR), outcome("none", LOW)]
+    found = summary(Config(seeds=8, scores=("additive", "scaled_dot", "none")), outcomes)
+    assert {(c["first"], c["second"]) for c in found["comparisons"]} == {("additive", "scaled_dot")}
+    assert found["comparisons"][0]["sentence"].endswith(
+        ", which does not show that they are equal. Of the 3 scores only the first two are "
+        "compared; experiments.translate_sweep compares all pairs."
+    )
+    assert summary(Config(seeds=8, scores=("dot",)), outcomes[:1])["comparisons"] == []
+
+
+@pytest.mark.parametrize(
+    ("config", "pair", "case"),
+    [
+        (Config(data="x.tsv"), Pair(("a",), ("b",)), "lc"),
+        (Config(data="x.tsv", lowercase=False), Pair(("a",), ("b",)), "mixed"),
+        (Config(data="x.tsv"), Pair(("a",), ("B",), frozenset(), frozenset()), "mixed"),
+        (Config(data="grammar"), Pair(("a",), ("B",)), "mixed"),
+    ],
+)
+def test_signatures_say_whether_words_were_lower_cased(config, pair, case):
+    found = results.signatures(config, [pair])
+    assert found["bleu"].startswith(f"nrefs:1|case:{case}|eff:no|tok:13a|")
+    assert found["chrf"].startswith(f"nrefs:1|case:{case}|eff:yes|nc:6|")
+
+
+@pytest.mark.parametrize(
+    ("scores", "lead"),
+    [
+        (("none",), "A translator without attention, trained on 1 sentence pairs"),
+        (("dot",), "A translator with attention, trained on"),
+        (("dot", "none"), "Translators that differ in nothing but the score of their attention,"),
+    ],
+)
+def test_a_report_says_what_it_is_about_and_replaces_an_old_one_as_a_whole(scores, lead, tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "learning_curves.svg").write_text("<svg/>")
+    path = tmp_path / "report.html"
+    path.write_text("the old one")
+    outcomes = [outcome(score, HIGH) for score in scores]
+    with path.open() as reader:
+        report.write(summary(Config(seeds=8, scores=scores), outcomes), outcomes, [], tmp_path)
+        assert reader.read() == "the old one"
+    assert f'<p class="lead">{lead}' in path.read_text(encoding="utf-8")
