@@ -19,9 +19,16 @@ def higher(first: Values, second: Values) -> bool:
 
 
 def difference(first: Values, second: Values) -> str:
-    """Write the mean of the paired differences with its interval and p."""
+    """Write the mean of the paired differences with its interval and p.
+
+    A claim may show several, of as many sizes: p is that of each alone, and said to be.
+
+    >>> difference([2.0, 2.1, 2.2], [1.0, 1.0, 1.0])
+    '1.1 [1, 1.2], uncorrected p = 0.25'
+    """
     found = compare(first, second)
-    return f"{shown([a - b for a, b in zip(first, second, strict=True)])}, p = {found.p_value:.2g}"
+    mean = shown([a - b for a, b in zip(first, second, strict=True)])
+    return f"{mean}, uncorrected p = {found.p_value:.2g}"
 
 
 def learned(*arms: Values, least: float = 10.0) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.claims.catalogue import claims
+from experiments.claims.run import markdown
 
 HOLDS, ONLY_IF, FAILS, OPEN = (
     "holds",
@@ -401,7 +402,19 @@ def test_every_verdict_can_come_out_in_more_than_one_way():
 
 
 def test_the_committed_verdicts_follow_from_the_committed_data():
-    records = json.loads(COMMITTED.read_text(encoding="utf-8"))["claims"]
-    found = {record["number"]: record["verdict"] for record in records}
-    again = {r["number"]: str(claims()[r["number"]].load().verdict(r["data"])) for r in records}
-    assert found == again and found.keys() == claims().keys()
+    results = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    found = {r["number"]: (r["verdict"], r["because"]) for r in results["claims"]}
+    again = {
+        r["number"]: claims()[r["number"]].load().verdict(r["data"]) for r in results["claims"]
+    }
+    assert found == {number: (str(it), it.because) for number, it in again.items()}
+    assert found.keys() == claims().keys()
+    assert COMMITTED.with_suffix(".md").read_text(encoding="utf-8") == markdown(results)
+
+
+def test_a_p_of_one_of_several_sizes_is_said_to_be_uncorrected():
+    verdict = claims()[51].load().verdict(of_51(1.0, -1.0, 0.0))
+    assert verdict.because == (
+        "BLEU of scaled dot less that of additive: 1, uncorrected p = 0.0078 (d = 2); -1, "
+        "uncorrected p = 0.0078 (d = 8); 0, uncorrected p = 1 (d = 512)."
+    )
