@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.claims.catalogue import claims
+from experiments.statistics import compare_families
 from experiments.translate_sweep.conclusion import conclude
 from experiments.translate_sweep.results import compare
 
@@ -58,6 +59,27 @@ def test_the_headline_is_that_of_the_committed_sweep():
         assert again["p_value"] == pytest.approx(before["p_value"])
         assert again["difference"] == pytest.approx(before["difference"])
     assert conclude(found) == found["conclusion"]
+
+
+def test_what_is_said_of_narrow_and_wide_attention_is_what_was_found():
+    committed = ROOT / "experiments" / "results" / "claims.json"
+    records = json.loads(committed.read_text(encoding="utf-8"))["claims"]
+    (data,) = (record["data"] for record in records if record["number"] == 51)
+    of_sizes = {
+        str(size): {score: of[number] for score, of in data["bleu"].items() if score != "dot"}
+        for number, size in enumerate(data["sizes"])
+    }
+    found = [of_size for (of_size,) in compare_families(of_sizes).values()]
+    ahead = {c.metric: f"{c.difference.mean:.1f}" for c in found if c.conclusive}
+    assert ahead == {"2": "6.4", "8": "1.0", "128": "-0.5", "512": "-0.5"}
+    assert [c.first for c in found] == ["scaled_dot"] * 5
+    text = " ".join(README.split())
+    assert (
+        "the scaled dot product is ahead of additive attention by 6.4 BLEU at 2 features and by "
+        "1.0 at 8, and behind by 0.5 at 128 and at 512"
+    ) in text
+    assert "the dot product collapses to 69 BLEU at 512 features" in text
+    assert round(sum(data["bleu"]["dot"][-1]) / len(data["bleu"]["dot"][-1])) == 69
 
 
 def _bleu(found, score, size):
