@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experiments.data.alignments import is_alignment, parse
 from experiments.data.corpus import DataError, Pair
-from experiments.data.text import read_lines
+from experiments.data.text import lines_of, read_content
 from experiments.data.tokens import tokenize
 
 Splits = dict[str, list[Pair]]
+Words = tuple[str, ...]
 
 # The empty name is that of a prefix without splits: PREFIX.en, PREFIX.de.
 SPLIT_NAMES = {
@@ -27,12 +29,18 @@ _COLUMN_NAMES = frozenset(("1", "2", "source", "target", "src", "tgt", "trg", *_
 
 @dataclass
 class Reader:
-    """Reads pairs in one direction, and collects what the user must know about them."""
+    """Reads pairs in one direction, and collects what the user must know about them.
+
+    `words` cuts a sentence into words where they are to be those of another text, of which a
+    vocabulary was made. `files` has the SHA-256 of every file that was read, by its path.
+    """
 
     source: str
     target: str
     lowercase: bool
+    words: Callable[[str], Words] | None = None
     notices: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
     def read(self, data: str) -> tuple[Splits, Splits]:
         """The splits that are on disk, by name, and further test sets by name.
@@ -96,7 +104,7 @@ class Reader:
         return None
 
     def _two_files(self, left: Path, right: Path) -> list[Pair]:
-        sources, targets = read_lines(left), read_lines(right)
+        sources, targets = self._lines(left), self._lines(right)
         if len(sources) != len(targets):
             raise DataError(
                 f"{left} has {len(sources)} lines but {right} has {len(targets)}; line n of one "
@@ -108,15 +116,22 @@ class Reader:
         )
         return self._without_empty(pairs, f"{left} and {right.name}")
 
+    def _lines(self, path: Path) -> list[str]:
+        content = read_content(path)
+        self.files[str(path)] = hashlib.sha256(content).hexdigest()
+        return lines_of(content, path)
+
     def _tokenize(self, source: str, target: str) -> Pair:
-        return Pair(tokenize(source, self.lowercase), tokenize(target, self.lowercase))
+        words = self.words or (lambda text: tokenize(text, self.lowercase))
+        return Pair(words(source), words(target))
 
     def _table(self, path: Path) -> list[Pair]:
         """Columns source, target and, where it can be read as one, gold alignment.
 
-        With an alignment the text is taken as tokenised already, because links count its tokens.
+        With an alignment the text is taken as tokenised already, because links count its tokens,
+        unless `words` says how to cut it: where that gives others, their links are not known.
         """
-        rows = [line.split("\t") if line.strip() else ["", ""] for line in read_lines(path)]
+        rows = [line.split("\t") if line.strip() else ["", ""] for line in self._lines(path)]
         for number, row in enumerate(rows, 1):
             if len(row) < 2:
                 raise DataError(
@@ -128,13 +143,35 @@ class Reader:
         third = [row[2] for _, row in numbered if len(row) > 2 and row[2].strip()]
         aligned = any(map(is_alignment, third))
         if aligned:
-            self.notices.append(f"{path.name} has gold alignments, so it was split at spaces only.")
-            pairs = ((n, _aligned(path, n, row, columns)) for n, row in numbered)
+            pairs = [(n, _aligned(path, n, row, columns)) for n, row in numbered]
+            if self.words is None:
+                self.notices.append(
+                    f"{path.name} has gold alignments, so it was split at spaces only."
+                )
+            else:
+                pairs = self._recut(path.name, pairs)
         else:
             if third:
                 self.notices.append(f"{path.name}: its third column is no alignment: ignored.")
             pairs = ((n, self._tokenize(*(row[i] for i in columns))) for n, row in numbered)
         return self._without_empty(pairs, str(path))
+
+    def _recut(self, name: str, pairs: list[tuple[int, Pair]]) -> list[tuple[int, Pair]]:
+        """Cut aligned pairs anew, and drop the links of those that then have other words."""
+        recut, unlinked = [], []
+        for number, pair in pairs:
+            found = self._tokenize(" ".join(pair.source), " ".join(pair.target))
+            if _lengths(found) == _lengths(pair):
+                found = replace(found, sure=pair.sure, possible=pair.possible)
+            elif pair.sure is not None:
+                unlinked.append(number)
+            recut.append((number, found))
+        if unlinked:
+            self.notices.append(
+                f"{name}: gold alignments that count other words than the vocabularies do were "
+                f"left out: {len(unlinked)}, the first is that of line {unlinked[0]}."
+            )
+        return recut
 
     def _columns(self, path: Path, first: list[str]) -> tuple[tuple[int, int], bool]:
         """The columns of source and target, and whether the first line names the columns."""
@@ -174,13 +211,17 @@ class Reader:
             else:
                 empty.append(number)
         if not kept:
-            raise DataError(f"{where}: no line has both sentences; give at least three full pairs.")
+            raise DataError(f"{where}: no line has both sentences; give full pairs.")
         if empty:
             self.notices.append(
                 f"{where}: lines with an empty sentence were skipped: {len(empty)}, the first is "
                 f"line {empty[0]}."
             )
         return kept
+
+
+def _lengths(pair: Pair) -> tuple[int, int]:
+    return len(pair.source), len(pair.target)
 
 
 def _aligned(path: Path, number: int, row: list[str], columns: tuple[int, int]) -> Pair:

@@ -34,6 +34,7 @@ class Corpus:
 
     ``extra`` holds further test sets by name, such as ``"long"``: sentences longer than any in
     training. ``notices`` has one sentence for each thing the user must know about the data.
+    ``files`` has the SHA-256 of every file that was read, by its path.
     """
 
     name: str
@@ -44,3 +45,4 @@ class Corpus:
     target_vocabulary: Vocabulary
     extra: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)

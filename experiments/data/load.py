@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from experiments.data import grammar, numbers, sequences
@@ -60,7 +61,7 @@ def load(
     if data not in GENERATED:
         sizes = Sizes(train_size, valid_size, test_size)
         reader = Reader(source, target, lowercase)
-        return assemble(
+        corpus = assemble(
             data,
             *reader.read(data),
             sizes,
@@ -70,6 +71,7 @@ def load(
             max_vocabulary=max_vocabulary,
             notices=reader.notices,
         )
+        return replace(corpus, files=reader.files)
     sizes = Sizes(
         *(
             size if size is not None else default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 from experiments.data.corpus import DataError
@@ -13,6 +14,15 @@ def read_lines(path: Path) -> list[str]:
     Raises:
       DataError: the file is missing, a folder, unreadable, empty, not UTF-8, or not text.
     """
+    return lines_of(read_content(path), path)
+
+
+def read_content(path: Path) -> bytes:
+    """The bytes of a file, which are more than a byte order mark.
+
+    Raises:
+      DataError: the file is missing, a folder, unreadable or empty.
+    """
     if path.is_dir():
         raise DataError(f"{path} is a folder where a file was expected; give a text file.")
     try:
@@ -21,10 +31,9 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"{path} does not exist; check the path.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    lines = lines_of(content, path)
-    if not lines:
-        raise DataError(f"{path} is empty; give a file with at least three sentence pairs.")
-    return lines
+    if not content.removeprefix(codecs.BOM_UTF8):
+        raise DataError(f"{path} is empty, but lines of text were expected; give another file.")
+    return content
 
 
 def lines_of(content: bytes, path: object) -> list[str]:

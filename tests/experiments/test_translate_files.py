@@ -17,7 +17,7 @@ from experiments.translate.config import Config
         (b"a\tb\nc\xe9\td\n", r"\S+ line 2 is not UTF-8 \(byte 0xe9\); .*iconv.*"),
         ("a\tb\n".encode("utf-16"), r"\S+ line 1 begins with the mark of UTF-16.*"),
         (b"a\tb\nno tab\n", r"\S+ line 2 has no tab, .*"),
-        (b"", r"\S+ is empty; give a file with at least three sentence pairs\."),
+        (b"", r"\S+ is empty, but lines of text were expected; give another file\."),
         (b"\t\n\n \t \n", r"\S+: no line has both sentences; .*"),
         (b"a b c\td e f\n" * 9, r".* cannot be split into train, valid and test; .*"),
         (b"a\tb\nc\td\0\n", r"\S+ line 2 has a NUL byte, so the file is binary or UTF-16, .*"),
