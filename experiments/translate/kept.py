@@ -1,4 +1,4 @@
-"""What translating needs of a run beside its parameters: configuration and vocabularies."""
+"""What is kept of a run beside its parameters: configuration, vocabularies, and whose data."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from experiments.translate.config import Config, group_of
 from experiments.translate.workdir import shown, write_json
 
 _FILE = "vocabularies.json"
+_DATA = "data.json"
+# What to do about a damaged file.
+_WRITTEN_ANEW = "the run's command writes it anew."
+_LOST = "restore it from a copy, or train again in another --workdir."
 # What may differ from the training: the scores may be fewer.
 _FREE = ("Decoding", "Output", "After training")
 
@@ -48,16 +52,60 @@ class Languages:
 
 
 def write(folder: Path, corpus: Corpus, longest: int, config: Config) -> None:
-    """Keep the languages of a run in its folder."""
-    record = {
-        "source": json.loads(corpus.source_vocabulary.to_json()),
-        "target": json.loads(corpus.target_vocabulary.to_json()),
-        "longest": longest,
-        "at_spaces": any(pair.sure is not None for pair in corpus.train),
-        "lowercase": config.lowercase,
-    }
-    if not (folder / _FILE).exists():
-        write_json(folder / _FILE, record)
+    """Keep the languages of a run in its folder, and what the files of its data held.
+
+    Raises:
+      UsageError: the run began with other data.
+    """
+    check_data(folder, corpus)
+    path = folder / _FILE
+    # A run that began without a record of its data may have begun with others.
+    if corpus.files and not path.exists() and not (folder / _DATA).exists():
+        write_json(folder / _DATA, dict(corpus.files))
+    languages = Languages(
+        source=corpus.source_vocabulary,
+        target=corpus.target_vocabulary,
+        longest=longest,
+        at_spaces=any(pair.sure is not None for pair in corpus.train),
+        lowercase=config.lowercase,
+    )
+    try:
+        held = read(folder)
+    except UsageError:
+        vocabularies = {side: getattr(languages, side).to_json() for side in ("source", "target")}
+        words = {side: json.loads(text) for side, text in vocabularies.items()}
+        write_json(path, {**vars(languages), **words})
+        return
+    if held != languages:
+        raise UsageError(
+            f"{path} does not hold the words of --data={config.data}, so that the run began with "
+            "others; restore them or give another --workdir."
+        )
+
+
+def check_data(folder: Path, corpus: Corpus) -> None:
+    """Refuse a corpus whose files are not those that the run in a folder began with.
+
+    Raises:
+      UsageError: a file has changed, is gone or is new.
+    """
+    path = folder / _DATA
+    if not path.exists():
+        return
+    try:
+        held = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UsageError(
+            f"{path} is damaged; delete it if the data are those that the run began with."
+        ) from None
+    for name in {**held, **corpus.files}:
+        if held.get(name) != corpus.files.get(name):
+            what = "is new" if name not in held else "has changed"
+            what = what if name in corpus.files else "is gone"
+            raise UsageError(
+                f"{name} {what} since the run in {folder} began; restore the data as they were or "
+                "give another --workdir."
+            )
 
 
 def read(folder: Path) -> Languages:
@@ -66,14 +114,12 @@ def read(folder: Path) -> Languages:
     Raises:
       UsageError: they are not there, or not to be read.
     """
-    record = _read(folder / _FILE, folder)
+    record = _read(folder / _FILE, folder, _WRITTEN_ANEW)
     try:
         sides = {side: Vocabulary(record[side]) for side in ("source", "target")}
         return Languages(**{**record, **sides})
     except (KeyError, TypeError, ValueError):
-        raise UsageError(
-            f"{folder / _FILE} is damaged; the run's command writes it anew."
-        ) from None
+        raise UsageError(f"{folder / _FILE} is damaged; {_WRITTEN_ANEW}") from None
 
 
 def configured(config: Config, given: Mapping[str, Any]) -> Config:
@@ -84,12 +130,15 @@ def configured(config: Config, given: Mapping[str, Any]) -> Config:
       given: its fields that the command line names.
 
     Raises:
-      UsageError: there is no run, or it was another one.
+      UsageError: there is no run, it was another one, or two sets are to be evaluated.
     """
-    held = _read(config.directory / "config.json", config.directory).get("config")
+    if config.mode == "evaluate" and "split" in given and given.get("input"):
+        raise UsageError("--split and --input both say what to evaluate on; leave one of them out.")
+    path = config.directory / "config.json"
+    held = _read(path, config.directory, _LOST).get("config")
     names = Config.__dataclass_fields__
     if not isinstance(held, dict) or not isinstance(held.get("scores"), list):
-        raise UsageError(f"{config.directory / 'config.json'} is not the configuration of a run.")
+        raise UsageError(f"{path} is damaged; {_LOST}")
     trained = {name: _python(value) for name, value in held.items() if name in names}
     for name, value in given.items():
         if name == "scores":
@@ -114,7 +163,7 @@ def _is_free(name: str) -> bool:
     return group_of(name) in _FREE
 
 
-def _read(path: Path, folder: Path) -> dict[str, Any]:
+def _read(path: Path, folder: Path, remedy: str) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -123,7 +172,7 @@ def _read(path: Path, folder: Path) -> dict[str, Any]:
             "one first, or give another."
         ) from None
     except (OSError, ValueError, TypeError):
-        raise UsageError(f"{path} cannot be read; the run's command writes it anew.") from None
+        raise UsageError(f"{path} is damaged; {remedy}") from None
 
 
 def _python(value: Any) -> Any:

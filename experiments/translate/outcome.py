@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments import metrics
+from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
 from experiments.translate import evaluation
 from experiments.translate.learning import count_parameters
@@ -46,6 +48,20 @@ def measure(score: str, sizes: Sizes, trained: Trained, task: Task, folder: Path
             ]
             _write_translations(folder / "translations", score, found)
     return outcome
+
+
+def read(path: Path) -> Record:
+    """Return what was measured of a mechanism before.
+
+    Raises:
+      UsageError: the file is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UsageError(
+            f"{path} is damaged; delete it, and the same command measures again what was trained."
+        ) from None
 
 
 def speed(records: list[Record]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments.command_line import show
 from experiments.translate import (
     figures,
     kept,
@@ -54,7 +55,7 @@ def run(config: Config) -> Path:
         )
         path = report.write(summary, outcomes, names, folder)
     table.show(console, summary)
-    print(path.absolute(), flush=True)
+    show(path.absolute())
     return path
 
 
@@ -64,7 +65,7 @@ def outcome_of(
     """Train and measure one mechanism, or read what was measured before."""
     path = folder / "outcomes" / f"{score}.json"
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return outcome.read(path)
     trained = train.train(score, sizes, config, given, folder, console)
     with console.status(f"{score}: evaluating"):
         measured = outcome.measure(score, sizes, trained, given, folder)

@@ -40,12 +40,17 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sac
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there as a whole or as it was before."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = unfinished_of(path)
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def unfinished_of(path: Path) -> Path:
+    """Return the file that a text is written to before it takes its place."""
+    return path.with_name(f"{path.name}.unfinished")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,7 +81,7 @@ def check(owner: Owner) -> None:
             raise UsageError(f"--workdir {folder} holds other files and no run; {hint}")
         return
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))["config"]
+        held = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is not the configuration of a run; {hint}") from None
     differing = [name for name, value in owner.identity.items() if held.get(name) != value]
@@ -149,7 +154,11 @@ class Log:
         self.path = path
 
     def read(self, score: str) -> list[Record]:
-        """Return the records of one mechanism, without a last line that was cut off."""
+        """Return the records of one mechanism, without a last line that was cut off.
+
+        Raises:
+          UsageError: another line is no record.
+        """
         return [record for record in self._all() if record["score"] == score]
 
     def append(self, record: Record) -> None:
@@ -158,15 +167,31 @@ class Log:
             file.write(json.dumps(record) + "\n")
 
     def rewind(self, score: str, step: int) -> None:
-        """Drop what one mechanism measured after a step, to measure it again."""
+        """Drop what one mechanism measured after a step, to measure it again.
+
+        Raises:
+          UsageError: a line but the last is no record.
+        """
         kept = [r for r in self._all() if r["score"] != score or r["step"] <= step]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def _all(self) -> list[Record]:
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [self._record(number, line) for number, line in enumerate(lines[:-1], 1)]
+
+    def _record(self, number: int, line: str) -> Record:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not {"score", "step"} <= record.keys():
+            raise UsageError(
+                f"{self.path} line {number} is damaged; delete that line, and the same command "
+                "goes on."
+            )
+        return record
 
 
 def shown(value: Any) -> str:
