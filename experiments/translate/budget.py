@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
-from experiments.translate.config import Config
+from experiments.translate import mechanisms
+from experiments.translate.config import CONTROLS, SCORES, Config
 from experiments.translate.learning import count_parameters
 from experiments.translate.model import Sizes
 
@@ -15,7 +17,11 @@ _HIDDEN = 4
 
 
 def sizes_of(config: Config, source_words: int, target_words: int) -> dict[str, Sizes]:
-    """Return the sizes of the translator of every score, matched if that is asked for."""
+    """Return the sizes of the translator of every score, matched if that is asked for.
+
+    Raises:
+      UsageError: what a score of the user's own names is none.
+    """
     plain = Sizes(
         source_words=source_words,
         target_words=target_words,
@@ -31,12 +37,26 @@ def sizes_of(config: Config, source_words: int, target_words: int) -> dict[str, 
         layers=config.layers,
         positions=config.positions,
     )
+    for score in config.scores:
+        if score not in SCORES + CONTROLS:
+            _check(score, plain)
     first, *others = config.scores
     sizes = {first: plain}
     budget = count_parameters(first, plain)
     for score in others:
         sizes[score] = matched(score, plain, budget) if config.match_parameters else plain
     return sizes
+
+
+def _check(score: str, sizes: Sizes) -> None:
+    if sizes.model == "transformer":
+        depth = sizes.attention_size
+        make = functools.partial(mechanisms.score_of_head, score, depth)
+    else:
+        depth, size = sizes.width, sizes.attention_size
+        switches = {"tied": sizes.tied, "normed": sizes.normed}
+        make = functools.partial(mechanisms.score_of, score, depth, depth, size, **switches)
+    mechanisms.check(score, make, depth, sizes.attention_size)
 
 
 def matched(score: str, sizes: Sizes, budget: int) -> Sizes:

@@ -280,10 +280,12 @@ class Config:
         self._check_model()
         if not self.scores:
             raise UsageError("--scores is empty; name at least one score.")
+        if "" in self.scores:
+            raise UsageError("--scores has an empty name; put one comma between two names.")
         for name in self.scores:
             if self.scores.count(name) > 1:
                 raise UsageError(f"--scores names {name} twice; name every score once.")
-            if name not in SCORES + CONTROLS and "." not in name:
+            if name not in SCORES + CONTROLS and not _is_path(name):
                 raise UsageError(
                     f"--scores: there is no score {name!r}; choose from "
                     f"{', '.join(SCORES + CONTROLS)}, or give package.module.function."
@@ -319,6 +321,11 @@ class Config:
         """Depth of queries and keys: the attention size that is given, or its default."""
         heads = self.heads if self.model == "transformer" else 1
         return self.attention_size or self.width // heads
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name may be that of something in a module."""
+    return "." in name and all(part.isidentifier() for part in name.split("."))
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,13 @@ from jax.tree_util import Partial
 from attention_jax import scores
 from attention_jax.binding import rule
 from attention_jax.composition import Separated, mapped, projected, separate
-from attention_jax.parameters import Parameter, bind_parameters, learned, parameters_of
+from attention_jax.parameters import (
+    Parameter,
+    bind_parameters,
+    initialize,
+    learned,
+    parameters_of,
+)
 from experiments.command_line import UsageError
 from experiments.translate.config import SCORES
 
@@ -78,6 +85,42 @@ def score_of_head(name: str, depth: int) -> Any:
     score = getattr(scores, name) if name in SCORES else _imported(name)
     declared = parameters_of(score, depth, depth, depth)
     return learned(score, **jax.tree.map(_drawn_alike, declared)) if declared else score
+
+
+def check(name: str, make: Callable[[], Any], depth: int, attention_size: int) -> None:
+    """Refuse what is no score, without computing anything.
+
+    Args:
+      name: from the command line.
+      make: returns the score behind it.
+      depth: of queries and keys.
+      attention_size: see `score_of`.
+
+    Raises:
+      UsageError: there is nothing behind the name, or it does not return logits [T, S].
+    """
+
+    def asked(query: Array, key: Array) -> Any:
+        score = make()
+        declared = parameters_of(score, depth, depth, attention_size)
+        return bind_parameters(score, initialize(jax.random.key(0), declared))(query, key)
+
+    query, key = (jax.ShapeDtypeStruct((length, depth), jnp.float32) for length in (2, 4))
+    try:
+        found = jax.eval_shape(asked, query, key)
+    except UsageError:
+        raise
+    except Exception as error:  # of any kind, because the function may be anything
+        happened = f"raises {_in_one_line(error)}"
+    else:
+        shape = getattr(found, "shape", None)
+        if shape == (2, 4):
+            return
+        happened = f"returns {type(found).__name__ if shape is None else list(shape)}"
+    raise UsageError(
+        f"--scores: {name} is no score: for a query [2, {depth}] and keys [4, {depth}] logits "
+        f"[2, 4] are needed, but it {happened}."
+    )
 
 
 def between_projections(score: Any, query_depth: int, key_depth: int, attention_size: int) -> Any:
@@ -161,5 +204,10 @@ def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"--scores: {path} cannot be imported: {error}.") from None
+    except Exception as error:  # of any kind, because importing runs the module
+        raise UsageError(f"--scores: {path} cannot be imported: {_in_one_line(error)}.") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first}".rstrip(".: ")

@@ -76,6 +76,8 @@ def test_recorded_runs_say_how_they_were_made(path):
         ("--train_size=0", "--train_size is 0, but a whole number of at least 1 is needed."),
         ("--scores=", "--scores is empty; name at least one score."),
         ("--scores=dot,dot", "--scores names dot twice; name every score once."),
+        ("--scores=,", "--scores has an empty name; put one comma between two names."),
+        ("--scores=..a", "--scores: there is no score '..a'; choose from additive, .*function."),
         ("--scores=dott", "--scores: there is no score 'dott'; choose from additive, .*, none.*"),
         ("grammar", "'grammar' is no flag; write --name=value, and --help lists all flags."),
         ("--flagfile=/no/file", ".*Unable to open flagfile.*"),
