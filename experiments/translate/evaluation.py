@@ -49,6 +49,13 @@ def of_set(score: str, programs: Programs, parameters: Any, given: Examples) -> 
     return Found(measured, found, weights)
 
 
+def _decoding(config: Config) -> str:
+    """Tell evaluations of one set apart that may find other translations."""
+    if config.beam_size == 1:
+        return ""
+    return f"-beam{config.beam_size}-penalty{config.length_penalty:g}"
+
+
 def report(config: Config, name: str, pairs: int, records: Sequence[Record]) -> Path:
     """Print the table of what was measured of each score, write it as JSON, return its path."""
     rows = [
@@ -74,7 +81,7 @@ def report(config: Config, name: str, pairs: int, records: Sequence[Record]) -> 
     console = table.console()
     for part in (shown, about, f"BLEU {signatures['bleu']}", f"chrF {signatures['chrf']}"):
         console.print(part, highlight=False, soft_wrap=isinstance(part, str))
-    path = config.directory / "evaluations" / f"{name}.json"
+    path = config.directory / "evaluations" / f"{name}{_decoding(config)}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, summary)
     return path

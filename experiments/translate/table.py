@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import NamedTuple
 
 from rich import box
@@ -31,10 +33,18 @@ COLUMNS = (
 )
 
 
+class _Console(Console):
+    """A console whose reader may stop early, as `| head` does."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console() -> Console:
     """Return a console that is wide enough for the table where it is no terminal."""
-    found = Console()
-    return found if found.is_terminal else Console(width=140)
+    found = _Console()
+    return found if found.is_terminal else _Console(width=140)
 
 
 def columns(results: Record) -> list[tuple[str, str, int]]:

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from experiments import metrics
-from experiments.command_line import UsageError
+from experiments.command_line import UsageError, show
 from experiments.data.corpora import Reader
 from experiments.data.corpus import DataError, Pair
 from experiments.data.text import lines_of, read_lines
-from experiments.translate import evaluate, evaluation, interaction, kept, task
+from experiments.translate import alignments, evaluate, evaluation, interaction, kept, task
 from experiments.translate.budget import sizes_of
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.config import Config
@@ -23,11 +23,12 @@ from experiments.translate.evaluate import Examples, Weights, Words
 from experiments.translate.kept import Languages
 from experiments.translate.learning import abstract_state, graph_of
 from experiments.translate.programs import Programs, compile_when_called
-from experiments.translate.workdir import write_text
 
 _STDIN = "standard input"
 # Sentences of similar length share a compiled program.
 _MULTIPLE = 8
+# Characters of a file's name that the name of its evaluation begins with.
+_READABLE = 40
 
 
 class Translators(NamedTuple):
@@ -84,7 +85,7 @@ def use(config: Config) -> None:
     Raises:
       UsageError: the run, its checkpoints or the input cannot be used.
     """
-    _check_alignments(config)
+    alignments.check(config)
     modes = {"evaluate": _evaluate, "translate": _translate, "score": _score}
     try:
         modes[config.mode](config)
@@ -119,7 +120,10 @@ def load(score: str, config: Config) -> Translators:
 
 def _evaluate(config: Config) -> None:
     loaded = [load(score, config) for score in config.scores]
-    name, pairs = _pairs_of_split(config) if not config.input else _pairs_of_file(config)
+    if config.input:
+        name, pairs = _pairs_of_file(config, loaded[0].languages)
+    else:
+        name, pairs = _pairs_of_split(config)
     records = []
     for translators in loaded:
         programs = translators.programs([pair.source for pair in pairs])
@@ -127,7 +131,7 @@ def _evaluate(config: Config) -> None:
         found = evaluation.of_set(translators.score, programs, translators.parameters, given)
         records.append({"score": translators.score, **found.measured})
     path = evaluation.report(config, name, len(pairs), records)
-    print(path.absolute())
+    show(path.absolute())
 
 
 def _translate(config: Config) -> None:
@@ -145,7 +149,7 @@ def _translate(config: Config) -> None:
     ):
         found[number] = words
     for words in found:
-        print(translators.languages.text(words))
+        show(translators.languages.text(words))
     _write_alignments(translators, [Pair(*both) for both in zip(sentences, found, strict=True)])
 
 
@@ -166,7 +170,7 @@ def _score(config: Config) -> None:
         return
     _tell_unknown(translators, [(pair.source, pair.target) for pair in pairs])
     for value in translators.log_probabilities(pairs):
-        print(f"{value:.4f}")
+        show(f"{value:.4f}")
     _write_alignments(translators, pairs)
 
 
@@ -177,21 +181,24 @@ def _lines(config: Config) -> list[str]:
 
 
 def _pairs_of_split(config: Config) -> tuple[str, Sequence[Pair]]:
-    sets = task.read(config).sets
+    given = task.read(config)
+    kept.check_data(config.directory, given.corpus)
+    sets = given.sets
     if config.split not in sets:
         raise UsageError(f"--split: there is no {config.split!r}; choose from {', '.join(sets)}.")
     return config.split, sets[config.split].pairs
 
 
-def _pairs_of_file(config: Config) -> tuple[str, Sequence[Pair]]:
-    reader = Reader(config.source, config.target, config.lowercase)
+def _pairs_of_file(config: Config, languages: Languages) -> tuple[str, Sequence[Pair]]:
+    reader = Reader(config.source, config.target, config.lowercase, languages.words)
     path = Path(config.input)
     if not path.is_file():
         raise UsageError(f"--input {path} is no file; give a table of pairs, source<TAB>target.")
-    splits, _ = reader.read(config.input)
+    splits, _ = reader.read(str(path))
     for notice in reader.notices:
         _tell(notice)
-    return path.stem, splits["train"]
+    # Files of one name in two folders are two sets.
+    return f"input-{path.stem[:_READABLE]}-{reader.files[str(path)][:8]}", splits["train"]
 
 
 def _tell_unknown(translators: Translators, sentences: Sequence[tuple[Words, Words]]) -> None:
@@ -201,19 +208,6 @@ def _tell_unknown(translators: Translators, sentences: Sequence[tuple[Words, Wor
         unknown = interaction.unknown(sides, vocabularies)
         if unknown:
             _tell(f"line {number}: read as <unk>: {' '.join(unknown)}")
-
-
-def _check_alignments(config: Config) -> None:
-    """Refuse alignments that could not be written, before anything is translated."""
-    if not config.alignments:
-        return
-    if config.scores[0] == "none":
-        raise UsageError("--alignments: none does not attend; name another of the --scores.")
-    path = Path(config.alignments)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"--alignments {path} cannot be written; name a file in a folder.")
-    if not config.input and sys.stdin.isatty():
-        raise UsageError("--alignments is for sentences from --input or a pipe; leave it out.")
 
 
 def _write_alignments(translators: Translators, pairs: Sequence[Pair]) -> None:
@@ -226,7 +220,7 @@ def _write_alignments(translators: Translators, pairs: Sequence[Pair]) -> None:
     for number, array in zip(full, weights, strict=True):
         lengths = len(pairs[number].source), len(pairs[number].target)
         lines[number] = metrics.pharaoh(metrics.links(array, *lengths))
-    write_text(Path(translators.config.alignments), "".join(f"{line}\n" for line in lines))
+    alignments.write(Path(translators.config.alignments), lines)
 
 
 def _tell(sentence: str) -> None:

@@ -2,8 +2,11 @@
 
 import io
 import json
+import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,9 +75,74 @@ def test_scores_are_the_losses_of_an_evaluation(done, ask, samples, tmp_path):
     scores = [float(line) for line in out.splitlines()]
     assert len(scores) == len(samples) and max(scores) <= 0
     assert ask("evaluate", f"--input={tmp_path}/pairs.tsv")[0] == 0
-    found = json.loads((done[1] / "evaluations" / "pairs.json").read_text("utf-8"))
+    (path,) = (done[1] / "evaluations").glob("input-pairs-*.json")
+    found = json.loads(path.read_text("utf-8"))
     tokens = sum(len(s["target"].split()) + 1 for s in samples)
     np.testing.assert_allclose(found["scores"][0]["loss"]["mean"], -sum(scores) / tokens, rtol=1e-3)
+
+
+@pytest.mark.parametrize("links", [("", ""), ("\t2 0 1", "\t2-0")])
+@pytest.mark.parametrize(("at_spaces", "words"), [(True, 8), (False, 9)])
+def test_a_table_is_cut_into_words_as_the_training_was(
+    at_spaces, words, links, done, ask, tmp_path
+):
+    """At spaces and cased, as text with gold alignments is, or not, whatever the table has."""
+    folder, table = tmp_path / "run", tmp_path / "table.tsv"
+    shutil.copytree(done[1], folder)
+    held = json.loads((folder / "vocabularies.json").read_text("utf-8"))
+    (folder / "vocabularies.json").write_text(json.dumps({**held, "at_spaces": at_spaces}))
+    lines = ["One, two three\tthree one Two", "four five five\tFive four five."]
+    table.write_text("".join(f"{a}{b}\n" for a, b in zip(lines, links, strict=True)))
+    scores = ask("score", f"--input={table}", folder=folder)[1].split()
+    code, out, err = ask("evaluate", f"--input={table}", folder=folder)
+    assert code == 0
+    found = json.loads(Path(out.splitlines()[-1]).read_text("utf-8"))["scores"][0]
+    np.testing.assert_allclose(found["loss"]["mean"], -sum(map(float, scores)) / words, rtol=1e-3)
+    assert (found["alignment_error"] is not None) == (at_spaces and links[0] != "")
+    sentence = (
+        "translate: table.tsv: gold alignments that count other words than the vocabularies do "
+        "were left out: 2, the first is that of line 1.\n"
+    )
+    assert (sentence in err) == (not at_spaces and links[0] != "")
+
+
+def test_evaluations_of_other_sets_or_decodings_keep_their_own_files(done, ask, samples, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(done[1], folder, ignore=shutil.ignore_patterns("evaluations"))
+    for name, sample in (("a", samples[0]), ("b", samples[1])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.tsv").write_text(f"{sample['source']}\t{sample['target']}\n")
+        assert ask("evaluate", f"--input={tmp_path}/{name}/test.tsv", folder=folder)[0] == 0
+    for flags in (
+        [],
+        ["--split=valid"],
+        ["--beam_size=3"],
+        ["--beam_size=3", "--length_penalty=1"],
+    ):
+        assert ask("evaluate", *flags, folder=folder)[0] == 0
+    names = sorted(path.name for path in (folder / "evaluations").iterdir())
+    assert names[2:] == [
+        "test-beam3-penalty0.6.json",
+        "test-beam3-penalty1.json",
+        "test.json",
+        "valid.json",
+    ]
+    assert all(re.fullmatch(r"input-test-[0-9a-f]{8}\.json", name) for name in names[:2])
+
+
+@pytest.mark.parametrize("mode", ["score", "translate", "evaluate"])
+def test_a_reader_of_the_answers_may_stop_early(mode, done, samples, tmp_path):
+    (tmp_path / "pairs.tsv").write_text(f"{samples[0]['source']}\t{samples[0]['target']}\n")
+    command = (f"--mode={mode}", f"--workdir={done[1]}", f"--input={tmp_path}/pairs.tsv")
+    with subprocess.Popen(
+        [sys.executable, "-m", "experiments.translate", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as program:
+        program.stdout.close()
+        said = program.stderr.read()
+        assert program.wait() == 0
+    assert b"Broken pipe" not in said and b"Traceback" not in said
 
 
 def test_a_conversation_shows_where_words_were_read(done, samples):
@@ -133,6 +201,7 @@ def test_a_damaged_checkpoint_is_passed_over(done, ask, samples, tmp_path):
         (["translate"], b"a\0b", "standard input line 1 has a NUL byte, so the file is binary"),
         (["translate"], "a".encode("utf-16"), "standard input line 1 begins with the mark of UTF-"),
         (["translate", "--input=/no/file"], b"", "/no/file does not exist; check the path."),
+        (["translate", "--input=/dev/null"], b"", "/dev/null is empty, but lines of text were"),
         (["evaluate", "--input=/tmp"], b"", "--input /tmp is no file; give a table of pairs"),
         (["evaluate", "--split=dev"], b"", "--split: there is no 'dev'; choose from valid, test"),
         (["evaluate", "--scores=additive"], b"", "--scores: {} holds no additive, only dot."),
@@ -144,6 +213,7 @@ def test_a_damaged_checkpoint_is_passed_over(done, ask, samples, tmp_path):
         (["translate", "--beam_size=0"], b"", "--beam_size is 0, but a whole number of at least"),
         (["translate", "--length_penalty=nan"], b"", "--length_penalty is nan, but a finite num"),
         (["translate", "--translator=1"], b"", "--translator is 1, but the seeds are 1."),
+        (["evaluate", "--split=test", "--input=x"], b"", "--split and --input both say what to ev"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(flags, stdin, sentence, done, ask):
