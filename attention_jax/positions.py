@@ -82,8 +82,10 @@ def sinusoidal(positions: Array, depth: int, base: float = 10_000.0, dtype: Any 
     >>> sinusoidal(jnp.array([0]), 4)
     Array([[0., 1., 0., 1.]], dtype=float32)
     """
-    angles = _angles("sinusoidal", positions, depth, base, dtype or jnp.float32)
-    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, depth)
+    dtype = dtype or jnp.float32
+    angles = _angles("sinusoidal", positions, depth, base, at_least_float32(dtype))
+    pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return pairs.reshape(*positions.shape, depth).astype(dtype)
 
 
 def sinusoidal_step(step: Any, depth: int, base: float = 10_000.0, dtype: Any = None) -> Array:
@@ -107,10 +109,12 @@ def sinusoidal_step(step: Any, depth: int, base: float = 10_000.0, dtype: Any = 
     Array([[ 0.,  1.],
            [-1.,  0.]], dtype=float32)
     """
-    angle = _angles("sinusoidal_step", jnp.asarray(step), depth, base, dtype or jnp.float32)
+    dtype = dtype or jnp.float32
+    step = jnp.asarray(step)
+    angle = _angles("sinusoidal_step", step, depth, base, at_least_float32(dtype))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     blocks = jnp.stack([jnp.stack([cos, sin], -1), jnp.stack([-sin, cos], -1)], -2)
-    return jax.scipy.linalg.block_diag(*blocks)
+    return jax.scipy.linalg.block_diag(*blocks).astype(dtype)
 
 
 def embedded(positions: Array, table: Array) -> Array:

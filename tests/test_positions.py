@@ -108,6 +108,17 @@ def test_rotary_in_half_precision_turns_in_float32():
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.03)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])
+def test_sinusoids_in_half_precision_turn_in_float32(dtype):
+    places = jnp.arange(30_000)
+    for narrow, exact in (
+        (positions.sinusoidal(places, 8, dtype=dtype), positions.sinusoidal(places, 8)),
+        (positions.sinusoidal_step(4001, 8, dtype=dtype), positions.sinusoidal_step(4001, 8)),
+    ):
+        assert narrow.dtype == dtype
+        np.testing.assert_array_equal(narrow, exact.astype(dtype))
+
+
 def test_alibi_slopes_of_the_paper():
     np.testing.assert_array_equal(positions.alibi_slopes(8), 2.0 ** -np.arange(1, 9))
     np.testing.assert_array_equal(positions.alibi_slopes(1), [2.0**-8])
