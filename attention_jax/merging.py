@@ -25,7 +25,8 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
       Context and log-sum-exp over all keys; zeros and -inf where every block was empty.
 
     Raises:
-      ShapeError: a log-sum-exp that does not fit its context.
+      ShapeError: a log-sum-exp that does not fit its context, or parts that do not fit each other.
+      ValueError: no part.
 
     Dao et al. 2022, section 3.1 (the decomposition of softmax over blocks).
 
@@ -35,7 +36,15 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
     >>> bool(jnp.allclose(merge(*halves)[0], attend(x, x, x), atol=1e-6))
     True
     """
+    if not parts:
+        raise ValueError("merge: give at least one part, a pair (context, log-sum-exp), got none.")
+    expected = parts[0][0].shape
     for context, logsumexp in parts:
+        if context.shape != expected:
+            raise checks.ShapeError(
+                f"merge: the context of every part must have the shape of the first, {expected}, "
+                f"got {context.shape}; merge joins blocks of keys that the same queries attend to."
+            )
         if context.shape[:-1] != logsumexp.shape:
             raise checks.ShapeError(
                 f"merge: a log-sum-exp must have the shape of its context without the last axis, "
