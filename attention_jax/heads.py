@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax import checks
+from attention_jax.intervals import indices
 
 Array = jax.Array
 
@@ -108,7 +109,13 @@ class Projections(NamedTuple):
         positions: Array | None = None,
         memory_positions: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """Return queries [B, T, N, Hq], keys [B, S, K, Hk] and values [B, S, K, V]."""
+        """Return queries [B, T, N, Hq], keys [B, S, K, Hk] and values [B, S, K, V].
+
+        Raises:
+          ValueError: a value or positions of a memory that has been projected without them.
+        """
+        if isinstance(memory, Projected):
+            _refuse_too_late(self.name, value=value, memory_positions=memory_positions)
         if memory is None:
             memory = query
             memory_positions = positions if memory_positions is None else memory_positions
@@ -173,8 +180,7 @@ def place(
     """
     if position is None:
         return x
-    if positions is None:
-        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+    positions = indices(x.shape[1]) if positions is None else jnp.asarray(positions)
     by_head = jax.vmap(position, in_axes=(1, None), out_axes=1)
     return jax.vmap(by_head, in_axes=(0, 0 if positions.ndim == 2 else None))(x, positions)
 
@@ -188,6 +194,15 @@ def check_combine(operation: str, combine: str) -> str:
     if combine not in ("concat", "sum"):
         raise ValueError(f"{operation}: combine must be 'concat' or 'sum', got {combine!r}.")
     return combine
+
+
+def _refuse_too_late(operation: str, **options: Any) -> None:
+    given = [name for name, option in options.items() if option is not None]
+    if given:
+        raise ValueError(
+            f"{operation}: {' and '.join(given)} cannot be honoured, because the memory has been "
+            "projected already; give the memory itself, or its positions to keys."
+        )
 
 
 def _apply(projection: Any, x: Array, num_heads: int) -> Array:

@@ -250,6 +250,9 @@ def test_position_is_applied_to_queries_and_keys_where_they_stand():
     assert not np.allclose(module(x), plain(x), atol=1e-3)
     shifted = jnp.arange(5) + 11  # only distances matter
     chex.assert_trees_all_close(module(x, positions=shifted), module(x), atol=1e-5)
+    chex.assert_trees_all_equal(
+        module(x, positions=[4, 2, 0, 1, 3]), module(x, positions=jnp.array([4, 2, 0, 1, 3]))
+    )
     by_example = jnp.stack([jnp.arange(5), shifted])
     chex.assert_trees_all_close(module(x, positions=by_example), module(x), atol=1e-5)
     cross = module(x, inputs(7, seed=2), positions=shifted, memory_positions=jnp.arange(7) + 11)
@@ -338,3 +341,10 @@ def test_bad_arguments_are_explained():
         module(inputs()[0])
     with pytest.raises(ValueError, match=r"axis B .* of key \[B, S, K, H\] must be 2"):
         module(inputs(), inputs(batch=1))
+    given = {"value": inputs(), "memory_positions": jnp.arange(5)}
+    with pytest.raises(ValueError) as error:
+        module(inputs(), module.keys(inputs()), **given)
+    assert str(error.value) == (
+        "MultiHeadAttention: value and memory_positions cannot be honoured, because the memory has "
+        "been projected already; give the memory itself, or its positions to keys."
+    )
