@@ -24,10 +24,12 @@ class Mask:
 
     Subclasses are frozen dataclasses that define `__call__` with ordinary operators. A field
     that holds an array is a leaf; `example_rank` says how many axes it has for one example, so
-    that a further leading axis is the batch (and one more the heads).
+    that a further leading axis is the batch (and one more the heads). One that asks the masks
+    within about q_idx // n and kv_idx // n has the `coarseness` n, or the name of n's field.
     """
 
     example_rank: ClassVar[dict[str, int]] = {}
+    coarseness: ClassVar[int | str | None] = None
     __array_ufunc__ = None  # a numpy array on the left defers to the operators here
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -37,6 +39,13 @@ class Mask:
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         """Say whether the query may attend to the key."""
         raise NotImplementedError
+
+    def entries(self, field: str, query_length: int, key_length: int) -> dict[str, int]:
+        """Return how many entries the first axis of a field needs, under the name of the number.
+
+        Several where it serves queries and keys alike; none where any number will do.
+        """
+        return {}
 
     def __and__(self, other: Any) -> Mask:
         return And(self, as_mask(other))
@@ -57,7 +66,10 @@ class Mask:
         raise TypeError("mask: combine masks with & | ~, not with and, or, not.")
 
     def __str__(self) -> str:
-        return f"{self!r}\n{draw(self)}"
+        try:
+            return f"{self!r}\n{draw(self)}"
+        except (checks.ShapeError, jax.errors.TracerArrayConversionError):
+            return repr(self)  # it differs between examples or heads, or is known inside jit alone
 
     def to_dense(self, query_length: int, key_length: int | None = None) -> jax.Array:
         """Return the mask as an array [T, S]; for tests and pictures.
@@ -213,6 +225,7 @@ class And(Mask):
 
     first: Mask
     second: Mask
+    coarseness: ClassVar[int] = 1
 
     def __repr__(self) -> str:
         return f"({self.first!r} & {self.second!r})"
@@ -227,6 +240,7 @@ class Or(Mask):
 
     first: Mask
     second: Mask
+    coarseness: ClassVar[int] = 1
 
     def __repr__(self) -> str:
         return f"({self.first!r} | {self.second!r})"
@@ -240,6 +254,7 @@ class Not(Mask):
     """The mask does not allow it."""
 
     mask: Mask
+    coarseness: ClassVar[int] = 1
 
     def __repr__(self) -> str:
         return f"~{self.mask!r}"
@@ -281,18 +296,22 @@ def with_int32(mask: Mask) -> Mask:
     )
 
 
-def owners(mask: Mask) -> Iterator[tuple[Mask, str, bool, Any]]:
-    """Yield every leaf with the mask and the field it belongs to, and whether it is moved.
+def owners(mask: Mask) -> Iterator[tuple[Mask, str, int | None, Any]]:
+    """Yield every leaf with the mask and the field it belongs to, and how coarse its indices are.
 
-    A moved one is within a mask that asks its inner mask about other indices than its own (a
-    Shift), where an array along a sequence may have another length than the sequence.
+    They are those of the outermost mask divided by that number. None is within a mask that asks
+    its inner mask about other indices (a Shift), where an array along a sequence may have another
+    length than the sequence.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
-        owner, moved = mask, False
+        owner, coarse = mask, 1
         for key in path[:-1]:
-            moved |= isinstance(owner, Mask) and not isinstance(owner, And | Or | Not)
+            if isinstance(owner, Mask):
+                step = owner.coarseness
+                step = getattr(owner, step) if isinstance(step, str) else step
+                coarse = coarse * step if coarse and isinstance(step, int) else None
             owner = owner[key.idx] if isinstance(owner, tuple) else getattr(owner, key.name)
-        yield owner, path[-1].name, moved, leaf
+        yield owner, path[-1].name, coarse, leaf
 
 
 def leading_axes(mask: Mask) -> list[tuple[Any, int]]:

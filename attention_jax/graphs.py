@@ -38,6 +38,9 @@ class Edges(Mask):
         if isinstance(self.neighbors, list | tuple):
             object.__setattr__(self, "neighbors", np.asarray(self.neighbors, np.int32))
 
+    def entries(self, field: str, query_length: int, key_length: int) -> dict[str, int]:
+        return {"T": query_length}
+
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         if isinstance(q_idx, Interval) and isinstance(kv_idx, Interval):
             return self._of_tiles(q_idx, kv_idx)

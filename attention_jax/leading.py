@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from attention_jax import checks
 from attention_jax.algebra import Mask, Table, owners
-from attention_jax.masks import Segment
 
 Array = jax.Array
 Sizes = dict[str, int]
@@ -61,13 +60,13 @@ def of_mask(operation: str, mask: Mask, sizes: Sizes) -> tuple[Any, list[str]]:
 
 
 def _of_field(
-    operation: str, mask: Mask, name: str, moved: bool, array: Any, sizes: Sizes
+    operation: str, mask: Mask, name: str, coarse: int | None, array: Any, sizes: Sizes
 ) -> tuple[Any, str]:
     label = f"{operation}: {type(mask).__name__}.{name}"
-    if isinstance(mask, Table) and not moved:
-        return of_array(label, array, sizes)
-    if isinstance(mask, Segment) and not moved:
-        _check_ids(label, mask, name, array, sizes)
+    if coarse is not None:
+        sizes = sizes | {axis: -(-sizes[axis] // coarse) for axis in "TS"}
+        if isinstance(mask, Table):
+            return of_array(label, array, sizes)
     rank = mask.example_rank.get(name, 0)
     extra = jnp.ndim(array) - rank
     letters = "BN"[: max(extra, 0)]
@@ -80,17 +79,15 @@ def _of_field(
             f"{label} may have the leading axes [B, N] = {(sizes['B'], sizes['N'])} beyond its "
             f"{rank} for one example, got shape {jnp.shape(array)}."
         )
-    return _without_ones(array, letters)
-
-
-def _check_ids(label: str, mask: Segment, name: str, array: Any, sizes: Sizes) -> None:
-    serves = "S" if name == "key_ids" else "T" if mask.key_ids is not None else "TS"
-    for letter in serves:
-        if jnp.shape(array)[-1:] != (sizes[letter],):
+    needed = {} if coarse is None else mask.entries(name, sizes["T"], sizes["S"])
+    for number, length in needed.items():
+        if jnp.shape(array)[extra] != length:
+            places = "positions" if coarse == 1 else f"blocks of {coarse} positions"
             raise checks.ShapeError(
-                f"{label} must hold an id for each of the {letter} = {sizes[letter]} positions, "
-                f"got shape {jnp.shape(array)}."
+                f"{label} must hold an entry for each of the {number} = {length} {places}, got "
+                f"shape {jnp.shape(array)}; build the mask for this length."
             )
+    return _without_ones(array, letters)
 
 
 def _without_ones(array: Any, letters: str) -> tuple[Any, str]:

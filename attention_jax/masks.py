@@ -13,6 +13,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
+import jax.core
+import numpy as np
+
 from attention_jax.algebra import And as And
 from attention_jax.algebra import Full, Mask, Predicate, Shift, Table, as_mask, draw
 from attention_jax.intervals import EMPTY, FULL, PARTIAL, Lookup
@@ -74,16 +78,26 @@ class Window(Mask):
 
     def __post_init__(self) -> None:
         for name in ("left", "right"):
-            size = getattr(self, name)
-            if size is not None and size < 0:
-                raise ValueError(
-                    f"Window: {name} must be 0 or more keys (or None for no bound), got {size}."
-                )
+            object.__setattr__(self, name, _number_of_keys(name, getattr(self, name)))
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         distance = kv_idx - q_idx
         allowed = distance == distance if self.left is None else distance >= -self.left
         return allowed if self.right is None else allowed & (distance <= self.right)
+
+
+def _number_of_keys(name: str, size: Any) -> Any:
+    """Return one bound of a Window with a sign, as an int unless it is an array."""
+    is_whole = size is None or np.issubdtype(getattr(size, "dtype", type(size)), np.integer)
+    is_traced = isinstance(size, jax.core.Tracer)
+    if not is_whole or (size is not None and not is_traced and np.any(np.asarray(size) < 0)):
+        raise ValueError(
+            f"Window: {name} must be a whole number of keys, 0 or more (or None for no bound), "
+            f"got {size}."
+        )
+    if isinstance(size, np.ndarray | jax.Array):
+        return size.astype(np.int32)
+    return size if size is None else int(size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,6 +147,10 @@ class Segment(Mask):
     query_ids: Any
     key_ids: Any = None
     example_rank: ClassVar[dict[str, int]] = {"query_ids": 1, "key_ids": 1}
+
+    def entries(self, field: str, query_length: int, key_length: int) -> dict[str, int]:
+        keys = {"S": key_length} if field == "key_ids" or self.key_ids is None else {}
+        return keys if field == "key_ids" else {"T": query_length} | keys
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         key_ids = self.query_ids if self.key_ids is None else self.key_ids

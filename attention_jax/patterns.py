@@ -169,6 +169,7 @@ class Block(Mask):
 
     mask: Mask
     size: int
+    coarseness: ClassVar[str] = "size"
 
     def __post_init__(self) -> None:
         at_least("Block", 1, size=self.size)
@@ -212,6 +213,9 @@ class GlobalTokens(Mask):
                     f"[S], got a {marks.dtype} scalar."
                 )
             object.__setattr__(self, "tokens", marks.astype(np.int32))
+
+    def entries(self, field: str, query_length: int, key_length: int) -> dict[str, int]:
+        return {"max(T, S)": max(query_length, key_length)}
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return self._is_global(q_idx) | self._is_global(kv_idx)
@@ -287,6 +291,7 @@ class Heads(Mask):
     masks: Sequence[Mask]
     head: Any = None
     example_rank: ClassVar[dict[str, int]] = {"head": 0}
+    coarseness: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not self.masks:
@@ -298,9 +303,8 @@ class Heads(Mask):
         head = self.head
         if isinstance(q_idx, Interval) and not isinstance(head, Unknown):
             head = Interval(head, head)
-        chosen = [
-            (head == number) & judge(mask, q_idx, kv_idx) for number, mask in enumerate(self.masks)
-        ]
+        masks = enumerate(self.masks)
+        chosen = [(head == number) & judge(mask, q_idx, kv_idx) for number, mask in masks]
         return functools.reduce(operator.or_, chosen)
 
 

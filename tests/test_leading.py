@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from attention_jax import leading
 from attention_jax.checks import ShapeError
 from attention_jax.masks import Causal, Full, Lengths, Prefix, Segment, Shift, Table, Window
+from attention_jax.patterns import Block, GlobalTokens, Heads, edges, random_blocks
 
 SIZES = {"B": 2, "N": 4, "K": 2, "T": 5, "S": 7}
 
@@ -60,6 +62,11 @@ def test_arrays_that_do_not_broadcast(shape):
             Shift(Segment(np.ones(99, int)), query=np.ones(2, int)) | Prefix(np.int32(2)),
             ["", "B", ""],
         ),
+        (GlobalTokens(np.ones((2, 7), bool)), ["B"]),
+        (
+            Block(edges([(0, 1)], length=3), 2) | Shift(edges([(0, 1)], length=99), query=1),
+            ["", ""],
+        ),
         (Causal() & Shift(Table(np.ones((2, 9, 9), bool)), query=1), ["B"]),
     ],
 )
@@ -96,11 +103,32 @@ def test_axes_of_size_one_are_dropped_from_the_mask_itself():
         ),
         (
             Segment(jnp.ones(5, int)),
-            "f: Segment.query_ids must hold an id for each of the S = 7 positions, got shape (5,).",
+            "f: Segment.query_ids must hold an entry for each of the S = 7 positions, got shape "
+            "(5,); build the mask for this length.",
         ),
         (
             Segment(jnp.ones(5, int), jnp.ones(8, int)),
-            "f: Segment.key_ids must hold an id for each of the S = 7 positions, got shape (8,).",
+            "f: Segment.key_ids must hold an entry for each of the S = 7 positions, got shape "
+            "(8,); build the mask for this length.",
+        ),
+        (
+            ~GlobalTokens([False, True]),
+            "f: GlobalTokens.tokens must hold an entry for each of the max(T, S) = 7 positions, "
+            "got shape (2,); build the mask for this length.",
+        ),
+        (
+            Heads([Causal()] * 3 + [edges([(0, 1)], length=2)]),
+            "f: Edges.neighbors must hold an entry for each of the T = 5 positions, got shape "
+            "(2, 1); build the mask for this length.",
+        ),
+        (
+            random_blocks(jax.random.key(0), 2, size=2, count=1) | Causal(),
+            "f: Edges.neighbors must hold an entry for each of the T = 3 blocks of 2 positions, "
+            "got shape (1, 1); build the mask for this length.",
+        ),
+        (
+            Block(Block(Table(jnp.ones((5, 7), bool)), 2), 2),
+            "f: Table.allowed must broadcast to [B, N, T, S] = (2, 4, 2, 2), got (5, 7).",
         ),
         (
             Table(jnp.ones((5, 6), bool)),

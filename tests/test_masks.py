@@ -262,12 +262,20 @@ def test_and_or_not_are_refused():
         (
             lambda: Window(-1, 0),
             ValueError,
-            "Window: left must be 0 or more keys (or None for no bound), got -1.",
+            "Window: left must be a whole number of keys, 0 or more (or None for no bound), "
+            "got -1.",
         ),
         (
             lambda: Window(0, -3),
             ValueError,
-            "Window: right must be 0 or more keys (or None for no bound), got -3.",
+            "Window: right must be a whole number of keys, 0 or more (or None for no bound), "
+            "got -3.",
+        ),
+        (
+            lambda: Window(1.5, 0),
+            ValueError,
+            "Window: left must be a whole number of keys, 0 or more (or None for no bound), "
+            "got 1.5.",
         ),
         (
             lambda: as_mask(np.ones((2, 2))),
@@ -293,12 +301,48 @@ def test_and_or_not_are_refused():
             "mask: a predicate must return booleans, got int32; compare the indices, and "
             "combine conditions with & | ~.",
         ),
+        *(
+            (
+                lambda predicate=predicate: Predicate(predicate).to_dense(3),
+                TypeError,
+                "mask: combine conditions with & | ~, not with and, or, not, if or a chain such "
+                "as a <= b < c.",
+            )
+            for predicate in (
+                lambda q_idx, kv_idx: q_idx >= kv_idx and q_idx - kv_idx < 2,
+                lambda q_idx, kv_idx: 0 <= q_idx - kv_idx < 2,
+                jax.jit(lambda q_idx, kv_idx: q_idx >= kv_idx or kv_idx < 2),
+            )
+        ),
     ],
 )
 def test_errors_say_what_was_given_and_what_is_allowed(build, error, message):
     with pytest.raises(error) as caught:
         build()
     assert str(caught.value) == message
+
+
+def test_a_window_of_any_integers_is_that_of_plain_ones():
+    expected = Window(2, 1).to_dense(4)
+    np.testing.assert_array_equal(Window(np.uint8(2), np.int64(1)).to_dense(4), expected)
+    for left in (np.array(2, np.uint8), jnp.uint8(2)):
+        np.testing.assert_array_equal(Window(left, 1).to_dense(4), expected)
+    np.testing.assert_array_equal(
+        jax.jit(lambda left: Window(left, 1).to_dense(4))(jnp.int32(2)), expected
+    )
+
+
+def test_what_cannot_be_drawn_still_prints():
+    """Lengths of several examples, and one known inside `jit` alone."""
+    lengths = Lengths(jnp.array([1, 2]))
+    assert str(lengths) == repr(lengths)
+
+    @jax.jit
+    def drawn(length):
+        assert str(Prefix(length)).startswith("Prefix(length=")
+        return length
+
+    drawn(jnp.int32(2))
 
 
 def test_pictures():
@@ -395,3 +439,13 @@ def test_masks_written_by_the_user():
     np.testing.assert_array_equal(mask.to_dense(4), np.eye(4, k=1, dtype=bool))
     assert_sound(mask.tiles(4, 4, 2, 2), mask.to_dense(4), 2, 2)
     assert (Diagonal(1).tiles(4, 4, 2, 2) == EMPTY).sum() == 1
+
+
+def test_a_predicate_that_fails_on_intervals_in_any_way_counts_as_partial():
+    def checked(q_idx, kv_idx):
+        chex.assert_rank([q_idx, kv_idx], 2)
+        return q_idx >= kv_idx
+
+    predicate = Predicate(checked)
+    assert (predicate.tiles(4, 4, 2, 2) == PARTIAL).all()
+    assert (predicate.to_dense(3) == Causal().to_dense(3)).all()
