@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from experiments.translate import kept, task, workdir
+from experiments.translate import kept, outcome, task, workdir
 from experiments.translate import results as of_run
 from experiments.translate.budget import sizes_of
 from experiments.translate.config import Config, group_of
@@ -66,12 +66,14 @@ def _check(cells: list[Cell]) -> None:
     of_task: dict[Config, list[Cell]] = defaultdict(list)
     for cell in cells:
         workdir.check(cell.config)
-        # Whatever else the learning rate changes, data and sizes are the same.
-        if cell.rate == cells[0].rate:
-            of_task[_config_of_task(cell.config)].append(cell)
+        of_task[_config_of_task(cell.config)].append(cell)
     for together in of_task.values():
         for cell in together:
-            _sizes(cell, _task(cell.config))
+            given = _task(cell.config)
+            kept.check_data(cell.config.directory, given.corpus)
+            # With another learning rate the sizes are the same.
+            if cell.rate == cells[0].rate:
+                _sizes(cell, given)
 
 
 def _do_all(cells: list[Cell], console: Console) -> list[Record]:
@@ -100,12 +102,12 @@ def _found(cell: Cell) -> Record | None:
     folder = cell.config.directory
     measured, diverged = _files(cell)
     if diverged.exists():
-        return {"folder": str(folder), **json.loads(diverged.read_text(encoding="utf-8"))}
+        return {"folder": str(folder), **outcome.read(diverged)}
     if not measured.exists():
         return None
-    outcome = json.loads(measured.read_text(encoding="utf-8"))
-    kept_of_it = {name: outcome[name] for name in _KEPT}
-    return {"folder": str(folder), **kept_of_it, "metrics": of_run.measured(outcome)}
+    found = outcome.read(measured)
+    kept_of_it = {name: found[name] for name in _KEPT}
+    return {"folder": str(folder), **kept_of_it, "metrics": of_run.measured(found)}
 
 
 def _files(cell: Cell) -> tuple[Path, Path]:

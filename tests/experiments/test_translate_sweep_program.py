@@ -173,6 +173,36 @@ def test_a_folder_of_a_run_that_holds_something_else_is_refused_at_once(
     assert len(trained) == 1
 
 
+def test_a_sweep_goes_on_with_the_data_it_began_with_alone(sweep, trained, tmp_path, capsys):
+    table = tmp_path / "table.tsv"
+    table.write_text("".join(f"a{n} b\tc{n} d\n" for n in range(200)))
+    flags = (f"--data={table}", "--seeds=1", "--min_count=1")
+    assert sweep(*flags, "--scores=dot") == 0
+    table.write_text("".join(f"a{n} b\tc{n} e\n" for n in range(200)))
+    run._read.cache_clear()  # as a new process begins
+    capsys.readouterr()
+    assert sweep(*flags, "--scores=dot,additive") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"translate_sweep: {table} has changed since the run in ")
+    assert error.count("\n") == 1 and len(trained) == 1
+
+
+@pytest.mark.parametrize("rate", ["0.01", "100"])
+def test_a_damaged_outcome_is_named(rate, sweep, trained, tmp_path, capsys):
+    flags = ("--seeds=1", "--scores=dot", f"--learning_rate={rate}")
+    assert sweep(*flags) == 0
+    (run_of_it,) = (tmp_path / "sweep" / "runs").iterdir()
+    name = "outcomes/dot.json" if rate == "0.01" else "diverged.json"
+    (run_of_it / name).write_text("{")
+    capsys.readouterr()
+    assert sweep(*flags) == 2
+    assert capsys.readouterr().err == (
+        f"translate_sweep: {run_of_it / name} is damaged; delete it, and the same command measures "
+        "again what was trained.\n"
+    )
+    assert len(trained) == 1
+
+
 @pytest.mark.slow
 def test_a_real_sweep_measures_what_the_translator_measures(sweep, translate, tmp_path, capsys):
     """One rate is so large that weights overflow."""
