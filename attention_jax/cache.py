@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -146,9 +147,9 @@ def extend(
       The next cache, and the view for `attend_cached`.
 
     Raises:
-      ShapeError: keys or values that do not fit the cache.
-      ValueError: more tokens than the capacity, where it is known outside `jit`. Within `jit` a
-        cache that overflows makes its queries' contexts NaN.
+      ShapeError: keys, values or a count that do not fit the cache.
+      ValueError: a count that is not in [0, T], or more tokens than the capacity, where it is known
+        outside `jit`. Within `jit` a cache that overflows makes its queries' contexts NaN.
 
     >>> cache = init(1, 8, 1, 1)
     >>> cache, view = extend(cache, jnp.ones((1, 3, 1, 1)), jnp.ones((1, 3, 1, 1)))
@@ -158,9 +159,7 @@ def extend(
     checks.axes("extend", cached=(cache.key, "BCKH"), key=(key, "BTKH"))
     checks.axes("extend", cached=(cache.value, "BCKV"), value=(value, "BTKV"), key=(key, "BTKH"))
     tokens, start = key.shape[1], cache.length
-    count = jnp.broadcast_to(
-        jnp.asarray(tokens if count is None else count, jnp.int32), start.shape
-    )
+    count = checks.tokens("extend", count, tokens, start.shape)
     overflow = _overflows(cache, tokens, count)
     new = next_positions(cache, tokens)
     is_token = new < (start + count)[..., None]
@@ -217,6 +216,13 @@ def view_of(memory: tuple[Array, Array], cache: KeyValueCache, tokens: int) -> V
     )
 
 
+_OPTIONS = [
+    name
+    for name, parameter in inspect.signature(attend).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "mask"
+]
+
+
 def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any) -> Any:
     """Attend from new tokens to all that the cache holds, as the full pass would.
 
@@ -232,11 +238,17 @@ def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any)
 
     Raises:
       ShapeError: operands that do not fit each other.
+      TypeError: another option than those.
 
     >>> cache, view = extend(init(1, 8, 2, 4), *2 * [jnp.ones((1, 3, 2, 4))])
     >>> attend_cached(jnp.ones((1, 3, 2, 4)), view, mask=masks.Causal()).shape
     (1, 3, 2, 4)
     """
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown:
+        raise TypeError(
+            f"attend_cached: there is no option {unknown[0]}; it takes mask, {', '.join(_OPTIONS)}."
+        )
     sizes = checks.axes("attend_cached", query=(query, "BTNH"), key=(view.key, "BSKE"))
     mask = masks.Shift(masks.as_mask(mask))
     if view.start.ndim == 0:

@@ -80,9 +80,15 @@ def floating(operation: str, /, **tensors: Any) -> None:
 
     Raises:
       ShapeError: an integer tensor, or two dtypes.
+      TypeError: no array.
     """
     first = None
     for name, array in tensors.items():
+        if not hasattr(array, "dtype"):
+            raise TypeError(
+                f"{operation}: {name} must be an array, got {type(array).__name__}; convert it "
+                f"with jnp.asarray({name})."
+            )
         dtype = jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ShapeError(
@@ -120,6 +126,38 @@ def at_least(operation: str, smallest: int, /, **arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, jax.core.Tracer) and np.any(np.asarray(value) < smallest):
             raise ValueError(f"{operation}: {name} must be {smallest} or more, got {value}.")
+
+
+def tokens(operation: str, count: Any, length: int, examples: tuple[int, ...]) -> jax.Array:
+    """Return how many of `length` rows are tokens, one number or one for each example.
+
+    Raises:
+      ShapeError: neither one number nor one for each, or no integers.
+      ValueError: less than none or more than all, where it is known outside `jit`.
+
+    >>> tokens("extend", 3, length=5, examples=(2,))
+    Array([3, 3], dtype=int32)
+    """
+    count = length if count is None else count
+    count = np.asarray(count) if isinstance(count, list | tuple) else count
+    dtype, shape = jnp.result_type(count), np.shape(count)
+    fits = shape in ((), examples) or (shape == (1,) and examples)
+    if not fits or not jnp.issubdtype(dtype, jnp.integer):
+        each = (
+            f", or one for each of the {examples[0]} examples"
+            if examples
+            else " for all examples, as they have one length; init with ragged=True for one each"
+        )
+        raise ShapeError(
+            f"{operation}: count must be one integer{each}; got {dtype} of shape {shape}."
+        )
+    if not isinstance(count, jax.core.Tracer):
+        known = np.asarray(count)
+        if np.any((known < 0) | (known > length)):
+            raise ValueError(
+                f"{operation}: count must be from 0 to the {length} tokens given, got {count}."
+            )
+    return jnp.broadcast_to(jnp.asarray(count, jnp.int32), examples)
 
 
 def _raise_if_refused(assertion: Callable[[], None], message: str) -> None:

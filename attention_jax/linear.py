@@ -83,6 +83,7 @@ def linear_attention(
     """
     name = "linear_attention"
     sizes = _sizes(name, query, key, value)
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
     _check_options(name, feature_map, normalize, chunk_size)
     found = padding.read(name, mask, sizes, causal=True, reason=_SHARED)
     sums = _empty(sizes["B"], key, value, feature_map)
@@ -163,7 +164,8 @@ def decode(
 
     Raises:
       ShapeError: operands that do not fit each other or the state.
-      ValueError: a mask that cannot be honoured, or a signed feature map to be normalised.
+      ValueError: a mask that cannot be honoured, a signed feature map to be normalised, or a count
+        that is not in [0, T].
 
     Katharopoulos et al. 2020, section 3.4, equations 16 to 20.
 
@@ -173,6 +175,7 @@ def decode(
     (1, 3, 2, 4)
     """
     sizes = _sizes("decode", query, key, value)
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
     checks.axes("decode", query=(query, "BTNH"), key=(key, "BTKH"))
     _check_options("decode", feature_map, normalize, chunk_size)
     _check_state("decode", state, key, value, feature_map)
@@ -183,7 +186,7 @@ def decode(
             "decode: the mask must be masks.Causal() with offset 0, or that and padding joined by "
             "&, because the sums of the past hold all tokens so far and no later one."
         )
-    count = _counted(count, sizes)
+    count = checks.tokens("decode", count, sizes["T"], (sizes["B"],))
     is_token = indices(sizes["T"])[None, :] < count[:, None]
     asked, present = is_token & found.query, is_token & found.key
     query = jnp.where(asked[:, :, None, None], query, 0.0)
@@ -215,6 +218,7 @@ def extend(
 
     Raises:
       ShapeError: operands that do not fit each other or the state.
+      ValueError: a count that is not in [0, S].
 
     >>> x = jnp.ones((1, 3, 2, 4))
     >>> read(x, extend(init(1, 2, 4), x, x))[0, 0, 0]
@@ -222,7 +226,7 @@ def extend(
     """
     sizes = checks.axes("extend", key=(key, "BTKH"), value=(value, "BTKV"))
     _check_state("extend", state, key, value, feature_map)
-    count = _counted(count, sizes)
+    count = checks.tokens("extend", count, sizes["T"], (sizes["B"],))
     present = indices(sizes["T"])[None, :] < count[:, None]
     sums = extended(state.sums, key, value, present, feature_map)
     return LinearState(sums, state.length + count)
@@ -302,9 +306,3 @@ def _num_features(feature_map: Any, depth: int, dtype: Any) -> int:
 def _empty(batch: int, key: Array, value: Array, feature_map: Any) -> Sums:
     sizes = (batch, key.shape[2], key.shape[3], value.shape[3])
     return init(*sizes, feature_map=feature_map, dtype=key.dtype).sums
-
-
-def _counted(count: Any, sizes: dict[str, int]) -> Array:
-    """Return how many of the T rows are tokens, [B]."""
-    count = jnp.asarray(sizes["T"] if count is None else count, jnp.int32)
-    return jnp.broadcast_to(count, sizes["B"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax import attend, bind, cache, masks, per_head, positions, scores
+from attention_jax import attend, bind, cache, linear, masks, per_head, positions, scores
 from attention_jax import linen as attention_linen
 from attention_jax.nnx import MultiHeadAttention
 from tests.contract import examples
@@ -295,3 +295,59 @@ def test_bad_arguments_are_explained():
         cache.extend(state, jnp.ones((1, 1, 1, 3)), jnp.ones((1, 1, 1, 3)))
     with pytest.raises(ValueError, match=r"extend: axis V .* of value \[B, T, K, V\] must be 3"):
         cache.extend(state, jnp.ones((1, 1, 2, 3)), jnp.ones((1, 1, 2, 4)))
+
+
+NEW = jnp.ones((2, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: cache.extend(cache.init(2, 8, 1, 2), NEW, NEW, count=5),
+            ValueError,
+            "extend: count must be from 0 to the 3 tokens given, got 5.",
+        ),
+        (
+            lambda: cache.extend(cache.init(2, 8, 1, 2, ragged=True), NEW, NEW, count=[1, -1]),
+            ValueError,
+            "extend: count must be from 0 to the 3 tokens given, got [ 1 -1].",
+        ),
+        (
+            lambda: cache.extend(cache.init(2, 8, 1, 2), NEW, NEW, count=jnp.array([1, 2])),
+            ValueError,
+            "extend: count must be one integer for all examples, as they have one length; init "
+            "with ragged=True for one each; got int32 of shape (2,).",
+        ),
+        (
+            lambda: cache.extend(cache.init(2, 8, 1, 2, ragged=True), NEW, NEW, count=np.ones(2)),
+            ValueError,
+            "extend: count must be one integer, or one for each of the 2 examples; got float32 of "
+            "shape (2,).",
+        ),
+        (
+            lambda: linear.decode(NEW, NEW, NEW, linear.init(2, 1, 2), count=4),
+            ValueError,
+            "decode: count must be from 0 to the 3 tokens given, got 4.",
+        ),
+        (
+            lambda: linear.extend(linear.init(2, 1, 2), NEW, NEW, count=jnp.arange(3)),
+            ValueError,
+            "extend: count must be one integer, or one for each of the 2 examples; got int32 of "
+            "shape (3,).",
+        ),
+        (
+            lambda: cache.attend_cached(
+                NEW, cache.extend(cache.init(2, 8, 1, 2), NEW, NEW)[1], scale=3
+            ),
+            TypeError,
+            "attend_cached: there is no option scale; it takes mask, score, bias, normalizer, "
+            "dropout_rate, dropout_key, implementation, tile_sizes, return_weights, "
+            "return_logsumexp.",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
