@@ -6,10 +6,11 @@ import functools
 from typing import Any
 
 import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
 
 from attention_jax import algebra, checks, masks
-from attention_jax.binding import as_pytree
-from attention_jax.composition import separate
 from attention_jax.implementations import choice, cudnn
 from attention_jax.implementations.dense import dense
 from attention_jax.implementations.tiled import tiled
@@ -74,6 +75,7 @@ def attend(
     Raises:
       ShapeError: operands that do not fit each other.
       ValueError: an argument out of range, or something the implementation cannot do.
+      TypeError: what is no array, function or mask where one belongs.
 
     Vaswani et al. 2017, equation 1, for a general score; Bahdanau, Cho and Bengio 2015.
 
@@ -82,7 +84,7 @@ def attend(
     (2, 5, 4, 8)
     """
     sizes = _sizes(query, key, value)
-    checks.multiple("attend", "query heads N", sizes["N"], "key heads K", sizes["K"])
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
     _check_dropout(dropout_rate, dropout_key)
     mask = algebra.with_int32(algebra.as_mask(mask))
     name, tile = _resolve(
@@ -101,17 +103,9 @@ def attend(
     if name == "cudnn":
         return cudnn.attend(query, key, value, score, mask)
 
-    operands = Operands(sizes, at_least_float32(query.dtype))
-    operands.add("query", query, "BTN")
-    operands.add("key", key, "BSK")
-    operands.add("value", value, "BSK")
-    operands.add_function("score", score, separate)
-    operands.check_score(score)
-    operands.add_mask(mask)
-    operands.add_bias(bias)
-    operands.add_function("normalizer", normalizer, as_pytree)
-    operands.add_dropout(dropout_rate, dropout_key)
-
+    operands = _operands(
+        sizes, query, key, value, score, mask, bias, normalizer, dropout_rate, dropout_key
+    )
     if name == "dense":
         context, weights, logsumexp = operands.run(dense, return_weights, sequential="")
     else:
@@ -154,6 +148,7 @@ def explain(
     """
     sizes: dict[str, int] = {}
     jax.eval_shape(lambda *operands: sizes.update(_sizes(*operands)), query, key, value)
+    _check_dropout(dropout_rate, dropout_key)
     mask = algebra.with_int32(algebra.as_mask(mask))
     name, tile = _resolve(
         sizes,
@@ -168,13 +163,49 @@ def explain(
         return_weights,
         return_logsumexp,
     )
+
+    def check(query: Array, key: Array, value: Array) -> None:
+        _operands(
+            sizes, query, key, value, score, mask, bias, normalizer, dropout_rate, dropout_key
+        )
+
+    jax.eval_shape(check, query, key, value)
     itemsize = at_least_float32(query.dtype).itemsize
     return choice.describe(name, mask, sizes, tile, itemsize)
 
 
 def _sizes(query: Any, key: Any, value: Any) -> dict[str, int]:
     checks.floating("attend", query=query, key=key, value=value)
-    return checks.axes("attend", query=(query, "BTNQ"), key=(key, "BSKH"), value=(value, "BSKV"))
+    letters = {"query": (query, "BTNQ"), "key": (key, "BSKH"), "value": (value, "BSKV")}
+    sizes = checks.axes("attend", **letters)
+    checks.at_least("attend", 1, **{"query heads N": sizes["N"]})
+    checks.multiple("attend", "query heads N", sizes["N"], "key heads K", sizes["K"])
+    return sizes
+
+
+def _operands(
+    sizes: dict[str, int],
+    query: Array,
+    key: Array,
+    value: Array,
+    score: Any,
+    mask: masks.Mask,
+    bias: Any,
+    normalizer: Any,
+    dropout_rate: float,
+    dropout_key: Array | None,
+) -> Operands:
+    """Collect the operands, each checked against the others."""
+    operands = Operands(sizes, at_least_float32(query.dtype))
+    operands.add("query", query, "BTN")
+    operands.add("key", key, "BSK")
+    operands.add("value", value, "BSK")
+    operands.add_score(score)
+    operands.add_mask(mask)
+    operands.add_bias(bias)
+    operands.add_normalizer(normalizer)
+    operands.add_dropout(dropout_rate, dropout_key)
+    return operands
 
 
 def _resolve(
@@ -219,12 +250,20 @@ def _resolve(
         raise ValueError(f"attend: implementation {implementation!r} {lacks[implementation]}")
     if implementation is None:
         implementation = choice.choose(sizes, able=[n for n in lacks if not lacks[n]])
-    if tile_sizes is not None and min(tile_sizes) < 1:
-        raise ValueError(f"attend: tile_sizes must be two positive numbers, got {tile_sizes}.")
+    if tile_sizes is not None and not _are_tile_sizes(tile_sizes):
+        raise ValueError(
+            f"attend: tile_sizes must be two positive numbers, got {tile_sizes}; give how many "
+            "queries and how many keys, as integers."
+        )
     if tile_sizes is None:
         return implementation, choice.choose_tile(mask, sizes)
     longest = max(sizes["T"], 1), max(sizes["S"], 1)
     return implementation, (min(tile_sizes[0], longest[0]), min(tile_sizes[1], longest[1]))
+
+
+def _are_tile_sizes(sizes: Any) -> bool:
+    is_pair = isinstance(sizes, tuple | list) and len(sizes) == 2
+    return is_pair and all(isinstance(size, int | np.integer) and size > 0 for size in sizes)
 
 
 def _tiled_lacks(how: Any, return_weights: bool) -> str | None:
@@ -238,10 +277,28 @@ def _tiled_lacks(how: Any, return_weights: bool) -> str | None:
     return None
 
 
-def _check_dropout(rate: float, key: Array | None) -> None:
+def _check_dropout(rate: float, key: Any) -> None:
+    if isinstance(rate, jax.core.Tracer):
+        raise TypeError(
+            "attend: dropout_rate must be a number that is known while tracing, got one known only "
+            "inside jit; name it in static_argnames."
+        )
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"attend: dropout_rate must be in [0, 1), got {rate}.")
     if rate and key is None:
         raise ValueError(
             f"attend: dropout_rate {rate} needs a dropout_key; give a jax.random key, or rate 0."
         )
+    if rate and not _is_one_key(key):
+        is_array = hasattr(key, "dtype")
+        got = f"{key.dtype} of shape {key.shape}" if is_array else type(key).__name__
+        raise ValueError(f"attend: dropout_key must be one jax.random key, got {got}.")
+
+
+def _is_one_key(key: Any) -> bool:
+    """Tell whether it is a key of `jax.random.key`, or the words of one of `PRNGKey`."""
+    if not hasattr(key, "dtype"):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.ndim == 0
+    return key.dtype == jnp.uint32 and key.ndim == 1

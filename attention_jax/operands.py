@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from attention_jax import checks, leading, masks
 from attention_jax.binding import PerHead, as_pytree, unbound
-from attention_jax.composition import is_positional, separate
+from attention_jax.composition import finished, is_positional, separate
 from attention_jax.implementations.head import SAVED, Head, Result
 from attention_jax.lifting import lift
+from attention_jax.normalizers import streaming
 
 Array = jax.Array
 
@@ -50,6 +52,11 @@ class Operands:
 
     def add_function(self, name: str, function: Any, read: Callable[[Any], Any]) -> None:
         """Add a bound score, bias or normalizer, the same for all heads or one slice for each."""
+        if not callable(function_of(function)):
+            example = {"score": "scores.scaled_dot", "normalizer": "normalizers.softmax"}[name]
+            raise TypeError(
+                f"attend: {name} must be a function such as {example}, got {function!r}."
+            )
         heads = isinstance(function, PerHead)
         if heads:
             for leaf in jax.tree.leaves(function):
@@ -69,12 +76,10 @@ class Operands:
         build = self.rebuild[name]
         self.rebuild[name] = lambda arrays: read(build(arrays))
 
-    def check_score(self, score: Any) -> None:
-        """Ask the score for the shape of its logits, so that its own checks speak first."""
-        bound = as_pytree(function_of(score))
-        if isinstance(score, PerHead):
-            bound = jax.tree.map(lambda leaf: leaf[0], bound)
-        bound = jax.tree.map(self._cast, bound)
+    def add_score(self, score: Any) -> None:
+        """Add the score, and ask it for its logits' shape, so that its own checks speak first."""
+        self.add_function("score", score, separate)
+        bound = self._of_one_head(score)
         rows = (
             jax.ShapeDtypeStruct((self.sizes[length], self.sizes[depth]), self.dtype)
             for length, depth in ("TQ", "SH")
@@ -87,6 +92,30 @@ class Operands:
                 f"attend: score must return logits [T, S] = {expected}, got shape "
                 f"{jnp.shape(logits)}."
             )
+        if logits.dtype != self.dtype:
+            build = self.rebuild["score"]
+            cast = Partial(lambda logits: logits.astype(self.dtype))
+            self.rebuild["score"] = lambda arrays: finished(build(arrays), cast)
+
+    def add_normalizer(self, normalizer: Any) -> None:
+        """Add the normalizer, and ask one that is the user's own for the shape of its weights."""
+        self.add_function("normalizer", normalizer, as_pytree)
+        if streaming(function_of(normalizer)) is not None:
+            return
+        bound = self._of_one_head(normalizer)
+        expected = (self.sizes["T"], self.sizes["S"])
+        logits, allowed = (jax.ShapeDtypeStruct(expected, of) for of in (self.dtype, bool))
+        refusal = (
+            f"attend: normalizer must map (logits, allowed), both [T, S] = {expected}, to weights "
+            "[T, S], as normalizers.softmax does"
+        )
+        try:
+            weights = jax.eval_shape(lambda *given: bound(*given), logits, allowed)
+        except TypeError as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise TypeError(f"{refusal}; this one fails: {reason}.") from error
+        if jnp.shape(weights) != expected:
+            raise checks.ShapeError(f"{refusal}; this one returns shape {jnp.shape(weights)}.")
 
     def add_mask(self, mask: masks.Mask) -> None:
         mask, letters = leading.of_mask("attend", mask, self.sizes)
@@ -99,8 +128,25 @@ class Operands:
             self.rebuild["bias"] = lambda _: None
         elif callable(function_of(bias)):
             self.add_function("bias", bias, lambda bound: bound)
+            self._check_bias(bias)
         else:
             self.add("bias", *leading.of_array("attend: bias", jnp.asarray(bias), self.sizes))
+
+    def _check_bias(self, bias: Any) -> None:
+        bound = self._of_one_head(bias)
+        expected = (self.sizes["T"], self.sizes["S"])
+        q_idx, kv_idx = (
+            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((expected[0], 1), (1, expected[1]))
+        )
+        shape = jnp.shape(jax.eval_shape(lambda *pair: bound(*pair), q_idx, kv_idx))
+        padded = (1,) * (2 - len(shape)) + shape
+        if len(shape) > 2 or any(
+            got not in (1, full) for got, full in zip(padded, expected, strict=True)
+        ):
+            raise checks.ShapeError(
+                "attend: bias must return numbers that broadcast to its indices [T, S] = "
+                f"{expected}, got shape {shape}."
+            )
 
     def add_dropout(self, rate: float, key: Any) -> None:
         if not rate:
@@ -127,6 +173,13 @@ class Operands:
         lifted = lift(one_head, self.axes, axes, f"B{self.heads}", sequential, SAVED)
         results = lifted(*self.leaves)
         return Result(*jax.tree.map(self._ungrouped, results, jax.tree.broadcast(axes, results)))
+
+    def _of_one_head(self, function: Any) -> Any:
+        """Return a bound function as the first head has it."""
+        bound = as_pytree(function_of(function))
+        if isinstance(function, PerHead):
+            bound = jax.tree.map(lambda leaf: leaf[0], bound)
+        return jax.tree.map(self._cast, bound)
 
     def _ungrouped(self, x: Array, letters: str) -> Array:
         axis = letters.index("K")

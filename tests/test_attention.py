@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from attention_jax import attend, bind, masks, normalizers, per_head, scores
+from attention_jax import attend, bind, explain, masks, normalizers, per_head, scores
+from attention_jax.linear import linear_attention
 from attention_jax.masks import Causal, Full, Lengths, Prefix, Segment, Shift, Window
+from attention_jax.patterns import GlobalTokens
 from tests import oracle
 
 B, T, S, N, K, H, V = 2, 5, 7, 4, 2, 3, 6
@@ -482,10 +484,14 @@ ERRORS = {
     "(2, 3, 5, 7).": lambda: attend(
         QUERY, KEY, VALUE, mask=Causal() & jnp.ones((2, 3, 5, 7), bool)
     ),
-    "attend: Segment.query_ids must hold an id for each of the T = 5 positions, got shape "
-    "(7,).": lambda: attend(QUERY, KEY, VALUE, mask=Segment(jnp.zeros(7, int))),
-    "attend: Segment.query_ids must hold an id for each of the S = 7 positions, got shape "
-    "(2, 5).": lambda: attend(QUERY, KEY, VALUE, mask=Causal() & Segment(jnp.zeros((2, 5), int))),
+    "attend: Segment.query_ids must hold an entry for each of the T = 5 positions, got shape "
+    "(7,); build the mask for this length.": lambda: attend(
+        QUERY, KEY, VALUE, mask=Segment(jnp.zeros(7, int))
+    ),
+    "attend: Segment.query_ids must hold an entry for each of the S = 7 positions, got shape "
+    "(2, 5); build the mask for this length.": lambda: attend(
+        QUERY, KEY, VALUE, mask=Causal() & Segment(jnp.zeros((2, 5), int))
+    ),
     "dot: axis H (number 1) of key [S, H] must be 3 as in query, got 2; give both the same "
     "H.": lambda: attend(QUERY, KEY[..., :2], VALUE, score=scores.dot),
     "bilinear: axis H (number 1) of weight [Q, H] must be 3 as in key, got 2; give both the same "
@@ -508,6 +514,52 @@ ERRORS = {
     "attend: return_logsumexp needs a softmax normalizer; this one has no log-sum-exp.": lambda: (
         attend(QUERY, KEY, VALUE, normalizer=normalizers.sigmoid, return_logsumexp=True)
     ),
+    "attend: GlobalTokens.tokens must hold an entry for each of the max(T, S) = 7 positions, got "
+    "shape (2,); build the mask for this length.": lambda: attend(
+        QUERY, KEY, VALUE, mask=GlobalTokens([False, True])
+    ),
+    "attend: query heads N must be 1 or more, got 0.": lambda: attend(QUERY[:, :, :0], KEY, VALUE),
+    "attend: query must be an array, got list; convert it with jnp.asarray(query).": lambda: attend(
+        [[1.0]], KEY, VALUE
+    ),
+}
+
+OPTION_ERRORS = {
+    "attend: tile_sizes must be two positive numbers, got 4; give how many queries and how many "
+    "keys, as integers.": {"tile_sizes": 4},
+    "attend: tile_sizes must be two positive numbers, got (4.0, 4.0); give how many queries and "
+    "how many keys, as integers.": {"tile_sizes": (4.0, 4.0)},
+    "attend: tile_sizes must be two positive numbers, got (4, 4, 99); give how many queries and "
+    "how many keys, as integers.": {"tile_sizes": (4, 4, 99)},
+    "attend: score must be a function such as scores.scaled_dot, got 'dot'.": {"score": "dot"},
+    "attend: score must be a function such as scores.scaled_dot, got 3.": {"score": 3},
+    "attend: score must return logits [T, S] = (5, 7), got shape (5,).": {
+        "score": lambda query, key: query[:, 0]
+    },
+    "attend: normalizer must be a function such as normalizers.softmax, got 'softmax'.": {
+        "normalizer": "softmax"
+    },
+    "attend: normalizer must map (logits, allowed), both [T, S] = (5, 7), to weights [T, S], as "
+    "normalizers.softmax does; this one fails: Abstract tracer value encountered where concrete "
+    "value is expected: traced array with shape bool[5,7].": {"normalizer": jax.nn.softmax},
+    "attend: normalizer must map (logits, allowed), both [T, S] = (5, 7), to weights [T, S], as "
+    "normalizers.softmax does; this one returns shape (5,).": {
+        "normalizer": lambda logits, allowed: logits[:, 0]
+    },
+    "attend: bias must return numbers that broadcast to its indices [T, S] = (5, 7), got shape "
+    "(3, 3).": {"bias": lambda q_idx, kv_idx: jnp.ones((3, 3))},
+    "attend: bias must broadcast to [B, N, T, S] = (2, 4, 5, 7), got (3, 3).": {
+        "bias": jnp.ones((3, 3))
+    },
+    "attend: dropout_rate must be in [0, 1), got 2.0.": {"dropout_rate": 2.0},
+    "attend: dropout_key must be one jax.random key, got key<fry> of shape (3,).": {
+        "dropout_rate": 0.5,
+        "dropout_key": jax.random.split(jax.random.key(0), 3),
+    },
+    "attend: dropout_key must be one jax.random key, got int.": {
+        "dropout_rate": 0.5,
+        "dropout_key": 0,
+    },
 }
 
 
@@ -516,6 +568,41 @@ def test_errors_say_what_does_not_fit_and_what_to_do(message):
     with pytest.raises((ValueError, TypeError)) as error:
         ERRORS[message]()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("operation", [attend, explain])
+@pytest.mark.parametrize("message", OPTION_ERRORS)
+def test_what_attend_refuses_explain_refuses(message, operation):
+    with pytest.raises((ValueError, TypeError)) as error:
+        operation(QUERY, KEY, VALUE, **OPTION_ERRORS[message])
+    assert str(error.value) == message
+
+
+def test_heads_that_do_not_divide_are_not_explained_away():
+    with pytest.raises(ValueError, match=r"attend: query heads N must be a multiple of key heads"):
+        explain(QUERY[:, :, :3], KEY, VALUE)
+
+
+def test_a_dropout_rate_known_only_inside_jit_is_refused():
+    with pytest.raises(TypeError, match=r"attend: dropout_rate must .* name it in static_argnames"):
+        jax.jit(lambda rate: attend(QUERY, KEY, VALUE, dropout_rate=rate))(0.5)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("operation", [attend, explain, linear_attention])
+def test_numpy_inputs_of_float64_are_taken_as_jax_takes_them(operation):
+    operation(*(np.asarray(x, np.float64) for x in (QUERY, KEY, VALUE)))
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_a_score_in_another_dtype_is_computed_in_that_of_the_inputs(implementation, x64):
+    def wide(query, key):
+        return query @ key.T / np.sqrt(query.shape[1])
+
+    narrow = (x.astype(jnp.float32) for x in (QUERY, KEY, VALUE))
+    found = attend(*narrow, score=wide, **implementation, return_logsumexp=True)
+    assert [x.dtype for x in found] == [jnp.float32, jnp.float32]
+    is_close(found[0], oracle.attention(QUERY, KEY, VALUE, scaled_dot)[0])
 
 
 def test_an_unknown_implementation_is_refused_by_name():
