@@ -23,6 +23,10 @@ import numpy as np
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
+_NO_TRUTH_VALUE = (
+    "mask: combine conditions with & | ~, not with and, or, not, if or a chain such as a <= b < c."
+)
+
 
 def _module(*operands: Any) -> ModuleType:
     """NumPy while everything is known at trace time, jax.numpy otherwise."""
@@ -60,7 +64,7 @@ class Truth:
         return ~(self ^ other)
 
     def __bool__(self) -> bool:
-        raise TypeError("mask: combine conditions with & | ~, not with and, or, not.")
+        raise TypeError(_NO_TRUTH_VALUE)
 
     def _combine(self, other: Any, name: str) -> Truth:
         other = as_truth(other)
@@ -275,13 +279,19 @@ def judge(predicate: Callable[..., Any], q_idx: Any, kv_idx: Any) -> Any:
     A predicate that cannot be read over intervals counts as PARTIAL: correct, just not skipped.
 
     Raises:
-      TypeError: asked over indices, the predicate answers with something else than booleans.
+      TypeError: asked over indices, the predicate answers with something else than booleans, or
+        wants the one truth value of many.
     """
     if not isinstance(q_idx, Interval | Unknown) and not isinstance(kv_idx, Interval | Unknown):
-        return _as_boolean(predicate(q_idx, kv_idx))
+        try:
+            return _as_boolean(predicate(q_idx, kv_idx))
+        except (ValueError, jax.errors.TracerBoolConversionError) as error:
+            if isinstance(error, ValueError) and "truth value" not in str(error):
+                raise
+            raise TypeError(_NO_TRUTH_VALUE) from error
     try:
         return as_truth(predicate(q_idx, kv_idx))
-    except (TypeError, ValueError, AttributeError, IndexError, jax.errors.JAXTypeError):
+    except Exception:  # whatever is wrong with it, it is asked again over indices
         return Truth(np.int8(PARTIAL))
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 Array = jax.Array
 
@@ -31,8 +32,9 @@ def lift(
         argument that lacks a letter is shared along that axis.
       result_axes: the same for each result, with every letter of `order`; a pytree as returned.
       order: the letters that are mapped, outermost first.
-      sequential: letters that are looped over instead of vectorised. One head at a time keeps
-        its tiles in cache, and a condition that differs between examples then really skips work.
+      sequential: letters that are looped over instead of vectorised, where their axes are not
+        sharded over an explicit mesh. One head at a time keeps its tiles in cache, and a condition
+        that differs between examples then really skips work.
       saved: names (`jax.ad_checkpoint.checkpoint_name`) of what a loop keeps of each head for the
         backward pass; the rest is computed again from the arguments, which are there anyway.
 
@@ -53,7 +55,8 @@ def lift(
             for letter, size in zip(letters, jnp.shape(argument), strict=False)
         }
         is_empty = any(sizes[letter] == 0 for letter in order)  # a loop could not even be traced
-        looped = [letter for letter in order if letter in sequential and not is_empty]
+        alone = sequential if not is_empty else ""
+        looped = [x for x in order if x in alone and not _is_sharded(x, axes, arguments)]
         vectorised = [letter for letter in order if letter not in looped]
         one = function
         for n, letter in reversed(list(enumerate(vectorised))):
@@ -64,6 +67,14 @@ def lift(
         return _looped(one, arguments, axes, result_axes, {x: sizes[x] for x in looped}, saved)
 
     return lifted
+
+
+def _is_sharded(letter: str, axes: Sequence[str], arguments: Sequence[Any]) -> bool:
+    """Tell whether an explicit mesh axis splits this one: then no part of it can be taken out."""
+    return any(
+        letter in letters and jax.typeof(argument).sharding.spec[letters.index(letter)] is not None
+        for letters, argument in zip(axes, arguments, strict=True)
+    )
 
 
 def _position(letter: str, letters: str, gone: set[str]) -> int | None:
@@ -121,7 +132,13 @@ def _write(whole: Array, part: Array, letters: str, where: dict[str, Any]) -> Ar
 
 
 def _zeros(part: Any, letters: str, sizes: dict[str, int]) -> Array:
-    """Return zeros for all heads; under `shard_map` they vary over the mesh as the parts do."""
+    """Return zeros for all heads; over a mesh they vary and are sharded as the parts are."""
     rest = iter(part.shape)
     front = [sizes[letter] if letter in sizes else next(rest) for letter in letters]
-    return jnp.zeros_like(part, shape=(*front, *rest))
+    zeros = jnp.zeros_like(part, shape=(*front, *rest))
+    split = [] if part.sharding is None else list(part.sharding.spec)
+    if not any(split):
+        return zeros
+    for place in [axis for axis, letter in enumerate(letters) if letter in sizes]:
+        split.insert(place, None)
+    return jax.reshard(zeros, PartitionSpec(*split))

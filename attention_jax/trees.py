@@ -1,11 +1,13 @@
-"""Splitting a pytree into what can be differentiated and what cannot; axes it varies over."""
+"""Splitting a pytree into what can be differentiated and what cannot; closures; mesh axes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 
 @jax.tree_util.register_pytree_node_class
@@ -42,6 +44,28 @@ def merge_floats(floats: list[Any], rest: Rest) -> Any:
     first, second = iter(floats), iter(rest.leaves)
     leaves = [next(first) if floating else next(second) for floating in rest.is_float]
     return jax.tree.unflatten(rest.structure, leaves)
+
+
+def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """Return a function that takes what this one closes over after its arguments, and those values.
+
+    `jax.closure_convert` leaves traced integers inside, where they would outlive their trace in
+    the rule of a custom derivative. The arguments are to be shaped as the examples.
+
+    >>> table = jnp.arange(4)
+    >>> look_up, values = hoisted(lambda index: table[index], jnp.int32(0))
+    >>> look_up(jnp.int32(3), *values)
+    Array(3, dtype=int32)
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*examples)
+    result = jax.tree.structure(shape)
+
+    def converted(*arguments: Any) -> Any:
+        own = jax.tree.leaves(arguments[: len(examples)])
+        values = list(arguments[len(examples) :])
+        return jax.tree.unflatten(result, jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, values))(*own))
+
+    return converted, closed.consts
 
 
 def varying_like(tree: Any, *like: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.implementations.tiles import Visits
-from attention_jax.intervals import EMPTY, indices
+from attention_jax.intervals import EMPTY, FULL, PARTIAL, indices
 
 Array = jax.Array
 
@@ -52,7 +52,7 @@ def over_visits(what: Pass, groups: list[Visits], states: Array | None, sums: An
     ]
 
     def switch(state: Array) -> Callable[..., Any]:
-        return lambda *operands: lax.switch(state, branches, *operands)
+        return lambda *operands: lax.switch(_joint(state), branches, *operands)
 
     return _fold(what, groups[0], states.astype(jnp.int32), switch, sums)
 
@@ -103,4 +103,19 @@ def _most(count: Array) -> Array:
 
 @_most.def_vmap
 def _(axis_size: int, in_batched: list[bool], count: Array) -> tuple[Array, bool]:
-    return _most(jnp.max(count)), False
+    return _most(jnp.max(count, initial=0)), False
+
+
+@jax.custom_batching.custom_vmap
+def _joint(state: Array) -> Array:
+    """Return the state; for a batch the one that all share, else PARTIAL, which is right for all.
+
+    A branch that differs within a batch would be all branches, and could not be transposed.
+    """
+    return state
+
+
+@_joint.def_vmap
+def _(axis_size: int, in_batched: list[bool], state: Array) -> tuple[Array, bool]:
+    least, most = jnp.min(state, initial=FULL), jnp.max(state, initial=EMPTY)
+    return _joint(jnp.where(least == most, least, PARTIAL)), False

@@ -34,8 +34,8 @@ from attention_jax.implementations.tiles import Visits, make_plan, make_visits
 from attention_jax.intervals import indices
 from attention_jax.masks import Lengths
 from attention_jax.matmul import times
-from attention_jax.normalizers import Elementwise, Exponential, streaming
-from attention_jax.trees import merge_floats, split_floats, varying_like
+from attention_jax.normalizers import Elementwise, Exponential, stable_logsumexp, streaming
+from attention_jax.trees import hoisted, merge_floats, split_floats, varying_like
 
 Array = jax.Array
 
@@ -63,9 +63,13 @@ class _Operands(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What it is not: the mask, what tiles are where only run time tells, dropout, poison."""
+    """What it is not: the mask, what tiles are where only run time tells, dropout, poison.
+
+    `captured` holds what the mask closes over.
+    """
 
     mask: Any
+    captured: Any
     states: Any
     dropout: Any
     query_poison: Array
@@ -84,8 +88,10 @@ def tiled(head: Head, query_size: int, key_size: int) -> Result:
     if not isinstance(how, Exponential):
         return Result(context, None, None)
     if how.sink is not None:
-        with_sink = jnp.logaddexp(logsumexp, jnp.asarray(how.sink, logsumexp.dtype))
-        context = context * jnp.exp(logsumexp - with_sink)[:, None]
+        sink = jnp.broadcast_to(jnp.asarray(how.sink, logsumexp.dtype), logsumexp.shape)
+        with_sink = stable_logsumexp(jnp.stack([logsumexp, sink], axis=1))
+        share = jnp.exp(logsumexp - online.finite_or_zero(with_sink))
+        context = context * share[:, None]
         logsumexp = with_sink
     return Result(context, None, logsumexp)
 
@@ -112,19 +118,25 @@ def _attend(head: Head, query_size: int, key_size: int) -> tuple[Array, Array]:
     )
     given = _Given(
         mask=mask,
+        captured={},
         states=None if plan.is_static else plan.states,
         dropout=head.dropout,
         query_poison=poison(query),
         key_poison=poison(key) + poison(value),
     )
     tiles = _Tiles(key_size, visits)
-    logits, captured = {}, {}
+    kv_idx = indices(key_size)
+    logits, captured, allowed, of_mask = {}, {}, {}, {}
     for rows in sorted({one.rows for one in visits}):
-        logits[rows], captured[rows] = jax.closure_convert(
-            _logits, tiles.of(operands, 0, 0, rows), indices(rows), indices(key_size)
-        )
-    tiles = dataclasses.replace(tiles, logits=logits)
-    context, logsumexp = tiles.attend(operands._replace(captured=captured), given)
+        q_idx = indices(rows)
+        tile = tiles.of(operands, 0, 0, rows)
+        logits[rows], captured[rows] = hoisted(_logits, tile, q_idx, kv_idx)
+        if any(one.masked and one.rows == rows for one in visits):
+            allowed[rows], of_mask[rows] = hoisted(_allowed, mask, q_idx, kv_idx)
+    tiles = dataclasses.replace(tiles, logits=logits, allowed=allowed)
+    context, logsumexp = tiles.attend(
+        operands._replace(captured=captured), given._replace(captured=of_mask)
+    )
     return context[:query_length], logsumexp[:query_length]
 
 
@@ -135,12 +147,17 @@ def _how(normalizer: Any) -> Exponential | Elementwise:
     return how
 
 
+def _allowed(mask: Any, q_idx: Array, kv_idx: Array) -> Array:
+    return mask(q_idx[:, None], kv_idx[None, :])
+
+
 def _logits(tile: _Operands, q_idx: Array, kv_idx: Array) -> Array:
     score, bias, _ = tile.functions
     logits = score.paired(tile.query, tile.key, q_idx, kv_idx)
-    if bias is not None:
-        return logits + jnp.asarray(bias(q_idx[:, None], kv_idx[None, :]), logits.dtype)
-    return logits if tile.bias is None else logits + tile.bias
+    if bias is None and tile.bias is None:
+        return logits
+    added = tile.bias if bias is None else bias(q_idx[:, None], kv_idx[None, :])
+    return logits + jnp.asarray(added, logits.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +165,14 @@ class _Tiles:
     """The pass over the tiles and its derivative; holds only what is known while tracing.
 
     `logits[rows](tile, q_idx, kv_idx, *captured)` is `_logits` for tiles so high, with what the
-    user's functions close over made arguments, so that it has gradients too.
+    user's functions close over made arguments, so that it has gradients too; `allowed[rows](mask,
+    q_idx, kv_idx, *captured)` is `_allowed`.
     """
 
     key_size: int
     visits: list[Visits]
     logits: Any = None
+    allowed: Any = None
 
     def attend(self, operands: _Operands, given: _Given) -> tuple[Array, Array]:
         """Return context [T, V] and log-sum-exp [T]."""
@@ -252,8 +271,8 @@ class _Tiles:
             return total, context
 
         def nothing(here: Any, change: Any, base: Array, *_: Any) -> tuple[Array, Array]:
-            zeros = varying_like(jnp.zeros((base.size, depth), base.dtype), base)
-            return zeros[:, 0], zeros
+            zeros = jnp.zeros_like(base)
+            return zeros, varying_like(jnp.zeros((base.size, depth), base.dtype), base)
 
         def read(_: Any, i: Any, rows: int) -> Array:
             return _rows(base, i, rows)
@@ -272,7 +291,9 @@ class _Tiles:
         q_idx = i + indices(rows)
         kv_idx = j + indices(self.key_size)
         pair = q_idx[:, None], kv_idx[None, :]
-        allowed = given.mask(*pair) if masked else None
+        allowed = None
+        if masked:
+            allowed = self.allowed[rows](given.mask, q_idx, kv_idx, *given.captured[rows])
         usable = _usable(here)
         return online.Tile(
             logits=self.logits[rows](
@@ -305,7 +326,7 @@ def _added(i: Any, sums: Array, found: Array) -> Array:
     As a scatter, whose transposition reads the rows and leaves the sums alone; that of a
     slice that is read, added to and written back would copy all rows at every tile.
     """
-    tiles = sums.reshape(-1, *found.shape)
+    tiles = sums.reshape(len(sums) // len(found), *found.shape)
     which = lax.div(i, jnp.int32(found.shape[0]))
     added = tiles.at[which].add(found, mode="promise_in_bounds", unique_indices=True)
     return added.reshape(sums.shape)
