@@ -43,7 +43,7 @@ class Mask:
     def entries(self, field: str, query_length: int, key_length: int) -> dict[str, int]:
         """Return how many entries the first axis of a field needs, under the name of the number.
 
-        Several where it serves queries and keys alike; none where any number will do.
+        Several where it serves queries and keys alike; none where what it has will do.
         """
         return {}
 

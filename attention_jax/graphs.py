@@ -39,7 +39,8 @@ class Edges(Mask):
             object.__setattr__(self, "neighbors", np.asarray(self.neighbors, np.int32))
 
     def entries(self, field: str, query_length: int, key_length: int) -> dict[str, int]:
-        return {"T": query_length}
+        # Of more nodes than there are queries, the first are asked about.
+        return {"T": query_length} if self.neighbors.shape[-2] < query_length else {}
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         if isinstance(q_idx, Interval) and isinstance(kv_idx, Interval):

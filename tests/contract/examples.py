@@ -271,7 +271,7 @@ _MASKS: dict[str, Callable[..., MaskExample]] = {
     ),
     "Edges": _edges,
     "edges": lambda *_: MaskExample(
-        patterns.edges([(0, 1), (2, 0), (2, 2)], 3), lambda b, n, i, j: (i, j) in PAIRS
+        patterns.edges([(0, 1), (2, 0), (2, 2)], 8), lambda b, n, i, j: (i, j) in PAIRS
     ),
     "random_blocks": _random_blocks,
     "sparse_strided": lambda *_: MaskExample(
