@@ -82,7 +82,7 @@ def sinusoidal(positions: Array, depth: int, base: float = 10_000.0, dtype: Any 
     >>> sinusoidal(jnp.array([0]), 4)
     Array([[0., 1., 0., 1.]], dtype=float32)
     """
-    dtype = dtype or jnp.float32
+    positions, dtype = jnp.asarray(positions), dtype or jnp.float32
     angles = _angles("sinusoidal", positions, depth, base, at_least_float32(dtype))
     pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return pairs.reshape(*positions.shape, depth).astype(dtype)
@@ -132,6 +132,7 @@ def embedded(positions: Array, table: Array) -> Array:
     >>> embedded(jnp.array([1]), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
     Array([[3., 4.]], dtype=float32)
     """
+    positions = jnp.asarray(positions)
     return table.at[positions].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 

@@ -24,6 +24,7 @@ def test_sinusoids_by_hand():
     expected = [[math.sin(p), math.cos(p), math.sin(p / 100), math.cos(p / 100)] for p in range(3)]
     np.testing.assert_allclose(table, expected, atol=1e-6)
     assert positions.sinusoidal(jnp.zeros((2, 5), jnp.int32), 6).shape == (2, 5, 6)
+    np.testing.assert_array_equal(positions.sinusoidal([0, 1, 2], 4), table)
 
 
 @pytest.mark.parametrize("step", [-7, 0, 1, 40])
@@ -41,6 +42,7 @@ def test_learned_positions_look_up_and_refuse_what_is_not_there():
     np.testing.assert_array_equal(
         positions.embedded(jnp.array([[2, 0]]), table), [[[4.0, 5.0], [0.0, 1.0]]]
     )
+    np.testing.assert_array_equal(positions.embedded([2, 0], table), table[np.array([2, 0])])
     assert np.all(np.isnan(positions.embedded(jnp.array([3, -1]), table)))
 
 
