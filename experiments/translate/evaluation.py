@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
-from experiments import metrics
 from experiments.translate import evaluate, results, table
 from experiments.translate.config import Config
 from experiments.translate.evaluate import Examples, Weights, Words
@@ -56,7 +55,9 @@ def _decoding(config: Config) -> str:
     return f"-beam{config.beam_size}-penalty{config.length_penalty:g}"
 
 
-def report(config: Config, name: str, pairs: int, records: Sequence[Record]) -> Path:
+def report(
+    config: Config, name: str, pairs: int, signatures: dict[str, str], records: Sequence[Record]
+) -> Path:
     """Print the table of what was measured of each score, write it as JSON, return its path."""
     rows = [
         {"score": r["score"], **{k: results.summary(r[k]) for k, _, _ in COLUMNS}} for r in records
@@ -73,10 +74,9 @@ def report(config: Config, name: str, pairs: int, records: Sequence[Record]) -> 
         "set": name,
         "pairs": pairs,
         "config": config.identity,
-        "signatures": metrics.signatures(),
+        "signatures": signatures,
         "scores": rows,
     }
-    signatures = summary["signatures"]
     about = f"{name}, {pairs:,} pairs, {table.decoding(summary)}. {table.over_seeds(summary)}."
     console = table.console()
     for part in (shown, about, f"BLEU {signatures['bleu']}", f"chrF {signatures['chrf']}"):

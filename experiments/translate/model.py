@@ -72,7 +72,10 @@ def rows_at(x: Array, where: Array | None) -> Array:
 
     An index behind the end gives the last row.
     """
-    return x if where is None else x.reshape(-1, x.shape[-1]).at[where].get(mode="clip")
+    if where is None:
+        return x
+    steps, batch, features = x.shape  # of which the last is 0 without attention
+    return x.reshape(steps * batch, features).at[where].get(mode="clip")
 
 
 def gated(state: Array, inputs: Array, share: Array) -> Array:

@@ -101,10 +101,11 @@ def compared_header(results: Record) -> list[str]:
 def compared(results: Record) -> list[list[str]]:
     """Return a row for each metric in which the first two mechanisms are compared."""
     seeds = results["config"]["seeds"]
+    needed = seeds_needed(comparisons=len(results["comparisons"]))
     rows = []
     for found in results["comparisons"]:
         mean, interval, so = difference(found)
-        if not found["conclusive"] and seeds < seeds_needed():
+        if not found["conclusive"] and seeds < needed:
             so = "one seed is too few" if seeds == 1 else f"{seeds} seeds are too few"
         p_value = "–" if found["p_value"] is None else f"{found['p_value']:.2g}"
         rows.append([COMPARED[found["metric"]], mean, interval, p_value, so])

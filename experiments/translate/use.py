@@ -130,7 +130,9 @@ def _evaluate(config: Config) -> None:
         given = translators.examples(pairs)
         found = evaluation.of_set(translators.score, programs, translators.parameters, given)
         records.append({"score": translators.score, **found.measured})
-    path = evaluation.report(config, name, len(pairs), records)
+    languages = loaded[0].languages
+    signatures = metrics.signatures(languages.lowercase and not languages.at_spaces)
+    path = evaluation.report(config, name, len(pairs), signatures, records)
     show(path.absolute())
 
 

@@ -111,6 +111,15 @@ def test_controls_attend_to_all_alike_and_to_nothing():
         np.testing.assert_array_equal(weights[:, 1, 3:], 0.0)
 
 
+@pytest.mark.parametrize("score", ["additive", "none"])
+def test_logits_of_some_words_are_those_of_all(score):
+    translator = nnx.merge(graph_of(score, SIZES)[0], draw(score))
+    every, _ = translator(SOURCE, TARGET)
+    some = jnp.array([0, 5, 3])
+    found, _ = translator(SOURCE, TARGET, None, some)
+    np.testing.assert_allclose(found, every.reshape(8, -1)[some], rtol=1e-5)
+
+
 def test_attention_is_asked_with_the_previous_state(translate):
     """The word y_1 enters the state s_2, so that it moves the weights of y_3 and not of y_2."""
     _, weights = translate(SOURCE, TARGET)

@@ -79,4 +79,11 @@ def test_several_seeds_have_one():
     found = results(3, None, summary(None, None, None))
     assert table.over_seeds(found) == "Mean and 95% bootstrap interval over 3 seeds"
     assert table.compared(found)[0][-1] == "3 seeds are too few"
+
+
+def test_the_more_is_compared_the_more_seeds_are_needed():
+    found = results(6, None, summary(*[None] * 6))
+    assert table.compared(found)[0][-1] != "6 seeds are too few"
+    found["comparisons"] *= 4
+    assert table.compared(found)[0][-1] == "6 seeds are too few"
     assert table._on_extra(found, "long") == "long, 7 pairs: exact match % dot 12.5 (12.5–12.5)"

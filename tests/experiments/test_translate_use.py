@@ -96,6 +96,7 @@ def test_a_table_is_cut_into_words_as_the_training_was(
     scores = ask("score", f"--input={table}", folder=folder)[1].split()
     code, out, err = ask("evaluate", f"--input={table}", folder=folder)
     assert code == 0
+    assert f"BLEU nrefs:1|case:{'mixed' if at_spaces else 'lc'}" in out
     found = json.loads(Path(out.splitlines()[-1]).read_text("utf-8"))["scores"][0]
     np.testing.assert_allclose(found["loss"]["mean"], -sum(map(float, scores)) / words, rtol=1e-3)
     assert (found["alignment_error"] is not None) == (at_spaces and links[0] != "")
