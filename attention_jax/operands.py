@@ -133,20 +133,22 @@ class Operands:
             self.add("bias", *leading.of_array("attend: bias", jnp.asarray(bias), self.sizes))
 
     def _check_bias(self, bias: Any) -> None:
+        """Ask a bias for its shape, of all pairs and of one: it is to answer for any tile."""
         bound = self._of_one_head(bias)
-        expected = (self.sizes["T"], self.sizes["S"])
-        q_idx, kv_idx = (
-            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((expected[0], 1), (1, expected[1]))
-        )
-        shape = jnp.shape(jax.eval_shape(lambda *pair: bound(*pair), q_idx, kv_idx))
-        padded = (1,) * (2 - len(shape)) + shape
-        if len(shape) > 2 or any(
-            got not in (1, full) for got, full in zip(padded, expected, strict=True)
-        ):
-            raise checks.ShapeError(
-                "attend: bias must return numbers that broadcast to its indices [T, S] = "
-                f"{expected}, got shape {shape}."
+        for expected in ((self.sizes["T"], self.sizes["S"]), (1, 1)):
+            q_idx, kv_idx = (
+                jax.ShapeDtypeStruct(shape, jnp.int32)
+                for shape in ((expected[0], 1), (1, expected[1]))
             )
+            shape = jnp.shape(jax.eval_shape(lambda *pair: bound(*pair), q_idx, kv_idx))
+            padded = (1,) * (2 - len(shape)) + shape
+            if len(shape) > 2 or any(
+                got not in (1, full) for got, full in zip(padded, expected, strict=True)
+            ):
+                raise checks.ShapeError(
+                    "attend: bias must return numbers that broadcast to its indices [T, S] = "
+                    f"{expected}, got shape {shape}."
+                )
 
     def add_dropout(self, rate: float, key: Any) -> None:
         if not rate:

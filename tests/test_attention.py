@@ -546,6 +546,8 @@ OPTION_ERRORS = {
     "normalizers.softmax does; this one returns shape (5,).": {
         "normalizer": lambda logits, allowed: logits[:, 0]
     },
+    "attend: bias must return numbers that broadcast to its indices [T, S] = (1, 1), got shape "
+    "(5, 7).": {"bias": lambda q_idx, kv_idx: jnp.ones((5, 7))},
     "attend: bias must return numbers that broadcast to its indices [T, S] = (5, 7), got shape "
     "(3, 3).": {"bias": lambda q_idx, kv_idx: jnp.ones((3, 3))},
     "attend: bias must broadcast to [B, N, T, S] = (2, 4, 5, 7), got (3, 3).": {
