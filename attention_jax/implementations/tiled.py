@@ -34,7 +34,8 @@ from attention_jax.implementations.tiles import Visits, make_plan, make_visits
 from attention_jax.intervals import indices
 from attention_jax.masks import Lengths
 from attention_jax.matmul import times
-from attention_jax.normalizers import Elementwise, Exponential, stable_logsumexp, streaming
+from attention_jax.merging import merge
+from attention_jax.normalizers import Elementwise, Exponential, streaming
 from attention_jax.trees import hoisted, merge_floats, split_floats, varying_like
 
 Array = jax.Array
@@ -89,10 +90,7 @@ def tiled(head: Head, query_size: int, key_size: int) -> Result:
         return Result(context, None, None)
     if how.sink is not None:
         sink = jnp.broadcast_to(jnp.asarray(how.sink, logsumexp.dtype), logsumexp.shape)
-        with_sink = stable_logsumexp(jnp.stack([logsumexp, sink], axis=1))
-        share = jnp.exp(logsumexp - online.finite_or_zero(with_sink))
-        context = context * share[:, None]
-        logsumexp = with_sink
+        context, logsumexp = merge((context, logsumexp), (jnp.zeros_like(context), sink))
     return Result(context, None, logsumexp)
 
 
