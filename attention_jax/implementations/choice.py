@@ -10,15 +10,19 @@ import jax
 import numpy as np
 
 from attention_jax import leading
-from attention_jax.implementations.tiles import Plan, make_plan, make_visits
+from attention_jax.implementations.tiles import TOGETHER_PAIRS, Plan, make_plan, make_visits
 from attention_jax.intervals import FULL, PARTIAL, Unknown
 from attention_jax.masks import Mask
 
 DENSE_PAIRS = 256 * 256
 """At and below this many pairs T x S of a head, None picks "dense": the whole plane is one tile."""
 
-CANDIDATES = {"cpu": (128, 256, 512), "default": (256, 512, 1024)}
-"""Tile edges to choose from. On CPU a 512 x 512 tile of float32 fills the level-2 cache."""
+CANDIDATES = {
+    "cpu": ((128, 256, 512), (128, 256, 384, 512)),
+    "default": ((256, 512, 1024), (256, 512, 1024)),
+}
+"""Queries and keys of a tile to choose from. On CPU a 512 x 512 tile of float32 fills the level-2
+cache."""
 
 VISIT_PAIRS = 95_000
 """What visiting a tile costs beside its pairs, counted in pairs (fitted on a 2-core CPU)."""
@@ -68,25 +72,38 @@ def choose(sizes: dict[str, int], able: list[str]) -> str:
 
 
 def choose_tile(mask: Mask, sizes: dict[str, int], platform: str | None = None) -> tuple[int, int]:
-    """Return the tile that makes the visits cheapest: live tiles times (their pairs + a visit)."""
-    edges = CANDIDATES.get(platform or jax.default_backend(), CANDIDATES["default"])
+    """Return the tile for which pairs and visits together cost least."""
+    rows, columns = CANDIDATES.get(platform or jax.default_backend(), CANDIDATES["default"])
     query_length, key_length = max(sizes["T"], 1), max(sizes["S"], 1)
     known = _of_every_example(mask, sizes)
 
-    tiles = {(min(edge, query_length), min(other, key_length)) for edge in edges for other in edges}
+    tiles = {
+        (min(row, query_length), min(column, key_length)) for row in rows for column in columns
+    }
     chosen, least, certain = (0, 0), math.inf, 0
     for tile in sorted(tiles, key=math.prod, reverse=True):
-        # No plan visits fewer pairs than those of FULL tiles, and small tiles take more visits.
-        if certain * (1 + VISIT_PAIRS / math.prod(tile)) >= least:
+        # No plan visits fewer pairs than those of FULL tiles, nor more of them at a visit.
+        if certain * (1 + VISIT_PAIRS / max(math.prod(tile), *TOGETHER_PAIRS.values())) >= least:
             continue
         plan = make_plan(known, query_length, key_length, *tile)
-        cost = len(plan.starts) * (math.prod(tile) + VISIT_PAIRS)
+        cost = _cost(plan, query_length, tile)
         if cost < least:
             chosen, least = tile, cost
         full = plan.starts[plan.states == FULL]
         ends = np.minimum(full + tile, (query_length, key_length))
         certain = max(certain, np.prod(ends - full, axis=1).sum())
     return chosen
+
+
+def _cost(plan: Plan, query_length: int, tile: tuple[int, int]) -> int:
+    """Return what the visits of a plan cost, counted in pairs.
+
+    Tiles of one group are visited many at a time for the price of one; of several groups some
+    are, and are not counted so.
+    """
+    groups = make_visits(plan, query_length, *tile)
+    visits = len(groups[0].queries) if len(groups) == 1 else len(plan.starts)
+    return len(plan.starts) * math.prod(tile) + visits * VISIT_PAIRS
 
 
 def describe(
@@ -123,7 +140,7 @@ def describe(
 def _largest_visit(plan: Plan, query_length: int, tile: tuple[int, int]) -> int:
     """Return how many pairs are held at once."""
     visits = make_visits(plan, query_length, *tile)
-    return max((one.rows * one.together for one in visits), default=0) * tile[1]
+    return max((one.height for one in visits), default=0) * tile[1]
 
 
 def sequential_axes(mask_axes: Any) -> str:

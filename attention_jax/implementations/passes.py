@@ -60,6 +60,8 @@ def over_visits(what: Pass, groups: list[Visits], states: Array | None, sums: An
 def _fold(what: Pass, visits: Visits, states: Any, choose: Callable[..., Any], sums: Any) -> Any:
     """Fold over the visits of a group; `choose(state)` is the branch that a tile takes."""
     rows, together = visits.rows, visits.together
+    # Transposed, a tile has operations enough that do not wait for each other.
+    lanes = -(-visits.lanes // 2) if what.is_transposed else visits.lanes
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(sums: Any, where: Any) -> tuple[Any, None]:
@@ -69,12 +71,14 @@ def _fold(what: Pass, visits: Visits, states: Any, choose: Callable[..., Any], s
             tile = (what.slice(operands, i, j, rows) for operands in what.operands)
             return choose(state)(*tile, read, i, j)
 
-        read = what.read(sums, i, rows * together)
+        read = what.read(sums, i, visits.height)
         if together == 1:
             return what.write(sums, i, visit(read, i, j[0])), None
-        read = jax.tree.map(lambda x: x.reshape(together, rows, *x.shape[1:]), read)
-        found = jax.vmap(visit)(read, i + rows * indices(together), j)
-        found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+        many = lanes, together // lanes
+        read = jax.tree.map(lambda x: x.reshape(*many, rows, *x.shape[1:]), read)
+        each = read, (i + rows * indices(together)).reshape(many), j.reshape(many)
+        lane = [jax.vmap(visit)(*jax.tree.map(lambda x, n=n: x[n], each)) for n in range(lanes)]
+        found = jax.tree.map(lambda *x: jnp.concatenate(x).reshape(-1, *x[0].shape[2:]), *lane)
         return what.write(sums, i, found), None
 
     where = visits.queries, visits.keys, states

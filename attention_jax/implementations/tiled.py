@@ -97,20 +97,20 @@ def tiled(head: Head, query_size: int, key_size: int) -> Result:
 def _attend(head: Head, query_size: int, key_size: int) -> tuple[Array, Array]:
     """Clean, pad and gather what the tiles need, and pass over them."""
     query_length, key_length = head.query.shape[0], head.key.shape[0]
-    mask = head.mask & Lengths(key_length) if key_length % key_size else head.mask
-    padded_length = key_length + -key_length % key_size
-    plan = make_plan(mask, query_length, padded_length, query_size, key_size)
+    within = head.mask & Lengths(key_length)
+    plan = make_plan(within, query_length, key_length, query_size, key_size)
+    mask = within if plan.key_length > key_length else head.mask
     visits = make_visits(plan, query_length, query_size, key_size)
-    padded_rows = max((one.rows * one.together for one in visits), default=query_size)
+    most_rows = max((one.height for one in visits), default=query_size)
 
-    query = _padded(head.query, padded_rows)
-    key, value = _padded(head.key, key_size), _padded(head.value, key_size)
+    query = _padded(head.query, -query_length % most_rows)
+    key, value = (_padded(x, plan.key_length - key_length) for x in (head.key, head.value))
     bias_is_function = callable(head.bias)
     operands = _Operands(
         query=_mapped(head.score.query_map, query),
         key=_mapped(head.score.key_map, key),
         value=value,
-        bias=None if bias_is_function else _padded_bias(head.bias, padded_rows, key_size),
+        bias=None if bias_is_function else _padded_bias(head.bias, query, key),
         functions=_Functions(head.score, head.bias if bias_is_function else None, head.normalizer),
         captured={},
     )
@@ -357,22 +357,22 @@ def _rows(x: Array, start: Any, size: int, axis: int = 0) -> Array:
     return lax.dynamic_slice_in_dim(x, start, size, axis, allow_negative_indices=False)
 
 
-def _padded(x: Array, size: int, axis: int = 0) -> Array:
-    """Repeat the last row until the length is a multiple of the tile: no score sees odd input.
+def _padded(x: Array, more: int, axis: int = 0) -> Array:
+    """Repeat the last row, so that no score sees odd input where a tile sticks out.
 
     Written into repeated rows, since XLA's CPU compiler concatenates an element at a time.
     """
-    length = x.shape[axis]
-    if not length % size:
+    if not more:
         return x
+    length = x.shape[axis]
     last = lax.slice_in_dim(x, length - 1, length, axis=axis)
-    shape = (*x.shape[:axis], length + -length % size, *x.shape[axis + 1 :])
+    shape = (*x.shape[:axis], length + more, *x.shape[axis + 1 :])
     return lax.dynamic_update_slice_in_dim(jnp.broadcast_to(last, shape), x, 0, axis)
 
 
-def _padded_bias(bias: Any, query_size: int, key_size: int) -> Any:
+def _padded_bias(bias: Any, query: Array, key: Array) -> Any:
     if bias is None:
         return None
-    for axis, size in enumerate((query_size, key_size)):
-        bias = bias if bias.shape[axis] == 1 else _padded(bias, size, axis)
+    for axis, length in enumerate((len(query), len(key))):
+        bias = bias if bias.shape[axis] == 1 else _padded(bias, length - bias.shape[axis], axis)
     return bias

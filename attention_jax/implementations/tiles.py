@@ -26,8 +26,18 @@ LARGE_PAIRS = 2**18
 MOST_TOGETHER = 8
 """So many rows of tiles are visited together at most."""
 
-FRACTIONS = 4
-"""A tile begins at a multiple of its width divided by this, where it is divisible."""
+LANES = 4
+"""Tiles that are visited together are so many operations beside each other where they are low.
+
+XLA's CPU runtime computes a batch of products of few rows on one core, but several batches at
+once; it lets another core help only where many operations are ready.
+"""
+
+LOW_ROWS, LOW_PAIRS = 256, 2**14
+"""Tiles of fewer rows are low; of fewer pairs they are not worth operations of their own."""
+
+FRACTIONS = (3, 4)
+"""A tile begins at a multiple of its width divided by the first of these that divides it."""
 
 
 class Plan(NamedTuple):
@@ -35,11 +45,13 @@ class Plan(NamedTuple):
 
     `starts [n, 2]` holds the first query and the first key of every tile that may be live, row by
     row, and is always known while tracing. `states [n]` says what each is: a NumPy array where
-    the mask is known while tracing, else a JAX array.
+    the mask is known while tracing, else a JAX array. Together they reach up to `key_length`,
+    beyond the last key where that is no multiple of what tiles begin at.
     """
 
     starts: np.ndarray
     states: Any
+    key_length: int
 
     @property
     def is_static(self) -> bool:
@@ -51,7 +63,7 @@ class Visits(NamedTuple):
     """Tiles that a loop visits `together` at a time, each `rows` queries high.
 
     `queries [n]` is the first query of a visit; the tiles of a visit lie below each other, and
-    `keys [n, together]` are their first keys.
+    `keys [n, together]` are their first keys. They are computed as `lanes` batches.
     """
 
     masked: bool
@@ -59,6 +71,12 @@ class Visits(NamedTuple):
     together: int
     queries: np.ndarray
     keys: np.ndarray
+    lanes: int = 1
+
+    @property
+    def height(self) -> int:
+        """Queries of a visit."""
+        return self.rows * self.together
 
 
 def make_visits(plan: Plan, query_length: int, query_size: int, key_size: int) -> list[Visits]:
@@ -69,7 +87,10 @@ def make_visits(plan: Plan, query_length: int, query_size: int, key_size: int) -
     pairs = TOGETHER_PAIRS.get(jax.default_backend(), 0)
     many = min(pairs / (query_size * key_size), rows, MOST_TOGETHER)
     tall = 2 ** int(np.log2(max(1, many)))
-    return group(plan, query_size, tall, 1 if query_size * key_size >= LARGE_PAIRS else tall)
+    groups = group(plan, query_size, tall, 1 if query_size * key_size >= LARGE_PAIRS else tall)
+    if query_size >= LOW_ROWS or query_size * key_size < LOW_PAIRS:
+        return groups
+    return [visits._replace(lanes=min(LANES, visits.together)) for visits in groups]
 
 
 def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]:
@@ -132,28 +153,25 @@ def make_plan(
     Rows of tiles lie on a grid; within a row a tile begins where it is needed, to a fraction of
     its width, so that a band of keys is covered by one tile and not by the two that it touches.
     """
-    per_tile = FRACTIONS if key_size % FRACTIONS == 0 else 1
+    per_tile = next((parts for parts in FRACTIONS if key_size % parts == 0), 1)
     unit = key_size // per_tile
     grid = (query_length, key_length, query_size, unit)
     live = np.asarray(mask.static().tiles(*grid)) != EMPTY
-    rows, units = _cover(_padded(live, per_tile, False), per_tile)
+    rows, units = _cover(live, per_tile)
+    if units.min(initial=0) < 0:  # whole tiles do not fit
+        live = np.pad(live, ((0, 0), (0, -live.shape[1] % per_tile)))
+        rows, units = _cover(live, per_tile)
+    covered = live.shape[1] * unit
     starts = np.stack([rows * query_size, units * unit], axis=1).astype(np.int32)
     if not (units % per_tile).any():
-        states = mask.tiles(query_length, key_length, query_size, key_size)
-        return Plan(starts, states[rows, units // per_tile])
-    states = _padded(mask.tiles(*grid), per_tile, EMPTY)
+        states = mask.tiles(query_length, covered, query_size, key_size)
+        return Plan(starts, states[rows, units // per_tile], covered)
+    states = mask.tiles(query_length, covered, query_size, unit)
     states = states[rows[:, None], units[:, None] + np.arange(per_tile)]
     numpy = np if isinstance(states, np.ndarray) else jnp
     least, most = states.min(axis=1), states.max(axis=1)
     partial = numpy.asarray(PARTIAL, states.dtype)
-    return Plan(starts, numpy.where(least == most, least, partial))
-
-
-def _padded(cells: Any, multiple: int, value: Any) -> Any:
-    """Fill the last tile of each row."""
-    numpy = np if isinstance(cells, np.ndarray) else jnp
-    widths = ((0, 0), (0, -cells.shape[1] % multiple))
-    return numpy.pad(cells, widths, constant_values=value)
+    return Plan(starts, numpy.where(least == most, least, partial), covered)
 
 
 def _cover(live: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +179,7 @@ def _cover(live: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
 
     Returns the row and the first cell of each. The first interval begins at the first live cell,
     the next at the first that is left; then those that stick out at the end are pushed back, and
-    push back those before them. There is room, because a grid of whole intervals would do too.
+    push back those before them; where there is no room, to before the first cell.
     """
     rows, cells = live.shape
     following = np.full((rows, cells + 1), cells)  # the first live cell from here on

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from attention_jax import attend, bind, explain, masks, normalizers, per_head, scores
+from attention_jax.implementations import tiles
 
 B, T, S, N, K, H, V = 2, 37, 29, 4, 2, 6, 5
 TILE = (8, 16)
@@ -105,7 +106,16 @@ def close(ours, theirs, tolerance=1e-10):
 
 @pytest.mark.parametrize("name", CASES)
 def test_value_gradient_and_hessian_vector_product_are_the_dense_ones(name):
-    case = CASES[name]()
+    same_as_dense(CASES[name]())
+
+
+def test_so_they_are_where_low_tiles_are_computed_beside_each_other(monkeypatch):
+    monkeypatch.setattr(tiles, "LOW_PAIRS", 1)
+    case = CASES["dropout"]() | CASES["learned bias function"]()
+    same_as_dense(case | {"mask": masks.Causal() & masks.Window(8, 0)})
+
+
+def same_as_dense(case):
     functions = {
         key: case[key] for key in ("score", "bias", "normalizer") if jax.tree.leaves(case.get(key))
     }

@@ -24,20 +24,20 @@ some = st.one_of(
 @given(
     mask=some,
     query_length=lengths,
-    key_tiles=st.integers(1, 4),
+    key_length=lengths,
     sizes=st.sampled_from([(16, 128), (64, 256), (100, 384), (512, 128), (7, 30)]),
     tall=st.sampled_from([1, 2, 4]),
     together=st.sampled_from([1, 2, 8]),
 )
-def test_visits_meet_every_live_pair_once(mask, query_length, key_tiles, sizes, tall, together):
+def test_visits_meet_every_live_pair_once(mask, query_length, key_length, sizes, tall, together):
     query_size, key_size = sizes
-    key_length = key_tiles * key_size
-    plan = tiles.make_plan(mask, query_length, key_length, query_size, key_size)
+    within = mask & masks.Lengths(key_length)
+    plan = tiles.make_plan(within, query_length, key_length, query_size, key_size)
     visits = tiles.group(plan, query_size, tall, together)
 
     rows = -(-query_length // (query_size * 8)) * query_size * 8
-    met = np.zeros((rows, key_length), int)
-    unmasked = np.zeros((rows, key_length), bool)
+    met = np.zeros((rows, plan.key_length), int)
+    unmasked = np.zeros((rows, plan.key_length), bool)
     for group in visits:
         for first, keys in zip(group.queries, group.keys, strict=True):
             for place, key in enumerate(keys):
@@ -46,28 +46,36 @@ def test_visits_meet_every_live_pair_once(mask, query_length, key_tiles, sizes, 
                     slice(start, start + size)
                     for start, size in zip(here, (group.rows, key_size), strict=True)
                 )
+                assert met[tile].shape == (group.rows, key_size)
                 met[tile] += 1
                 unmasked[tile] |= not group.masked
     allowed = np.asarray(mask.to_dense(query_length, key_length))
-    inside = slice(0, query_length)
+    inside = slice(0, query_length), slice(0, key_length)
     assert met.max(initial=0) <= 1
     assert (met[inside][allowed] == 1).all()
     assert allowed[unmasked[inside]].all()
+    assert not unmasked[:query_length, key_length:].any()
+    assert key_length <= plan.key_length < key_length + key_size
 
 
 @pytest.mark.parametrize(
     ("mask", "sizes", "expected"),
     [
-        (masks.Full(), (512, 512), [(False, 1024, 1, 8)]),
-        (masks.Causal(), (512, 512), [(False, 1024, 1, 2), (True, 1024, 1, 2), (True, 512, 1, 2)]),
-        (masks.Causal() & masks.Window(256, 0), (256, 512), [(True, 256, 4, 2)]),
+        (masks.Full(), (512, 512), [(False, 1024, 1, 8, 1)]),
+        (
+            masks.Causal(),
+            (512, 512),
+            [(False, 1024, 1, 2, 1), (True, 1024, 1, 2, 1), (True, 512, 1, 2, 1)],
+        ),
+        (masks.Causal() & masks.Window(256, 0), (256, 512), [(True, 256, 4, 2, 1)]),
+        (masks.Causal() & masks.Window(256, 0), (128, 384), [(True, 128, 8, 2, 4)]),
     ],
 )
 def test_few_large_visits_on_cpu(mask, sizes, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     plan = tiles.make_plan(mask, 2048, 2048, *sizes)
     found = tiles.make_visits(plan, 2048, *sizes)
-    assert [(v.masked, v.rows, v.together, len(v.queries)) for v in found] == expected
+    assert [(v.masked, v.rows, v.together, len(v.queries), v.lanes) for v in found] == expected
 
 
 def test_elsewhere_every_tile_is_a_visit(monkeypatch):
