@@ -118,12 +118,15 @@ def multiple(operation: str, name: str, value: int, of_name: str, of: int) -> in
 
 
 def at_least(operation: str, smallest: int, /, **arguments: Any) -> None:
-    """Require numbers of a smallest size; one that is known only inside `jit` is not looked at.
+    """Require whole numbers of a smallest size; what only `jit` knows is not compared.
 
     Raises:
-      ValueError: a smaller number.
+      ValueError: a smaller number, or one that is not whole.
     """
     for name, value in arguments.items():
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(f"{operation}: {name} must be a whole number, got {value}.")
         if not isinstance(value, jax.core.Tracer) and np.any(np.asarray(value) < smallest):
             raise ValueError(f"{operation}: {name} must be {smallest} or more, got {value}.")
 

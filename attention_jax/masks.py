@@ -95,9 +95,13 @@ def _number_of_keys(name: str, size: Any) -> Any:
             f"Window: {name} must be a whole number of keys, 0 or more (or None for no bound), "
             f"got {size}."
         )
-    if isinstance(size, np.ndarray | jax.Array):
-        return size.astype(np.int32)
-    return size if size is None else int(size)
+    return None if size is None else signed(size)
+
+
+def signed(size: Any) -> Any:
+    """Return a whole number that can be negated, whatever its type: an int unless an array."""
+    size = np.asarray(size) if isinstance(size, list | tuple) else size
+    return size.astype(np.int32) if isinstance(size, np.ndarray | jax.Array) else int(size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ import numpy as np
 from attention_jax.checks import at_least
 from attention_jax.graphs import Edges, edges
 from attention_jax.intervals import Interval, Lookup, Unknown, judge
-from attention_jax.masks import Causal, Full, Mask, Window, as_mask
+from attention_jax.masks import Causal, Full, Mask, Window, as_mask, signed
 
 __all__ = [
     "Block",
@@ -117,6 +117,8 @@ class Dilated(Mask):
     def __post_init__(self) -> None:
         at_least("Dilated", 0, left=self.left, right=self.right)
         at_least("Dilated", 1, dilation=self.dilation)
+        for name in ("left", "right", "dilation"):
+            object.__setattr__(self, name, signed(getattr(self, name)))
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         distance = kv_idx - q_idx
@@ -147,6 +149,8 @@ class Chunked(Mask):
     def __post_init__(self) -> None:
         at_least("Chunked", 1, size=self.size)
         at_least("Chunked", 0, before=self.before, after=self.after)
+        for name in ("size", "before", "after"):
+            object.__setattr__(self, name, signed(getattr(self, name)))
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         distance = kv_idx // self.size - q_idx // self.size

@@ -233,6 +233,14 @@ def test_masks_that_differ_between_heads(mask, of_head, implementation):
         np.testing.assert_array_equal(mask.of(head=head).to_dense(13), of_head(head).to_dense(13))
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint32, jnp.uint8, np.int64])
+@pytest.mark.parametrize(
+    "build", [lambda n: Window(n, n), lambda n: Dilated(n, n, n), lambda n: Chunked(n, n, n)]
+)
+def test_sizes_may_be_of_any_integer_type(build, kind):
+    np.testing.assert_array_equal(build(kind(2)).to_dense(40), build(2).to_dense(40))
+
+
 def test_random_blocks_differ_between_heads():
     mask = random_blocks(KEY, 64, 2, count=2, heads=2)
     assert (mask.of(head=0).to_dense(64) != mask.of(head=1).to_dense(64)).any()
@@ -250,6 +258,7 @@ def test_random_blocks_differ_between_heads():
             lambda: Dilated(1, 1, np.array([1, 0])),
             "Dilated: dilation must be 1 or more, got [1 0].",
         ),
+        (lambda: Dilated(1, 1, 1.5), "Dilated: dilation must be a whole number, got 1.5."),
         (lambda: Chunked(0), "Chunked: size must be 1 or more, got 0."),
         (lambda: Chunked(2, before=-1), "Chunked: before must be 0 or more, got -1."),
         (lambda: Block(Causal(), 0), "Block: size must be 1 or more, got 0."),
