@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from attention_jax import attend, bind, explain, masks, normalizers, per_head, scores
+from attention_jax import attention, bind, explain, masks, normalizers, per_head, scores
 from attention_jax.linear import linear_attention
 from attention_jax.masks import Causal, Full, Lengths, Prefix, Segment, Shift, Window
 from attention_jax.patterns import GlobalTokens
 from tests import oracle
 
 B, T, S, N, K, H, V = 2, 5, 7, 4, 2, 3, 6
+
+
+def attend(query, key, value=None, **how):
+    """Attend in one program; outside `jit` every primitive is compiled by itself."""
+    return jax.jit(lambda *arrays: attention.attend(*arrays, **how))(query, key, value)
 
 
 def operands(batch=B, queries=T, keys=S, heads=N, key_heads=K, depth=H, dtype=jnp.float32, seed=0):
@@ -591,7 +596,7 @@ def test_a_dropout_rate_known_only_inside_jit_is_refused():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("operation", [attend, explain, linear_attention])
+@pytest.mark.parametrize("operation", [attention.attend, explain, linear_attention])
 def test_numpy_inputs_of_float64_are_taken_as_jax_takes_them(operation):
     operation(*(np.asarray(x, np.float64) for x in (QUERY, KEY, VALUE)))
 
