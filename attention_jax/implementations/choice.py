@@ -76,6 +76,7 @@ def choose_tile(mask: Mask, sizes: dict[str, int], platform: str | None = None) 
     rows, columns = CANDIDATES.get(platform or jax.default_backend(), CANDIDATES["default"])
     query_length, key_length = max(sizes["T"], 1), max(sizes["S"], 1)
     known = _of_every_example(mask, sizes)
+    is_known = not any(isinstance(leaf, Unknown) for leaf in jax.tree.leaves(known))
 
     tiles = {
         (min(row, query_length), min(column, key_length)) for row in rows for column in columns
@@ -86,7 +87,7 @@ def choose_tile(mask: Mask, sizes: dict[str, int], platform: str | None = None) 
         if certain * (1 + VISIT_PAIRS / max(math.prod(tile), *TOGETHER_PAIRS.values())) >= least:
             continue
         plan = make_plan(known, query_length, key_length, *tile)
-        cost = _cost(plan, query_length, tile)
+        cost = _cost(plan, query_length, tile, is_known)
         if cost < least:
             chosen, least = tile, cost
         full = plan.starts[plan.states == FULL]
@@ -95,14 +96,14 @@ def choose_tile(mask: Mask, sizes: dict[str, int], platform: str | None = None) 
     return chosen
 
 
-def _cost(plan: Plan, query_length: int, tile: tuple[int, int]) -> int:
+def _cost(plan: Plan, query_length: int, tile: tuple[int, int], is_known: bool) -> int:
     """Return what the visits of a plan cost, counted in pairs.
 
     Tiles of one group are visited many at a time for the price of one; of several groups some
-    are, and are not counted so.
+    are, and are not counted so; those of a mask that only run time knows are visited one by one.
     """
     groups = make_visits(plan, query_length, *tile)
-    visits = len(groups[0].queries) if len(groups) == 1 else len(plan.starts)
+    visits = len(groups[0].queries) if is_known and len(groups) == 1 else len(plan.starts)
     return len(plan.starts) * math.prod(tile) + visits * VISIT_PAIRS
 
 

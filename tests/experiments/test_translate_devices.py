@@ -60,7 +60,7 @@ TRANSFORMER = SIZES._replace(
 )
 
 
-@pytest.mark.parametrize("sizes", [SIZES, TRANSFORMER])
+@pytest.mark.parametrize("sizes", [SIZES, pytest.param(TRANSFORMER, marks=pytest.mark.slow)])
 def test_products_are_computed_in_bfloat16(sizes):
     for dtype in ("bfloat16", "float32"):
         with jax.numpy_dtype_promotion("standard"):  # optax and flax rely on it
@@ -101,6 +101,7 @@ def test_padding_that_is_left_out_changes_nothing(sizes):
         np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_seed_alone_learns_what_it_learns_among_others():
     found = []
     for seeds in (1, 2):

@@ -145,6 +145,7 @@ def test_a_damaged_configuration(text, copied):
     )
 
 
+@pytest.mark.slow
 def test_a_damaged_outcome_is_measured_again_when_it_is_deleted(copied):
     folder, command = copied
     path = folder / "outcomes" / "dot.json"

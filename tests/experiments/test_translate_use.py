@@ -131,7 +131,9 @@ def test_evaluations_of_other_sets_or_decodings_keep_their_own_files(done, ask, 
     assert all(re.fullmatch(r"input-test-[0-9a-f]{8}\.json", name) for name in names[:2])
 
 
-@pytest.mark.parametrize("mode", ["score", "translate", "evaluate"])
+@pytest.mark.parametrize(
+    "mode", ["translate", *(pytest.param(x, marks=pytest.mark.slow) for x in ("score", "evaluate"))]
+)
 def test_a_reader_of_the_answers_may_stop_early(mode, done, samples, tmp_path):
     (tmp_path / "pairs.tsv").write_text(f"{samples[0]['source']}\t{samples[0]['target']}\n")
     command = (f"--mode={mode}", f"--workdir={done[1]}", f"--input={tmp_path}/pairs.tsv")

@@ -104,7 +104,11 @@ def close(ours, theirs, tolerance=1e-10):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
+LIKE_ANOTHER = ("causal with offset", "bias of keys", "bilinear per head", "soft-capped")
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_ANOTHER)) for name in CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_value_gradient_and_hessian_vector_product_are_the_dense_ones(name):
     same_as_dense(CASES[name]())
 

@@ -1,13 +1,14 @@
 """Which tiles are visited: every live pair once, and none without the mask that it hides."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_jax import masks
-from attention_jax.implementations import tiles
+from attention_jax.implementations import choice, tiles
 
 lengths = st.integers(1, 700)
 bands = st.builds(masks.Window, st.integers(0, 300), st.integers(0, 300))
@@ -76,6 +77,30 @@ def test_few_large_visits_on_cpu(mask, sizes, expected, monkeypatch):
     plan = tiles.make_plan(mask, 2048, 2048, *sizes)
     found = tiles.make_visits(plan, 2048, *sizes)
     assert [(v.masked, v.rows, v.together, len(v.queries), v.lanes) for v in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (lambda ids: masks.Full(), (512, 512)),
+        (lambda ids: masks.Causal(), (512, 512)),
+        (lambda ids: masks.Causal() & masks.Window(256, 0), (128, 384)),
+        (lambda ids: masks.Segment(ids), (512, 512)),
+        (lambda ids: masks.Segment(ids) & masks.Causal() & masks.Window(256, 0), (256, 512)),
+    ],
+    ids=["every pair", "causal", "window", "run time", "window at run time"],
+)
+def test_tiles_that_are_visited_one_by_one_are_large(mask, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    sizes = {"B": 1, "N": 2, "K": 2, "G": 1, "T": 4096, "S": 4096, "Q": 64, "V": 64}
+    found = []
+
+    @jax.jit
+    def choose(ids):
+        found.append(choice.choose_tile(mask(ids), sizes))
+
+    jax.eval_shape(choose, jax.ShapeDtypeStruct((4096,), jnp.int32))
+    assert found == [expected]
 
 
 def test_elsewhere_every_tile_is_a_visit(monkeypatch):

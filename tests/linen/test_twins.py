@@ -103,6 +103,7 @@ def test_decoder_attention(arguments):
     chex.assert_trees_all_equal(again, expected)
 
 
+@pytest.mark.slow
 def test_additive_and_global_attention():
     state, memory = inputs(3, 8, 1), inputs(7, 6, 2)
     same(
