@@ -178,7 +178,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> rich.table.Table:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
