@@ -87,6 +87,8 @@ def choose_tile(mask: Mask, sizes: dict[str, int], platform: str | None = None) 
         if certain * (1 + VISIT_PAIRS / max(math.prod(tile), *TOGETHER_PAIRS.values())) >= least:
             continue
         plan = make_plan(known, query_length, key_length, *tile)
+        if len(plan.starts) * math.prod(tile) >= least:  # whatever its visits cost
+            continue
         cost = _cost(plan, query_length, tile, is_known)
         if cost < least:
             chosen, least = tile, cost

@@ -95,7 +95,6 @@ def test_tiles_that_are_visited_one_by_one_are_large(mask, expected, monkeypatch
     sizes = {"B": 1, "N": 2, "K": 2, "G": 1, "T": 4096, "S": 4096, "Q": 64, "V": 64}
     found = []
 
-    @jax.jit
     def choose(ids):
         found.append(choice.choose_tile(mask(ids), sizes))
 
