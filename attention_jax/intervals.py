@@ -101,6 +101,47 @@ def _defers_to_unknown(operator: Callable[..., Any]) -> Callable[..., Any]:
     return deferring
 
 
+def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Answer an operation where bounds are computed as indices are, and say Unknown elsewhere.
+
+    Fractions of an index are rounded, sums and products beyond int32 wrap around: the smallest
+    and the largest index then need not give the smallest and the largest result. What only run
+    time knows is believed to fit.
+    """
+
+    @_defers_to_unknown
+    @functools.wraps(operator)
+    def guarded(self: Interval, other: Any) -> Any:
+        if _is_fractional(other) and not _is_fractional(self):
+            return Unknown()
+        is_known = _module(*bounds(self), *bounds(other)) is np
+        if not is_known or _is_fractional(self):
+            return operator(self, other)
+        return _narrow(operator(_wide(self), _wide(other)))
+
+    return guarded
+
+
+def _is_fractional(value: Any) -> bool:
+    one = bounds(value)[0]
+    return isinstance(one, float) or jnp.issubdtype(getattr(one, "dtype", np.int32), jnp.floating)
+
+
+def _wide(value: Any) -> Any:
+    """Let integers grow beyond int32."""
+    if isinstance(value, Interval):
+        return Interval(np.int64(value.low), np.int64(value.high))
+    return np.int64(value) if isinstance(value, int | np.integer | np.ndarray) else value
+
+
+def _narrow(found: Interval) -> Any:
+    """Return bounds in int32 again, if they fit."""
+    int32 = np.iinfo(np.int32)
+    if np.any(found.low < int32.min) or np.any(found.high > int32.max):
+        return Unknown()
+    return Interval(np.int32(found.low), np.int32(found.high))
+
+
 class Interval:
     """All integers from `low` to `high`, both included; one interval per tile."""
 
@@ -110,7 +151,7 @@ class Interval:
     def __init__(self, low: Any, high: Any):
         self.low, self.high = low, high
 
-    @_defers_to_unknown
+    @_exact
     def __add__(self, other: Any) -> Interval:
         low, high = bounds(other)
         return Interval(self.low + low, self.high + high)
@@ -118,7 +159,7 @@ class Interval:
     def __neg__(self) -> Interval:
         return Interval(-self.high, -self.low)
 
-    @_defers_to_unknown
+    @_exact
     def __sub__(self, other: Any) -> Interval:
         low, high = bounds(other)
         return Interval(self.low - high, self.high - low)
@@ -126,7 +167,7 @@ class Interval:
     def __rsub__(self, other: Any) -> Interval:
         return -self + other
 
-    @_defers_to_unknown
+    @_exact
     def __mul__(self, other: Any) -> Interval:
         corners = [a * b for a in (self.low, self.high) for b in bounds(other)]
         module = _module(*corners)
@@ -135,19 +176,20 @@ class Interval:
             low, high = module.minimum(low, corner), module.maximum(high, corner)
         return Interval(low, high)
 
-    @_defers_to_unknown
+    @_exact
     def __floordiv__(self, divisor: Any) -> Interval:
         _check_divisor("//", divisor)
         return Interval(self.low // divisor, self.high // divisor)
 
-    @_defers_to_unknown
+    @_exact
     def __mod__(self, divisor: Any) -> Interval:
         _check_divisor("%", divisor)
         same_period = self.low // divisor == self.high // divisor
         module = _module(same_period)
+        largest = divisor if _is_fractional(self) else divisor - 1
         return Interval(
             module.where(same_period, self.low % divisor, 0),
-            module.where(same_period, self.high % divisor, divisor - 1),
+            module.where(same_period, self.high % divisor, largest),
         )
 
     def __abs__(self) -> Interval:

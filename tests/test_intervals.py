@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention_jax import intervals
+from attention_jax import intervals, masks
 from attention_jax.intervals import EMPTY, FULL, PARTIAL, Interval, Lookup, Truth, Unknown
 
 numbers = st.integers(-12, 12)
@@ -132,6 +132,29 @@ def test_division_by_something_not_positive_is_refused(divisor):
         interval(0, 3) // divisor
     with pytest.raises(TypeError, match=r"mask: an index can be divided \(%\) by positive"):
         interval(0, 3) % divisor
+
+
+HASH = 1103515245
+
+
+@pytest.mark.parametrize(
+    "predicate",
+    [
+        lambda q_idx, kv_idx: (kv_idx * 0.25) % 1 < 0.5,
+        lambda q_idx, kv_idx: ((q_idx - kv_idx) * 0.5) % 1 == 0,
+        lambda q_idx, kv_idx: (kv_idx + 0.5) % 2 < 1,
+        lambda q_idx, kv_idx: (q_idx * HASH + kv_idx * 22695477) > 0,
+        lambda q_idx, kv_idx: (q_idx * HASH + kv_idx * HASH - 2 * kv_idx) // 7 % 3 == 1,
+    ],
+)
+@pytest.mark.parametrize("size", [4, 64])
+def test_fractions_and_wrapping_integers_decide_nothing_wrongly(predicate, size):
+    mask = masks.as_mask(predicate)
+    with jax.numpy_dtype_promotion("standard"):
+        states, allowed = mask.tiles(130, 130, size, size), np.asarray(mask.to_dense(130))
+    for (i, j), state in np.ndenumerate(states):
+        tile = allowed[i * size : (i + 1) * size, j * size : (j + 1) * size]
+        assert state == PARTIAL or (state == FULL) == tile.all() == tile.any()
 
 
 UNKNOWN_USES = [

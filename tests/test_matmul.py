@@ -1,5 +1,7 @@
 """The three products of a tile: values, derivatives of every kind and vectorisation."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,3 +97,13 @@ def test_under_shard_map(product):
     expected = jax.grad(lambda a, b: jnp.sum(jnp.sin(plain(a, b))), (0, 1))(a, b)
     for x, y in zip(gradient, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-12)
+
+
+def test_the_precision_is_that_asked_for_where_the_product_is_written():
+    def total(a, b):
+        with jax.default_matmul_precision("highest"):
+            return jnp.sum(times_transpose(a, b) ** 2)
+
+    gradient = jax.jit(jax.grad(total, (0, 1))).lower(jnp.ones((3, 2)), jnp.ones((4, 2)))
+    products = re.findall(r"dot_general.*precision = \[(.*?)\]", gradient.as_text())
+    assert len(products) == 3 and set(products) == {"HIGHEST, HIGHEST"}

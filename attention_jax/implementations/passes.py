@@ -39,10 +39,10 @@ def over_visits(what: Pass, groups: list[Visits], states: Array | None, sums: An
     """Fold over the visits of all groups.
 
     `states [n]` tells what the tiles are where only run time knows: the masked and the unmasked
-    visit and the one that finds nothing are then branches, and there is one group.
+    visit and the one that finds nothing are then branches, and there is one group, or none.
     """
     masked, unmasked = (functools.partial(what.of_tile, masked) for masked in (True, False))
-    if states is None:
+    if states is None or not groups:
         for visits in groups:
             branch = masked if visits.masked else unmasked
             sums = _fold(what, visits, None, lambda _, branch=branch: branch, sums)
@@ -90,24 +90,25 @@ def _fold(what: Pass, visits: Visits, states: Any, choose: Callable[..., Any], s
 def _over_live(step: Callable[..., Any], sums: Any, where: Any) -> Any:
     """Fold over the visits whose state is not EMPTY, as many as there are."""
     where = jax.tree.map(jnp.asarray, where)
-    is_empty = where[-1] == EMPTY
+    is_empty = _for_all(where[-1] == EMPTY)
     order = jnp.argsort(is_empty, stable=True)
 
     def body(n: Any, sums: Any) -> Any:
-        return step(sums, jax.tree.map(lambda x: x[order[n]], where))
+        at = functools.partial(lax.dynamic_index_in_dim, index=order[n], keepdims=False)
+        return step(sums, jax.tree.map(at, where))
 
-    return lax.fori_loop(0, _most(jnp.sum(~is_empty)), body, sums)
+    return lax.fori_loop(0, jnp.sum(~is_empty), body, sums)
 
 
 @jax.custom_batching.custom_vmap
-def _most(count: Array) -> Array:
-    """Return the count; for a batch the largest, so that one loop does for all."""
-    return count
+def _for_all(is_empty: Array) -> Array:
+    """Return what is empty; for a batch what is for all, so that one loop in one order does."""
+    return is_empty
 
 
-@_most.def_vmap
-def _(axis_size: int, in_batched: list[bool], count: Array) -> tuple[Array, bool]:
-    return _most(jnp.max(count, initial=0)), False
+@_for_all.def_vmap
+def _(axis_size: int, in_batched: list[bool], is_empty: Array) -> tuple[Array, bool]:
+    return _for_all(jnp.all(is_empty, axis=0)), False
 
 
 @jax.custom_batching.custom_vmap

@@ -82,7 +82,8 @@ class Visits(NamedTuple):
 def make_visits(plan: Plan, query_length: int, query_size: int, key_size: int) -> list[Visits]:
     """Return in which groups the tiles of a plan are visited."""
     if not plan.is_static:
-        return [Visits(True, query_size, 1, plan.starts[:, 0], plan.starts[:, 1:])]
+        visits = Visits(True, query_size, 1, plan.starts[:, 0], plan.starts[:, 1:])
+        return [visits] if len(plan.starts) else []
     rows = -(-query_length // query_size)
     pairs = TOGETHER_PAIRS.get(jax.default_backend(), 0)
     many = min(pairs / (query_size * key_size), rows, MOST_TOGETHER)

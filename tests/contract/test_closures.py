@@ -115,6 +115,12 @@ def test_an_empty_batch_whose_mask_only_run_time_knows(mask):
     assert attend(x, x, x, mask=mask, **chosen).shape == x.shape
 
 
+def test_no_tile_is_live_though_run_time_has_a_say():
+    x = normal(2, LENGTH, 1, 4)
+    mask = masks.Shift(masks.Causal(), key=LENGTH) & masks.Lengths(jnp.array([3, 4]))
+    same_as_dense(lambda name: jax.grad(loss_of(implementation=name, mask=mask))(x))
+
+
 def test_gradient_of_values_without_features():
     x = normal(1, LENGTH, 1, 4)
 
