@@ -1,7 +1,8 @@
 """Binding parameters to a function, and the rules that a function carries about itself.
 
 A bound function is a `jax.tree_util.Partial`: its parameters are pytree leaves, so it goes
-through `jit`, `vmap`, `grad` and into an optimizer. Some functions carry rules beside their
+through `jit`, `vmap`, `grad` and into an optimizer; integers, booleans and words, which shape the
+program rather than enter it, are part of the structure. Some functions carry rules beside their
 formula (how a score separates into per-row and per-pair parts, how a normalizer streams);
 `rule` attaches one and `ask` finds it on the function or on a bound version of it.
 """
@@ -18,10 +19,29 @@ from jax.tree_util import Partial
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class BoundFunction(Partial):
+    """A partial application whose integers, booleans and strings are no leaves."""
+
+
+def _flatten_bound(bound: BoundFunction) -> tuple[tuple[Any, Any], Any]:
+    fixed = {name: x for name, x in bound.keywords.items() if isinstance(x, int | str)}
+    leaves = {name: x for name, x in bound.keywords.items() if name not in fixed}
+    return (bound.args, leaves), (bound.func, tuple(fixed.items()))
+
+
+def _unflatten_bound(fixed: Any, leaves: Any) -> BoundFunction:
+    function, words = fixed
+    return BoundFunction(function, *leaves[0], **leaves[1], **dict(words))
+
+
+jax.tree_util.register_pytree_node(BoundFunction, _flatten_bound, _unflatten_bound)
+
+
 def bind(function: Callable[..., Any], /, **parameters: Any) -> Partial:
     """Bind parameters by name; the result is a pytree whose leaves are those parameters.
 
-    Callables among the parameters (an activation, say) are kept out of the leaves.
+    Callables among the parameters (an activation, say) are kept out of the leaves, and so are
+    Python's integers, booleans and strings; an integer that is to be a leaf is given as an array.
 
     >>> import jax, jax.numpy as jnp
     >>> from attention_jax import scores
@@ -29,7 +49,7 @@ def bind(function: Callable[..., Any], /, **parameters: Any) -> Partial:
     >>> [leaf.shape for leaf in jax.tree.leaves(score)]
     [(3, 3)]
     """
-    return Partial(function, **{name: as_pytree(value) for name, value in parameters.items()})
+    return BoundFunction(function, **{name: as_pytree(value) for name, value in parameters.items()})
 
 
 def as_pytree(value: Any) -> Any:
@@ -65,11 +85,24 @@ def rule(function: Callable[..., Any], name: str) -> Callable[[F], F]:
 
 def ask(function: Any, name: str) -> Any:
     """Apply the rule `name` of a possibly bound function to its parameters; None without rule."""
-    if isinstance(function, Partial):
-        answer = getattr(function.func, f"__{name}__", None)
-        return answer and answer(*function.args, **function.keywords)
+    function, arguments, keywords = taken_apart(function)
     answer = getattr(function, f"__{name}__", None)
-    return answer and answer()
+    return answer and answer(*arguments, **keywords)
+
+
+def taken_apart(function: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return the function below all partial applications, of Python's too, and what was given.
+
+    >>> import functools
+    >>> taken_apart(functools.partial(bind(max, key=abs), 3))[1:]
+    ((3,), {'key': Partial(<built-in function abs>)})
+    """
+    arguments, keywords = (), {}
+    while hasattr(function, "func") and hasattr(function, "keywords"):
+        arguments = (*function.args, *arguments)
+        keywords = {**function.keywords, **keywords}
+        function = function.func
+    return function, arguments, keywords
 
 
 @jax.tree_util.register_pytree_node_class

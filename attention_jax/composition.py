@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from attention_jax.binding import as_pytree, ask
+from attention_jax.binding import as_pytree, ask, taken_apart
 from attention_jax.intervals import indices
 
 Array = jax.Array
@@ -79,7 +79,7 @@ def positional(score: Any) -> Any:
 
 def is_positional(score: Any) -> bool:
     """Tell whether a possibly bound score was marked `positional`."""
-    return hasattr(score.func if isinstance(score, Partial) else score, "__positional__")
+    return hasattr(taken_apart(score)[0], "__positional__")
 
 
 def scaled(score: Any, scale: Any) -> Separated:

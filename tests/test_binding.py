@@ -1,10 +1,12 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-from attention_jax import binding, scores
+from attention_jax import attend, binding, normalizers, positions, scores
 from attention_jax.binding import as_pytree, ask, bind, per_head, rule
 
 
@@ -56,6 +58,46 @@ def test_as_pytree_wraps_plain_functions_only():
     assert as_pytree(array) is array
     bound = bind(affine, weight=1.0)
     assert as_pytree(bound) is bound
+
+
+def grouped(query, key, groups, weight, signed=True, sort="sum"):
+    """Score with arguments that decide shapes and branches."""
+    query, key = (x.reshape(len(x), groups, -1).sum(1) for x in (query, key))
+    logits = weight * (query @ key.T if sort == "sum" else query @ key.T[:, ::-1])
+    return logits if signed else jnp.abs(logits)
+
+
+def test_what_shapes_a_program_is_no_leaf():
+    options = {"groups": 2, "signed": False, "sort": "sum"}
+    bound = bind(grouped, weight=jnp.float32(0.5), **options)
+    assert len(jax.tree.leaves(bound)) == 1 and bound.keywords["groups"] == 2
+    again = bind(grouped, weight=jnp.float32(0.25), **options)
+    assert jax.tree.structure(again) == jax.tree.structure(bound)
+    assert jax.tree.structure(bind(grouped, weight=0.5)) != jax.tree.structure(bound)
+    x = jax.random.normal(jax.random.key(0), (1, 9, 1, 4))
+
+    @jax.jit
+    def run(score):
+        small = {"implementation": "tiled", "tile_sizes": (4, 4)}
+        return [attend(x, x, x, score=score, **how) for how in (small, {})]
+
+    tiled, dense = run(bound)
+    chex.assert_trees_all_close(tiled, dense, atol=1e-6)
+    expected = attend(x, x, x, score=lambda q, k: grouped(q, k, weight=jnp.float32(0.5), **options))
+    chex.assert_trees_all_close(dense, expected, atol=1e-6)
+
+
+def test_partial_applications_of_python_keep_the_rules():
+    sink = functools.partial(normalizers.softmax_with_sink, sink=0.5)
+    assert normalizers.streaming(sink).sink == 0.5
+    assert normalizers.streaming(as_pytree(sink)).sink == 0.5
+    table = jax.random.normal(jax.random.key(0), (5, 4))
+    x = jax.random.normal(jax.random.key(1), (1, 3, 1, 4))
+    bound, partial = (
+        attend(x, x, x, score=how(positions.relative_key, table=table))
+        for how in (bind, functools.partial)
+    )
+    chex.assert_trees_all_equal(bound, partial)
 
 
 def test_rules_are_found_on_bound_and_unbound_functions():
