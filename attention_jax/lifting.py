@@ -62,6 +62,7 @@ def lift(
         for n, letter in reversed(list(enumerate(vectorised))):
             position = functools.partial(_position, letter, gone={*looped, *vectorised[:n]})
             one = jax.vmap(one, [position(x) for x in axes], jax.tree.map(position, result_axes))
+        arguments = aligned(arguments, axes, order)
         if not looped:
             return one(*arguments)
         return _looped(one, arguments, axes, result_axes, {x: sizes[x] for x in looped}, saved)
@@ -69,12 +70,39 @@ def lift(
     return lifted
 
 
+def aligned(arguments: Sequence[Any], axes: Sequence[str], order: str) -> list[Any]:
+    """Split what is whole as others are split along the axes in `order`; `vmap` wants them alike.
+
+    Only an explicit mesh says what is split; without one the arguments are returned as they are.
+    """
+    split: dict[str, Any] = {}
+    for letters, argument in zip(axes, arguments, strict=True):
+        for letter, part in zip(letters, _parts(argument), strict=False):
+            if letter in order and part is not None:
+                split.setdefault(letter, part)
+
+    def as_others(argument: Any, letters: str) -> Any:
+        parts = _parts(argument)
+        wanted = [
+            part if part is not None else split.get(letter)
+            for letter, part in zip(letters.ljust(len(parts)), parts, strict=False)
+        ]
+        return jax.reshard(argument, PartitionSpec(*wanted)) if wanted != parts else argument
+
+    return [as_others(*pair) for pair in zip(arguments, axes, strict=True)]
+
+
 def _is_sharded(letter: str, axes: Sequence[str], arguments: Sequence[Any]) -> bool:
     """Tell whether an explicit mesh axis splits this one: then no part of it can be taken out."""
     return any(
-        letter in letters and jax.typeof(argument).sharding.spec[letters.index(letter)] is not None
+        letter in letters and _parts(argument)[letters.index(letter)] is not None
         for letters, argument in zip(axes, arguments, strict=True)
     )
+
+
+def _parts(argument: Any) -> list[Any]:
+    """Return for each axis the axes of an explicit mesh that split it, or None."""
+    return list(jax.typeof(argument).sharding.spec)
 
 
 def _position(letter: str, letters: str, gone: set[str]) -> int | None:

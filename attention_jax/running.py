@@ -19,6 +19,7 @@ from attention_jax.feature_maps import scaled
 from attention_jax.implementations.head import finite_rows
 from attention_jax.implementations.online import finite_or_zero
 from attention_jax.intervals import indices
+from attention_jax.lifting import aligned
 from attention_jax.trees import varying_like
 
 Array = jax.Array
@@ -132,12 +133,13 @@ def _scan(
         return _absorb(sums, features, log_scale, tokens), context
 
     def chunks(x: Array, axis: int = 0) -> Array:
-        shape = (*x.shape[:axis], -1, chunk_size, *x.shape[axis + 1 :])
+        count = x.shape[axis] // chunk_size
+        shape = (*x.shape[:axis], count, chunk_size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
     parts = chunks(query, axis=1), jax.tree.map(chunks, tokens)
     sums, contexts = lax.scan(step, varying_like(sums, query, tokens), parts)
-    return jnp.moveaxis(contexts, 0, 1).reshape(*query.shape[:2], -1), sums
+    return jnp.moveaxis(contexts, 0, 1).reshape(*query.shape[:2], contexts.shape[-1]), sums
 
 
 def _absorb(sums: Sums, features: Array, log_scale: Array, tokens: _Tokens) -> Sums:
@@ -176,7 +178,7 @@ def _tokens(key: Array, value: Array, present: Array, dtype: Any) -> _Tokens:
     there = present[:, :, None, None]
     key, key_poison = finite_rows(jnp.where(there, key, 0.0).astype(dtype))
     value, value_poison = finite_rows(jnp.where(there, value, 0.0).astype(dtype))
-    with_one = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+    with_one = jnp.pad(value, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
     present = jnp.broadcast_to(present[:, :, None], key.shape[:3])
     tokens = _Tokens(key, with_one, present, key_poison + value_poison)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), tokens)
@@ -191,14 +193,18 @@ def _grouped(query: Array, key_heads: int) -> Array:
 
 def _ungrouped(context: Array) -> Array:
     """[B, K, G, T, V] -> [B, T, N, V]."""
-    batch, _, _, length, depth = context.shape
-    return jnp.moveaxis(context, 3, 1).reshape(batch, length, -1, depth)
+    batch, key_heads, groups, length, depth = context.shape
+    return jnp.moveaxis(context, 3, 1).reshape(batch, length, key_heads * groups, depth)
 
 
 def _over_heads(function: Callable[..., Any], feature_map: Any, *operands: Any) -> Any:
     """Map a function of one key head over operands [B, K, ...]."""
     heads = isinstance(feature_map, PerHead)
     bound = as_pytree(feature_map.function if heads else feature_map)
+    leaves, structure = jax.tree.flatten((operands, bound))
+    shared = len(leaves) - len(jax.tree.leaves(operands))
+    axes = ["BK"] * (len(leaves) - shared) + ["K" if heads else ""] * shared
+    operands, bound = structure.unflatten(aligned(leaves, axes, "BK"))
     others = (0,) * len(operands)
     of_example = jax.vmap(function, in_axes=(0 if heads else None, *others))
     return jax.vmap(of_example, in_axes=(None, *others))(bound, *operands)

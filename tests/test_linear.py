@@ -104,6 +104,14 @@ def test_each_key_head_may_have_its_own_features():
     np.testing.assert_allclose(context, oracle(*qkv(), maps, np.tri(T)), atol=1e-12)
 
 
+@pytest.mark.parametrize("mask", [None, masks.Causal()])
+@pytest.mark.parametrize("shape", [(0, 5, 2, 4), (2, 0, 2, 4)])
+def test_nothing_to_attend(shape, mask):
+    x = jnp.ones(shape)
+    assert linear_attention(x, x, x, mask=mask).shape == shape
+    assert linear_attention(x, x, x[..., :0], mask=mask).shape == (*shape[:3], 0)
+
+
 def test_empty_rows_are_zeros_with_zero_gradients():
     mask = masks.Causal(-3) & masks.Lengths(np.array([T, 0]), np.array([T - 1, T]))
 

@@ -63,6 +63,9 @@ def _fold(what: Pass, visits: Visits, states: Any, choose: Callable[..., Any], s
     # Transposed, a tile has operations enough that do not wait for each other.
     lanes = -(-visits.lanes // 2) if what.is_transposed else visits.lanes
 
+    def below_each_other(*lanes: Array) -> Array:
+        return jnp.concatenate(lanes).reshape(visits.height, *lanes[0].shape[2:])
+
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(sums: Any, where: Any) -> tuple[Any, None]:
         i, j, state = where
@@ -78,8 +81,7 @@ def _fold(what: Pass, visits: Visits, states: Any, choose: Callable[..., Any], s
         read = jax.tree.map(lambda x: x.reshape(*many, rows, *x.shape[1:]), read)
         each = read, (i + rows * indices(together)).reshape(many), j.reshape(many)
         lane = [jax.vmap(visit)(*jax.tree.map(lambda x, n=n: x[n], each)) for n in range(lanes)]
-        found = jax.tree.map(lambda *x: jnp.concatenate(x).reshape(-1, *x[0].shape[2:]), *lane)
-        return what.write(sums, i, found), None
+        return what.write(sums, i, jax.tree.map(below_each_other, *lane)), None
 
     where = visits.queries, visits.keys, states
     if states is None or what.is_transposed:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from attention_jax import attend, bind, masks, normalizers, scores
+from attention_jax import attend, bind, masks, normalizers, patterns, positions, scores
+from attention_jax.linear import linear_attention
 
 LENGTH, TILE = 9, (4, 3)
 IDS = jnp.array([[0, 0, 0, 1, 1, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 1, 0], [0] * LENGTH])
@@ -121,6 +122,12 @@ def test_no_tile_is_live_though_run_time_has_a_say():
     same_as_dense(lambda name: jax.grad(loss_of(implementation=name, mask=mask))(x))
 
 
+def test_values_without_features_where_tiles_are_visited_together():
+    x = normal(1, 40, 1, 4)
+    context = attend(x, x, x[..., :0], implementation="tiled", tile_sizes=(4, 8))
+    assert context.shape == (1, 40, 1, 0)
+
+
 def test_gradient_of_values_without_features():
     x = normal(1, LENGTH, 1, 4)
 
@@ -163,10 +170,35 @@ def test_a_bias_of_integers():
     same_as_dense(lambda name: jax.grad(loss_of(implementation=name, bias=bias))(x))
 
 
+OVER_A_MESH = {
+    "causal": lambda x, lengths: attend(x, x, x, mask=masks.Causal(), **TILED),
+    "lengths": lambda x, lengths: attend(x, x, x, mask=masks.Lengths(lengths), **TILED),
+    "array": lambda x, lengths: attend(x, x, x, bias=jnp.ones((2, LENGTH, LENGTH)), **TILED),
+    "slopes": lambda x, lengths: attend(x, x, x, bias=positions.alibi_bias(2), **TILED),
+    "heads": lambda x, lengths: attend(x, x, x, mask=patterns.Heads(TWO_MASKS), **TILED),
+    "dropout": lambda x, lengths: attend(
+        x, x, x, dropout_rate=0.5, dropout_key=jax.random.key(0), **TILED
+    ),
+    "linear": lambda x, lengths: linear_attention(x, x, x, mask=masks.Lengths(lengths)),
+    "causal linear": lambda x, lengths: linear_attention(x, x, x, mask=masks.Causal()),
+}
+TILED = {"implementation": "tiled", "tile_sizes": TILE}
+TWO_MASKS = masks.Causal(), masks.Window(3, 0)
+
+
 @pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec(None, None, "data")])
-def test_axes_sharded_over_an_explicit_mesh_stay_whole(spec):
+@pytest.mark.parametrize("function", OVER_A_MESH.values(), ids=OVER_A_MESH)
+def test_axes_sharded_over_an_explicit_mesh_stay_sharded(function, spec):
     mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,))
-    x = jax.ShapeDtypeStruct((2, LENGTH, 2, 4), jnp.float64, sharding=NamedSharding(mesh, spec))
+    x, lengths = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in (
+            ((2, LENGTH, 2, 4), jnp.float64, spec),
+            ((2,), jnp.int32, PartitionSpec(*spec[:1])),
+        )
+    )
     with jax.sharding.use_abstract_mesh(mesh):
-        gradient = jax.grad(loss_of(implementation="tiled", mask=masks.Causal()))
-        assert jax.eval_shape(gradient, x).shape == x.shape
+        gradient = jax.grad(lambda x, lengths: jnp.sum(jnp.sin(function(x, lengths))))
+        for result in (jax.eval_shape(function, x, lengths), jax.eval_shape(gradient, x, lengths)):
+            assert result.shape == x.shape
+            assert tuple(result.sharding.spec)[: len(spec)] == tuple(spec)
