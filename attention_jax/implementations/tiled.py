@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -256,9 +257,7 @@ class _Tiles:
             )
             total, context = nothing(here, change, base)
             if weights_move:
-                weights, weights_change, tile = jax.jvp(
-                    weigh, (primal,), (direction,), has_aux=True
-                )
+                weights, weights_change, tile = _moved(weigh, primal, direction)
                 total = jnp.sum(weights_change, axis=1)
                 context = times(tile.used(weights_change), tile.value)
             else:
@@ -328,6 +327,19 @@ def _added(i: Any, sums: Array, found: Array) -> Array:
     which = lax.div(i, jnp.int32(found.shape[0]))
     added = tiles.at[which].add(found, mode="promise_in_bounds", unique_indices=True)
     return added.reshape(sums.shape)
+
+
+def _moved(weigh: Callable[..., Any], primal: Any, direction: Any) -> Any:
+    try:
+        return jax.jvp(weigh, (primal,), (direction,), has_aux=True)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "tiled: a score, bias or normalizer has its derivative from jax.custom_vjp, which runs "
+            "backward only, and that of a tile is taken forward and then transposed; define it by "
+            "jax.custom_jvp, or use implementation='dense'."
+        ) from error
 
 
 def _is_zero(tangent: Any) -> bool:

@@ -338,6 +338,22 @@ def test_empty_tiles_cost_nothing_that_the_compiler_can_count():
     assert found.empty == (length // 64) ** 2 - found.partial - found.full
 
 
+def test_a_derivative_that_runs_backward_only_is_refused_by_name():
+    @jax.custom_vjp
+    def score(query, key):
+        return query @ key.T
+
+    score.defvjp(
+        lambda query, key: (score(query, key), (query, key)),
+        lambda kept, change: (change @ kept[1], change.T @ kept[0]),
+    )
+    x = normal(1, T, 1, H)
+    attending = functools.partial(attend, score=score, implementation="tiled", tile_sizes=TILE)
+    with pytest.raises(TypeError, match=r"tiled: a score.* define it by jax.custom_jvp, or use im"):
+        jax.grad(lambda x: attending(x, x, x).sum())(x)
+    assert attending(x, x, x).shape == x.shape
+
+
 def test_what_tiled_cannot_do_is_refused_by_name():
     with pytest.raises(ValueError, match="'tiled' never holds the weights; use implementation="):
         attend(*qkv(), implementation="tiled", return_weights=True)
