@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experiments.data.alignments import is_alignment, parse
 from experiments.data.corpus import DataError, Pair
 from experiments.data.text import lines_of, read_content
-from experiments.data.tokens import tokenize
+from experiments.data.tokens import cut
 
 Splits = dict[str, list[Pair]]
-Words = tuple[str, ...]
 
 # The empty name is that of a prefix without splits: PREFIX.en, PREFIX.de.
 SPLIT_NAMES = {
@@ -31,14 +30,15 @@ _COLUMN_NAMES = frozenset(("1", "2", "source", "target", "src", "tgt", "trg", *_
 class Reader:
     """Reads pairs in one direction, and collects what the user must know about them.
 
-    `words` cuts a sentence into words where they are to be those of another text, of which a
-    vocabulary was made. `files` has the SHA-256 of every file that was read, by its path.
+    `at_spaces` says whether words are what lies between spaces, where they are to be those of
+    another text, of which a vocabulary was made; where it is None, the training set says, and all
+    other sets follow it. `files` has the SHA-256 of every file that was read, by its path.
     """
 
     source: str
     target: str
     lowercase: bool
-    words: Callable[[str], Words] | None = None
+    at_spaces: bool | None = None
     notices: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -73,6 +73,8 @@ class Reader:
             for name in names:
                 if split not in splits and (pairs := self._split(folder, prefix + name)):
                     splits[split] = pairs
+            # Training comes first, and a text without gold alignments does not ask for spaces.
+            self.at_spaces = bool(self.at_spaces)
         extra: Splits = {}
         for path in sorted(folder.glob(f"{prefix}test?*.{self.source}")):
             name = path.name.removeprefix(prefix).removesuffix(f".{self.source}")
@@ -122,14 +124,14 @@ class Reader:
         return lines_of(content, path)
 
     def _tokenize(self, source: str, target: str) -> Pair:
-        words = self.words or (lambda text: tokenize(text, self.lowercase))
-        return Pair(words(source), words(target))
+        options = {"at_spaces": bool(self.at_spaces), "lowercase": self.lowercase}
+        return Pair(cut(source, **options), cut(target, **options))
 
     def _table(self, path: Path) -> list[Pair]:
         """Columns source, target and, where it can be read as one, gold alignment.
 
         With an alignment the text is taken as tokenised already, because links count its tokens,
-        unless `words` says how to cut it: where that gives others, their links are not known.
+        unless it is known how to cut it: where that gives others, their links are not known.
         """
         rows = [line.split("\t") if line.strip() else ["", ""] for line in self._lines(path)]
         for number, row in enumerate(rows, 1):
@@ -144,7 +146,8 @@ class Reader:
         aligned = any(map(is_alignment, third))
         if aligned:
             pairs = [(n, _aligned(path, n, row, columns)) for n, row in numbered]
-            if self.words is None:
+            if self.at_spaces is None:
+                self.at_spaces = True
                 self.notices.append(
                     f"{path.name} has gold alignments, so it was split at spaces only."
                 )

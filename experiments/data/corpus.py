@@ -34,7 +34,9 @@ class Corpus:
 
     ``extra`` holds further test sets by name, such as ``"long"``: sentences longer than any in
     training. ``notices`` has one sentence for each thing the user must know about the data.
-    ``files`` has the SHA-256 of every file that was read, by its path.
+    ``files`` has the SHA-256 of every file that was read, by its path. ``at_spaces`` says whether
+    words are what lies between spaces, cased as it is: of generated text, and of text whose
+    training set has gold alignments, which count its words.
     """
 
     name: str
@@ -46,3 +48,4 @@ class Corpus:
     extra: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    at_spaces: bool = True

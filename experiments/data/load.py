@@ -44,7 +44,8 @@ def load(
       max_length: tokens of the longer side, without EOS; longer pairs are dropped and counted.
       min_count: words of the training files seen less often are read as ``<unk>``.
       max_vocabulary: the most frequent words of the training files that are kept, for each side.
-      lowercase: whether text in files is lower-cased, unless it is tokenised already.
+      lowercase: whether text in files is lower-cased, unless the training set is tokenised already,
+        as text with gold alignments is; all sets are cut into words as the training set is.
 
     Raises:
       DataError: an argument or a file cannot be used; one sentence says which, where and why.
@@ -71,7 +72,7 @@ def load(
             max_vocabulary=max_vocabulary,
             notices=reader.notices,
         )
-        return replace(corpus, files=reader.files)
+        return replace(corpus, files=reader.files, at_spaces=bool(reader.at_spaces))
     sizes = Sizes(
         *(
             size if size is not None else default

@@ -49,6 +49,17 @@ def tokenize(text: str, lowercase: bool = False) -> tuple[str, ...]:
     return tuple(token for token in _TOKEN.findall(text) if token)
 
 
+def cut(text: str, at_spaces: bool, lowercase: bool) -> tuple[str, ...]:
+    """Words of a line of text: what lies between spaces, as it is, or those of `tokenize`.
+
+    >>> cut("Ein Hund.", at_spaces=True, lowercase=True)
+    ('Ein', 'Hund.')
+    >>> cut("Ein Hund.", at_spaces=False, lowercase=True)
+    ('ein', 'hund', '.')
+    """
+    return tuple(text.split()) if at_spaces else tokenize(text, lowercase)
+
+
 def detokenize(tokens: Iterable[str]) -> str:
     r"""Tokens as a line of text, punctuation and contractions joined to their words.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.command_line import UsageError
 from experiments.data.corpus import Corpus, Pair
-from experiments.data.tokens import detokenize, tokenize
+from experiments.data.tokens import cut, detokenize
 from experiments.data.vocabulary import Vocabulary
 from experiments.translate.config import Config, group_of
 from experiments.translate.workdir import shown, write_json
@@ -40,7 +40,7 @@ class Languages:
 
     def words(self, text: str) -> tuple[str, ...]:
         """Cut a sentence into words as those of the training were."""
-        return tuple(text.split()) if self.at_spaces else tokenize(text, self.lowercase)
+        return cut(text, self.at_spaces, self.lowercase)
 
     def text(self, words: tuple[str, ...]) -> str:
         """Return words as a line of text."""
@@ -66,7 +66,7 @@ def write(folder: Path, corpus: Corpus, longest: int, config: Config) -> None:
         source=corpus.source_vocabulary,
         target=corpus.target_vocabulary,
         longest=longest,
-        at_spaces=any(pair.sure is not None for pair in corpus.train),
+        at_spaces=corpus.at_spaces,
         lowercase=config.lowercase,
     )
     try:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments import metrics, statistics
-from experiments.data.corpus import Pair
-from experiments.data.load import GENERATED
 from experiments.translate.config import Config
 from experiments.translate.task import Task
 from experiments.translate.workdir import Record
@@ -39,19 +37,20 @@ def summarize(config: Config, task: Task, outcomes: Sequence[Record], host: Reco
             "target_words": len(corpus.target_vocabulary),
             "notices": list(corpus.notices),
         },
-        "signatures": signatures(config, task.sets["test"].pairs),
+        "signatures": signatures(config.lowercase, corpus.at_spaces),
         "mechanisms": mechanisms,
         "comparisons": _comparisons(mechanisms) if len(mechanisms) > 1 else [],
     }
 
 
-def signatures(config: Config, pairs: Sequence[Pair]) -> dict[str, str]:
-    """Return sacrebleu's signatures of scores on pairs of a run's corpus.
+def signatures(lowercase: bool, at_spaces: bool) -> dict[str, str]:
+    """Return sacrebleu's signatures of scores on text of a run, which cuts all sets alike.
 
-    Text of files is lower-cased as the run has it, unless it has gold alignments: see `load`.
+    Args:
+      lowercase: as the run has it.
+      at_spaces: of its corpus, whose words then are as they were written.
     """
-    as_it_is = config.data in GENERATED or any(pair.sure is not None for pair in pairs)
-    return metrics.signatures(lowercased=config.lowercase and not as_it_is)
+    return metrics.signatures(lowercased=lowercase and not at_spaces)
 
 
 def measured(outcome: Record) -> dict[str, Any]:

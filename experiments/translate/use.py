@@ -15,7 +15,7 @@ from experiments.command_line import UsageError, show
 from experiments.data.corpora import Reader
 from experiments.data.corpus import DataError, Pair
 from experiments.data.text import lines_of, read_lines
-from experiments.translate import alignments, evaluate, evaluation, interaction, kept, task
+from experiments.translate import alignments, evaluate, evaluation, interaction, kept, results, task
 from experiments.translate.budget import sizes_of
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.config import Config
@@ -131,7 +131,7 @@ def _evaluate(config: Config) -> None:
         found = evaluation.of_set(translators.score, programs, translators.parameters, given)
         records.append({"score": translators.score, **found.measured})
     languages = loaded[0].languages
-    signatures = metrics.signatures(languages.lowercase and not languages.at_spaces)
+    signatures = results.signatures(languages.lowercase, languages.at_spaces)
     path = evaluation.report(config, name, len(pairs), signatures, records)
     show(path.absolute())
 
@@ -192,7 +192,7 @@ def _pairs_of_split(config: Config) -> tuple[str, Sequence[Pair]]:
 
 
 def _pairs_of_file(config: Config, languages: Languages) -> tuple[str, Sequence[Pair]]:
-    reader = Reader(config.source, config.target, config.lowercase, languages.words)
+    reader = Reader(config.source, config.target, languages.lowercase, languages.at_spaces)
     path = Path(config.input)
     if not path.is_file():
         raise UsageError(f"--input {path} is no file; give a table of pairs, source<TAB>target.")

@@ -39,14 +39,14 @@ def run(sweep: Sweep) -> Path:
     workdir.check(sweep)
     cells = list(sweep.cells())
     _check(cells)
-    sets = _task(cells[0].config).sets
+    given = _task(cells[0].config)
     with workdir.opened(sweep) as folder:
         records = _do_all(cells, console)
         summary = results.summarize(sweep, records)
         summary |= {
             "environment": json.loads((folder / "config.json").read_text("utf-8"))["environment"],
-            "signatures": of_run.signatures(sweep.base, sets["test"].pairs),
-            "pairs": {name: len(given.pairs) for name, given in sets.items()},
+            "signatures": of_run.signatures(sweep.base.lowercase, given.corpus.at_spaces),
+            "pairs": {name: len(of_set.pairs) for name, of_set in given.sets.items()},
         }
         workdir.write_text(folder / "sweep.csv", tidy.table(summary, records))
         workdir.write_json(folder / "results.json", summary)

@@ -137,6 +137,39 @@ def test_gold_alignments_pharaoh_and_positions(write):
     assert Pair(("X", "Y"), ("c",), *2 * (frozenset({(0, 0), (1, 0)}),)) in everything(turned)
 
 
+PLAIN = "Haus Hund.\tHouse Dog.\nHund Haus.\tDog House.\n"
+ALIGNED = "Haus Hund .\tHouse Dog .\t0-0 1-1 2-2\nHund. Haus\tDog. House\t0-0 1-1\n"
+
+
+def test_all_sets_are_cut_into_words_as_the_training_set_is(write, tmp_path):
+    write("train.tsv", PLAIN)
+    write("val.tsv", PLAIN)
+    write("test.tsv", ALIGNED)
+    write("test_2.en", "Haus Hund.\n")
+    write("test_2.de", "House Dog.\n")
+    corpus = load(str(tmp_path), min_count=1)
+    links = 2 * (frozenset({(0, 0), (1, 1), (2, 2)}),)
+    first = Pair(("haus", "hund", "."), ("house", "dog", "."))
+    second = Pair(("hund", ".", "haus"), ("dog", ".", "house"))
+    assert corpus.test == (Pair(first.source, first.target, *links), second)
+    assert corpus.extra == {"test_2": (first,)} and not corpus.at_spaces
+    assert any("were left out: 1, the first is that of line 2." in n for n in corpus.notices)
+    assert not any("split at spaces" in notice for notice in corpus.notices)
+
+
+def test_all_sets_are_cut_at_spaces_where_training_has_gold_alignments(write, tmp_path):
+    write("train.tsv", ALIGNED)
+    write("val.tsv", PLAIN)
+    write("test.tsv", ALIGNED)
+    corpus = load(str(tmp_path), min_count=1)
+    assert corpus.valid[0] == Pair(("Haus", "Hund."), ("House", "Dog."))
+    assert set(corpus.test) == set(corpus.train) and corpus.at_spaces
+    assert [n for n in corpus.notices if "split at spaces" in n] == [
+        "train.tsv has gold alignments, so it was split at spaces only."
+    ]
+    assert "test.tsv" not in "".join(n for n in corpus.notices if "left out" in n)
+
+
 @pytest.mark.parametrize("names", ["train valid test", "training val test", "train dev test_2016"])
 @pytest.mark.parametrize("prefix", ["", "corpus."])
 def test_folders_and_prefixes(write, tmp_path, names, prefix):

@@ -33,10 +33,15 @@ def outcome(score, values):
     }
 
 
-def summary(config, outcomes):
+def summary(config, outcomes, at_spaces=True):
     pairs = (Pair(("a",), ("b",)),)
     corpus = types.SimpleNamespace(
-        name=config.data, train=pairs, source_vocabulary="ab", target_vocabulary="ab", notices=()
+        name=config.data,
+        train=pairs,
+        source_vocabulary="ab",
+        target_vocabulary="ab",
+        notices=(),
+        at_spaces=at_spaces,
     )
     sets = {"test": types.SimpleNamespace(pairs=pairs)}
     task = types.SimpleNamespace(corpus=corpus, sets=sets)
@@ -76,16 +81,12 @@ def test_scores_that_are_not_compared_are_told():
 
 
 @pytest.mark.parametrize(
-    ("config", "pair", "case"),
-    [
-        (Config(data="x.tsv"), Pair(("a",), ("b",)), "lc"),
-        (Config(data="x.tsv", lowercase=False), Pair(("a",), ("b",)), "mixed"),
-        (Config(data="x.tsv"), Pair(("a",), ("B",), frozenset(), frozenset()), "mixed"),
-        (Config(data="grammar"), Pair(("a",), ("B",)), "mixed"),
-    ],
+    ("lowercase", "at_spaces", "case"),
+    [(True, False, "lc"), (False, False, "mixed"), (True, True, "mixed"), (False, True, "mixed")],
 )
-def test_signatures_say_whether_words_were_lower_cased(config, pair, case):
-    found = results.signatures(config, [pair])
+def test_signatures_say_whether_words_were_lower_cased(lowercase, at_spaces, case):
+    config = Config(data="x.tsv", lowercase=lowercase)
+    found = summary(config, [outcome("dot", HIGH)], at_spaces=at_spaces)["signatures"]
     assert found["bleu"].startswith(f"nrefs:1|case:{case}|eff:no|tok:13a|")
     assert found["chrf"].startswith(f"nrefs:1|case:{case}|eff:yes|nc:6|")
 
