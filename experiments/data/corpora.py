@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
 
 from experiments.data.alignments import is_alignment, parse
@@ -55,7 +56,7 @@ class Reader:
             return self._splits(path, "")
         if path.exists():
             return {"train": self._table(path)}, {}
-        if path.parent.is_dir() and any(path.parent.glob(f"{path.name}.*")):
+        if path.parent.is_dir() and any(path.parent.glob(f"{escape(path.name)}.*")):
             return self._splits(path.parent, f"{path.name}.")
         raise DataError(
             f"{data} does not exist: it is no generated corpus (grammar, numbers, copy, reverse), "
@@ -76,7 +77,7 @@ class Reader:
             # Training comes first, and a text without gold alignments does not ask for spaces.
             self.at_spaces = bool(self.at_spaces)
         extra: Splits = {}
-        for path in sorted(folder.glob(f"{prefix}test?*.{self.source}")):
+        for path in sorted(folder.glob(f"{escape(prefix)}test?*.{escape(self.source)}")):
             name = path.name.removeprefix(prefix).removesuffix(f".{self.source}")
             extra[name] = self._split(folder, prefix + name) or []
         if "test" not in splits and extra:

@@ -171,7 +171,7 @@ def test_all_sets_are_cut_at_spaces_where_training_has_gold_alignments(write, tm
 
 
 @pytest.mark.parametrize("names", ["train valid test", "training val test", "train dev test_2016"])
-@pytest.mark.parametrize("prefix", ["", "corpus."])
+@pytest.mark.parametrize("prefix", ["", "corpus.", "corpus[1]*."])
 def test_folders_and_prefixes(write, tmp_path, names, prefix):
     for split, name in enumerate(names.split(" ")):
         for language in ("en", "de"):
