@@ -6,6 +6,7 @@ its files and is written last, so that a checkpoint without one was never finish
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -19,6 +20,8 @@ from experiments.command_line import UsageError
 from experiments.translate.workdir import write_text
 
 _KEPT = 2
+# Without it Orbax finds nothing in a checkpoint.
+_MANIFEST = "manifest.ocdbt"
 
 
 class Checkpoints:
@@ -39,7 +42,7 @@ class Checkpoints:
         Later ones belong to a training that was given up: they were found damaged.
 
         Raises:
-          UsageError: the disk is full, or not to be written to.
+          UsageError: the disk is full, or not to be written to, or the checkpoint is not whole.
         """
         path = self._path(step)
         try:
@@ -47,6 +50,8 @@ class Checkpoints:
             self._forget(step)
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(path, _named(state))
+            if not (path / _MANIFEST).is_file():
+                raise ValueError(f"Orbax left it without its {_MANIFEST}")
             write_text(self._seal(step), json.dumps(_checksums(path)))
             kept = [kept for kept in self.steps if kept <= step][:_KEPT]
             for other in set(self.steps) - set(kept):
@@ -69,13 +74,11 @@ class Checkpoints:
             self._forget_unsealed()
         for step in self.steps:
             path = self._path(step)
-            if not path.is_dir() or _checksums(path) != self._sealed(step):
-                self.damaged.append(f"checkpoint {step} in {self.folder} is damaged: passed over.")
-                continue
-            leaves, structure = jax.tree.flatten(like)
-            with ocp.StandardCheckpointer() as checkpointer:
-                named = checkpointer.restore(path, _named(jax.tree.map(_shape_of, like)))
-            return step, structure.unflatten([named[_name(i)] for i in range(len(leaves))])
+            if path.is_dir() and _checksums(path) == self._sealed(step):
+                # What was sealed may still be none of this state, or of another version of Orbax.
+                with contextlib.suppress(KeyError, OSError, TypeError, ValueError):
+                    return step, _loaded(path, like)
+            self.damaged.append(f"checkpoint {step} in {self.folder} is damaged: passed over.")
         return None
 
     def _path(self, step: int) -> Path:
@@ -98,6 +101,13 @@ class Checkpoints:
     def _forget(self, step: int) -> None:
         self._seal(step).unlink(missing_ok=True)
         shutil.rmtree(self._path(step), ignore_errors=True)
+
+
+def _loaded(path: Path, like: Any) -> Any:
+    leaves, structure = jax.tree.flatten(like)
+    with ocp.StandardCheckpointer() as checkpointer:
+        named = checkpointer.restore(path, _named(jax.tree.map(_shape_of, like)))
+    return structure.unflatten([named[_name(i)] for i in range(len(leaves))])
 
 
 def _named(tree: Any) -> dict[str, Any]:

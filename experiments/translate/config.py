@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,8 +259,9 @@ class Config:
     @property
     def directory(self) -> Path:
         """The folder of the run."""
-        name = Path(self.data).stem or "data"
-        return Path(self.workdir) if self.workdir else Path("runs") / f"{name}-{self.key}"
+        if self.workdir:
+            return Path(self.workdir)
+        return Path("runs") / f"{named_after(self.data)}-{self.key}"
 
     def check(self) -> None:
         """Refuse values that mean nothing.
@@ -330,6 +332,15 @@ def _is_path(name: str) -> bool:
 
 def _largest_divisor(number: int, limit: int) -> int:
     return max(n for n in range(1, limit + 1) if number % n == 0)
+
+
+def named_after(data: str) -> str:
+    """Return what the folder of a run on these data is called, without what stands for names.
+
+    >>> named_after("corpora/news[1].tsv")
+    'news_1_'
+    """
+    return re.sub(r"[*?\[\]]", "_", Path(data).stem) or "data"
 
 
 def group_of(name: str) -> str:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
@@ -35,6 +36,8 @@ class Owner(Protocol):
 # What a run that was killed at once leaves behind.
 _FIRST = (".lock", "config.json.unfinished")
 
+_PATTERN = re.compile(r"[*?\[]")
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sacrebleu")
 
 
@@ -62,10 +65,16 @@ def check(owner: Owner) -> None:
     """Refuse a folder that is not its owner's, before anything is computed or written.
 
     Raises:
-      UsageError: it holds another run or other files, or cannot be written to.
+      UsageError: it holds another run or other files, or cannot be written to; or Orbax would
+        take its path for a pattern of paths, and leave its checkpoints unfinished.
     """
     folder = owner.directory
     hint = "give another --workdir."
+    if found := _PATTERN.search(str(folder.absolute())):
+        raise UsageError(
+            f"--workdir {folder.absolute()} has a {found[0]} in its path, but checkpoints can be "
+            f"saved only in a path without *, ? and [; {hint}"
+        )
     if not folder.exists():
         parent = next(path for path in folder.absolute().parents if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.command_line import UsageError
-from experiments.translate.config import Config
+from experiments.translate.config import Config, named_after
 
 RATE = "learning_rate"
 
@@ -68,7 +68,7 @@ class Sweep:
         if self.base.workdir:
             return Path(self.base.workdir)
         key = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
-        return Path("runs") / f"sweep-{Path(self.base.data).stem or 'data'}-{key}"
+        return Path("runs") / f"sweep-{named_after(self.base.data)}-{key}"
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """A checkpoint is whole or passed over, and what is passed over is said in one line."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.command_line import UsageError
+from experiments.translate import checkpoints
 from experiments.translate.checkpoints import Checkpoints
 
 
@@ -15,16 +18,16 @@ def state(step):
 
 @pytest.fixture
 def saved(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "dot")
+    saved = Checkpoints(tmp_path / "dot")
     for step in (5, 10):
-        checkpoints.save(step, state(step))
-    return checkpoints
+        saved.save(step, state(step))
+    return saved
 
 
 def restored(folder):
-    checkpoints = Checkpoints(folder)
-    found = checkpoints.restore(jax.tree.map(jnp.zeros_like, state(0)))
-    return checkpoints.damaged, found
+    given = Checkpoints(folder)
+    found = given.restore(jax.tree.map(jnp.zeros_like, state(0)))
+    return given.damaged, found
 
 
 def assert_is(found, step):
@@ -56,6 +59,13 @@ def remove(folder):
     largest(folder / "00000010").unlink()
 
 
+def seal_half(folder):
+    """As an earlier version did where Orbax left a checkpoint unfinished."""
+    path = folder / "00000010"
+    (path / "manifest.ocdbt").unlink()
+    (folder / "00000010.seal").write_text(json.dumps(checkpoints._checksums(path)))
+
+
 def scribble(folder):
     (folder / "00000010.seal").write_bytes(b"\xff{")
 
@@ -74,7 +84,7 @@ def test_nothing_is_restored_from_nothing(tmp_path):
     assert restored(tmp_path / "none") == ([], None)
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, empty, remove, scribble, empty_seal])
+@pytest.mark.parametrize("damage", [flip, truncate, empty, remove, seal_half, scribble, empty_seal])
 def test_a_damaged_checkpoint_is_passed_over(saved, damage):
     damage(saved.folder)
     damaged, found = restored(saved.folder)
@@ -104,3 +114,18 @@ def test_a_folder_that_cannot_be_written_to_keeps_what_is_there(saved, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"checkpoint 3 cannot be saved in .*/file/dot: .*goes on"):
         Checkpoints(tmp_path / "file" / "dot").save(3, state(3))
+
+
+def test_what_orbax_leaves_unfinished_is_not_sealed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_MANIFEST", "what was not written")
+    given = Checkpoints(tmp_path / "dot")
+    with pytest.raises(UsageError, match=r"checkpoint 3 .*: Orbax left it without its what was"):
+        given.save(3, state(3))
+    assert given.steps == []
+    assert not (given.folder / "00000003").exists()
+
+
+def test_a_checkpoint_of_another_state_is_passed_over(saved):
+    other = Checkpoints(saved.folder)
+    assert other.restore({**state(0), "more": jnp.zeros(2)}) is None
+    assert len(other.damaged) == 2

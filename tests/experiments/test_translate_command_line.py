@@ -128,6 +128,7 @@ def test_equal_configurations_share_a_folder_and_others_do_not():
     assert Config().directory == Config(workdir="").directory
     assert Config(seeds=4).directory != Config().directory
     assert Config(data="some/corpus.tsv").directory.name.startswith("corpus-")
+    assert Config(data="[x]b*?.tsv").directory.name.startswith("_x_b__-")
     assert Config(checkpoint_seconds=1.0).key == Config(workdir="w").key == Config().key
 
 

@@ -133,6 +133,16 @@ def test_a_folder_that_cannot_be_had(tmp_path, capsys, translate):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?/run"])
+def test_a_folder_in_which_no_checkpoint_could_be_saved(name, tmp_path, capsys, translate):
+    assert translate(f"--workdir={tmp_path}/{name}") == 2
+    assert capsys.readouterr().err == (
+        f"translate: --workdir {tmp_path}/{name} has a {name[1]} in its path, but checkpoints can "
+        "be saved only in a path without *, ? and [; give another --workdir.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_is_full(monkeypatch, tmp_path, capsys, translate):
     def full(config):
         raise OSError(28, "No space left on device", f"{config.workdir}/metrics.jsonl")

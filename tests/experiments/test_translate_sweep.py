@@ -89,6 +89,10 @@ def test_a_run_is_named_by_its_own_configuration_alone():
     )
 
 
+def test_the_folder_of_a_sweep_has_a_name_in_which_checkpoints_can_be_saved():
+    assert parse(["--data=[x]b.tsv"]).directory.name.startswith("sweep-_x_b-")
+
+
 def test_parameters_are_matched_to_those_of_the_first_score():
     cells = parse(["--scores=additive,dot", "--match_parameters"]).cells()
     assert [cell.config.scores for cell in cells] == [("additive",), ("additive", "dot")]
