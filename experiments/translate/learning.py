@@ -57,11 +57,14 @@ def count_parameters(score: str, sizes: Sizes) -> int:
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) on clipped gradients, warmed up, then annealed."""
+    """AdamW (Loshchilov and Hutter 2019) on clipped gradients, warmed up, then annealed.
+
+    At least the last step is left to the cosine.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=round(config.warmup * config.steps),
+        warmup_steps=min(round(config.warmup * config.steps), config.steps - 1),
         decay_steps=config.steps,
         end_value=0.01 * config.learning_rate,
     )

@@ -15,8 +15,14 @@ from attention_jax.parameters import bind_parameters, initialize
 from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate import budget, decoding
-from experiments.translate.config import CONTROLS, SCORES
-from experiments.translate.learning import count_parameters, graph_of, quick_options, token_losses
+from experiments.translate.config import CONTROLS, SCORES, Config
+from experiments.translate.learning import (
+    count_parameters,
+    graph_of,
+    optimizer_of,
+    quick_options,
+    token_losses,
+)
 from experiments.translate.mechanisms import between_projections, score_of
 from experiments.translate.model import Sizes, Translator, gated
 
@@ -255,6 +261,15 @@ def test_matched_translators_have_equally_many_parameters(score):
     wanted = count_parameters("additive", sizes)
     found = count_parameters(score, budget.matched(score, sizes, wanted))
     assert abs(found / wanted - 1) <= 0.01
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.9), (3, 0.99), (1000, 0.9999)])
+def test_a_warmup_of_nearly_all_steps_leaves_one_to_the_cosine(steps, warmup):
+    optimizer = optimizer_of(Config(steps=steps, warmup=warmup))
+    parameters = {"x": jnp.ones(1)}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters)
+    assert jnp.isfinite(updates["x"]) and (updates["x"] == 0) == (steps > 1)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
