@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.command_line import UsageError
+from experiments.data.load import GENERATED
 
 SCORES = (
     "additive",
@@ -45,6 +46,9 @@ _MODES = {
     "alignments": ("translate", "score"),
     "translator": ("translate", "score"),
 }
+
+# Flags that only data in files know.
+_OF_FILES = ("source", "target", "min_count", "max_vocabulary", "lowercase")
 
 # Flags that only one architecture knows.
 _OF_MODEL = {
@@ -279,6 +283,7 @@ class Config:
                 raise UsageError(f"--{name} is for --mode={' or '.join(modes)}; leave it out.")
         if self.translator >= self.seeds:
             raise UsageError(f"--translator is {self.translator}, but the seeds are {self.seeds}.")
+        self._check_data()
         self._check_model()
         if not self.scores:
             raise UsageError("--scores is empty; name at least one score.")
@@ -296,6 +301,19 @@ class Config:
                 raise UsageError(f"--projections=tied: {name} has no two projections to tie.")
             if self.qk_norm and name == "location":
                 raise UsageError("--qk_norm: location takes no notice of keys; leave it out.")
+
+    def _check_data(self) -> None:
+        """Refuse flags that generated data do not know, by name.
+
+        After training it is the folder of the run that says what its data are.
+        """
+        if self.mode != "train" or self.data not in GENERATED:
+            return
+        for name in _OF_FILES:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise UsageError(
+                    f"--{name} is for data in files, and {self.data} is generated; leave it out."
+                )
 
     def _check_model(self) -> None:
         """Refuse flags that the architecture does not know, by name."""

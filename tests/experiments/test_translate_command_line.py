@@ -55,7 +55,7 @@ def test_recorded_runs_say_how_they_were_made(path):
     assert all(line.startswith("#") for line in head.split("\n"))
     assert f"--flagfile={path.relative_to(ROOT)}" in head
     assert "BLEU" in head and "min" in head
-    assert parse([f"--flagfile={path}"]) != Config()
+    assert parse([f"--flagfile={path}", "--data=DIR"]) != Config(data="DIR")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,22 @@ def test_a_value_that_means_nothing_is_refused(flag, sentence):
     with pytest.raises(UsageError) as error:
         parse([flag])
     assert re.fullmatch(sentence, str(error.value))
+
+
+@pytest.mark.parametrize(
+    "flag", ["source=2", "target=en", "min_count=5", "max_vocabulary=9", "lowercase=false"]
+)
+def test_flags_of_files_are_refused_for_generated_data(flag, tmp_path):
+    name = flag.split("=")[0]
+    for data in ("grammar", "copy"):
+        with pytest.raises(UsageError) as error:
+            parse([f"--{flag}", f"--data={data}"])
+        assert str(error.value) == (
+            f"--{name} is for data in files, and {data} is generated; leave it out."
+        )
+    parse([f"--{flag}", "--data=x.tsv"])
+    with pytest.raises(UsageError, match="holds no run that can translate"):
+        parse([f"--{flag}", "--mode=evaluate", f"--workdir={tmp_path}"])
 
 
 def test_help_names_every_flag_and_every_score():
