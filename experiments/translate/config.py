@@ -73,6 +73,8 @@ POSITIVE = Range("a whole number of at least 1", lambda x: x >= 1)
 NOT_NEGATIVE = Range("a finite number of at least 0", lambda x: 0 <= x < math.inf)
 ABOVE_ZERO = Range("a finite number above 0", lambda x: 0 < x < math.inf)
 BELOW_ONE = Range("a number in [0, 1)", lambda x: 0 <= x < 1)
+# Of sentences of a thousand words, the penalty of a larger one would be beyond float32.
+UP_TO_TEN = Range("a number in [0, 10]", lambda x: 0 <= x <= 10)
 EVEN = Range("an even whole number of at least 2", lambda x: x >= 2 and x % 2 == 0)
 
 
@@ -210,7 +212,7 @@ class Config:
         1, "Translations kept at a time of each sentence; 1 is greedy, as validation is.", POSITIVE
     )
     length_penalty: float = _decoding(
-        0.6, "How much a beam makes up for length: log P / ((5 + length) / 6)^this.", NOT_NEGATIVE
+        0.6, "How much a beam makes up for length: log P / ((5 + length) / 6)^this.", UP_TO_TEN
     )
 
     workdir: str = _output(

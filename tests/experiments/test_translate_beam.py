@@ -12,6 +12,7 @@ from flax import nnx
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate import decoding
 from experiments.translate.beam import length_penalty, search
+from experiments.translate.config import UP_TO_TEN
 from experiments.translate.learning import graph_of, quick_options
 from experiments.translate.model import Sizes
 
@@ -123,6 +124,12 @@ def drawn(query):
     return graph, jax.tree.map(
         lambda x: jnp.asarray(random.normal(size=(2, *x.shape)), x.dtype), shapes
     )
+
+
+def test_the_largest_penalty_still_ranks():
+    """What is beyond float32 makes all outputs alike, and the first of them is padding."""
+    (largest,) = {x for x in range(1000) if UP_TO_TEN.contains(x) and not UP_TO_TEN.contains(x + 1)}
+    assert jnp.isfinite(length_penalty(jnp.array([1000]), float(largest))).all()
 
 
 @pytest.mark.parametrize("query", ["previous", pytest.param("current", marks=pytest.mark.slow)])
