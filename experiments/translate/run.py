@@ -10,6 +10,7 @@ from rich.console import Console
 from experiments.command_line import show
 from experiments.translate import (
     figures,
+    fitting,
     kept,
     outcome,
     report,
@@ -40,6 +41,8 @@ def run(config: Config) -> Path:
     given = task.read(config)
     vocabularies = given.corpus.source_vocabulary, given.corpus.target_vocabulary
     sizes = sizes_of(config, *map(len, vocabularies))
+    for score, size in sizes.items():
+        fitting.check(score, size, config, given)
     with workdir.opened(config) as folder:
         kept.write(folder, given.corpus, given.longest, config)
         _describe(console, config, given, sizes)

@@ -12,9 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from attention_jax.checks import ShapeError
 from experiments import metrics
-from experiments.command_line import UsageError
 from experiments.translate import evaluate
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.config import Config
@@ -61,11 +59,8 @@ def train(
     task = dataclasses.replace(task, arrays=arrays)
     log.rewind(score, step)
     with Meter(console, score, step, config.steps) as meter:
-        try:
-            shapes = (task.training, task.most_words, task.widths, task.longest)
-            programs = compile_all(score, sizes, config, placement, state, *shapes)
-        except ShapeError as error:
-            raise UsageError(f"--scores={score} does not fit this run: {error}") from None
+        shapes = (task.training, task.most_words, task.widths, task.longest)
+        programs = compile_all(score, sizes, config, placement, state, *shapes)
         meter.begin()
         state = _remaining_steps(
             score, config, task, programs, step, state, log, checkpoints, meter

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from experiments.translate import kept, outcome, task, workdir
+from experiments.translate import fitting, kept, outcome, task, workdir
 from experiments.translate import results as of_run
 from experiments.translate.budget import sizes_of
 from experiments.translate.config import Config, group_of
@@ -73,7 +73,7 @@ def _check(cells: list[Cell]) -> None:
             kept.check_data(cell.config.directory, given.corpus)
             # With another learning rate the sizes are the same.
             if cell.rate == cells[0].rate:
-                _sizes(cell, given)
+                fitting.check(cell.score, _sizes(cell, given), cell.config, given)
 
 
 def _do_all(cells: list[Cell], console: Console) -> list[Record]:

@@ -149,6 +149,7 @@ def test_data_that_cannot_be_read_are_refused_before_anything_is_written(sweep, 
         ),
         ("--train_size=50,7", "batch_size is 8, but there are only 7 pairs to train on; "),
         ("--scores=dot,nowhere.score", "--scores: nowhere.score cannot be imported: "),
+        ("--scores=dot,location", "--scores=location does not fit this run: location: weight "),
     ],
 )
 def test_every_run_is_checked_before_the_first_is_done(

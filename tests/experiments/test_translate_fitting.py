@@ -1,0 +1,64 @@
+"""A score that reaches no further than so many words is refused before anything is trained."""
+
+import re
+
+import pytest
+
+from attention_jax.checks import ShapeError
+from experiments.command_line import UsageError
+from experiments.translate import budget, fitting, task
+from experiments.translate.config import Config
+
+SMALL = {"data": "copy", "train_size": 90, "valid_size": 9, "test_size": 9, "batch_size": 16}
+
+
+def check(score, **options):
+    config = Config(**SMALL, width=8, **options)
+    given = task.read(config)
+    vocabularies = given.corpus.source_vocabulary, given.corpus.target_vocabulary
+    fitting.check(score, budget.sizes_of(config, *map(len, vocabularies))[score], config, given)
+
+
+def refused(score, **options):
+    with pytest.raises(UsageError) as error:
+        check(score, **options)
+    return str(error.value)
+
+
+def dot_of_few(query, key):
+    """Refuse more than a few keys, whatever the sizes are."""
+    if len(key) > 5:
+        raise ShapeError(f"dot_of_few: S = {len(key)} keys are more than 5.")
+    return query @ key.T
+
+
+@pytest.mark.parametrize("of_model", [{}, {"model": "transformer", "layers": 1}])
+def test_the_size_that_is_named_is_the_least_that_fits(of_model):
+    options = {"scores": ("location",), **of_model}
+    told = refused("location", **options)
+    size = int(re.search(r"give an --attention_size of at least (\d+)\.$", told)[1])
+    assert told.startswith("--scores=location does not fit this run: location: weight [Q, L] has ")
+    check("location", **options, attention_size=size)
+    refused("location", **options, attention_size=size - 1)
+
+
+def test_where_sizes_are_matched_the_flag_alone_would_not_help():
+    told = refused("location", scores=("bilinear", "location"), match_parameters=True)
+    assert re.search(r"at least \d+ and leave out --match_parameters\.$", told)
+
+
+def test_where_no_size_helps_another_score_is_asked_for():
+    name = f"{__name__}.dot_of_few"
+    told = refused(name, scores=(name,), attention_size=4)
+    assert told.startswith(f"--scores={name} does not fit this run: dot_of_few: S = ")
+    assert told.endswith(" keys are more than 5; choose another score.")
+
+
+def test_nothing_is_written_for_what_does_not_fit(tmp_path, translate, capsys):
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    names = "--scores=bilinear,location"
+    assert translate(*flags, "--width=8", names, f"--workdir={tmp_path}/run") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("translate: --scores=location does not fit this run: ")
+    assert not (tmp_path / "run").exists()
