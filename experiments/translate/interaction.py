@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
+from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
 from experiments.data.vocabulary import Vocabulary
 
@@ -34,7 +35,11 @@ def converse(translators: Translators, questions: TextIO, answers: TextIO) -> No
         if not words:
             print(file=answers)
             return
-        for text in answer(translators, words):
+        try:
+            lines = answer(translators, words)
+        except UsageError as error:
+            lines = [str(error)]
+        for text in lines:
             print(text, file=answers)
 
 

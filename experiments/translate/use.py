@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
+from attention_jax.checks import ShapeError
 from experiments import metrics
 from experiments.command_line import UsageError, show
 from experiments.data.corpora import Reader
 from experiments.data.corpus import DataError, Pair
 from experiments.data.text import lines_of, read_lines
-from experiments.translate import alignments, evaluate, evaluation, interaction, kept, results, task
+from experiments.translate import (
+    alignments,
+    evaluate,
+    evaluation,
+    fitting,
+    interaction,
+    kept,
+    results,
+    task,
+)
 from experiments.translate.budget import sizes_of
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.config import Config
@@ -23,6 +34,8 @@ from experiments.translate.evaluate import Examples, Weights, Words
 from experiments.translate.kept import Languages
 from experiments.translate.learning import abstract_state, graph_of
 from experiments.translate.programs import Programs, compile_when_called
+
+Found = TypeVar("Found")
 
 _STDIN = "standard input"
 # Sentences of similar length share a compiled program.
@@ -44,35 +57,77 @@ class Translators(NamedTuple):
     graph: Any
     compiled: dict[tuple[int, int], Programs]
 
-    def programs(self, sentences: Sequence[Words]) -> Programs:
-        """Return programs for sentences of these lengths."""
-        longest = max(self.languages.longest, *(3 * len(words) // 2 for words in sentences))
-        batch_size = min(self.config.batch_size, len(sentences))
-        key = longest, batch_size
+    def limit(self, sentence: Words) -> int:
+        """Return the number of words after which the translation of a sentence is cut off.
+
+        It is that of training, doubled until it is half as long again as the sentence: it follows
+        from the sentence alone, and few of them are compiled.
+        """
+        limit = self.languages.longest
+        while limit < 3 * len(sentence) // 2:
+            limit *= 2
+        return limit
+
+    def programs(self, longest: int, count: int) -> Programs:
+        """Return programs for so many sentences, which cut translations off after some words."""
+        key = longest, min(self.config.batch_size, count)
         if key not in self.compiled:
             self.compiled[key] = compile_when_called(self.graph, self.config, *key)
         return self.compiled[key]
 
-    def examples(self, pairs: Sequence[Pair]) -> Examples:
-        """Sort pairs into buckets."""
-        size = min(self.config.batch_size, len(pairs))
-        corpus = self.languages.corpus("input", tuple(pairs))
-        return evaluate.examples({"input": pairs}, corpus, size, _MULTIPLE)["input"]
-
     def translations(self, sentences: Sequence[Words]) -> list[Words]:
         """Translate sentences with the first translator."""
-        given = self.examples([Pair(words, ()) for words in sentences])
-        return evaluate.translations(self.programs(sentences), self.parameters, given)[0]
+        found: list[Words] = [()] * len(sentences)
+        limits = [self.limit(words) for words in sentences]
+        for limit in sorted(set(limits)):
+            numbers = [number for number, own in enumerate(limits) if own == limit]
+            pairs = [Pair(sentences[number], ()) for number in numbers]
+            of_seeds = self.asked(evaluate.translations, pairs, limit)
+            for number, words in zip(numbers, of_seeds[0], strict=True):
+                found[number] = words
+        return found
 
     def weights(self, pairs: Sequence[Pair]) -> list[Weights]:
         """Return the weights [T, S] with which the first translator reads pairs, EOS included."""
-        programs = self.programs([pair.source for pair in pairs])
-        return evaluate.attended(programs, self.parameters, self.examples(pairs))[1]
+        return self.asked(evaluate.attended, pairs)[1]
 
     def log_probabilities(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Return the log-probability of each target to the first translator."""
-        programs = self.programs([pair.source for pair in pairs])
-        return evaluate.log_probabilities(programs, self.parameters, self.examples(pairs))[0]
+        return self.asked(evaluate.log_probabilities, pairs)[0]
+
+    def asked(
+        self,
+        ask: Callable[[Programs, Any, Examples], Found],
+        pairs: Sequence[Pair],
+        longest: int | None = None,
+    ) -> Found:
+        """Return what `ask` finds in pairs, with programs, parameters and the pairs in buckets.
+
+        Translations are cut off after `longest` words, or as in training.
+
+        Raises:
+          UsageError: the score does not reach over the longest of them.
+        """
+        programs = self.programs(longest or self.languages.longest, len(pairs))
+        corpus = self.languages.corpus("input", tuple(pairs))
+
+        def found(multiple: int) -> Found:
+            size = programs.batch_size
+            given = evaluate.examples({"input": pairs}, corpus, size, multiple)["input"]
+            return ask(programs, self.parameters, given)
+
+        try:
+            return found(_MULTIPLE)
+        except ShapeError:
+            pass  # A score may reach over the sentences, and not over as much padding.
+        try:
+            return found(1)
+        except ShapeError as error:
+            words = max(len(pair.source) for pair in pairs)
+            raise UsageError(
+                f"{self.score} does not reach over a sentence of {words} words: "
+                f"{fitting.reason(error)}; leave it out, or train with a larger --attention_size."
+            ) from None
 
     def only(self, seed: int) -> Translators:
         """Return one translator of them."""
@@ -126,9 +181,7 @@ def _evaluate(config: Config) -> None:
         name, pairs = _pairs_of_split(config)
     records = []
     for translators in loaded:
-        programs = translators.programs([pair.source for pair in pairs])
-        given = translators.examples(pairs)
-        found = evaluation.of_set(translators.score, programs, translators.parameters, given)
+        found = translators.asked(functools.partial(evaluation.of_set, translators.score), pairs)
         records.append({"score": translators.score, **found.measured})
     languages = loaded[0].languages
     signatures = results.signatures(languages.lowercase, languages.at_spaces)
