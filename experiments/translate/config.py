@@ -36,6 +36,9 @@ CONTROLS = ("uniform", "none")
 # Scores without two projections, one of the query and one of the key.
 _UNTIEABLE = ("bilinear", "concat", "location", "shared_projection")
 
+# What the configuration of a sweep has where its runs may differ.
+SWEPT = "swept"
+
 # Groups of flags that a run does not depend on.
 _NOT_OF_A_RUN = ("Output", "After training")
 

@@ -12,7 +12,7 @@ from experiments.command_line import UsageError
 from experiments.data.corpus import Corpus, Pair
 from experiments.data.tokens import cut, detokenize
 from experiments.data.vocabulary import Vocabulary
-from experiments.translate.config import Config, group_of
+from experiments.translate.config import SWEPT, Config, group_of
 from experiments.translate.workdir import shown, write_json
 
 _FILE = "vocabularies.json"
@@ -125,6 +125,9 @@ def read(folder: Path) -> Languages:
 def configured(config: Config, given: Mapping[str, Any]) -> Config:
     """Return the configuration of the run in the folder of `config`, with what is given beside.
 
+    Its scores are those that are given, or all that have been trained: a run may be interrupted,
+    and one of a sweep trains the last of its scores alone.
+
     Args:
       config: from the command line alone.
       given: its fields that the command line names.
@@ -134,11 +137,8 @@ def configured(config: Config, given: Mapping[str, Any]) -> Config:
     """
     if config.mode == "evaluate" and "split" in given and given.get("input"):
         raise UsageError("--split and --input both say what to evaluate on; leave one of them out.")
-    path = config.directory / "config.json"
-    held = _read(path, config.directory, _LOST).get("config")
+    held = _configuration(config.directory)
     names = Config.__dataclass_fields__
-    if not isinstance(held, dict) or not isinstance(held.get("scores"), list):
-        raise UsageError(f"{path} is damaged; {_LOST}")
     trained = {name: _python(value) for name, value in held.items() if name in names}
     for name, value in given.items():
         if name == "scores":
@@ -153,10 +153,40 @@ def configured(config: Config, given: Mapping[str, Any]) -> Config:
                 f"--{name} is {shown(value)}, but the run in {config.directory} has "
                 f"{shown(trained.get(name, names[name].default))}; leave it out."
             )
+    if "scores" not in given:
+        begun = tuple(name for name in trained["scores"] if is_begun(config.directory, name))
+        trained["scores"] = begun or trained["scores"]
     free = {name: value for name, value in given.items() if name == "scores" or _is_free(name)}
     found = Config(**{**trained, **free, "workdir": str(config.directory)})
     found.check()
     return found
+
+
+def scores_of(folder: Path) -> tuple[str, ...]:
+    """Return all scores of the run in a folder, whether they have been trained or not.
+
+    Raises:
+      UsageError: there is no run.
+    """
+    return tuple(_configuration(folder)["scores"])
+
+
+def is_begun(folder: Path, score: str) -> bool:
+    """Whether a score of the run in a folder has a checkpoint."""
+    return any((folder / "checkpoints" / score).glob("*.seal"))
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    held = _read(path, folder, _LOST).get("config")
+    if isinstance(held, dict) and held.get("scores") == SWEPT:
+        raise UsageError(
+            f"--workdir {folder} holds a sweep, which is no run; give one of the folders in "
+            f"{folder / 'runs'}."
+        )
+    if not isinstance(held, dict) or not isinstance(held.get("scores"), list):
+        raise UsageError(f"{path} is damaged; {_LOST}")
+    return held
 
 
 def _is_free(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -157,7 +158,7 @@ def load(score: str, config: Config) -> Translators:
     folder = config.directory
     languages = kept.read(folder)
     # The first score of the run is what the others are matched to, so that all of them count.
-    every = kept.configured(config, {})
+    every = dataclasses.replace(config, scores=kept.scores_of(folder))
     sizes = sizes_of(every, len(languages.source), len(languages.target))[score]
     graph, _ = graph_of(score, sizes)
     checkpoints = Checkpoints(folder / "checkpoints" / score)
@@ -174,6 +175,9 @@ def load(score: str, config: Config) -> Translators:
 
 
 def _evaluate(config: Config) -> None:
+    for score in kept.scores_of(config.directory):
+        if score not in config.scores and not kept.is_begun(config.directory, score):
+            _tell(f"{score} has no checkpoint and is left out.")
     loaded = [load(score, config) for score in config.scores]
     if config.input:
         name, pairs = _pairs_of_file(config, loaded[0].languages)

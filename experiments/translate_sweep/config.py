@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.command_line import UsageError
-from experiments.translate.config import Config, named_after
+from experiments.translate.config import SWEPT, Config, named_after
 
 RATE = "learning_rate"
 
@@ -73,7 +73,7 @@ class Sweep:
     @property
     def identity(self) -> dict[str, Any]:
         """What all runs share; scores and values may be added to a sweep."""
-        return self.base.identity | dict.fromkeys(("scores", *LISTED), "swept")
+        return self.base.identity | dict.fromkeys(("scores", *LISTED), SWEPT)
 
     @property
     def flags(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pytest
 from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
 from experiments.data.vocabulary import Vocabulary
-from experiments.translate import evaluation
+from experiments.translate import evaluation, workdir
 from experiments.translate.command_line import parse
 from experiments.translate.config import Config
 from experiments.translate.interaction import alignment, converse
@@ -25,6 +25,7 @@ from experiments.translate.kept import Languages
 from experiments.translate.learning import graph_of, initial_state
 from experiments.translate.model import Sizes
 from experiments.translate.use import Translators, load
+from experiments.translate_sweep.config import Sweep
 
 
 @pytest.fixture
@@ -307,6 +308,42 @@ def test_a_folder_without_a_run(ask, tmp_path):
     )
     (tmp_path / "config.json").write_text("[]")
     assert ask("translate", folder=tmp_path)[2].startswith(f"translate: {tmp_path}/config.json ")
+
+
+def test_the_folder_of_a_sweep_is_none_of_a_run(ask, tmp_path):
+    sweep = Sweep(Config(workdir=str(tmp_path)), {})
+    with workdir.opened(sweep):
+        pass
+    assert ask("evaluate", folder=tmp_path) == (
+        2,
+        "",
+        f"translate: --workdir {tmp_path} holds a sweep, which is no run; give one of the folders "
+        f"in {tmp_path}/runs.\n",
+    )
+
+
+@pytest.fixture
+def unfinished(done, tmp_path):
+    """A run of two scores, of which one was trained, as a sweep of matched scores has them."""
+    folder = tmp_path / "run"
+    shutil.copytree(done[1], folder, ignore=shutil.ignore_patterns("evaluations"))
+    held = json.loads((folder / "config.json").read_text("utf-8"))
+    held["config"]["scores"] = ["additive", "dot"]
+    (folder / "config.json").write_text(json.dumps(held))
+    return folder
+
+
+def test_scores_that_were_not_trained_are_left_out(unfinished, ask, samples):
+    given = samples[0]["source"].encode()
+    code, out, err = ask("translate", stdin=given, folder=unfinished)
+    assert (code, out.strip(), err) == (0, samples[0]["translation"], "")
+    code, out, err = ask("evaluate", folder=unfinished)
+    assert (code, err) == (0, "translate: additive has no checkpoint and is left out.\n")
+    found = json.loads((unfinished / "evaluations" / "test.json").read_text("utf-8"))
+    assert [row["score"] for row in found["scores"]] == ["dot"]
+    assert ask("evaluate", "--scores=additive", folder=unfinished)[2].endswith(
+        "checkpoints/additive holds no checkpoint; train the run first.\n"
+    )
 
 
 def test_nothing_in_nothing_out(ask):
