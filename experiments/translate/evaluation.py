@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,9 +59,17 @@ def _decoding(config: Config) -> str:
 def report(
     config: Config, name: str, pairs: int, signatures: dict[str, str], records: Sequence[Record]
 ) -> Path:
-    """Print the table of what was measured of each score, write it as JSON, return its path."""
+    """Print the table of what was measured of each score, write it as JSON, return its path.
+
+    The file keeps what was measured before of the run's other scores.
+    """
     rows = [
-        {"score": r["score"], **{k: results.summary(r[k]) for k, _, _ in COLUMNS}} for r in records
+        {
+            "score": r["score"],
+            "step": r["step"],
+            **{k: results.summary(r[k]) for k, _, _ in COLUMNS},
+        }
+        for r in records
     ]
     columns = [column for column in COLUMNS if any(row[column[0]] for row in rows)]
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -83,5 +92,16 @@ def report(
         console.print(part, highlight=False, soft_wrap=isinstance(part, str))
     path = config.directory / "evaluations" / f"{name}{_decoding(config)}.json"
     path.parent.mkdir(exist_ok=True)
-    write_json(path, summary)
+    every = [*rows, *_other_rows(path, config.scores)]
+    scores = {"scores": [row["score"] for row in every]}
+    write_json(path, {**summary, "config": config.identity | scores, "scores": every})
     return path
+
+
+def _other_rows(path: Path, scores: Sequence[str]) -> list[Record]:
+    """Return what an evaluation before this one found of other scores."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["scores"]
+        return [row for row in rows if row["score"] not in scores]
+    except (OSError, ValueError, KeyError, TypeError):  # it is not there, or damaged
+        return []

@@ -48,7 +48,8 @@ _READABLE = 40
 class Translators(NamedTuple):
     """The trained translators of one score, and what gives them text and runs them.
 
-    `compiled` keeps the programs by length and batch, so that none is compiled twice.
+    `step` is that of their checkpoint; `compiled` keeps the programs by length and batch, so that
+    none is compiled twice.
     """
 
     score: str
@@ -56,6 +57,7 @@ class Translators(NamedTuple):
     languages: Languages
     parameters: Any
     graph: Any
+    step: int
     compiled: dict[tuple[int, int], Programs]
 
     def limit(self, sentence: Words) -> int:
@@ -171,7 +173,7 @@ def load(score: str, config: Config) -> Translators:
     step, state = restored
     if step < config.steps:
         _tell(f"{score}: the checkpoint is of step {step} of {config.steps}.")
-    return Translators(score, config, languages, state.parameters, graph, {})
+    return Translators(score, config, languages, state.parameters, graph, step, {})
 
 
 def _evaluate(config: Config) -> None:
@@ -186,7 +188,7 @@ def _evaluate(config: Config) -> None:
     records = []
     for translators in loaded:
         found = translators.asked(functools.partial(evaluation.of_set, translators.score), pairs)
-        records.append({"score": translators.score, **found.measured})
+        records.append({"score": translators.score, "step": translators.step, **found.measured})
     languages = loaded[0].languages
     signatures = results.signatures(languages.lowercase, languages.at_spaces)
     path = evaluation.report(config, name, len(pairs), signatures, records)

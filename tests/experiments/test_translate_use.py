@@ -17,6 +17,7 @@ import pytest
 from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
 from experiments.data.vocabulary import Vocabulary
+from experiments.metrics import signatures
 from experiments.translate import evaluation, workdir
 from experiments.translate.command_line import parse
 from experiments.translate.config import Config
@@ -60,7 +61,7 @@ def test_evaluation_finds_what_training_found(done, ask):
     np.testing.assert_allclose(
         found["loss"]["mean"], dot["metrics"]["test_loss"]["mean"], rtol=1e-4
     )
-    assert found["possible_found"] is None
+    assert found["possible_found"] is None and found["step"] == 4000
 
 
 def test_translation_goes_line_by_line(ask, samples, tmp_path):
@@ -143,6 +144,28 @@ def test_evaluations_of_other_sets_or_decodings_keep_their_own_files(done, ask, 
     assert all(re.fullmatch(r"input-test-[0-9a-f]{8}\.json", name) for name in names[:2])
 
 
+def test_evaluations_of_other_scores_share_a_file(tmp_path, capsys):
+    def report(step, *scores):
+        config = Config(seeds=2, scores=scores, workdir=str(tmp_path))
+        columns = {name: [float(step), 0.0] for name, _, _ in evaluation.COLUMNS}
+        records = [{"score": score, "step": step, **columns} for score in scores]
+        path = evaluation.report(config, "test", 3, signatures(), records)
+        assert ("none" in capsys.readouterr().out) == ("none" in scores)
+        return path, json.loads(path.read_text("utf-8"))
+
+    path, _ = report(5, "dot", "none")
+    _, found = report(9, "additive", "dot")
+    assert [(row["score"], row["step"]) for row in found["scores"]] == [
+        ("additive", 9),
+        ("dot", 9),
+        ("none", 5),
+    ]
+    assert found["config"]["scores"] == ["additive", "dot", "none"]
+    assert found["scores"][2]["loss"]["mean"] == 2.5
+    path.write_text("{")
+    assert len(report(5, "none")[1]["scores"]) == 1
+
+
 @pytest.mark.parametrize(
     "mode", ["translate", *(pytest.param(x, marks=pytest.mark.slow) for x in ("score", "evaluate"))]
 )
@@ -215,7 +238,7 @@ def nearsighted():
     languages = Languages(words, words, longest=6, at_spaces=True, lowercase=False)
     parameters = initial_state("location", sizes, config).parameters
     graph, _ = graph_of("location", sizes)
-    return Translators("location", config, languages, parameters, graph, {})
+    return Translators("location", config, languages, parameters, graph, 0, {})
 
 
 TOO_LONG = (
