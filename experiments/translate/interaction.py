@@ -48,7 +48,7 @@ def answer(translators: Translators, words: tuple[str, ...]) -> list[str]:
     languages = translators.languages
     (found,) = translators.translations([words])
     lines = [languages.text(found)]
-    unread = unknown((words, ()), (languages.source, languages.target))
+    unread = unknown(words, languages.source)
     if unread:
         lines.append(f"  read as <unk>: {' '.join(unread)}")
     if translators.score != "none" and found:
@@ -73,13 +73,6 @@ def alignment(source: Sequence[str], target: Sequence[str], weights: np.ndarray)
     return lines
 
 
-def unknown(
-    sides: tuple[Sequence[str], Sequence[str]], vocabularies: tuple[Vocabulary, Vocabulary]
-) -> list[str]:
-    """Return the words of a source and a target that are in neither's vocabulary."""
-    return [
-        word
-        for words, vocabulary in zip(sides, vocabularies, strict=True)
-        for word in dict.fromkeys(words)
-        if word not in vocabulary
-    ]
+def unknown(words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
+    """Return the words of a sentence that are not in a vocabulary, each of them once."""
+    return [word for word in dict.fromkeys(words) if word not in vocabulary]

@@ -202,7 +202,7 @@ def _translate(config: Config) -> None:
         return
     lines = _lines(config)
     sentences = [translators.languages.words(line) for line in lines]
-    _tell_unknown(translators, [(words, ()) for words in sentences])
+    _tell_unknown(translators.languages, [(words, ()) for words in sentences])
     full = [number for number, words in enumerate(sentences) if words]
     found: list[Words] = [()] * len(lines)
     for number, words in zip(
@@ -229,7 +229,7 @@ def _score(config: Config) -> None:
         pairs.append(pair)
     if not lines:
         return
-    _tell_unknown(translators, [(pair.source, pair.target) for pair in pairs])
+    _tell_unknown(translators.languages, [(pair.source, pair.target) for pair in pairs])
     for value in translators.log_probabilities(pairs):
         show(f"{value:.4f}")
     _write_alignments(translators, pairs)
@@ -262,13 +262,17 @@ def _pairs_of_file(config: Config, languages: Languages) -> tuple[str, Sequence[
     return f"input-{path.stem[:_READABLE]}-{reader.files[str(path)][:8]}", splits["train"]
 
 
-def _tell_unknown(translators: Translators, sentences: Sequence[tuple[Words, Words]]) -> None:
+def _tell_unknown(languages: Languages, sentences: Sequence[tuple[Words, Words]]) -> None:
     """Name the words that will be read as <unk>, line by line."""
-    vocabularies = translators.languages.source, translators.languages.target
-    for number, sides in enumerate(sentences, 1):
-        unknown = interaction.unknown(sides, vocabularies)
-        if unknown:
-            _tell(f"line {number}: read as <unk>: {' '.join(unknown)}")
+    sides = ("source", languages.source), ("target", languages.target)
+    for number, sentence in enumerate(sentences, 1):
+        found = {
+            side: " ".join(interaction.unknown(words, vocabulary))
+            for words, (side, vocabulary) in zip(sentence, sides, strict=True)
+        }
+        said = ", ".join(f"{words} ({side})" for side, words in found.items() if words)
+        if said:
+            _tell(f"line {number}: read as <unk>: {said}")
 
 
 def _write_alignments(translators: Translators, pairs: Sequence[Pair]) -> None:

@@ -69,7 +69,7 @@ def test_translation_goes_line_by_line(ask, samples, tmp_path):
     stdin = "\n".join(lines).encode()
     code, out, err = ask("translate", f"--alignments={tmp_path}/links", stdin=stdin)
     assert code == 0
-    assert err == "translate: line 3: read as <unk>: zebra\n"
+    assert err == "translate: line 3: read as <unk>: zebra (source)\n"
     found = out.split("\n")
     assert len(found) == 5 and found[1] == found[4] == ""
     assert [found[0], found[3]] == [samples[0]["translation"], samples[2]["translation"]]
@@ -92,6 +92,15 @@ def test_scores_are_the_losses_of_an_evaluation(done, ask, samples, tmp_path):
     found = json.loads(path.read_text("utf-8"))
     tokens = sum(len(s["target"].split()) + 1 for s in samples)
     np.testing.assert_allclose(found["scores"][0]["loss"]["mean"], -sum(scores) / tokens, rtol=1e-3)
+
+
+def test_words_that_are_not_known_are_told_with_their_side(ask):
+    code, out, err = ask("score", stdin=b"one zebra\tzebra one emu zebra\none\temu\n")
+    assert code == 0 and out.count("\n") == 2
+    assert err == (
+        "translate: line 1: read as <unk>: zebra (source), zebra emu (target)\n"
+        "translate: line 2: read as <unk>: emu (target)\n"
+    )
 
 
 @pytest.mark.parametrize("links", [("", ""), ("\t2 0 1", "\t2-0")])
