@@ -1,7 +1,8 @@
 """Pictures of weights, with the tokens as labels, and of masks with their tiles.
 
 Every picture is a matplotlib `Figure` of its own, bound to no window and no global state; `save`
-writes it as PNG and SVG. Matplotlib is the extra `plots` and is imported when something is drawn.
+writes it as PNG and SVG. Labels and titles are drawn as they are: a `$` begins no formula.
+Matplotlib is the extra `plots` and is imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def draw_weights(
     """
     weights = np.asarray(weights, np.float64)
     axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="equal", interpolation="nearest")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     _label(axes.yaxis, "query", "T", query_labels, weights.shape[0])
     _label(axes.xaxis, "key", "S", key_labels, weights.shape[1])
     if key_labels is not None:
@@ -142,7 +143,7 @@ def draw_mask(
         shade = np.kron(states, np.ones((rows, columns))) / 2
         picture = picture + shade[:query_length, :key_length]
     axes.imshow(picture, cmap="Blues", vmin=0, vmax=3, interpolation="nearest")
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, parse_math=False)
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -204,4 +205,4 @@ def _label(axis: Any, name: str, letter: str, labels: Sequence[str] | None, leng
             f"got {len(labels)}."
         )
     step = -(-length // _LONGEST_LABELLED)
-    axis.set_ticks(range(0, length, step), list(labels)[::step])
+    axis.set_ticks(range(0, length, step), list(labels)[::step], parse_math=False)

@@ -44,6 +44,16 @@ def test_of_very_many_labels_some_are_written():
     assert max(figure.get_size_inches()) < 10
 
 
+def test_dollars_begin_no_formula(tmp_path):
+    figure = plots.heads(np.eye(3)[None], ["$x^2$", "b", "$$"], ["$\\frac{1$", "a", "c"], ["$5 $"])
+    plots.save(figure, tmp_path / "weights")
+    axes = figure.axes[0]
+    written = [axes.title, *axes.get_yticklabels(), *axes.get_xticklabels()]
+    assert [text.get_text() for text in written][:3] == ["$5 $", "$x^2$", "b"]
+    assert not any(text.get_parse_math() for text in written)
+    plots.save(plots.masks({"$\\frac{1$": masks.Causal()}, 4), tmp_path / "masks")
+
+
 def test_masks_are_dark_where_allowed_and_shaded_where_tiles_are_live():
     figure = plots.masks({"causal": masks.Causal(), "all": None}, 5, 7, tile_sizes=(2, 3))
     causal, everything = (image(axes) for axes in figure.axes)
