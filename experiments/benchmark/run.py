@@ -17,6 +17,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from experiments import terminal
 from experiments.benchmark import patterns, translating
 from experiments.benchmark.command_line import Options
 from experiments.benchmark.measure import METERS, RATES, Compared, compared, take_turns
@@ -33,7 +34,7 @@ WIDTH = 140
 def run(options: Options) -> None:
     """Measure the suites that are asked for, print their tables and write their results."""
     options.out.mkdir(parents=True, exist_ok=True)
-    console = rich.console.Console(highlight=False)
+    console = terminal.console()
     console.width = max(console.width, WIDTH)
     surroundings = machine()
     console.print(", ".join(f"{name} {value}" for name, value in surroundings.items()))
@@ -53,7 +54,7 @@ def run(options: Options) -> None:
             result["sweep"] = _swept(sweep, min(options.repeats, 3))
             plot(sweep.title, sweep.unit, result["sweep"], options.out / name)
         _write(options.out / f"{name}.json", result)
-    console.print(f"load {load()}; results in {options.out}/")
+    console.print(f"load {load()}; results in {options.out}/", soft_wrap=True)
 
 
 def _suite(name: str, options: Options) -> Suite:

@@ -14,8 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from attention_jax.plots import save
+from experiments import terminal
 from experiments.claims import report
 from experiments.claims.cache import Cache
 from experiments.claims.catalogue import themes
@@ -38,14 +40,16 @@ def run(options: Options) -> int:
       UsageError: the folder is another program's, or cannot be written to.
     """
     folder, setting = writable(Path(options.workdir)), SETTINGS[options.setting]
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    console = terminal.console()
     start, records = time.perf_counter(), []
-    columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    parts = [TextColumn(part) if isinstance(part, str) else part for part in columns]
     with Progress(
-        *parts, console=console, transient=True, disable=not console.is_terminal
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as progress:
         bar = progress.add_task("", total=len(options.chosen))
         for claim in options.chosen:
@@ -53,7 +57,7 @@ def run(options: Options) -> int:
             records.append(record := test(claim, setting, folder))
             progress.advance(bar)
             if not console.is_terminal:
-                console.print(_line(record), highlight=False, soft_wrap=True, markup=False)
+                console.print(_line(record), soft_wrap=True)
     results = {
         "setting": setting.name,
         "seconds": round(time.perf_counter() - start, 1),
@@ -161,10 +165,10 @@ def _show(console: Console, results: Record) -> None:
         table.add_column(title, ratio={"claim": 3, "verdict": 2, "because": 5}.get(title))
     for record in results["claims"]:
         color = _COLORS.get(record["outcome"], "yellow")
-        verdict = f"[{color}]{record['verdict']}[/]"
+        verdict = Text(record["verdict"], color)
         table.add_row(str(record["number"]), record["claim"], verdict, record["because"])
-    console.print(table, highlight=False)
-    console.print(f"{summary(results)}; {results['seconds']:.0f} s.", highlight=False)
+    console.print(table)
+    console.print(f"{summary(results)}; {results['seconds']:.0f} s.")
 
 
 def _line(record: Record) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
+from experiments import terminal
 from experiments.translate import evaluate, results, table
 from experiments.translate.config import Config
 from experiments.translate.evaluate import Examples, Weights, Words
@@ -77,8 +78,7 @@ def report(
         shown.add_column(title, justify="left" if title == "score" else "right")
     for row in rows:
         cells = [table.cell(row[key], digits) for key, _, digits in columns]
-        texts = (f"{c.value}\n[dim]{c.interval}[/]" if c.interval else c.value for c in cells)
-        shown.add_row(row["score"], *texts)
+        shown.add_row(row["score"], *(terminal.two_lines(*c) for c in cells))
     summary = {
         "set": name,
         "pairs": pairs,
@@ -87,9 +87,9 @@ def report(
         "scores": rows,
     }
     about = f"{name}, {pairs:,} pairs, {table.decoding(summary)}. {table.over_seeds(summary)}."
-    console = table.console()
+    console = terminal.console()
     for part in (shown, about, f"BLEU {signatures['bleu']}", f"chrF {signatures['chrf']}"):
-        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+        console.print(part, soft_wrap=isinstance(part, str))
     path = config.directory / "evaluations" / f"{name}{_decoding(config)}.json"
     path.parent.mkdir(exist_ok=True)
     every = [*rows, *_other_rows(path, config.scores)]

@@ -17,7 +17,7 @@ class Meter:
         self.exact = "-"
         self.bar = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}"),
             TimeRemainingColumn(compact=True),
@@ -53,6 +53,5 @@ class Meter:
         self.console.print(
             f"{self.name}: step {step}/{self.total}, valid loss {loss:.3f}, exact match "
             f"{exact:.1f}%, {speed / 1000:.0f}k tokens/s, {left:.0f} s left",
-            highlight=False,
             soft_wrap=True,
         )

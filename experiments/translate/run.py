@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments import terminal
 from experiments.command_line import show
 from experiments.translate import (
     figures,
@@ -36,7 +37,7 @@ def run(config: Config) -> Path:
       Diverged: a loss is not a number any more.
       Interrupted: the run was asked to stop; the same call goes on.
     """
-    console = table.console()
+    console = terminal.console()
     workdir.check(config)
     given = task.read(config)
     vocabularies = given.corpus.source_vocabulary, given.corpus.target_vocabulary
@@ -94,4 +95,4 @@ def _describe(console: Console, config: Config, given: task.Task, sizes: dict[st
     if (count := len(Placement(config.batch_size).devices)) > 1:
         lines.append(f"each batch on {count} devices")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import NamedTuple
 
 from rich import box
@@ -11,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.statistics import seeds_needed
+from experiments.terminal import two_lines
 from experiments.translate.results import COMPARED
 from experiments.translate.workdir import Record
 
@@ -31,20 +30,6 @@ COLUMNS = (
     ("alignment_error", "AER %", 1),
     ("steps_to_90", "steps to 90%", 0),
 )
-
-
-class _Console(Console):
-    """A console whose reader may stop early, as `| head` does."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def console() -> Console:
-    """Return a console that is wide enough for the table where it is no terminal."""
-    found = _Console()
-    return found if found.is_terminal else _Console(width=140)
 
 
 def columns(results: Record) -> list[tuple[str, str, int]]:
@@ -127,7 +112,7 @@ def show(console: Console, results: Record) -> None:
     for number, title in enumerate(header(results)):
         table.add_column(title, justify="left" if number == 0 else "right")
     for row in rows(results):
-        table.add_row(*(f"{c.value}\n[dim]{c.interval}[/]" if c.interval else c.value for c in row))
+        table.add_row(*(two_lines(*c) for c in row))
     signatures = results["signatures"]
     parts = [
         table,
@@ -143,7 +128,7 @@ def show(console: Console, results: Record) -> None:
             table.add_row(*row)
         parts += [table, results["comparisons"][0]["sentence"]]
     for part in parts:
-        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def _on_extra(results: Record, name: str) -> str:

@@ -52,7 +52,7 @@ def train(
     state = initial_state(score, sizes, config)
     restored = checkpoints.restore(state)
     for sentence in checkpoints.damaged:
-        console.print(sentence, highlight=False, soft_wrap=True)
+        console.print(sentence, soft_wrap=True)
     step, state = restored or (0, state)
     placement = Placement(config.batch_size)
     state, arrays = jax.device_put((state, task.arrays), placement.everywhere)

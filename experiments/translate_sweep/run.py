@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from experiments import terminal
 from experiments.translate import fitting, kept, outcome, task, workdir
 from experiments.translate import results as of_run
 from experiments.translate.budget import sizes_of
 from experiments.translate.config import Config, group_of
 from experiments.translate.model import Sizes
 from experiments.translate.run import outcome_of
-from experiments.translate.table import console as new_console
 from experiments.translate.train import Diverged
 from experiments.translate.workdir import Record
 from experiments.translate_sweep import figures, results, table, tidy
@@ -35,7 +35,7 @@ def run(sweep: Sweep) -> Path:
       UsageError: the data or the folder cannot be used.
       Interrupted: the sweep was asked to stop; the same call goes on.
     """
-    console = new_console()
+    console = terminal.console()
     workdir.check(sweep)
     cells = list(sweep.cells())
     _check(cells)
@@ -80,19 +80,19 @@ def _do_all(cells: list[Cell], console: Console) -> list[Record]:
     before = [_found(cell) for cell in cells]
     missing = before.count(None)
     counted = f"{len(cells)} runs, {len(cells) - missing} of them done before"
-    console.print(counted, highlight=False, soft_wrap=True)
+    console.print(counted, soft_wrap=True)
     start, records, done = time.perf_counter(), [], 0
     for number, (cell, found) in enumerate(zip(cells, before, strict=True), 1):
         head = f"{number}/{len(cells)} {cell}"
         if found is None:
-            console.print(f"{head}: training", highlight=False, soft_wrap=True)
+            console.print(f"{head}: training", soft_wrap=True)
             found = _done(cell, console)
             done += 1
             left = (time.perf_counter() - start) / done * (missing - done)
             said = f"{_said(found)}; {left / 60:.0f} min left"
         else:
             said = f"{_said(found)}; done before"
-        console.print(f"{head}: {said}", highlight=False, soft_wrap=True)
+        console.print(f"{head}: {said}", soft_wrap=True)
         records.append({"score": cell.score, "point": cell.point, RATE: cell.rate, **found})
     return records
 

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.terminal import two_lines
 from experiments.translate import table as of_run
 from experiments.translate.workdir import Record
 from experiments.translate_sweep.config import RATE
@@ -26,7 +27,7 @@ def show(console: Console, results: Record) -> None:
         results["conclusion"],
     ]
     for part in parts:
-        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def _mechanisms(results: Record) -> Table:
@@ -47,7 +48,7 @@ def _mechanisms(results: Record) -> Table:
                 *point,
                 f"{found[RATE]:g}",
                 f"{found['parameters']:,}",
-                *(f"{c.value}\n[dim]{c.interval}[/]" if c.interval else c.value for c in cells),
+                *(two_lines(*c) for c in cells),
             )
         table.add_section()
     return table

@@ -31,8 +31,11 @@ def test_a_sweep_writes_tables_numbers_and_pictures_of_both_passes(tmp_path, mon
     of_pass = {"causal": points, "swin": points}
     measured = dict.fromkeys(patterns.PASSES, of_pass)
     monkeypatch.setattr(patterns, "measure", lambda scale, repeats: measured)
+    tmp_path /= "b[/x]"
     run(command_line.parse(["--suite=patterns", "--quick", f"--out={tmp_path}"]))
-    assert capsys.readouterr().out.count("| causal |") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("| causal |") == 2
+    assert printed.endswith(f"results in {tmp_path}/\n")
     passes = json.loads((tmp_path / "patterns.json").read_text())["passes"]
     assert passes["forward and backward pass"]["swin"][1] == points[1]._asdict()
     pictures = {path.name for path in tmp_path.glob("*.png")}
