@@ -276,7 +276,7 @@ P E^T E V, with P the exact weights, and its theory (|p|^2 |v|^2 + (p . v)^2) / 
 def print_errors(options: Options) -> None:
     """Measure, print the table and write the report that is asked for."""
     rows = measure(options)
-    print(table(rows))
+    command_line.show(table(rows))
     if options.out:
         path = pathlib.Path(options.out)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -144,13 +144,13 @@ def draw_all(options: Options) -> None:
     makers = masks_of(options.length)
     chosen = {name: makers[name]() for name in options.only}
     for name, mask in chosen.items():
-        print(in_text(name, mask, options.length, options.tile))
+        command_line.show(in_text(name, mask, options.length, options.tile))
     if options.out:
         from attention_jax import plots
 
         figure = plots.masks(chosen, options.length, tile_sizes=(options.tile, options.tile))
         for path in plots.save(figure, options.out / "gallery"):
-            print(path)
+            command_line.show(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from experiments.claims.catalogue import themes
 from experiments.claims.claim import SETTINGS, Claim, Setting
 from experiments.claims.command_line import Options
 from experiments.claims.folder import writable
+from experiments.command_line import show
 from experiments.translate.figures import style
 from experiments.translate.workdir import environment, write_json, write_text
 
@@ -73,7 +74,7 @@ def run(options: Options) -> int:
         # Without layout: the numbers of all draws are many.
         write_text(out.with_suffix(".json"), json.dumps(results) + "\n")
     _show(console, results)
-    print(path.absolute(), flush=True)
+    show(path.absolute())
     return int(any(record["outcome"] == FAILED for record in records))
 
 

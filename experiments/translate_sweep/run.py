@@ -12,6 +12,7 @@ import jax
 from rich.console import Console
 
 from experiments import terminal
+from experiments.command_line import show
 from experiments.translate import fitting, kept, outcome, task, workdir
 from experiments.translate import results as of_run
 from experiments.translate.budget import sizes_of
@@ -53,7 +54,7 @@ def run(sweep: Sweep) -> Path:
         figures.draw_all(summary, folder / "figures")
     table.show(console, summary)
     path = folder / "results.json"
-    print(path.absolute(), flush=True)
+    show(path.absolute())
     return path
 
 

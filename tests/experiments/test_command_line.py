@@ -1,5 +1,9 @@
 """What all programs make of their arguments: a value, or one sentence."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from absl import flags
 
@@ -61,3 +65,23 @@ def test_a_file_of_flags_may_be_included_twice(tmp_path):
     file.write_text("--seeds=2\n")
     given = read("program", values(), [f"--flagfile={file}", f"--flagfile={file}"], str)
     assert given["seeds"] == 2 and given["lowercase"] is True
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from experiments import gallery; sys.exit(gallery.main(['--only=full,causal']))",
+        "from experiments import approximation as a; a.measure = lambda options: []; "
+        "sys.exit(a.main([]))",
+        "from experiments.claims import __main__, run; run.test = lambda claim, *_: {'number': 43, "
+        "'theme': '', 'claim': '', 'outcome': 'holds', 'verdict': 'holds', 'because': ''}; "
+        "sys.exit(__main__.main(['--claims=43', f'--workdir={sys.argv[1]}']))",
+    ],
+)
+def test_a_reader_who_stops_early_is_no_mistake(code, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", f"import sys; {code}", str(tmp_path)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 0 and not done.stderr
