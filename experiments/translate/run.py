@@ -12,6 +12,7 @@ from experiments.command_line import show
 from experiments.translate import (
     figures,
     fitting,
+    history,
     kept,
     outcome,
     report,
@@ -54,9 +55,8 @@ def run(config: Config) -> Path:
         summary = results.summarize(config, given, outcomes, host)
         workdir.write_json(folder / "results.json", summary)
         log = Log(folder / "metrics.jsonl")
-        names = figures.draw_all(
-            outcomes, {score: log.read(score) for score in sizes}, folder / "figures"
-        )
+        histories = {score: history.read(log, score) for score in sizes}
+        names = figures.draw_all(outcomes, histories, folder / "figures")
         path = report.write(summary, outcomes, names, folder)
     table.show(console, summary)
     show(path.absolute())
@@ -67,13 +67,15 @@ def outcome_of(
     score: str, sizes: Sizes, config: Config, given: task.Task, folder: Path, console: Console
 ) -> Record:
     """Train and measure one mechanism, or read what was measured before."""
-    path = folder / "outcomes" / f"{score}.json"
+    path, log = folder / "outcomes" / f"{score}.json", Log(folder / "metrics.jsonl")
     if path.exists():
+        history.read(log, score)
         return outcome.read(path)
     trained = train.train(score, sizes, config, given, folder, console)
+    speed = outcome.speed(history.read(log, score))
     with console.status(f"{score}: evaluating"):
         measured = outcome.measure(score, sizes, trained, given, folder)
-    measured |= outcome.speed(Log(folder / "metrics.jsonl").read(score))
+    measured |= speed
     path.parent.mkdir(exist_ok=True)
     workdir.write_json(path, measured)
     return measured

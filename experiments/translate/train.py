@@ -13,7 +13,8 @@ import numpy as np
 from rich.console import Console
 
 from experiments import metrics
-from experiments.translate import evaluate
+from experiments.command_line import UsageError
+from experiments.translate import evaluate, history
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.config import Config
 from experiments.translate.devices import Placement
@@ -45,7 +46,7 @@ def train(
     Raises:
       Diverged: a loss is not a number any more.
       Interrupted: SIGINT or SIGTERM came; everything up to the last step is saved.
-      UsageError: a checkpoint cannot be saved.
+      UsageError: a checkpoint cannot be saved, or what was measured before it is lost.
     """
     log = Log(folder / "metrics.jsonl")
     checkpoints = Checkpoints(folder / "checkpoints" / score)
@@ -54,6 +55,8 @@ def train(
     for sentence in checkpoints.damaged:
         console.print(sentence, soft_wrap=True)
     step, state = restored or (0, state)
+    if step:
+        history.read(log, score, needed=[history.ROUND])
     placement = Placement(config.batch_size)
     state, arrays = jax.device_put((state, task.arrays), placement.everywhere)
     task = dataclasses.replace(task, arrays=arrays)

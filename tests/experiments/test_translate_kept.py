@@ -7,7 +7,7 @@ import pytest
 
 from experiments.command_line import UsageError
 from experiments.data import load
-from experiments.translate import kept
+from experiments.translate import history, kept
 from experiments.translate.config import Config
 from experiments.translate.workdir import Log
 
@@ -169,3 +169,27 @@ def test_a_damaged_line_of_the_log(damaged, tmp_path):
     assert sentence(lambda: log.read("dot")) == sentence(lambda: log.rewind("dot", 1)) == said
     log.path.write_bytes(whole + damaged)
     assert log.read("dot") == [{"score": "dot", "step": 1}]
+
+
+def test_a_log_that_was_lost_is_told_before_anything_is_done(copied):
+    folder, command = copied
+    (folder / "metrics.jsonl").unlink()
+    before = content(folder)
+    said = (
+        f"{folder}/metrics.jsonl does not hold what the training of dot measured; restore it from "
+        "a copy, or train again in another --workdir."
+    )
+    assert command() == (2, said)
+    assert content(folder) == before
+    (folder / "outcomes" / "dot.json").unlink()
+    assert command() == (2, said)
+    assert not (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("held", ["exact_match", "tokens"])
+def test_a_log_needs_steps_and_validations(held, tmp_path):
+    log = Log(tmp_path / "metrics.jsonl")
+    log.append({"score": "dot", "step": 1, held: 1})
+    assert sentence(lambda: history.read(log, "dot")).startswith(f"{log.path} does not hold what ")
+    log.append({"score": "dot", "step": 2, "tokens": 1, "exact_match": [1.0]})
+    assert len(history.read(log, "dot")) == 2
