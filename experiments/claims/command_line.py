@@ -11,6 +11,7 @@ from absl import flags
 
 from experiments.claims.catalogue import claims, themes
 from experiments.claims.claim import SETTINGS, Claim
+from experiments.claims.folder import are_verdicts
 from experiments.command_line import UsageError, check_file, read
 
 _HELP = """\
@@ -107,7 +108,18 @@ def _check(options: Options) -> None:
         there_are = ", ".join(SETTINGS)
         raise UsageError(f"--setting: must be one of {there_are}, got {options.setting!r}.")
     if options.out:
-        out = Path(options.out)
-        check_file("out", out)
-        if out.suffix != ".md":
-            raise UsageError(f"--out is {out}, but a name that ends in .md is needed.")
+        _check_out(Path(options.out))
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a table, or data beside it, that could not be written or would replace another's."""
+    check_file("out", out)
+    if out.suffix != ".md":
+        raise UsageError(f"--out is {out}, but a name that ends in .md is needed.")
+    data = out.with_suffix(".json")
+    check_file("out", data)
+    if data.exists() and not are_verdicts(data):
+        raise UsageError(
+            f"--out: the data go into {data}, but that file is not of this program; give another "
+            "name."
+        )

@@ -32,13 +32,22 @@ def writable(folder: Path) -> Path:
     return folder
 
 
+def are_verdicts(path: Path) -> bool:
+    """Tell whether a file holds results of this program."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(held, dict) and {"setting", "claims"} <= held.keys()
+
+
 def _check_ours(folder: Path) -> None:
     for name in ("results.json", "report.html"):
         if (folder / name).is_dir():
             raise UsageError(f"--workdir: {folder / name} is a folder; {_HINT}")
     path = folder / "results.json"
     if path.exists():
-        if not _are_verdicts(path):
+        if not are_verdicts(path):
             raise UsageError(f"--workdir {folder}: {path} is not of this program; {_HINT}")
     elif not _has_measurements(folder):
         others = sorted(file.name for file in folder.iterdir() if file.name not in _BEFORE)
@@ -47,14 +56,6 @@ def _check_ours(folder: Path) -> None:
                 f"--workdir {folder} holds other files, such as {others[0]}, and no tests of "
                 f"claims; {_HINT}"
             )
-
-
-def _are_verdicts(path: Path) -> bool:
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(held, dict) and {"setting", "claims"} <= held.keys()
 
 
 def _has_measurements(folder: Path) -> bool:

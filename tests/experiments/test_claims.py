@@ -173,6 +173,24 @@ def test_bad_arguments_get_one_line(arguments, message, capsys):
     assert captured.err == f"claims: {message}\n" and not captured.out
 
 
+def test_data_beside_the_table_replace_nothing_else(two_claims, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--claims=901", "--setting=tiny", "--workdir=work", "--out=package.md"]
+    Path("package.json").write_text('{"name": "mine"}')
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == (
+        "claims: --out: the data go into package.json, but that file is not of this program; give "
+        "another name.\n"
+    )
+    assert not Path("work").exists() and Path("package.json").read_text() == '{"name": "mine"}'
+    Path("package.json").unlink()
+    Path("package.json").mkdir()
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "claims: --out: package.json is a folder; give a file.\n"
+    Path("package.json").rmdir()
+    assert main(arguments) == main(arguments) == 0, "written anew"
+
+
 def test_an_unwritable_workdir_gets_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["--claims=53", f"--workdir={tmp_path / 'file' / 'work'}"]) == 2
