@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from experiments import pages
+from experiments.claims import catalogue
 from experiments.claims.catalogue import Theme, themes
 from experiments.translate.workdir import write_text
 
@@ -79,7 +80,10 @@ def write(results: Record, folder: Path) -> Path:
 
 def command(results: Record) -> str:
     """Return the command line that these results come from."""
-    return f"python -m experiments.claims --setting={results['setting']}"
+    numbers = [record["number"] for record in results["claims"]]
+    some = len(numbers) < len(catalogue.claims())
+    chosen = f" --claims={','.join(map(str, numbers))}" if some else ""
+    return f"python -m experiments.claims{chosen} --setting={results['setting']}"
 
 
 def _glance(claims: list[Record]) -> str:

@@ -133,9 +133,9 @@ def markdown(results: Record) -> str:
     lines = [
         "# Claims about attention, tested",
         "",
-        f"Made by `python -m experiments.claims --setting={results['setting']}` "
-        f"({summary(results)}), jax {results['environment']['jax']} on "
-        f"{results['environment']['device']}, {results['environment']['processors']} processors. "
+        f"Made by `{report.command(results)}` ({summary(results)}), "
+        f"jax {results['environment']['jax']} on {results['environment']['device']}, "
+        f"{results['environment']['processors']} processors. "
         "How each was tested, and what decides, is in its file in `experiments/claims/`.",
     ]
     for name, theme in themes().items():

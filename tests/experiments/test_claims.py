@@ -191,6 +191,14 @@ def test_data_beside_the_table_replace_nothing_else(two_claims, tmp_path, monkey
     assert main(arguments) == main(arguments) == 0, "written anew"
 
 
+@pytest.mark.parametrize(("chosen", "flag"), [([], ""), (["--claims=901"], " --claims=901")])
+def test_the_command_that_is_reported_tests_the_same_claims(chosen, flag, two_claims, tmp_path):
+    main([*chosen, "--setting=tiny", f"--workdir={tmp_path}/work", f"--out={tmp_path}/table.md"])
+    command = f"python -m experiments.claims{flag} --setting=tiny"
+    assert f"<pre>{command}</pre>" in (tmp_path / "work" / "report.html").read_text()
+    assert f"Made by `{command}` (" in (tmp_path / "table.md").read_text()
+
+
 def test_an_unwritable_workdir_gets_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["--claims=53", f"--workdir={tmp_path / 'file' / 'work'}"]) == 2
