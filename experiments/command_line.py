@@ -8,6 +8,7 @@ import io
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,7 +85,7 @@ def check_file(flag: str, path: Path) -> None:
     Raises:
       UsageError: it is a folder, or cannot be created where it is.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"--{flag}: {path} is a folder; give a file.")
     _check_written_in(path.absolute().parent, flag, path)
 
@@ -95,15 +96,18 @@ def check_folder(flag: str, path: Path) -> None:
     Raises:
       UsageError: it is a file, or cannot be created where it is, or written to.
     """
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(f"--{flag}: {path} is a file; give a directory.")
     _check_written_in(path.absolute(), flag, path)
 
 
 def _check_written_in(folder: Path, flag: str, path: Path) -> None:
-    parent = next(there for there in (folder, *folder.parents) if there.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise UsageError(f"--{flag}: {path} cannot be written in {parent}; give another.")
+    """Try it: what a file system forbids is known for certain only then."""
+    parent = next(there for there in (folder, *folder.parents) if os.path.exists(there))
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=parent))
+    except OSError:
+        raise UsageError(f"--{flag}: {path} cannot be written in {parent}; give another.") from None
 
 
 def show(text: object) -> None:
@@ -122,7 +126,7 @@ def run(
 ) -> int:
     """Run a program and return its exit code: what `do` returns, 0 for None.
 
-    2 for a request that cannot be met.
+    1 where the system refused a file; 2 for a request that cannot be met.
     """
     try:
         return do(parse(sys.argv[1:] if arguments is None else arguments)) or 0
@@ -131,6 +135,14 @@ def run(
         return 0
     except UsageError as error:
         return complain(program, error, 2)
+    except OSError as error:
+        return complain(program, f"{reason(error)}; put that right, and try again.", 1)
+
+
+def reason(error: OSError) -> str:
+    """Say which file the system refused, and why."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
 
 
 def complain(program: str, sentence: object, code: int) -> int:

@@ -154,7 +154,7 @@ def draw_all(options: Options) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code: 0, 2 for a request that cannot be met."""
+    """Run the program and return its exit code: see `command_line.run`."""
     return command_line.run("gallery", arguments, parse, draw_all)
 
 

@@ -10,7 +10,7 @@ from experiments.benchmark.command_line import Options, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code: 0, 2 for a request that cannot be met."""
+    """Run the program and return its exit code: see `command_line.run`."""
     return command_line.run("benchmark", arguments, parse, _measure)
 
 

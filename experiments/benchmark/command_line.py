@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments.command_line import UsageError, read
+from experiments.command_line import UsageError, check_folder, read
 
 SUITES = ("attention", "memory", "compile", "additive", "patterns", "translate")
 
@@ -86,7 +86,5 @@ def _checked(options: Options) -> Options:
         raise UsageError("--suites: name at least one suite, or all.")
     if options.repeats < 1:
         raise UsageError(f"--repeats: expected at least 1 turn, got {options.repeats}.")
-    at = next(path for path in (options.out, *options.out.absolute().parents) if path.exists())
-    if not at.is_dir():
-        raise UsageError(f"--out: {at} is a file; give a directory.")
+    check_folder("out", options.out)
     return options._replace(suites=SUITES if "all" in options.suites else options.suites)

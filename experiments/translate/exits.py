@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments import command_line
-from experiments.command_line import Options, complain
+from experiments.command_line import Options, complain, reason
 
 
 def run(
@@ -31,9 +31,7 @@ def run(
         except Diverged as error:
             return complain(program, error, 1)
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            sentence = f"{where}{error.strerror or error}; what was saved before is kept."
-            return complain(program, sentence, 1)
+            return complain(program, f"{reason(error)}; what was saved before is kept.", 1)
         except (Interrupted, KeyboardInterrupt) as stop:
             where = f" after {stop}" if str(stop) else ""
             code = stop.code if isinstance(stop, Interrupted) else 130

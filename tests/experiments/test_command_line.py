@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
 
-from experiments.command_line import UsageError, read
+from experiments.command_line import UsageError, check_file, check_folder, read, run
 
 
 def values():
@@ -65,6 +66,29 @@ def test_a_file_of_flags_may_be_included_twice(tmp_path):
     file.write_text("--seeds=2\n")
     given = read("program", values(), [f"--flagfile={file}", f"--flagfile={file}"], str)
     assert given["seeds"] == 2 and given["lowercase"] is True
+
+
+@pytest.mark.parametrize("check", [check_file, check_folder])
+def test_what_cannot_be_written_is_known_before_the_work(check, tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    check("out", there / "new" / "x")
+    assert not list(there.iterdir())
+    for path, parent in ((Path("/proc/new/x"), "/proc"), (Path("/dev/null/x"), "/dev/null")):
+        with pytest.raises(UsageError) as error:
+            check("out", path)
+        assert str(error.value) == (f"--out: {path} cannot be written in {parent}; give another.")
+
+
+def test_a_file_that_the_system_refuses_gets_one_sentence(tmp_path, capsys):
+    path = tmp_path / ("n" * 300)
+
+    def write(_):
+        path.write_text("")
+
+    assert run("program", [], list, write) == 1
+    said = capsys.readouterr().err
+    assert said == f"program: {path}: File name too long; put that right, and try again.\n"
 
 
 @pytest.mark.parametrize(
