@@ -38,6 +38,8 @@ _STYLE = {
     "legend.frameon": False,
 }
 _ACROSS = 4
+# Validations up to which each is a point with a bar.
+_FEW = 6
 
 
 def style() -> AbstractContextManager[Any]:
@@ -117,11 +119,18 @@ def alignments(scores: Sequence[str], panels: Sequence[Record]) -> Figure:
 
 
 def _curve(axes: Axes, validated: Sequence[Record], name: str, label: str, color: str) -> None:
+    """Draw means with a band, and where these are too few to make a line, points and bars."""
     found = [interval(record[name]) for record in validated]
     steps = [record["step"] for record in validated]
-    axes.plot(steps, [i.mean for i in found], label=label, color=color, linewidth=1.8)
-    low, high = [i.low for i in found], [i.high for i in found]
-    axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+    means, low, high = (np.array([getattr(i, of) for i in found]) for of in ("mean", "low", "high"))
+    if len(steps) > _FEW:
+        axes.plot(steps, means, label=label, color=color, linewidth=1.8)
+        axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+        return
+    # One seed has no interval.
+    bars = np.nan_to_num(np.stack([means - low, high - means])).clip(0)
+    line: Any = {"color": color, "linewidth": 1.8, "elinewidth": 1, "capsize": 3, "markersize": 5}
+    axes.errorbar(steps, means, bars, label=label, fmt="o-", clip_on=False, **line)
 
 
 def _gold_weights(sure: Links, possible: Links, shape: tuple[int, int]) -> np.ndarray:
