@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 class Program(NamedTuple):
@@ -52,9 +54,24 @@ def compile_seconds(program: Program) -> Meter:
 
     def measure() -> Cost:
         jax.clear_caches()
-        return _timed(lambda: compiled(program), 1)
+        with _no_compilation_cache():
+            return _timed(lambda: compiled(program), 1)
 
     return measure
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """Let programs that a folder of compiled ones holds be compiled nevertheless."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    # Whether the folder is used JAX decides once.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def mebibytes(program: Program) -> Meter:

@@ -2,11 +2,14 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from attention_jax import masks
-from experiments.benchmark import command_line, patterns
+from experiments.benchmark import command_line, measure, patterns
 from experiments.benchmark.patterns import Point
 from experiments.benchmark.run import run
 
@@ -54,3 +57,32 @@ def test_the_table_gives_exponents_and_what_the_longest_length_costs():
     causal = next(line for line in lines if line.startswith("| causal |"))
     assert causal == "| causal | `Causal()` | 50 | 100 | 2.00 | 4.1e+03 | 1.50 | 4 | 1.00 |"
     assert "`Prefix(32) \\| Causal()`" in lines[2], "a | inside a cell is escaped"
+
+
+@pytest.fixture
+def kept_programs(tmp_path):
+    """A folder that keeps every compiled program."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_compilation_that_is_measured_is_one(kept_programs):
+    program = measure.Program(lambda x: x @ jnp.sin(x), (np.ones((3, 3), np.float32),))
+    measure.compiled(program)
+    (kept,) = kept_programs.glob("*-cache")
+    kept.unlink()
+    assert measure.compile_seconds(program)().wall > 0
+    assert not list(kept_programs.glob("*-cache")), "the folder is no part of what is measured"
+    jax.clear_caches()
+    measure.compiled(program)
+    assert list(kept_programs.glob("*-cache")) == [kept], "others are kept as before"
