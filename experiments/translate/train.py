@@ -13,7 +13,6 @@ import numpy as np
 from rich.console import Console
 
 from experiments import metrics
-from experiments.command_line import UsageError
 from experiments.translate import evaluate, history
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.config import Config

@@ -24,8 +24,9 @@ These take a list: scores, {", ".join(LISTED[:5])},
 {", ".join(LISTED[5:])}.
 
 The same command again resumes an interrupted sweep; with values or scores added to its lists, it
-trains these alone. The folder is runs/sweep-DATA-KEY unless --workdir is given.
---flagfile=FILE reads flags from a file."""
+trains these alone. The folder is runs/sweep-DATA-KEY unless --workdir is given, another one where
+other flags have a list or another value. sweep.csv has all runs of its folder, results.json and the
+figures those of the last command. --flagfile=FILE reads flags from a file."""
 
 # A sweep trains; what comes after training is asked of one of its runs.
 _FIELDS = tuple(f for f in dataclasses.fields(Config) if f.metadata["group"] != "After training")

@@ -64,10 +64,12 @@ class Sweep:
 
     @property
     def directory(self) -> Path:
-        """The folder of the sweep."""
+        """The folder of the sweep: unless given, one for what is swept and all that is not."""
         if self.base.workdir:
             return Path(self.base.workdir)
-        key = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
+        free = dict.fromkeys(("scores", RATE, *self.values), "swept")
+        identity = json.dumps(self.base.identity | free)
+        key = hashlib.sha256(identity.encode()).hexdigest()[:8]
         return Path("runs") / f"sweep-{named_after(self.base.data)}-{key}"
 
     @property

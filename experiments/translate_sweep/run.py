@@ -49,7 +49,8 @@ def run(sweep: Sweep) -> Path:
             "signatures": of_run.signatures(sweep.base.lowercase, given.corpus.at_spaces),
             "pairs": {name: len(of_set.pairs) for name, of_set in given.sets.items()},
         }
-        workdir.write_text(folder / "sweep.csv", tidy.table(summary, records))
+        others = tidy.others(folder, records)
+        workdir.write_text(folder / "sweep.csv", tidy.table(summary, records, others))
         workdir.write_json(folder / "results.json", summary)
         figures.draw_all(summary, folder / "figures")
     table.show(console, summary)

@@ -93,6 +93,22 @@ def test_the_folder_of_a_sweep_has_a_name_in_which_checkpoints_can_be_saved():
     assert parse(["--data=[x]b.tsv"]).directory.name.startswith("sweep-_x_b-")
 
 
+def test_the_folder_is_that_of_what_is_swept_and_of_all_that_is_not():
+    def folder(*flags):
+        return parse(flags).directory
+
+    of_width = folder("--width=8,16")
+    assert of_width == folder("--width=8,16,32", "--learning_rate=0.01,0.03", "--scores=dot")
+    others = (
+        ["--attention_size=2,8"],
+        ["--attention_size=2,8", "--steps=2000"],
+        ["--width=8,16", "--train_size=5"],
+        ["--width=8"],
+        ["--width=16"],
+    )
+    assert len({of_width, *(folder(*flags) for flags in others)}) == 1 + len(others)
+
+
 def test_parameters_are_matched_to_those_of_the_first_score():
     cells = parse(["--scores=additive,dot", "--match_parameters"]).cells()
     assert [cell.config.scores for cell in cells] == [("additive",), ("additive", "dot")]

@@ -1,7 +1,9 @@
 """A sweep as one job: what is done is not done again, and what diverged does not stop the rest."""
 
+import csv
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -93,6 +95,35 @@ def test_values_added_later_are_trained_alone(sweep, trained, tmp_path, capsys):
     assert sweep("--attention_size=2,4,8", "--learning_rate=0.001,0.01,100", "--seeds=7") == 0
     new = {(2, 0.001), (4, 0.001), (8, 0.001), (8, 0.01), (8, 100)}
     assert set(trained) == {(score, *where) for score in ("additive", "dot") for where in new}
+
+
+def test_the_tidy_table_keeps_the_runs_of_other_commands(sweep, trained, tmp_path):
+    def rows():
+        text = (tmp_path / "sweep" / "sweep.csv").read_text("utf-8")
+        return list(csv.DictReader(text.splitlines()))
+
+    flags = ("--seeds=2", "--scores=dot")
+    assert sweep(*flags, "--dropout=0,0.1") == 0
+    before = rows()
+    assert [(row["dropout"], row["seed"], row["chosen"]) for row in before] == [
+        ("0.0", "0", "true"),
+        ("0.0", "1", "true"),
+        ("0.1", "0", "true"),
+        ("0.1", "1", "true"),
+    ]
+    assert sweep(*flags, "--dropout=0.1", "--train_size=90") == 0
+    assert sweep(*flags, "--dropout=0.1") == 0
+    found = rows()
+    assert len(trained) == 3 and len(found) == 6
+    assert [(row["dropout"], row["train_size"], row["chosen"]) for row in found[::2]] == [
+        ("0.1", "100", "true"),
+        ("0.1", "90", "false"),
+        ("0.0", "100", "false"),
+    ]
+    assert [row["bleu"] for row in found] == ["90.0", "91.0"] * 3
+    shutil.rmtree(tmp_path / "sweep" / "runs" / Path(found[2]["folder"]).name)
+    assert sweep(*flags, "--dropout=0,0.1") == 0
+    assert rows() == before, "what was deleted is not kept"
 
 
 def test_a_sweep_that_is_stopped_goes_on_where_it_was(sweep, trained, capsys, monkeypatch):
