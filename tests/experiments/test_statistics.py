@@ -114,6 +114,9 @@ def test_the_smallest_p_value_and_ties():
         assert sign_flip_p_value([0.1] * n) == 2.0 ** (1 - n)
     assert sign_flip_p_value([0.0, 0.0, 0.0]) == 1.0
     assert sign_flip_p_value([1.0, -1.0]) == 1.0
+    nothing = [0.1, 0.2, -0.3, 0.1, -0.1, 0.4, -0.4]
+    assert sum(nothing) != 0.0, "but for rounding"
+    assert sign_flip_p_value(nothing) == sign_flip_p_value([10 * x for x in nothing]) == 1.0
     assert sign_flip_p_value([0.1, 0.2, 0.3, 1e-9]) == 2 / 16
 
 
