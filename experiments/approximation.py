@@ -36,6 +36,8 @@ predicting the mean of the values, and the mean squared error of the kernel besi
   --seed=0               of everything
   --out=                 a Markdown file for the tables; none written unless given"""
 
+# More queries, features or draws fit in no memory.
+_LARGEST = 1_000_000
 # JAX makes keys of whole numbers with a sign and 64 bits.
 _SEEDS = 2**63
 
@@ -98,7 +100,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _read(name: str, text: str, default: Any) -> Any:
-    """Read the text of a flag as what its default is; numbers are above zero, but for the seed."""
+    """Read the text of a flag as what its default is; numbers have a range, but for the seed."""
     if isinstance(default, str):
         return text
     several = isinstance(default, tuple)
@@ -110,6 +112,8 @@ def _read(name: str, text: str, default: Any) -> Any:
         raise UsageError(f"--{name}: must be {words}, got {text}.") from None
     if name != "seed" and not all(0 < number < math.inf for number in numbers):
         raise UsageError(f"--{name}: must be above 0, got {text}.")
+    if name != "seed" and kind is int and max(numbers) > _LARGEST:
+        raise UsageError(f"--{name}: must be at most {_LARGEST}, got {text}.")
     return tuple(numbers) if several else numbers[0]
 
 
@@ -244,8 +248,8 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.scale:g}",
             row.name,
             "" if row.size is None else str(row.size),
-            f"{row.context:.2f}",
-            f"{row.baseline:.2f}",
+            number(row.context),
+            number(row.baseline),
             better,
             number(row.measured),
             number(row.theory),
