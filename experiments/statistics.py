@@ -61,11 +61,21 @@ def interval(values: Values, *, confidence: float = 0.95, seed: int = 0) -> Inte
     means = _resampled_means(x, seed)
     low = float(np.quantile(means, tail, method="lower"))
     high = float(np.quantile(means, 1 - tail, method="higher"))
+    return Interval(mean, low, high, n, too_few_to_cover(n, confidence=confidence))
+
+
+def too_few_to_cover(n: int, *, confidence: float = 0.95) -> str:
+    """Say how often an interval of n values covers their mean, if that is less than promised.
+
+    >>> too_few_to_cover(3)
+    '3 values cover their mean in at most about 75% of cases'
+    >>> too_few_to_cover(8)
+    ''
+    """
     reached = 1 - 2.0 ** (1 - n)
-    note = ""
-    if reached < confidence:
-        note = f"{n} values cover their mean in at most about {100 * reached:.0f}% of cases"
-    return Interval(mean, low, high, n, note)
+    if reached >= confidence:
+        return ""
+    return f"{n} values cover their mean in at most about {100 * reached:.0f}% of cases"
 
 
 def _expanded_tail(n: int, confidence: float) -> float:

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.statistics import seeds_needed
+from experiments.statistics import seeds_needed, too_few_to_cover
 from experiments.terminal import two_lines
 from experiments.translate.results import COMPARED
 from experiments.translate.workdir import Record
@@ -55,7 +55,8 @@ def over_seeds(results: Record) -> str:
     seeds = results["config"]["seeds"]
     if seeds == 1:
         return "One seed, so that there is no interval"
-    return f"Mean and 95% bootstrap interval over {seeds} seeds"
+    note = too_few_to_cover(seeds)
+    return f"Mean and 95% bootstrap interval over {seeds} seeds" + (f"; {note}" if note else "")
 
 
 def decoding(results: Record) -> str:
@@ -85,25 +86,27 @@ def compared_header(results: Record) -> list[str]:
 
 def compared(results: Record) -> list[list[str]]:
     """Return a row for each metric in which the first two mechanisms are compared."""
-    seeds = results["config"]["seeds"]
-    needed = seeds_needed(comparisons=len(results["comparisons"]))
-    rows = []
-    for found in results["comparisons"]:
-        mean, interval, so = difference(found)
-        if not found["conclusive"] and seeds < needed:
-            so = "one seed is too few" if seeds == 1 else f"{seeds} seeds are too few"
-        p_value = "–" if found["p_value"] is None else f"{found['p_value']:.2g}"
-        rows.append([COMPARED[found["metric"]], mean, interval, p_value, so])
-    return rows
+    return [
+        [COMPARED[found["metric"]], *difference(found, results)] for found in results["comparisons"]
+    ]
 
 
-def difference(found: Record) -> tuple[str, str, str]:
-    """Return the mean of a difference, its interval, and what it shows, as text."""
+def difference(found: Record, results: Record) -> list[str]:
+    """Return the mean of a difference, its interval, its p, and what it shows, as text."""
     mean, *bounds = (found["difference"][which] for which in ("mean", "low", "high"))
     interval = "–" if None in bounds else " to ".join(f"{bound:+.3g}" for bound in bounds)
-    higher = found["first"] if mean > 0 else found["second"]
-    shown = f"{higher} is higher" if found["conclusive"] else "no difference shown"
-    return f"{mean:+.3g}", interval, shown
+    p_value = "–" if found["p_value"] is None else f"{found['p_value']:.2g}"
+    return [f"{mean:+.3g}", interval, p_value, _shown(found, results)]
+
+
+def _shown(found: Record, results: Record) -> str:
+    if found["conclusive"]:
+        higher = found["first"] if found["difference"]["mean"] > 0 else found["second"]
+        return f"{higher} is higher"
+    seeds = results["config"]["seeds"]
+    if seeds >= seeds_needed(comparisons=len(results["comparisons"])):
+        return "no difference shown"
+    return "one seed is too few" if seeds == 1 else f"{seeds} seeds are too few"
 
 
 def show(console: Console, results: Record) -> None:

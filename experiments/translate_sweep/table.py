@@ -73,8 +73,7 @@ def _comparisons(results: Record) -> Table:
         table.add_column(title, justify="right")
     table.add_column("conclusion")
     for found in results["comparisons"]:
-        mean, interval, shown = of_run.difference(found)
         point = [str(value) for value in found["point"].values()]
         pair = f"{found['first']} - {found['second']}"
-        table.add_row(pair, *point, mean, interval, f"{found['p_value']:.2g}", shown)
+        table.add_row(pair, *point, *of_run.difference(found, results))
     return table

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments import terminal
 from experiments.command_line import UsageError
 from experiments.statistics import holm, sign_flip_p_value
 from experiments.translate.config import Config
-from experiments.translate_sweep import results, tidy
+from experiments.translate.table import COLUMNS
+from experiments.translate_sweep import results, table, tidy
 from experiments.translate_sweep.command_line import parse
 from experiments.translate_sweep.config import LISTED
 
@@ -179,6 +181,20 @@ def test_few_seeds_conclude_nothing_and_a_rate_at_the_end_is_told():
         "learning rate, and not compared. 2 of 2 best learning rates are the smallest or the "
         "largest tried, and a wider --learning_rate may change these results."
     ) in found["conclusion"]
+
+
+def test_the_table_says_what_few_seeds_are_too_few_for(capsys):
+    sweep = parse(["--scores=dot,none", "--seeds=3"])
+    records = [record("dot", {}, 0.1, 1.0, HIGH[:3]), record("none", {}, 0.1, 1.0, LOW[:3])]
+    for of_one in records:
+        ones = [1.0] * 3
+        of_one["metrics"] |= {name: ones for name, _, _ in COLUMNS if name not in of_one["metrics"]}
+    found = results.summarize(sweep, records)
+    pairs = {"pairs": {"test": 9}, "signatures": {"bleu": "", "chrf": ""}}
+    table.show(terminal.console(), found | pairs)
+    printed = capsys.readouterr().out
+    assert printed.count("3 values cover their mean in at most about 75% of cases.") == 1
+    assert "3 seeds are too few" in printed and "no difference shown" not in printed
 
 
 def test_where_everything_diverged_nothing_is_compared():

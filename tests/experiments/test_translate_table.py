@@ -77,7 +77,13 @@ def test_decoding_is_named():
 
 def test_several_seeds_have_one():
     found = results(3, None, summary(None, None, None))
-    assert table.over_seeds(found) == "Mean and 95% bootstrap interval over 3 seeds"
+    assert table.over_seeds(found) == (
+        "Mean and 95% bootstrap interval over 3 seeds; 3 values cover their mean in at most about "
+        "75% of cases"
+    )
+    found["config"]["seeds"] = 8
+    assert table.over_seeds(found) == "Mean and 95% bootstrap interval over 8 seeds"
+    found["config"]["seeds"] = 3
     assert table.compared(found)[0][-1] == "3 seeds are too few"
 
 
