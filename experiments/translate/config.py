@@ -54,7 +54,7 @@ _MODES = {
 _OF_FILES = ("source", "target", "min_count", "max_vocabulary", "lowercase")
 
 # Flags that only one architecture knows.
-_OF_MODEL = {
+OF_MODEL = {
     "bigru": ("query", "bridge"),
     "transformer": ("heads", "layers", "positions"),
 }
@@ -323,7 +323,7 @@ class Config:
     def _check_model(self) -> None:
         """Refuse flags that the architecture does not know, by name."""
         other = "bigru" if self.model == "transformer" else "transformer"
-        for name in _OF_MODEL[other]:
+        for name in OF_MODEL[other]:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UsageError(f"--{name} is for --model={other}; leave it out.")
         if self.model != "transformer":

@@ -11,7 +11,7 @@ from string import Template
 
 from experiments import pages
 from experiments.translate import table
-from experiments.translate.config import Config
+from experiments.translate.config import OF_MODEL, Config
 from experiments.translate.workdir import Record, write_text
 
 _BODY = Template("""<p class="lead">$lead</p>
@@ -92,7 +92,7 @@ def write(
             f"the source language and {data['target_words']:,} of the target language are known."
         ),
         notices="".join(f"<p class='soft'>{escape(n)}</p>" for n in data["notices"]),
-        settings=pages.settings({**config, **results["environment"]}),
+        settings=pages.settings({**_settings(config), **results["environment"]}),
     )
     path = folder / "report.html"
     title = " against ".join(scores[:2]) if len(scores) == 2 else ", ".join(scores)
@@ -109,6 +109,14 @@ def command(config: Record, program: str = "experiments.translate") -> str:
         if value != plain[name]
     ]
     return shlex.join(["python", "-m", program, *flags])
+
+
+def _settings(config: Record) -> Record:
+    """Return the fields that the architecture of a run knows."""
+    unknown = {
+        name for model, names in OF_MODEL.items() if model != config["model"] for name in names
+    }
+    return {name: value for name, value in config.items() if name not in unknown}
 
 
 def _subject(scores: Sequence[str]) -> str:

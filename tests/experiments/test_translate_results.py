@@ -109,3 +109,16 @@ def test_a_report_says_what_it_is_about_and_replaces_an_old_one_as_a_whole(score
         report.write(summary(Config(seeds=8, scores=scores), outcomes), outcomes, [], tmp_path)
         assert reader.read() == "the old one"
     assert f'<p class="lead">{lead}' in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("model", "known", "unknown"),
+    [
+        ("bigru", ["query", "bridge"], ["heads", "layers", "positions"]),
+        ("transformer", ["heads", "layers", "positions"], ["query", "bridge"]),
+    ],
+)
+def test_a_report_lists_what_its_architecture_knows(model, known, unknown):
+    listed = report._settings(Config(model=model).identity)
+    assert {"model", "width", *known} <= listed.keys()
+    assert not listed.keys() & set(unknown)
