@@ -7,8 +7,12 @@ Matplotlib is the extra `plots` and is imported when something is drawn.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +28,8 @@ __all__ = ["draw_mask", "draw_weights", "heads", "masks", "save"]
 
 _INCHES_A_TOKEN = 0.26
 _LONGEST_LABELLED = 64
+# How matplotlib's warning of a character without a glyph begins.
+_BOX = r"Glyph \d+ .* missing from"
 _STYLE: Any = {"svg.hashsalt": "attention_jax", "svg.fonttype": "path"}
 
 
@@ -151,6 +157,8 @@ def draw_mask(
 def save(figure: Figure, path: str | pathlib.Path) -> list[pathlib.Path]:
     """Write `path`.png and `path`.svg, making the folder; the same figure gives the same bytes.
 
+    Characters that no font in use has are boxes, of which one warning tells.
+
     Args:
       figure: what is drawn.
       path: without a suffix.
@@ -163,10 +171,33 @@ def save(figure: Figure, path: str | pathlib.Path) -> list[pathlib.Path]:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg"))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE), _one_warning_of_boxes():
         figure.savefig(png, dpi=160)
         figure.savefig(svg, metadata={"Date": None})
     return [png, svg]
+
+
+@contextlib.contextmanager
+def _one_warning_of_boxes() -> Iterator[None]:
+    """Let one warning a process stand for those of every character that is drawn as a box."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.filterwarnings("always", _BOX)
+        yield
+    for warning in said:
+        if re.match(_BOX, str(warning.message)):
+            _tell_of_boxes()
+        else:
+            of = warning.category, warning.filename, warning.lineno
+            warnings.warn_explicit(warning.message, *of)
+
+
+@functools.cache
+def _tell_of_boxes() -> None:
+    warnings.warn(
+        "plots: some characters are in none of the fonts in use and are drawn as boxes; name a "
+        "font that has them in 'font.family' of matplotlib.rcParams or of a file matplotlibrc.",
+        stacklevel=2,
+    )
 
 
 def _grid(

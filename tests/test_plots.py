@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,26 @@ def test_dollars_begin_no_formula(tmp_path):
     assert [text.get_text() for text in written][:3] == ["$5 $", "$x^2$", "b"]
     assert not any(text.get_parse_math() for text in written)
     plots.save(plots.masks({"$\\frac{1$": masks.Causal()}, 4), tmp_path / "masks")
+
+
+def test_characters_that_no_font_has_are_told_of_once(tmp_path, recwarn):
+    plots._tell_of_boxes.cache_clear()
+    figure = plots.heads(np.eye(3)[None], ["你", "好", "吗"], ["a", "b", "\U0010ffff"])
+    for name in ("first", "second"):
+        plots.save(figure, tmp_path / name)
+    (warning,) = recwarn
+    assert str(warning.message) == (
+        "plots: some characters are in none of the fonts in use and are drawn as boxes; name a "
+        "font that has them in 'font.family' of matplotlib.rcParams or of a file matplotlibrc."
+    )
+
+
+def test_other_warnings_are_passed_on(tmp_path):
+    figure = plots.heads(np.eye(3)[None])
+    figure.savefig = lambda *_, **__: warnings.warn("another", stacklevel=2)
+    with pytest.warns(UserWarning, match="another") as said:
+        plots.save(figure, tmp_path / "x")
+    assert len(said) == 2
 
 
 def test_masks_are_dark_where_allowed_and_shaded_where_tiles_are_live():

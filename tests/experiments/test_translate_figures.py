@@ -1,5 +1,6 @@
 """Learning curves are to be seen however few validations there were."""
 
+import matplotlib as mpl
 import pytest
 
 from experiments.translate import figures
@@ -37,3 +38,8 @@ def test_many_validations_are_lines_with_bands():
         assert [line.get_marker() for line in axes.lines if len(line.get_xdata()) == 20] == 2 * [
             "None"
         ]
+
+
+def test_pictures_are_in_the_fonts_that_users_name():
+    with mpl.rc_context({"font.family": ["DejaVu Sans", "STIXGeneral"]}), figures.style():
+        assert mpl.rcParams["font.family"] == ["DejaVu Sans", "STIXGeneral"]
