@@ -196,7 +196,7 @@ def _tell_of_boxes() -> None:
     warnings.warn(
         "plots: some characters are in none of the fonts in use and are drawn as boxes; name a "
         "font that has them in 'font.family' of matplotlib.rcParams or of a file matplotlibrc.",
-        stacklevel=2,
+        stacklevel=5,  # where something is saved
     )
 
 

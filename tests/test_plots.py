@@ -61,6 +61,7 @@ def test_characters_that_no_font_has_are_told_of_once(tmp_path, recwarn):
     for name in ("first", "second"):
         plots.save(figure, tmp_path / name)
     (warning,) = recwarn
+    assert warning.filename == __file__
     assert str(warning.message) == (
         "plots: some characters are in none of the fonts in use and are drawn as boxes; name a "
         "font that has them in 'font.family' of matplotlib.rcParams or of a file matplotlibrc."

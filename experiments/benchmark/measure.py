@@ -63,14 +63,15 @@ def compile_seconds(program: Program) -> Meter:
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
     """Let programs that a folder of compiled ones holds be compiled nevertheless."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    flag = "jax_enable_compilation_cache"
+    before = getattr(jax.config, flag)
+    jax.config.update(flag, False)
     # Whether the folder is used JAX decides once.
     compilation_cache.reset_cache()
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        jax.config.update(flag, before)
         compilation_cache.reset_cache()
 
 
