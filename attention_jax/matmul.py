@@ -39,7 +39,7 @@ def _multiply(a: Array, b: Array, kind: str) -> Array:
 
     The precision is that asked for where the product is written, not where it is compiled.
     """
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return _product.bind(varying_like(a, b), varying_like(b, a), kind=kind, precision=precision)
 
 

@@ -204,10 +204,10 @@ def _over_heads(function: Callable[..., Any], feature_map: Any, *operands: Any) 
     leaves, structure = jax.tree.flatten((operands, bound))
     shared = len(leaves) - len(jax.tree.leaves(operands))
     axes = ["BK"] * (len(leaves) - shared) + ["K" if heads else ""] * shared
-    operands, bound = structure.unflatten(aligned(leaves, axes, "BK"))
-    others = (0,) * len(operands)
+    split, bound = structure.unflatten(aligned(leaves, axes, "BK"))
+    others = (0,) * len(split)
     of_example = jax.vmap(function, in_axes=(0 if heads else None, *others))
-    return jax.vmap(of_example, in_axes=(None, *others))(bound, *operands)
+    return jax.vmap(of_example, in_axes=(None, *others))(bound, *split)
 
 
 def padded(x: Array, before: int, length: int) -> Array:
