@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax import algebra, checks, masks
+from attention_jax import algebra, checks, leading, masks
 from attention_jax.binding import as_pytree
 from attention_jax.composition import separate
 from attention_jax.implementations.head import finite_rows
@@ -125,15 +125,28 @@ def _by_example(mask: Any, sizes: dict[str, int]) -> tuple[list[Any], list[int |
                 f"read: mask must broadcast to [B, T, S] = {(batch, *pairs)}, got shape "
                 f"{mask.allowed.shape}."
             ) from None
-    extra = {id(array): count for array, count in algebra.leading_axes(mask)}
-    arrays, structure = jax.tree.flatten(mask)
-    for array in arrays:
-        if extra[id(array)] > 1 or (extra[id(array)] and len(array) != batch):
+    for array, extra in algebra.leading_axes(mask):
+        if extra > 1 or (extra and len(array) not in (1, batch)):
             raise checks.ShapeError(
                 "read: an array of the mask may have one axis more than for one example, of size "
                 f"B = {batch}; got shape {jnp.shape(array)}."
             )
-    return arrays, [0 if extra[id(array)] else None for array in arrays], structure.unflatten
+    fitted, letters = leading.of_mask("read", _with_one_head(mask), sizes | {"N": 1})
+    arrays, structure = jax.tree.flatten(algebra.with_int32(fitted))
+    return arrays, [0 if axes else None for axes in letters], structure.unflatten
+
+
+def _with_one_head(mask: masks.Mask) -> masks.Mask:
+    """Give tables [B, T, S] an axis for their only head: [B, 1, T, S]."""
+
+    def is_table(part: Any) -> bool:
+        return isinstance(part, masks.Table)
+
+    def of_part(part: Any) -> Any:
+        has_batch = is_table(part) and part.allowed.ndim == 3
+        return masks.Table(part.allowed[:, None]) if has_batch else part
+
+    return jax.tree.map(of_part, mask, is_leaf=is_table)
 
 
 def _cast(function: Any, dtype: Any) -> Any:

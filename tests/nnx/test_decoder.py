@@ -112,6 +112,37 @@ def test_padding(mask):
     assert not np.any(gradients[1][2, 3:])
 
 
+@pytest.mark.parametrize("make", [list, np.asarray, jnp.asarray], ids=["lists", "numpy", "jax"])
+def test_a_mask_of_any_numbers_is_the_mask_of_attend(make):
+    """Also one axis of size 1 for all examples, a table of each, and 64-bit numbers."""
+    state, memory = data()
+    module = DecoderAttention(scores.bilinear, 8, 8, rngs=nnx.Rngs(0))
+    table = jax.random.bernoulli(jax.random.key(3), 0.7, (3, 1, 7))
+    first = masks.Segment(make([1]), make([0, 1, 1, 1, 1, 0, 1]))
+    mask = first & masks.Lengths(make([5, 3, 7])) & masks.Prefix(make([6]))
+    with jax.enable_x64(make is not jnp.asarray):
+        context, weights = module(state, memory, mask & table)
+        expected, expected_weights = attend(
+            *(x[:, :, None] for x in (state[:, None], memory, memory)),
+            score=module.score(),
+            mask=mask & table[:, None],
+            return_weights=True,
+        )
+    chex.assert_trees_all_close(context, expected[:, 0, 0], atol=1e-6)
+    chex.assert_trees_all_close(weights, expected_weights[:, 0, 0], atol=1e-6)
+
+
+def test_a_mask_of_another_length_is_refused():
+    state, memory = data()
+    module = DecoderAttention(scores.dot, 8, 8, rngs=nnx.Rngs(0))
+    for mask, message in (
+        (masks.Segment([1], [0, 1]), "read: Segment.key_ids must hold an entry for each of the S"),
+        (masks.Lengths([5, 3, 7]) & jnp.ones((3, 7), bool), "read: Table.allowed must broadcast"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module(state, memory, mask)
+
+
 def test_attended_nan_is_not_hidden():
     state, memory = data()
     context, _ = AdditiveAttention(8, 8, rngs=nnx.Rngs(0))(state, memory.at[0, 2, 1].set(jnp.nan))
