@@ -26,6 +26,7 @@ from attention_jax.attention import attend
 from attention_jax.binding import PerHead, as_pytree
 from attention_jax.composition import is_positional, positional, separate
 from attention_jax.intervals import Lookup, indices, judge
+from attention_jax.operands import as_bias
 
 Array = jax.Array
 
@@ -251,11 +252,12 @@ def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any)
         )
     sizes = checks.axes("attend_cached", query=(query, "BTNH"), key=(view.key, "BSKE"))
     mask = masks.Shift(masks.as_mask(mask))
+    options["bias"] = as_bias(options.get("bias"))
     if view.start.ndim == 0:
         return _attend(query, view, mask, **options)
     mask, letters = leading.of_mask("attend_cached", mask, sizes)
     arrays, structure = jax.tree.flatten(mask)
-    shared_bias = options.pop("bias", None)
+    shared_bias = options.pop("bias")
     own_bias = None
     if _is_array(shared_bias) and shared_bias.ndim == 4 and len(shared_bias) > 1:
         shared_bias, own_bias = None, shared_bias
@@ -325,7 +327,7 @@ def _bias_at(bias: Any, query: Array, view: View, num_heads: int) -> Any:
         return None
     if _is_array(bias):
         for axis, places in ((-2, view.start + indices(query.shape[1])), (-1, view.positions)):
-            if bias.shape[axis] > 1:
+            if bias.ndim >= -axis and bias.shape[axis] > 1:
                 bias = jnp.take(bias, places, axis=axis, mode="clip")
         return bias
     function = bias.function if isinstance(bias, PerHead) else bias

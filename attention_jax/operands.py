@@ -24,6 +24,15 @@ def function_of(function: Any) -> Any:
     return function.function if isinstance(function, PerHead) else function
 
 
+def as_bias(bias: Any) -> Any:
+    """Return a bias as it is, where it is a function, and numbers as an array.
+
+    >>> as_bias([[1.0, 2.0]]).shape
+    (1, 2)
+    """
+    return bias if bias is None or callable(function_of(bias)) else jnp.asarray(bias)
+
+
 class Operands:
     """Collects the operands of `attend`, each as leaves with the letters of their axes."""
 
@@ -124,13 +133,14 @@ class Operands:
         self.add_tree("mask", mask, lambda _: next(of_next_leaf))
 
     def add_bias(self, bias: Any) -> None:
+        bias = as_bias(bias)
         if bias is None:
             self.rebuild["bias"] = lambda _: None
         elif callable(function_of(bias)):
             self.add_function("bias", bias, lambda bound: bound)
             self._check_bias(bias)
         else:
-            self.add("bias", *leading.of_array("attend: bias", jnp.asarray(bias), self.sizes))
+            self.add("bias", *leading.of_array("attend: bias", bias, self.sizes))
 
     def _check_bias(self, bias: Any) -> None:
         """Ask a bias for its shape, of all pairs and of one: it is to answer for any tile."""

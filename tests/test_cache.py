@@ -197,6 +197,21 @@ def test_a_bias_array_of_the_whole_sequence(shape):
     check_both_layouts(layer(), [6, 5], 12, mask=masks.Causal(), bias=bias)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    "bias",
+    [np.arange(5.0), np.float64(2.0), 2.0, [[0.0] * 5, *[[1.0, 2.0, 3.0, 4.0, 5.0]] * 4]],
+    ids=["keys", "scalar", "number", "lists"],
+)
+def test_a_bias_of_any_numbers_that_attend_takes(bias, ragged):
+    query, key, value = jax.random.normal(jax.random.key(1), (3, 2, 5, 2, 4))
+    state, _ = cache.extend(cache.init(2, 5, 2, 4, ragged=ragged), key[:, :2], value[:, :2])
+    _, view = cache.extend(state, key[:, 2:], value[:, 2:])
+    context = cache.attend_cached(query[:, 2:], view, mask=masks.Causal(), bias=bias)
+    expected = attend(query, key, value, mask=masks.Causal(), bias=bias)
+    chex.assert_trees_all_close(context, expected[:, 2:], atol=1e-6)
+
+
 def test_steps_inside_scan_compile_once_and_give_the_weights():
     module = layer(position=positions.rotary)
     full, full_weights = module(X, mask=masks.Causal(), return_weights=True)
