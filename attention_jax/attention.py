@@ -15,7 +15,7 @@ from attention_jax.implementations import choice, cudnn
 from attention_jax.implementations.dense import dense
 from attention_jax.implementations.tiled import tiled
 from attention_jax.normalizers import Exponential, softmax, streaming
-from attention_jax.operands import Operands, function_of
+from attention_jax.operands import KeyOfExample, Operands, function_of
 from attention_jax.scores import scaled_dot
 from attention_jax.typing import at_least_float32
 
@@ -278,6 +278,7 @@ def _tiled_lacks(how: Any, return_weights: bool) -> str | None:
 
 
 def _check_dropout(rate: float, key: Any) -> None:
+    key = key.key if isinstance(key, KeyOfExample) else key
     if isinstance(rate, jax.core.Tracer):
         raise TypeError(
             "attend: dropout_rate must be a number that is known while tracing, got one known only "

@@ -26,7 +26,7 @@ from attention_jax.attention import attend
 from attention_jax.binding import PerHead, as_pytree
 from attention_jax.composition import is_positional, positional, separate
 from attention_jax.intervals import Lookup, indices, judge
-from attention_jax.operands import as_bias
+from attention_jax.operands import KeyOfExample, as_bias
 
 Array = jax.Array
 
@@ -231,8 +231,9 @@ def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any)
       query: [B, T, N, Hq], the queries of the tokens just added.
       view: from `extend`.
       mask: the mask of the whole sequence; index 0 is its first token.
-      **options: score, bias, normalizer, implementation and return_weights of `attend`; a score
-        that is `positional` and a bias are asked about positions in the whole sequence.
+      **options: the others of `attend`; a score that is `positional` and a bias are asked about
+        positions in the whole sequence. Which pairs dropout_rate drops depends on dropout_key, on
+        example, head, query among the new tokens and slot: give every step a key of its own.
 
     Returns:
       What `attend` returns; zeros for padding.
@@ -262,16 +263,22 @@ def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any)
     if _is_array(shared_bias) and shared_bias.ndim == 4 and len(shared_bias) > 1:
         shared_bias, own_bias = None, shared_bias
 
-    def one_example(query: Array, view: View, arrays: list[Any], own_bias: Any) -> Any:
+    dropout_key = options.pop("dropout_key", None)
+
+    def one_example(
+        query: Array, view: View, arrays: list[Any], own_bias: Any, number: Array
+    ) -> Any:
         heads = [x[None] if "N" in axes else x for x, axes in zip(arrays, letters, strict=True)]
         alone = view._replace(key=view.key[None], value=view.value[None])
         bias = shared_bias if own_bias is None else own_bias[None]
-        result = _attend(query[None], alone, structure.unflatten(heads), bias=bias, **options)
+        key = None if dropout_key is None else KeyOfExample(dropout_key, number)
+        own = {"bias": bias, "dropout_key": key}
+        result = _attend(query[None], alone, structure.unflatten(heads), **own, **options)
         return jax.tree.map(lambda x: x[0], result)
 
     mask_axes = [0 if "B" in axes else None for axes in letters]
-    lifted = jax.vmap(one_example, in_axes=(0, 0, mask_axes, 0))
-    return lifted(query, view, arrays, own_bias)
+    lifted = jax.vmap(one_example, in_axes=(0, 0, mask_axes, 0, 0))
+    return lifted(query, view, arrays, own_bias, indices(sizes["B"]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from attention_jax import checks, leading, masks
 from attention_jax.binding import PerHead, as_pytree, unbound
 from attention_jax.composition import finished, is_positional, separate
 from attention_jax.implementations.head import SAVED, Head, Result
+from attention_jax.intervals import indices
 from attention_jax.lifting import lift
 from attention_jax.normalizers import streaming
 
@@ -31,6 +32,13 @@ def as_bias(bias: Any) -> Any:
     (1, 2)
     """
     return bias if bias is None or callable(function_of(bias)) else jnp.asarray(bias)
+
+
+class KeyOfExample(NamedTuple):
+    """A dropout key for a part of a batch that begins with the example `number`."""
+
+    key: Any
+    number: Any
 
 
 class Operands:
@@ -165,7 +173,9 @@ class Operands:
             self.rebuild["dropout"] = lambda _: None
             return
         batch, heads = self.sizes["B"], self.sizes["N"]
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch * heads))
+        key, first = key if isinstance(key, KeyOfExample) else (key, 0)
+        numbers = indices(batch * heads) + first * heads
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
         words = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
         self.add("dropout", words.reshape(batch, heads, 2), "BN")
         build = self.rebuild["dropout"]

@@ -212,6 +212,19 @@ def test_a_bias_of_any_numbers_that_attend_takes(bias, ragged):
     chex.assert_trees_all_close(context, expected[:, 2:], atol=1e-6)
 
 
+def test_dropout_is_that_of_the_full_pass_and_differs_between_examples():
+    """Of a prompt, also where each example has its own length."""
+    same = jnp.ones((2, 5, 2, 4))
+    for dropout_key in (jax.random.key(1), jax.random.PRNGKey(1)):
+        options = {"dropout_rate": 0.5, "dropout_key": dropout_key, "return_weights": True}
+        _, full = attend(same, same, same, mask=masks.Causal(), **options)
+        assert np.any(full[0] != full[1])
+        for ragged in (False, True):
+            _, view = cache.extend(cache.init(2, 5, 2, 4, ragged=ragged), same, same)
+            _, weights = cache.attend_cached(same, view, mask=masks.Causal(), **options)
+            chex.assert_trees_all_close(weights, full, atol=1e-6)
+
+
 def test_steps_inside_scan_compile_once_and_give_the_weights():
     module = layer(position=positions.rotary)
     full, full_weights = module(X, mask=masks.Causal(), return_weights=True)
