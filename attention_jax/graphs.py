@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.intervals import Interval, Truth, bounds, known
+from attention_jax.intervals import Interval, Truth, indices, known
 from attention_jax.masks import Mask
 
 __all__ = ["Edges", "edges"]
@@ -21,8 +21,9 @@ Array = jax.Array
 class Edges(Mask):
     """A graph: query i may attend to the keys neighbors[i], [T, R]; -1 stands for none.
 
-    `edges` makes one of a list of pairs. Leading axes [B] or [B, N] give each example or head its
-    own graph.
+    `edges` makes one of a list of pairs. All rows have the length R of the longest: one node of
+    many neighbors costs T x R numbers, and every pair that is computed is compared with R. Leading
+    axes [B] or [B, N] give each example or head its own graph.
 
     >>> from attention_jax.masks import draw
     >>> print(draw(Edges([[0, 1], [2, -1], [-1, -1]]), 3))
@@ -50,20 +51,49 @@ class Edges(Mask):
         return jnp.any((rows == jnp.expand_dims(kv_idx, -1)) & (rows >= 0), axis=-1)
 
     def _of_tiles(self, q_idx: Interval, kv_idx: Interval) -> Truth:
-        """Count the edges within each tile [nq, nk]: none, all that there can be, or some."""
-        module = np if isinstance(self.neighbors, np.ndarray) else jnp
-        neighbors = module.sort(self.neighbors, axis=-1)
-        twice = neighbors[:, 1:] == neighbors[:, :-1]
-        once = module.concatenate([module.ones_like(neighbors[:, :1], bool), ~twice], axis=1)
-
-        low, high = (bound.reshape(1, 1, -1) for bound in bounds(kv_idx))
-        within = once[:, :, None] & (neighbors[:, :, None] >= low) & (neighbors[:, :, None] <= high)
-        until = module.pad(within.sum(axis=1).cumsum(axis=0), ((1, 0), (0, 0)))  # [T + 1, nk]
-        first, past = q_idx.low.reshape(-1), q_idx.high.reshape(-1) + 1
-        last = len(neighbors)
-        count = until[module.clip(past, 0, last)] - until[module.clip(first, 0, last)]
+        """Count the edges within each tile: none, all that there can be, or some."""
+        count = _count(*_distinct(self.neighbors), q_idx, kv_idx)
         possible = (q_idx.high - q_idx.low + 1) * (kv_idx.high - kv_idx.low + 1)
         return known(count == 0, count == possible)
+
+
+def _distinct(neighbors: Any) -> tuple[Any, Any]:
+    """List every edge once, its query and its key, [E]; the key -1 is none, known only in `jit`."""
+    if isinstance(neighbors, np.ndarray):
+        queries, places = np.nonzero(neighbors >= 0)
+        width = neighbors.max(initial=0) + 1
+        codes = np.sort(queries * width + neighbors[queries, places], kind="stable")
+        codes = codes[np.diff(codes, prepend=-1) > 0]
+        return np.divmod(codes, width)
+    keys = jnp.sort(neighbors.astype(jnp.int32), axis=-1)
+    again = jnp.pad(keys[:, 1:] == keys[:, :-1], ((0, 0), (1, 0)))
+    queries = jnp.broadcast_to(indices(len(keys))[:, None], keys.shape)
+    return queries.ravel(), jnp.where(again, -1, keys).ravel()
+
+
+def _count(queries: Any, keys: Any, q_idx: Interval, kv_idx: Interval) -> Any:
+    """Count the edges within each tile in O(E + tiles), in steps of a binary search.
+
+    The plane is cut wherever a tile begins or ends. One pass over the edges counts those of every
+    piece; the sums of these up to each cut give those of a tile by four of its corners.
+    """
+    limits = [(one.low, one.high + 1) for one in (q_idx, kv_idx)]
+    arrays = (queries, *limits[0], *limits[1])
+    module = jnp if any(isinstance(array, jax.Array) for array in arrays) else np
+    cuts = [module.sort(module.concatenate([x.ravel() for x in pair])) for pair in limits]
+    row, column = (
+        module.searchsorted(at, nodes, side="right")
+        for at, nodes in zip(cuts, (queries, keys), strict=True)
+    )
+    height, width = (len(at) + 1 for at in cuts)
+    piece = module.where(keys >= 0, row * width + column, height * width)
+    beyond = {"minlength": height * width + 1} if module is np else {"length": height * width + 1}
+    until = module.bincount(piece, **beyond)[:-1].reshape(height, width).cumsum(0).cumsum(1)
+    (first, past), (left, right) = (
+        [module.searchsorted(at, limit) for limit in pair]
+        for at, pair in zip(cuts, limits, strict=True)
+    )
+    return until[past, right] - until[first, right] - until[past, left] + until[first, left]
 
 
 def edges(pairs: Any, length: int) -> Edges:

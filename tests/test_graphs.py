@@ -1,3 +1,5 @@
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,8 @@ import pytest
 from attention_jax import attend
 from attention_jax.graphs import Edges, edges
 from attention_jax.intervals import EMPTY
-from attention_jax.masks import Causal, Full
+from attention_jax.masks import Causal, Full, Predicate, Shift
+from attention_jax.patterns import Block
 from tests.oracle import assert_sound, states_of
 
 
@@ -45,6 +48,40 @@ def test_memory_grows_with_the_edges():
     assert edges(ring, nodes).neighbors.shape == (nodes, 1)
     states = edges(ring, nodes).tiles(nodes, nodes, 256, 256)
     assert (states != EMPTY).sum() == 2 * nodes // 256
+
+
+def test_tiles_of_a_hub_and_of_many_edges_take_memory_for_the_edges():
+    nodes = 2048
+    hub = np.stack(np.broadcast_arrays(np.arange(nodes), 0), axis=1)
+    pairs = np.concatenate([hub, hub[:, ::-1], np.repeat(np.arange(nodes), 2).reshape(-1, 2)])
+    mask = edges(pairs, nodes)
+    tracemalloc.start()
+    states = mask.tiles(nodes, nodes, 128, 32)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2 * mask.neighbors.nbytes
+    np.testing.assert_array_equal(states, states_of(adjacency(pairs, nodes), 128, 32))
+
+
+@pytest.mark.parametrize("transform", [lambda function: function, jax.jit], ids=["known", "traced"])
+def test_tiles_that_overlap_and_reach_beyond_the_graph_are_counted(transform):
+    pairs = [*random_pairs(9, 60), *[(i, j) for i in range(6) for j in range(6)]]
+    cases = {"block": (30, 40, 6, 3), "shift": (12, 12, 4, 3), "transposed": (9, 12, 3, 4)}
+
+    def read(neighbors):
+        mask = Edges(neighbors)
+        asked = {
+            "block": Block(mask, 4),
+            "shift": Shift(mask, query=-3, key=-2),
+            "transposed": Predicate(lambda q_idx, kv_idx: mask(kv_idx, q_idx)),
+        }
+        return {
+            name: (mask.tiles(*cases[name]), mask.to_dense(*cases[name][:2]))
+            for name, mask in asked.items()
+        }
+
+    for name, (states, dense) in transform(read)(edges(pairs, 9).neighbors).items():
+        np.testing.assert_array_equal(states, states_of(np.asarray(dense), *cases[name][2:]))
 
 
 def test_a_graph_known_only_inside_jit():
