@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from attention_jax import checks
 from attention_jax.intervals import indices
+from attention_jax.typing import at_least_float32
 
 Array = jax.Array
 
@@ -85,7 +86,8 @@ class Projected(NamedTuple):
 class Projections(NamedTuple):
     """The way from x to heads x W_n^Q, m W_n^K and m W_n^V, and from their contexts back by W^O.
 
-    `query`, `key`, `value`, `out`, `query_ln` and `key_ln` map arrays, or are None.
+    `query`, `key`, `value`, `out`, `query_ln` and `key_ln` map arrays, or are None. `dtype` is
+    what a cache keeps keys and values in, unless told otherwise.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Projections(NamedTuple):
     key_ln: Any
     position: Callable[[Array, Array], Array] | None
     combine: str
+    dtype: Any
 
     def heads(
         self,
@@ -151,6 +154,17 @@ class Projections(NamedTuple):
         elif self.out is None:
             context = concat_heads(context)
         return context if self.out is None else self.out(context)
+
+
+def kept_dtype(dtype: Any, param_dtype: Any) -> Any:
+    """Return what keys and values are kept in: the dtype of a layer's computation.
+
+    Where it is not given, that of the parameters, or float32 if that is better: the input may be.
+
+    >>> kept_dtype(None, jnp.bfloat16), kept_dtype(jnp.bfloat16, jnp.float32)
+    (dtype('float32'), dtype(bfloat16))
+    """
+    return at_least_float32(param_dtype) if dtype is None else jnp.dtype(dtype)
 
 
 def split_heads(x: Array, num_heads: int) -> Array:

@@ -93,11 +93,14 @@ class MultiHead(NamedTuple):
         view = view_of((key, value), cache, query.shape[1])
         return self._attend_view(heads, view, bias, mask, return_weights)
 
-    def empty_cache(self, batch: int, capacity: int, **options: Any) -> KeyValueCache:
+    def empty_cache(
+        self, batch: int, capacity: int, *, dtype: Any, **options: Any
+    ) -> KeyValueCache:
         """Return an empty cache for `decode`."""
         sizes = self.projections.sizes
         depths = (sizes.num_key_heads, sizes.key_depth, sizes.value_depth)
-        return init(batch, capacity, *depths, **options)
+        dtype = self.projections.dtype if dtype is None else dtype
+        return init(batch, capacity, *depths, dtype=dtype, **options)
 
     def functions(self, bias: Any = None) -> dict[str, Any]:
         """Return score, bias and normalizer with their parameters bound, as `attend` takes them."""

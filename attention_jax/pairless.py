@@ -80,6 +80,7 @@ class LinearLayer(NamedTuple):
             )
         sizes = self.projections.sizes
         depths = (sizes.num_key_heads, sizes.key_depth, sizes.value_depth)
+        dtype = self.projections.dtype if dtype is None else dtype
         return init(batch, *depths, feature_map=self.feature_map, dtype=dtype)
 
     def _how(self) -> dict[str, Any]:

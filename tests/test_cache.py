@@ -11,6 +11,7 @@ from flax import nnx
 
 from attention_jax import attend, bind, cache, linear, masks, per_head, positions, scores
 from attention_jax import linen as attention_linen
+from attention_jax import nnx as attention_nnx
 from attention_jax.nnx import MultiHeadAttention
 from tests.contract import examples
 
@@ -266,6 +267,41 @@ def test_bfloat16_cache():
     output, state = run(X, state)
     assert state.key.dtype == jnp.bfloat16 and output.dtype == jnp.float32
     chex.assert_trees_all_close(output, full, atol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["MultiHeadAttention", "LinearAttention"])
+def test_a_module_in_float64_decodes_in_float64(kind):
+    """Nothing is said of the cache, in either API."""
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (2, 5, 12), jnp.float64)
+        numbers = {"param_dtype": jnp.float64}
+        module = getattr(attention_nnx, kind)(3, 12, rngs=nnx.Rngs(0), **numbers)
+        twin = getattr(attention_linen, kind)(3, 12, **numbers)
+        tree = {"params": nnx.to_pure_dict(nnx.state(module, nnx.Param))}
+        state = module.init_cache(2, 8)
+        chex.assert_trees_all_equal(twin.apply(tree, 2, 8, method="init_cache"), state, strict=True)
+
+        @jax.jit
+        def both(x, state):
+            decoded = decode(module, [5], state, x, mask=masks.Causal())
+            return decoded[0], module(x, mask=masks.Causal())
+
+        output, full = both(x, state)
+    assert output.dtype == jnp.float64
+    np.testing.assert_allclose(output, full, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, jnp.float32),
+        ({"dtype": jnp.bfloat16}, jnp.bfloat16),
+        ({"param_dtype": jnp.bfloat16}, jnp.float32),
+    ],
+)
+def test_a_cache_has_the_dtype_of_the_computation(options, expected):
+    assert layer(**options).init_cache(1, 4).key.dtype == expected
+    assert layer(**options).init_cache(1, 4, dtype=jnp.float16).key.dtype == jnp.float16
 
 
 def test_linen_decodes_like_its_twin():

@@ -6,7 +6,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from attention_jax.feature_maps import elu_plus_one
 from attention_jax.heads import Projected
@@ -34,6 +33,7 @@ class LinearAttention(Projecting):
 
     Katharopoulos et al. 2020, section 3; Choromanski et al. 2021.
 
+    >>> import jax.numpy as jnp
     >>> x = jnp.ones((2, 5, 16))
     >>> y, _ = LinearAttention(4, 16).init_with_output(jax.random.key(0), x, mask=Causal())
     >>> y.shape
@@ -73,7 +73,7 @@ class LinearAttention(Projecting):
         *,
         window: int | None = None,
         ragged: bool = True,
-        dtype: Any = jnp.float32,
+        dtype: Any = None,
     ) -> LinearState:
         """Return the state before any token, for `decode`, as the twin does."""
         return self.layer().empty_state(batch, window, dtype)
@@ -119,6 +119,7 @@ class LinformerAttention(Projecting, kw_only=True):
 
     Wang et al. 2020, section 4.
 
+    >>> import jax.numpy as jnp
     >>> x = jnp.ones((2, 9, 16))
     >>> layer = LinformerAttention(4, 16, length=9, rank=3)
     >>> y, variables = layer.init_with_output(jax.random.key(0), x)

@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from attention_jax import scores
 from attention_jax.cache import KeyValueCache
@@ -32,6 +31,7 @@ class MultiHeadAttention(Projecting):
     Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023 (grouped-query); Henry et al. 2020
     and Dehghani et al. 2023, section 2 (norm of query and key); Kitaev et al. 2020 (shared).
 
+    >>> import jax.numpy as jnp
     >>> x = jnp.ones((2, 5, 16))
     >>> layer = MultiHeadAttention(4, 16, num_key_heads=2, score=scores.additive)
     >>> y, variables = layer.init_with_output(jax.random.key(0), x)
@@ -108,9 +108,12 @@ class MultiHeadAttention(Projecting):
         *,
         window: int | None = None,
         ragged: bool = False,
-        dtype: Any = jnp.float32,
+        dtype: Any = None,
     ) -> KeyValueCache:
-        """Return an empty cache for `decode`; see `attention_jax.cache.init`."""
+        """Return an empty cache for `decode`; see `attention_jax.cache.init`.
+
+        Its dtype is that of the layer's computation unless given.
+        """
         options = {"window": window, "ragged": ragged, "dtype": dtype}
         return self.layer().empty_cache(batch, capacity, **options)
 

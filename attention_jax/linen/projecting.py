@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as standard
 
-from attention_jax.heads import HeadSizes, Projections, check_combine
+from attention_jax.heads import HeadSizes, Projections, check_combine, kept_dtype
 from attention_jax.parameters import Initializer
 
 Array = jax.Array
@@ -88,6 +88,7 @@ class Projecting(nn.Module):
             key_ln=key_ln,
             position=self.position,
             combine=self.combine,
+            dtype=kept_dtype(self.dtype, self.param_dtype),
         )
 
 

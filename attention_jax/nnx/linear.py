@@ -128,7 +128,7 @@ class LinearAttention(Projecting):
         *,
         window: int | None = None,
         ragged: bool = True,
-        dtype: Any = jnp.float32,
+        dtype: Any = None,
     ) -> LinearState:
         """Return the state before any token, for `decode`.
 
@@ -140,7 +140,8 @@ class LinearAttention(Projecting):
           capacity: how many tokens there may be; the state is as large for all.
           window: refused, as a sum forgets nothing.
           ragged: without effect.
-          dtype: of the tokens; the state is in float32 or better.
+          dtype: of the tokens, that of the computation unless given; the state is in float32 or
+            better.
 
         Raises:
           ValueError: a window.

@@ -203,9 +203,12 @@ class MultiHeadAttention(Projecting):
         *,
         window: int | None = None,
         ragged: bool = False,
-        dtype: Any = jnp.float32,
+        dtype: Any = None,
     ) -> KeyValueCache:
-        """Return an empty cache for `decode`; see `attention_jax.cache.init`."""
+        """Return an empty cache for `decode`; see `attention_jax.cache.init`.
+
+        Its dtype is that of the layer's computation unless given.
+        """
         options = {"window": window, "ragged": ragged, "dtype": dtype}
         return self.layer().empty_cache(batch, capacity, **options)
 

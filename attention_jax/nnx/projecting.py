@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers as standard
 
-from attention_jax.heads import HeadSizes, Projections, check_combine
+from attention_jax.heads import HeadSizes, Projections, check_combine, kept_dtype
 from attention_jax.parameters import Initializer
 
 Array = jax.Array
@@ -84,6 +84,7 @@ class Projecting(nnx.Module):
             share_query_key=share_query_key,
         )
         self.combine = check_combine(name, combine)
+        self.kept_dtype = kept_dtype(dtype, param_dtype)
         self.position = position
         self.share_query_key = share_query_key
 
@@ -117,6 +118,7 @@ class Projecting(nnx.Module):
             key_ln=self.key_ln,
             position=self.position,
             combine=self.combine,
+            dtype=self.kept_dtype,
         )
 
 
