@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attention_jax.binding import as_pytree
 from attention_jax.parameters import (
     Initializer,
     bind_parameters,
@@ -38,9 +39,13 @@ class Bound(nn.Module):
     initializers: Mapping[str, Initializer] | None = None
     param_dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(self) -> Any:
-        """Return the function with its parameters bound."""
+        """Return the function with its parameters bound, a pytree."""
+        return as_pytree(self._function())
+
+    @nn.compact
+    def _function(self) -> Any:
+        """Return the function as it is where it has no parameters, which `attend` may know."""
         declared = parameters_of(
             self.function, self.query_depth, self.key_depth, self.attention_size
         )

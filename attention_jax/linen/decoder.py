@@ -45,7 +45,7 @@ class DecoderAttention(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def functions(self) -> tuple[Any, Any]:
+    def _functions(self) -> tuple[Any, Any]:
         """Return score and normalizer with their parameters bound."""
         score = Bound(
             self.score,
@@ -57,19 +57,19 @@ class DecoderAttention(nn.Module):
             name="score",
         )
         normalizer = Bound(self.normalizer, param_dtype=self.param_dtype, name="normalizer")
-        return score(), normalizer()
+        return score._function(), normalizer._function()
 
     def keys(self, memory: Array) -> Source:
         """Prepare a source [B, S, memory_features], once for all the steps that ask it."""
         checks.features("DecoderAttention", "memory", memory, self.memory_features)
-        return prepare(self.functions()[0], memory)
+        return prepare(self._functions()[0], memory)
 
     def __call__(
         self, state: Array, memory: Array | Source, mask: Any = None
     ) -> tuple[Array, Array]:
         """Attend to the source, as `attention_jax.nnx.DecoderAttention` does."""
         checks.features("DecoderAttention", "state", state, self.state_features)
-        score, normalizer = self.functions()
+        score, normalizer = self._functions()
         source = memory if isinstance(memory, Source) else self.keys(memory)
         context, weights = read(score, state, source, mask, normalizer)
         return context.astype(self.dtype or state.dtype), weights

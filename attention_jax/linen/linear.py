@@ -60,11 +60,11 @@ class LinearAttention(Projecting):
     ) -> Array:
         """Attend from the query to the memory, or to itself, as the twin does."""
         where = {"positions": positions, "memory_positions": memory_positions}
-        return self.layer()(query, memory, mask=mask, **where, **others)
+        return self._layer()(query, memory, mask=mask, **where, **others)
 
     def keys(self, memory: Array, positions: Array | None = None) -> Projected:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self.ways().memory(memory, None, positions)
+        return self._ways().memory(memory, None, positions)
 
     def init_cache(
         self,
@@ -76,7 +76,7 @@ class LinearAttention(Projecting):
         dtype: Any = None,
     ) -> LinearState:
         """Return the state before any token, for `decode`, as the twin does."""
-        return self.layer().empty_state(batch, window, dtype)
+        return self._layer().empty_state(batch, window, dtype)
 
     def decode(
         self,
@@ -87,18 +87,18 @@ class LinearAttention(Projecting):
         count: Any = None,
     ) -> tuple[Array, LinearState]:
         """Attend from the next tokens of a sequence to all tokens so far, as the twin does."""
-        return self.layer().decode(query, cache, mask, count)
+        return self._layer().decode(query, cache, mask, count)
 
     def decode_memory(
         self, query: Array, memory: Array | Projected, cache: LinearState, *, mask: Any = None
     ) -> Array:
         """Attend from the next tokens of a sequence to a memory, as the twin does."""
-        return self.layer().decode_memory(query, memory, cache, mask)
+        return self._layer().decode_memory(query, memory, cache, mask)
 
     @nn.compact
-    def layer(self) -> LinearLayer:
+    def _layer(self) -> LinearLayer:
         """Return the computation with this module's parameters."""
-        ways = self.ways()
+        ways = self._ways()
         check_linear(ways.name, ways.sizes, self.dropout_rate)
         feature_map = Bound(
             self.feature_map,
@@ -109,7 +109,7 @@ class LinearAttention(Projecting):
             param_dtype=self.param_dtype,
             name="feature_map",
         )
-        return LinearLayer(ways, feature_map(), self.normalize, self.chunk_size)
+        return LinearLayer(ways, feature_map._function(), self.normalize, self.chunk_size)
 
 
 class LinformerAttention(Projecting, kw_only=True):
@@ -147,12 +147,12 @@ class LinformerAttention(Projecting, kw_only=True):
     ) -> Array:
         """Attend from the query to the memory, or to itself, as the twin does."""
         dropout = dropout_of_weights(self, deterministic)
-        return self.layer()(query, memory, mask=mask, dropout=dropout, **others)
+        return self._layer()(query, memory, mask=mask, dropout=dropout, **others)
 
     @nn.compact
-    def layer(self) -> LinformerLayer:
+    def _layer(self) -> LinformerLayer:
         """Return the computation with this module's parameters."""
-        ways = self.ways()
+        ways = self._ways()
         check_linformer(ways.name, self.position)
         heads = None if self.share_heads else ways.sizes.num_key_heads
         shape = projection_shape(ways.name, self.rank, self.length, heads, self.fixed)

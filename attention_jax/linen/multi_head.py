@@ -50,9 +50,9 @@ class MultiHeadAttention(Projecting):
     implementation: str | None = None
 
     @nn.compact
-    def layer(self) -> MultiHead:
+    def _layer(self) -> MultiHead:
         """Return the computation with this module's parameters: projections, score, join."""
-        ways = self.ways()
+        ways = self._ways()
         each_head: dict[str, Any] = {"num_heads": self.num_heads, "param_dtype": self.param_dtype}
         score = Bound(
             self.score,
@@ -63,9 +63,9 @@ class MultiHeadAttention(Projecting):
             name="score",
             **{**each_head, "num_heads": None if self.share_score else self.num_heads},
         )
-        bias = None if self.bias is None else Bound(self.bias, **each_head, name="bias")
-        normalizer = Bound(self.normalizer, **each_head, name="normalizer")
-        return MultiHead(ways, score, bias, normalizer, self.implementation)
+        bias = None if self.bias is None else Bound(self.bias, **each_head, name="bias")._function
+        normalizer = Bound(self.normalizer, **each_head, name="normalizer")._function
+        return MultiHead(ways, score._function, bias, normalizer, self.implementation)
 
     def __call__(
         self,
@@ -82,7 +82,7 @@ class MultiHeadAttention(Projecting):
         sow_weights: bool = False,
     ) -> Any:
         """Attend from the query to the memory, or to itself, as the twin does."""
-        output, weights = self.layer()(
+        output, weights = self._layer()(
             query,
             memory,
             value,
@@ -99,7 +99,7 @@ class MultiHeadAttention(Projecting):
 
     def keys(self, memory: Array, positions: Array | None = None) -> Projected:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self.ways().memory(memory, None, positions)
+        return self._ways().memory(memory, None, positions)
 
     def init_cache(
         self,
@@ -115,7 +115,7 @@ class MultiHeadAttention(Projecting):
         Its dtype is that of the layer's computation unless given.
         """
         options = {"window": window, "ragged": ragged, "dtype": dtype}
-        return self.layer().empty_cache(batch, capacity, **options)
+        return self._layer().empty_cache(batch, capacity, **options)
 
     def decode(
         self,
@@ -128,7 +128,7 @@ class MultiHeadAttention(Projecting):
         return_weights: bool = False,
     ) -> Any:
         """Attend from the next tokens of a sequence to all tokens so far, as the twin does."""
-        return self.layer().decode(
+        return self._layer().decode(
             query, cache, mask=mask, bias=bias, count=count, return_weights=return_weights
         )
 
@@ -143,7 +143,7 @@ class MultiHeadAttention(Projecting):
         return_weights: bool = False,
     ) -> Any:
         """Attend from the next tokens of a sequence to a memory, as the twin does."""
-        output, *weights = self.layer().decode_memory(
+        output, *weights = self._layer().decode_memory(
             query, memory, cache, mask=mask, bias=bias, return_weights=return_weights
         )
         return (output, *weights) if return_weights else output

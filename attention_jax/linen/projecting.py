@@ -44,7 +44,7 @@ class Projecting(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def ways(self) -> Projections:
+    def _ways(self) -> Projections:
         """Return the way to heads and back with this module's parameters."""
         name = type(self).__name__
         check_combine(name, self.combine)

@@ -81,7 +81,7 @@ class TransformerBlock(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def layer(self, deterministic: bool | None = None) -> transformer.TransformerBlock:
+    def _layer(self, deterministic: bool | None = None) -> transformer.TransformerBlock:
         """Return the computation with this module's parameters."""
         numbers = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         rate = self.attention_dropout_rate
@@ -127,17 +127,17 @@ class TransformerBlock(nn.Module):
         **options: Any,
     ) -> Any:
         """Apply the block to [B, T, features], as the twin does."""
-        layer = self.layer(deterministic)
+        layer = self._layer(deterministic)
         masks = {"mask": mask, "memory_mask": memory_mask}
         return layer(x, memory, **masks, deterministic=deterministic, **options)
 
     def keys(self, memory: Array) -> Projected:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self.layer().cross_attention.keys(memory)
+        return self._layer().cross_attention.keys(memory)
 
     def init_cache(self, batch: int, capacity: int, **options: Any) -> Cache:
         """Return an empty cache for `decode`; see `attention_jax.cache.init`."""
-        return self.layer().init_cache(batch, capacity, **options)
+        return self._layer().init_cache(batch, capacity, **options)
 
     def decode(
         self,
@@ -151,7 +151,7 @@ class TransformerBlock(nn.Module):
     ) -> tuple[Array, Cache]:
         """Apply the block to the next tokens [B, T, features] of a sequence, as the twin does."""
         options = {"mask": mask, "memory_mask": memory_mask, "count": count}
-        return self.layer(deterministic=True).decode(x, cache, memory, **options)
+        return self._layer(deterministic=True).decode(x, cache, memory, **options)
 
 
 class TransformerStack(nn.Module):
@@ -178,7 +178,7 @@ class TransformerStack(nn.Module):
     options: Mapping[str, Any] | None = None
 
     @nn.compact
-    def layers(self) -> tuple[list[TransformerBlock], Any]:
+    def _layers(self) -> tuple[list[TransformerBlock], Any]:
         """Return the blocks, lowest first, and the last norm or None."""
         numbers = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         options = {"norm": self.norm, "norm_first": self.norm_first, **(self.options or {})}
@@ -195,22 +195,22 @@ class TransformerStack(nn.Module):
             return block(x, memory, **options)
 
         apply = nn.remat(apply) if self.remat else apply
-        blocks, norm = self.layers()
+        blocks, norm = self._layers()
         return transformer.one_after_another(apply, blocks, x, memory, norm)
 
     def keys(self, memory: Array) -> list[Projected]:
         """Project a memory [B, S, memory_features] for every block, once for all calls."""
-        return [block.keys(memory) for block in self.layers()[0]]
+        return [block.keys(memory) for block in self._layers()[0]]
 
     def init_cache(self, batch: int, capacity: int, **options: Any) -> list[Cache]:
         """Return an empty cache for every block; see `attention_jax.cache.init`."""
-        return [block.init_cache(batch, capacity, **options) for block in self.layers()[0]]
+        return [block.init_cache(batch, capacity, **options) for block in self._layers()[0]]
 
     def decode(
         self, x: Array, caches: Sequence[Cache], memory: Any = None, **options: Any
     ) -> tuple[Array, list[Cache]]:
         """Apply the blocks to the next tokens; options are those of a block's `decode`."""
-        blocks, norm = self.layers()
+        blocks, norm = self._layers()
         return transformer.decoded_one_after_another(blocks, x, caches, memory, norm, **options)
 
 
@@ -236,8 +236,8 @@ class Embedding(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def tables(self) -> tuple[nn.Embed, Any]:
-        """Return the modules of the tokens' vectors and of the position or None."""
+    def _tables(self) -> tuple[nn.Embed, Any]:
+        """Return the module of the tokens' vectors and what returns the position, or None."""
         token = nn.Embed(
             self.vocabulary,
             self.features,
@@ -248,7 +248,8 @@ class Embedding(nn.Module):
         )
         if self.position is None:
             return token, None
-        return token, Bound(self.position, param_dtype=self.param_dtype, name="position")
+        position = Bound(self.position, param_dtype=self.param_dtype, name="position")
+        return token, position._function
 
     @nn.compact
     def __call__(
@@ -258,11 +259,11 @@ class Embedding(nn.Module):
         deterministic: bool | None = None,
     ) -> Array:
         """Map tokens [B, T], standing at positions [T] or [B, T], to [B, T, features]."""
-        token, position = self.tables()
+        token, position = self._tables()
         x = transformer.embed(token, tokens, self.scale, position and position(), positions)
         deterministic = self.deterministic if deterministic is None else deterministic
         return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
 
     def attend(self, x: Array) -> Array:
         """Return logits [..., vocabulary]: products with the tokens' vectors."""
-        return self.tables()[0].attend(x)
+        return self._tables()[0].attend(x)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention_jax.binding import as_pytree
 from attention_jax.parameters import (
     Initializer,
     bind_parameters,
@@ -22,7 +23,7 @@ class Bound(nnx.Module):
     """Creates the parameters that a function declares; called, it returns the bound function.
 
     A function without parameters, one that is bound already (its numbers stay as they are) and
-    a Module that is itself the function are returned unchanged.
+    a Module that is itself the function stay what they are.
 
     Args:
       function: a score, bias or normalizer; see `attention_jax.parameters.parameters_of`.
@@ -65,10 +66,14 @@ class Bound(nnx.Module):
         is_plain = not jax.tree.leaves(function) or jax.tree_util.all_leaves([function])
         self.function = function if is_plain else nnx.data(function)
 
-    def values(self) -> Any:
+    def _values(self) -> Any:
         """Return the values of the parameters, in the tree that was declared."""
         return self.structure.unflatten([getattr(self, name)[...] for name in self.names])
 
     def __call__(self) -> Any:
-        """Return the function with its parameters bound."""
-        return bind_parameters(self.function, self.values(), self.has_heads)
+        """Return the function with its parameters bound, a pytree."""
+        return as_pytree(self._function())
+
+    def _function(self) -> Any:
+        """Return the function as it is where it has no parameters, which `attend` may know."""
+        return bind_parameters(self.function, self._values(), self.has_heads)

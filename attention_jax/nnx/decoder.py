@@ -74,7 +74,7 @@ class DecoderAttention(nnx.Module):
     def keys(self, memory: Array) -> Source:
         """Prepare a source [B, S, memory_features], once for all the steps that ask it."""
         checks.features("DecoderAttention", "memory", memory, self.memory_features)
-        return prepare(self.score(), memory)
+        return prepare(self.score._function(), memory)
 
     def __call__(
         self, state: Array, memory: Array | Source, mask: Any = None
@@ -95,7 +95,8 @@ class DecoderAttention(nnx.Module):
         """
         checks.features("DecoderAttention", "state", state, self.state_features)
         source = memory if isinstance(memory, Source) else self.keys(memory)
-        context, weights = read(self.score(), state, source, mask, self.normalizer())
+        functions = self.score._function(), self.normalizer._function()
+        context, weights = read(functions[0], state, source, mask, functions[1])
         return context.astype(self.dtype or state.dtype), weights
 
 

@@ -115,11 +115,11 @@ class LinearAttention(Projecting):
           ValueError: a mask or an option that cannot be honoured.
         """
         where = {"positions": positions, "memory_positions": memory_positions}
-        return self.layer()(query, memory, mask=mask, **where, **others)
+        return self._layer()(query, memory, mask=mask, **where, **others)
 
     def keys(self, memory: Array, positions: Array | None = None) -> Projected:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self.ways().memory(memory, None, positions)
+        return self._ways().memory(memory, None, positions)
 
     def init_cache(
         self,
@@ -146,7 +146,7 @@ class LinearAttention(Projecting):
         Raises:
           ValueError: a window.
         """
-        return self.layer().empty_state(batch, window, dtype)
+        return self._layer().empty_state(batch, window, dtype)
 
     def decode(
         self,
@@ -172,7 +172,7 @@ class LinearAttention(Projecting):
           ShapeError: inputs that do not fit each other or the module.
           ValueError: a mask that cannot be honoured.
         """
-        return self.layer().decode(query, cache, mask, count)
+        return self._layer().decode(query, cache, mask, count)
 
     def decode_memory(
         self, query: Array, memory: Array | Projected, cache: LinearState, *, mask: Any = None
@@ -188,11 +188,12 @@ class LinearAttention(Projecting):
         Returns:
           What the full pass gives at these positions, [B, T, out_features].
         """
-        return self.layer().decode_memory(query, memory, cache, mask)
+        return self._layer().decode_memory(query, memory, cache, mask)
 
-    def layer(self) -> LinearLayer:
+    def _layer(self) -> LinearLayer:
         """Return the computation with this module's parameters."""
-        return LinearLayer(self.ways(), self.feature_map(), self.normalize, self.chunk_size)
+        feature_map = self.feature_map._function()
+        return LinearLayer(self._ways(), feature_map, self.normalize, self.chunk_size)
 
 
 class LinformerAttention(Projecting):
@@ -285,10 +286,10 @@ class LinformerAttention(Projecting):
           ValueError: a mask or an option that cannot be honoured.
         """
         dropout = dropout_of_weights(self, deterministic, rngs)
-        return self.layer()(query, memory, mask=mask, dropout=dropout, **others)
+        return self._layer()(query, memory, mask=mask, dropout=dropout, **others)
 
-    def layer(self) -> LinformerLayer:
+    def _layer(self) -> LinformerLayer:
         """Return the computation with this module's parameters."""
         key = self.key_projection[...]
         value = key if self.value_projection is None else self.value_projection[...]
-        return LinformerLayer(self.ways(), key, value)
+        return LinformerLayer(self._ways(), key, value)

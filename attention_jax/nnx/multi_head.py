@@ -177,7 +177,7 @@ class MultiHeadAttention(Projecting):
           ShapeError: inputs that do not fit each other or the module.
           ValueError: an argument out of range, or something the implementation cannot do.
         """
-        output, weights = self.layer()(
+        output, weights = self._layer()(
             query,
             memory,
             value,
@@ -194,7 +194,7 @@ class MultiHeadAttention(Projecting):
 
     def keys(self, memory: Array, positions: Array | None = None) -> Projected:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self.ways().memory(memory, None, positions)
+        return self._ways().memory(memory, None, positions)
 
     def init_cache(
         self,
@@ -210,7 +210,7 @@ class MultiHeadAttention(Projecting):
         Its dtype is that of the layer's computation unless given.
         """
         options = {"window": window, "ragged": ragged, "dtype": dtype}
-        return self.layer().empty_cache(batch, capacity, **options)
+        return self._layer().empty_cache(batch, capacity, **options)
 
     def decode(
         self,
@@ -240,7 +240,7 @@ class MultiHeadAttention(Projecting):
           ShapeError: inputs that do not fit each other or the module.
           ValueError: more tokens than the capacity.
         """
-        return self.layer().decode(
+        return self._layer().decode(
             query, cache, mask=mask, bias=bias, count=count, return_weights=return_weights
         )
 
@@ -267,11 +267,17 @@ class MultiHeadAttention(Projecting):
         Returns:
           What the full pass gives at these positions, [B, T, out_features].
         """
-        output, *weights = self.layer().decode_memory(
+        output, *weights = self._layer().decode_memory(
             query, memory, cache, mask=mask, bias=bias, return_weights=return_weights
         )
         return (output, *weights) if return_weights else output
 
-    def layer(self) -> MultiHead:
+    def _layer(self) -> MultiHead:
         """Return the computation with this module's parameters: projections, score, join."""
-        return MultiHead(self.ways(), self.score, self.bias, self.normalizer, self.implementation)
+        return MultiHead(
+            self._ways(),
+            self.score._function,
+            None if self.bias is None else self.bias._function,
+            self.normalizer._function,
+            self.implementation,
+        )

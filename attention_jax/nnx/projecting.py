@@ -103,7 +103,7 @@ class Projecting(nnx.Module):
         self.query_ln = qk_norm(sizes.query_depth, **numbers) if qk_norm else nnx.data(None)
         self.key_ln = qk_norm(sizes.key_depth, **numbers) if qk_norm else nnx.data(None)
 
-    def ways(self) -> Projections:
+    def _ways(self) -> Projections:
         """Return the way to heads and back with this module's parameters."""
         return Projections(
             name=type(self).__name__,

@@ -157,17 +157,17 @@ class TransformerBlock(nnx.Module):
         Raises:
           ValueError: a memory for a block without, or none for one with.
         """
-        layer = self.layer(deterministic)
+        layer = self._layer(deterministic)
         masks = {"mask": mask, "memory_mask": memory_mask}
         return layer(x, memory, **masks, deterministic=deterministic, **options)
 
     def keys(self, memory: Array) -> Projected:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self.layer().cross_attention.keys(memory)
+        return self._layer().cross_attention.keys(memory)
 
     def init_cache(self, batch: int, capacity: int, **options: Any) -> Cache:
         """Return an empty cache for `decode`; see `attention_jax.cache.init`."""
-        return self.layer().init_cache(batch, capacity, **options)
+        return self._layer().init_cache(batch, capacity, **options)
 
     def decode(
         self,
@@ -193,9 +193,9 @@ class TransformerBlock(nnx.Module):
           What the full pass gives at these positions, [B, T, features], and the next cache.
         """
         options = {"mask": mask, "memory_mask": memory_mask, "count": count}
-        return self.layer(deterministic=True).decode(x, cache, memory, **options)
+        return self._layer(deterministic=True).decode(x, cache, memory, **options)
 
-    def layer(self, deterministic: bool | None = None) -> transformer.TransformerBlock:
+    def _layer(self, deterministic: bool | None = None) -> transformer.TransformerBlock:
         """Return the computation with this module's parameters."""
         return transformer.TransformerBlock(
             attention=self.attention,
@@ -349,7 +349,7 @@ class Embedding(nnx.Module):
         deterministic: bool | None = None,
     ) -> Array:
         """Map tokens [B, T], standing at positions [T] or [B, T], to [B, T, features]."""
-        position = None if self.position is None else self.position()
+        position = None if self.position is None else self.position._function()
         x = transformer.embed(self.token, tokens, self.scale, position, positions)
         return self.dropout(x, deterministic=deterministic)
 

@@ -31,7 +31,7 @@ def inputs(length=5, features=12, batch=2, seed=1):
 
 
 def projected(module, x, memory=None):
-    ways = module.ways()
+    ways = module._ways()
     memory = x if memory is None else memory
     return ways.queries(x), ways.memory(memory)
 
@@ -75,7 +75,7 @@ def test_any_score_equals_attention_of_each_head_alone(score, share_score):
     x, memory = inputs(), inputs(7, seed=2)
     query, (key, value) = projected(module, x, memory)
     output, weights = module(x, memory, return_weights=True)
-    values = module.score.values()
+    values = module.score._values()
     for n in range(4):
         mine = values if share_score else jax.tree.map(lambda leaf, n=n: leaf[n], values)
         head = functools.partial(score, **mine)
