@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from attention_jax import checks, masks
@@ -178,12 +179,18 @@ def embed(
 ) -> Array:
     """Return the tokens' vectors [B, T, D], scaled, plus those of where they stand, if any."""
     checks.axes("Embedding", tokens=(tokens, "BT"))
-    vectors = token(tokens)
+    vectors = token(_as_indices(tokens))
     vectors = vectors * jnp.asarray(scale, vectors.dtype)
     if position is None:
         return vectors
     added = position(indices(tokens.shape[1]) if positions is None else positions)
     return vectors + jnp.broadcast_to(added.astype(vectors.dtype), vectors.shape)
+
+
+def _as_indices(tokens: Array) -> Array:
+    """Return integers as int32: those of a byte cannot index a longer table in JAX."""
+    is_whole = jnp.issubdtype(tokens.dtype, jnp.integer)
+    return tokens.astype(jnp.int32) if is_whole else tokens
 
 
 def table_unless(position: Any, max_length: int | None, features: int) -> Any:
@@ -274,16 +281,16 @@ def generate(
     prompt: Array,
     steps: int,
     *,
-    lengths: Array | None = None,
+    lengths: Array | Sequence[int] | None = None,
     key: Array | None = None,
-    temperature: float = 1.0,
+    temperature: float | Array = 1.0,
 ) -> Array:
     """Continue prompts, by the most likely token at each step or by one that is drawn.
 
     Args:
       decode: `decode(tokens [B, T], caches, count) -> (logits [B, T, vocabulary], caches)`.
       caches: empty; ragged if `lengths` is given.
-      prompt: tokens [B, T].
+      prompt: tokens [B, T], of any integer type, which the result has too.
       steps: how many tokens to add.
       lengths: how many tokens of each prompt count, [B]; the rest is padding.
       key: a `jax.random` key to draw tokens; None takes the most likely.
@@ -293,16 +300,18 @@ def generate(
       The tokens after each prompt, [B, steps].
 
     Raises:
-      ValueError: no step, or a temperature that is not positive.
+      ValueError: no step, a temperature that is not positive where it is known outside `jit`, or
+        a prompt of a type that cannot hold every token.
     """
     checks.at_least("generate", 1, steps=steps)
-    if temperature <= 0:
+    if not isinstance(temperature, jax.core.Tracer) and temperature <= 0:
         raise ValueError(f"generate: temperature must be positive, got {temperature}.")
 
     def choose(logits: Array, step: Any) -> Array:
         if key is None:
             return jnp.argmax(logits, axis=-1).astype(prompt.dtype)
-        drawn = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
+        logits = logits / jnp.asarray(temperature, logits.dtype)
+        drawn = jax.random.categorical(jax.random.fold_in(key, step), logits)
         return drawn.astype(prompt.dtype)
 
     def step(carry: tuple[Array, Any], number: Array) -> tuple[tuple[Array, Any], Array]:
@@ -311,7 +320,13 @@ def generate(
         following = choose(logits[:, 0], number)
         return (following, caches), following
 
+    lengths = lengths if lengths is None else jnp.asarray(lengths)
     logits, caches = decode(prompt, caches, lengths)
+    if logits.shape[-1] - 1 > jnp.iinfo(prompt.dtype).max:
+        raise ValueError(
+            f"generate: {prompt.dtype} cannot hold all of the {logits.shape[-1]} tokens; give the "
+            "prompt as int32."
+        )
     last = jnp.broadcast_to(prompt.shape[1] if lengths is None else lengths, prompt.shape[:1]) - 1
     token = choose(jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], 0)
     _, rest = jax.lax.scan(step, (token, caches), jnp.arange(1, steps))

@@ -148,7 +148,12 @@ class CausalDecoder(TokenModel):
         return self.embedding.attend(x), caches
 
     def generate(
-        self, prompt: Array, steps: int, *, lengths: Array | None = None, **options: Any
+        self,
+        prompt: Array,
+        steps: int,
+        *,
+        lengths: Array | Sequence[int] | None = None,
+        **options: Any,
     ) -> Array:
         """Continue prompts [B, T] by [B, steps]; see `attention_jax.transformer.generate`."""
         batch, tokens = prompt.shape

@@ -238,6 +238,29 @@ def test_tokens_are_drawn_with_a_key():
     assert not np.any(draw())
 
 
+def test_a_temperature_may_be_known_only_inside_jit():
+    odds = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+
+    def draw(temperature):
+        def decode(tokens, caches, count):
+            return jnp.broadcast_to(odds, (*tokens.shape, 3)), caches
+
+        prompt, key = jnp.zeros((50, 2), jnp.int32), jax.random.key(0)
+        return transformer.generate(decode, (), prompt, 3, key=key, temperature=temperature)
+
+    np.testing.assert_array_equal(jax.jit(draw)(0.5), draw(0.5))
+    np.testing.assert_array_equal(jax.jit(draw)(2), draw(np.int64(2)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint32])
+def test_prompts_of_any_integers_and_lengths_in_a_list(dtype):
+    model = CausalDecoder(100, 8, 2, 1, rngs=nnx.Rngs(0))
+    run = nnx.jit(lambda model, prompt: model.generate(prompt, 2, lengths=[4, 2]))
+    drawn = run(model, PROMPT.astype(dtype))
+    assert drawn.dtype == dtype
+    np.testing.assert_array_equal(drawn, run(model, PROMPT).astype(dtype))
+
+
 def test_patches_are_squares_row_by_row():
     images = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
     cut = transformer.patches(images, 2)
@@ -280,6 +303,8 @@ def test_bad_arguments_are_explained():
         model.generate(PROMPT[:, :1], 0)
     with pytest.raises(ValueError, match=r"generate: temperature must be positive, got 0"):
         model.generate(PROMPT[:, :1], 1, temperature=0)
+    with pytest.raises(ValueError, match=r"generate: uint8 cannot hold all of the 300 tokens"):
+        CausalDecoder(300, 8, 2, 1, rngs=nnx.Rngs(0)).generate(PROMPT.astype(jnp.uint8), 1)
     with pytest.raises(ValueError, match=r"give a position, or max_length = 5 .* not both"):
         CausalDecoder(9, 8, 2, 1, 5, position=positions.sinusoidal, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"patches: the width must be a multiple of .* 6 and .* 4"):
