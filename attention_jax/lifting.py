@@ -62,10 +62,10 @@ def lift(
         for n, letter in reversed(list(enumerate(vectorised))):
             position = functools.partial(_position, letter, gone={*looped, *vectorised[:n]})
             one = jax.vmap(one, [position(x) for x in axes], jax.tree.map(position, result_axes))
-        arguments = aligned(arguments, axes, order)
+        alike = aligned(arguments, axes, order)
         if not looped:
-            return one(*arguments)
-        return _looped(one, arguments, axes, result_axes, {x: sizes[x] for x in looped}, saved)
+            return one(*alike)
+        return _looped(one, alike, axes, result_axes, {x: sizes[x] for x in looped}, saved)
 
     return lifted
 
