@@ -87,8 +87,12 @@ def _count(queries: Any, keys: Any, q_idx: Interval, kv_idx: Interval) -> Any:
     )
     height, width = (len(at) + 1 for at in cuts)
     piece = module.where(keys >= 0, row * width + column, height * width)
-    beyond = {"minlength": height * width + 1} if module is np else {"length": height * width + 1}
-    until = module.bincount(piece, **beyond)[:-1].reshape(height, width).cumsum(0).cumsum(1)
+    of_pieces = (
+        np.bincount(piece, minlength=height * width + 1)
+        if module is np
+        else jnp.bincount(piece, length=height * width + 1)
+    )
+    until = of_pieces[:-1].reshape(height, width).cumsum(0).cumsum(1)
     (first, past), (left, right) = (
         [module.searchsorted(at, limit) for limit in pair]
         for at, pair in zip(cuts, limits, strict=True)
