@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,6 +62,7 @@ class Strided(Mask):
 
     def __post_init__(self) -> None:
         at_least("Strided", 1, stride=self.stride)
+        object.__setattr__(self, "stride", signed(self.stride))
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return (q_idx - kv_idx) % self.stride == 0
@@ -87,6 +89,8 @@ class Fixed(Mask):
             raise ValueError(
                 f"Fixed: columns must be at most stride = {self.stride}, got {self.columns}."
             )
+        for name in ("stride", "columns"):
+            object.__setattr__(self, name, signed(getattr(self, name)))
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return kv_idx % self.stride >= self.stride - self.columns
@@ -177,6 +181,7 @@ class Block(Mask):
 
     def __post_init__(self) -> None:
         at_least("Block", 1, size=self.size)
+        object.__setattr__(self, "size", signed(self.size))
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return self.mask(q_idx // self.size, kv_idx // self.size)
@@ -207,8 +212,9 @@ class GlobalTokens(Mask):
     example_rank: ClassVar[dict[str, int]] = {"tokens": 1}
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, int):
+        if _is_whole_number(self.tokens):
             at_least("GlobalTokens", 0, tokens=self.tokens)
+            object.__setattr__(self, "tokens", int(self.tokens))
         else:
             marks = self.tokens if isinstance(self.tokens, Array) else np.asarray(self.tokens)
             if marks.ndim == 0:
@@ -228,6 +234,13 @@ class GlobalTokens(Mask):
         if isinstance(self.tokens, int):
             return index < self.tokens
         return Lookup(self.tokens)[index] == 1
+
+
+def _is_whole_number(tokens: Any) -> bool:
+    """Tell whether it is one integer of any type that is known while tracing."""
+    kind = getattr(tokens, "dtype", type(tokens))
+    is_whole = np.ndim(tokens) == 0 and (kind is bool or np.issubdtype(kind, np.integer))
+    return is_whole and not isinstance(tokens, jax.core.Tracer)
 
 
 def random_blocks(

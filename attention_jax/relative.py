@@ -59,6 +59,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     """
     if num_heads < 1:
         raise ValueError(f"alibi_slopes: num_heads must be 1 or more, got {num_heads}.")
+    num_heads = int(num_heads)
     below = 2 ** (num_heads.bit_length() - 1)
 
     def geometric(heads: int) -> np.ndarray:
@@ -116,6 +117,7 @@ def t5_bucket(
             f"t5_bucket: needs at least {2 * directions} buckets, a multiple of {directions}, and "
             f"a max_distance beyond the {exact} exact ones, got {num_buckets} and {max_distance}."
         )
+    buckets, exact, max_distance = int(buckets), int(exact), int(max_distance)
     steps = buckets - exact
     bounds = [*range(1, exact + 1)] + [
         next(

@@ -235,7 +235,17 @@ def test_masks_that_differ_between_heads(mask, of_head, implementation):
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint32, jnp.uint8, np.int64])
 @pytest.mark.parametrize(
-    "build", [lambda n: Window(n, n), lambda n: Dilated(n, n, n), lambda n: Chunked(n, n, n)]
+    "build",
+    [
+        lambda n: Window(n, n),
+        lambda n: Dilated(n, n, n),
+        lambda n: Chunked(n, n, n),
+        GlobalTokens,
+        lambda n: longformer(n, n, n),
+        Strided,
+        lambda n: Fixed(n, n),
+        lambda n: Block(Causal(), n),
+    ],
 )
 def test_sizes_may_be_of_any_integer_type(build, kind):
     np.testing.assert_array_equal(build(kind(2)).to_dense(40), build(2).to_dense(40))
@@ -264,9 +274,9 @@ def test_random_blocks_differ_between_heads():
         (lambda: Block(Causal(), 0), "Block: size must be 1 or more, got 0."),
         (lambda: GlobalTokens(-1), "GlobalTokens: tokens must be 0 or more, got -1."),
         (
-            lambda: GlobalTokens(np.int32(3)),
+            lambda: GlobalTokens(np.float32(3)),
             "GlobalTokens: tokens must be an int (the first ones) or a boolean array [S], got a "
-            "int32 scalar.",
+            "float32 scalar.",
         ),
         (lambda: Heads([]), "Heads: give one mask for each head, got none."),
         (lambda: longformer(3), "longformer: window must be even and 2 or more, got 3."),

@@ -160,6 +160,15 @@ def test_t5_buckets(num_buckets, max_distance, bidirectional):
     assert buckets.dtype == jnp.int32
 
 
+def test_sizes_may_be_of_any_integer_type():
+    np.testing.assert_array_equal(positions.alibi_slopes(np.int64(3)), positions.alibi_slopes(3))
+    distance = jnp.arange(-200, 200)
+    buckets = positions.t5_bucket(distance, np.int64(32), np.int64(128))
+    np.testing.assert_array_equal(buckets, positions.t5_bucket(distance))
+    table = positions.learned_buckets(np.int64(8), np.int64(20)).parameters["table"]
+    assert table.shape == (8,)
+
+
 def test_t5_buckets_known_from_the_reference_implementation():
     distance = jnp.array([-128, -91, -64, -46, -32, -23, -16, -12, -8, -7, 0, 1, 8, 16, 64, 128])
     expected = [15, 15, 14, 13, 12, 11, 10, 9, 8, 7, 0, 17, 24, 26, 30, 31]
