@@ -138,6 +138,12 @@ class Mask:
 
 
 def _flatten_with_keys(mask: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    name = type(mask).__name__
+    if not dataclasses.is_dataclass(mask):
+        raise TypeError(
+            f"{name}: a mask must be a dataclass, whose fields are its arrays; write "
+            f"@dataclasses.dataclass(frozen=True, eq=False) above class {name}."
+        )
     fields = [(field.name, getattr(mask, field.name)) for field in dataclasses.fields(mask)]
     dynamic = [(name, value) for name, value in fields if _is_dynamic(value)]
     static = tuple((name, value) for name, value in fields if not _is_dynamic(value))
@@ -280,12 +286,23 @@ def as_mask(mask: Any) -> Mask:
                 "for numbers that are added to the logits use bias=."
             )
         return Table(mask)
+    if isinstance(mask, type) and issubclass(mask, Mask):
+        raise TypeError(
+            f"mask: expected a Mask, got the class {mask.__name__}; make one of it, as "
+            f"{mask.__name__}({_arguments(mask)})."
+        )
     if callable(mask):
         return Predicate(mask)
     raise TypeError(
         "mask: expected a Mask, a boolean array or a function (q_idx, kv_idx) -> bool, "
         f"got {type(mask).__name__}."
     )
+
+
+def _arguments(mask: type[Mask]) -> str:
+    """Return what a mask cannot be made without."""
+    fields = dataclasses.fields(mask) if dataclasses.is_dataclass(mask) else ()
+    return ", ".join(field.name for field in fields if field.default is dataclasses.MISSING)
 
 
 def with_int32(mask: Mask) -> Mask:

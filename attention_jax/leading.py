@@ -30,8 +30,10 @@ def of_array(label: str, array: Any, sizes: Sizes) -> tuple[Any, str]:
     shape = tuple(sizes[letter] for letter in "BNTS")
     padded = (1,) * (4 - array.ndim) + array.shape
     if array.ndim > 4 or any(got not in (1, full) for got, full in zip(padded, shape, strict=True)):
+        is_padding = array.shape == (sizes["B"], sizes["S"]) and "bias" not in label
+        advice = "; padding [B, S] is mask[:, None, None, :], or give masks.Lengths" * is_padding
         raise checks.ShapeError(
-            f"{label} must broadcast to [B, N, T, S] = {shape}, got {array.shape}."
+            f"{label} must broadcast to [B, N, T, S] = {shape}, got {array.shape}{advice}."
         )
     return _without_ones(array.reshape(padded), "BN")
 

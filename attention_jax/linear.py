@@ -61,8 +61,9 @@ def linear_attention(
       feature_map: phi, a function [T, H] -> [T, M] (`attention_jax.feature_maps`,
         `attention_jax.performer`, or your own), bound with `bind` if it has parameters;
         `per_head` of it if every key head has its own.
-      mask: `masks.Causal`, padding by `masks.Lengths` or by an array over the keys alone, or
-        these joined by `&`. Others name pairs, of which there are none here, and are refused.
+      mask: `masks.Causal`, padding by `masks.Lengths` or by an array over the keys alone,
+        [B, 1, 1, S], or these joined by `&`. Others name pairs, of which there are none here, and
+        are refused.
       normalize: False leaves out the denominator.
       chunk_size: under a causal mask, how many keys are taken at once.
 

@@ -54,7 +54,8 @@ def linformer_attention(
       key_projection: E, [R, L], or [K, R, L] for each key head; the first S of L columns are used.
       value_projection: F, of the same two shapes; E unless given.
       score: as in `attend`, of a query and a row of E K.
-      mask: padding by `masks.Lengths`, or by an array over the keys alone; all else is refused.
+      mask: padding by `masks.Lengths`, or by an array over the keys alone, [B, 1, 1, S]; all else
+        is refused.
       **options: normalizer, dropout_rate, dropout_key and implementation of `attend`, for weights
         of a query and a projected key.
 

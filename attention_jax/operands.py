@@ -16,6 +16,7 @@ from attention_jax.implementations.head import SAVED, Head, Result
 from attention_jax.intervals import indices
 from attention_jax.lifting import lift
 from attention_jax.normalizers import streaming
+from attention_jax.parameters import Learned
 
 Array = jax.Array
 
@@ -28,10 +29,24 @@ def function_of(function: Any) -> Any:
 def as_bias(bias: Any) -> Any:
     """Return a bias as it is, where it is a function, and numbers as an array.
 
+    Raises:
+      TypeError: a bias whose parameters are declared and not there.
+
     >>> as_bias([[1.0, 2.0]]).shape
     (1, 2)
     """
+    _refuse_declared("bias", bias)
     return bias if bias is None or callable(function_of(bias)) else jnp.asarray(bias)
+
+
+def _refuse_declared(name: str, function: Any) -> None:
+    """Refuse a function whose parameters are declared for a module to create."""
+    if isinstance(function, Learned):
+        names = ", ".join(function.parameters)
+        raise TypeError(
+            f"attend: {name} still waits for {names}, which modules create; give it to a module, "
+            "or bind its function to arrays."
+        )
 
 
 class KeyOfExample(NamedTuple):
@@ -69,6 +84,7 @@ class Operands:
 
     def add_function(self, name: str, function: Any, read: Callable[[Any], Any]) -> None:
         """Add a bound score, bias or normalizer, the same for all heads or one slice for each."""
+        _refuse_declared(name, function)
         if not callable(function_of(function)):
             example = {"score": "scores.scaled_dot", "normalizer": "normalizers.softmax"}[name]
             raise TypeError(

@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from attention_jax import attention, bind, explain, masks, normalizers, per_head, scores
+from attention_jax import (
+    attention,
+    bind,
+    explain,
+    masks,
+    normalizers,
+    per_head,
+    positions,
+    scores,
+)
 from attention_jax.linear import linear_attention
 from attention_jax.masks import Causal, Full, Lengths, Prefix, Segment, Shift, Window
+from attention_jax.parameters import Parameter, learned
 from attention_jax.patterns import GlobalTokens
 from tests import oracle
 
@@ -530,6 +540,25 @@ ERRORS = {
 }
 
 OPTION_ERRORS = {
+    "mask: expected a Mask, got the class Causal; make one of it, as Causal().": {"mask": Causal},
+    "mask: expected a Mask, got the class Window; make one of it, as Window(left, right).": {
+        "mask": Window
+    },
+    "attend: mask must broadcast to [B, N, T, S] = (2, 4, 5, 7), got (2, 7); padding [B, S] is "
+    "mask[:, None, None, :], or give masks.Lengths.": {"mask": jnp.ones((2, 7), bool)},
+    "attend: Table.allowed must broadcast to [B, N, T, S] = (2, 4, 5, 7), got (2, 7); padding "
+    "[B, S] is mask[:, None, None, :], or give masks.Lengths.": {
+        "mask": Causal() & jnp.ones((2, 7), bool)
+    },
+    "attend: bias must broadcast to [B, N, T, S] = (2, 4, 5, 7), got (2, 7).": {
+        "bias": jnp.ones((2, 7))
+    },
+    "attend: bias still waits for table, which modules create; give it to a module, or bind its "
+    "function to arrays.": {"bias": positions.learned_buckets()},
+    "attend: score still waits for weight, which modules create; give it to a module, or bind its "
+    "function to arrays.": {
+        "score": learned(scores.bilinear, weight=Parameter((3, 3), jax.nn.initializers.ones))
+    },
     "attend: tile_sizes must be two positive numbers, got 4; give how many queries and how many "
     "keys, as integers.": {"tile_sizes": 4},
     "attend: tile_sizes must be two positive numbers, got (4.0, 4.0); give how many queries and "

@@ -441,6 +441,20 @@ def test_masks_written_by_the_user():
     assert (Diagonal(1).tiles(4, 4, 2, 2) == EMPTY).sum() == 1
 
 
+def test_a_mask_that_is_no_dataclass_is_refused():
+    class Bare(masks.Mask):
+        def __call__(self, q_idx, kv_idx):
+            return q_idx >= kv_idx
+
+    for use in (lambda: Bare().to_dense(3), lambda: (Causal() & Bare()).tiles(4, 4, 2, 2)):
+        with pytest.raises(TypeError) as error:
+            use()
+        assert str(error.value) == (
+            "Bare: a mask must be a dataclass, whose fields are its arrays; write "
+            "@dataclasses.dataclass(frozen=True, eq=False) above class Bare."
+        )
+
+
 def test_a_predicate_that_fails_on_intervals_in_any_way_counts_as_partial():
     def checked(q_idx, kv_idx):
         chex.assert_rank([q_idx, kv_idx], 2)
