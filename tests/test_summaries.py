@@ -32,6 +32,7 @@ def test_nnx_draws_a_table_of_a_model():
     assert "CausalDecoder" in nnx.tabulate(model, TOKENS)
 
 
+@pytest.mark.filterwarnings("ignore:shape requires ndarray:DeprecationWarning")  # of Flax
 @pytest.mark.parametrize(
     ("module", "inputs"),
     [

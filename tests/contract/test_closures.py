@@ -70,8 +70,20 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize("options", CLOSING_OVER_INTEGERS.values(), ids=CLOSING_OVER_INTEGERS)
-@pytest.mark.parametrize("transformed", TRANSFORMED.values(), ids=TRANSFORMED)
+LIKE_ANOTHER = ("part of a mask", "bias", "mask of a normalizer without sum")
+PAIRS = [
+    pytest.param(
+        options,
+        transformed,
+        id=f"{name}-{how}",
+        marks=[pytest.mark.slow] * (name in LIKE_ANOTHER and how != "jit of grad"),
+    )
+    for name, options in CLOSING_OVER_INTEGERS.items()
+    for how, transformed in TRANSFORMED.items()
+]
+
+
+@pytest.mark.parametrize(("options", "transformed"), PAIRS)
 def test_functions_may_close_over_traced_integers(options, transformed):
     x = normal(3, 1, LENGTH, 2, 4)
 

@@ -104,7 +104,14 @@ def close(ours, theirs, tolerance=1e-10):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-LIKE_ANOTHER = ("causal with offset", "bias of keys", "bilinear per head", "soft-capped")
+LIKE_ANOTHER = (
+    "every pair",
+    "causal with offset",
+    "boolean array",
+    "bias of keys",
+    "bilinear per head",
+    "soft-capped",
+)
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_ANOTHER)) for name in CASES]
 
 

@@ -65,7 +65,9 @@ def test_default_is_the_module_of_flax(num_key_heads):
 
 
 @pytest.mark.parametrize("score", SCORES, ids=lambda score: score.__name__)
-@pytest.mark.parametrize("share_score", [False, True], ids=["each", "shared"])
+@pytest.mark.parametrize(
+    "share_score", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["each", "shared"]
+)
 def test_any_score_equals_attention_of_each_head_alone(score, share_score):
     module = MultiHeadAttention(
         4, 12, num_key_heads=2, score=score, share_score=share_score, rngs=nnx.Rngs(0)
