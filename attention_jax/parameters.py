@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
-from jax.tree_util import Partial
 
 from attention_jax import scores
-from attention_jax.binding import bind, per_head, rule
+from attention_jax.binding import bind, per_head, rule, taken_apart
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -94,10 +93,10 @@ def parameters_of(
     """
     if isinstance(function, Learned):
         return dict(function.parameters)
-    declare = getattr(_unbound(function), "__parameters__", None)
+    bare, _, bound = taken_apart(function)
+    declare = getattr(bare, "__parameters__", None)
     if declare is None:
         return {}
-    bound = function.keywords if isinstance(function, Partial) else {}
     declared = declare(query_depth, key_depth, attention_size)
     return {name: value for name, value in declared.items() if name not in bound}
 
@@ -108,9 +107,8 @@ def bind_parameters(function: Any, values: Mapping[str, Any], heads: bool = Fals
         function = function.function
     if not values:
         return function
-    if isinstance(function, Partial):
-        values = {**function.keywords, **values}
-    bound = bind(_unbound(function), **values)
+    bare, _, given = taken_apart(function)
+    bound = bind(bare, **{**given, **values})
     return per_head(bound) if heads else bound
 
 
@@ -154,10 +152,6 @@ def with_initializers(
         name: Parameter(parameter.shape, initializers.get(name, parameter.initializer))
         for name, parameter in parameters.items()
     }
-
-
-def _unbound(function: Any) -> Any:
-    return function.func if isinstance(function, Partial) else function
 
 
 def _depths(operation: str, **sizes: int | None) -> None:

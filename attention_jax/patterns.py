@@ -43,6 +43,12 @@ __all__ = [
 Array = jax.Array
 
 
+def _make_signed(mask: Mask, *names: str) -> None:
+    """Give the sizes of a mask a type in which differences of indices may be negative."""
+    for name in names:
+        object.__setattr__(mask, name, signed(getattr(mask, name)))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Strided(Mask):
     """Every `stride`-th key, counted from the query: (q_idx - kv_idx) mod stride = 0.
@@ -62,7 +68,7 @@ class Strided(Mask):
 
     def __post_init__(self) -> None:
         at_least("Strided", 1, stride=self.stride)
-        object.__setattr__(self, "stride", signed(self.stride))
+        _make_signed(self, "stride")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return (q_idx - kv_idx) % self.stride == 0
@@ -89,8 +95,7 @@ class Fixed(Mask):
             raise ValueError(
                 f"Fixed: columns must be at most stride = {self.stride}, got {self.columns}."
             )
-        for name in ("stride", "columns"):
-            object.__setattr__(self, name, signed(getattr(self, name)))
+        _make_signed(self, "stride", "columns")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return kv_idx % self.stride >= self.stride - self.columns
@@ -121,8 +126,7 @@ class Dilated(Mask):
     def __post_init__(self) -> None:
         at_least("Dilated", 0, left=self.left, right=self.right)
         at_least("Dilated", 1, dilation=self.dilation)
-        for name in ("left", "right", "dilation"):
-            object.__setattr__(self, name, signed(getattr(self, name)))
+        _make_signed(self, "left", "right", "dilation")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         distance = kv_idx - q_idx
@@ -153,8 +157,7 @@ class Chunked(Mask):
     def __post_init__(self) -> None:
         at_least("Chunked", 1, size=self.size)
         at_least("Chunked", 0, before=self.before, after=self.after)
-        for name in ("size", "before", "after"):
-            object.__setattr__(self, name, signed(getattr(self, name)))
+        _make_signed(self, "size", "before", "after")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         distance = kv_idx // self.size - q_idx // self.size
@@ -181,7 +184,7 @@ class Block(Mask):
 
     def __post_init__(self) -> None:
         at_least("Block", 1, size=self.size)
-        object.__setattr__(self, "size", signed(self.size))
+        _make_signed(self, "size")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return self.mask(q_idx // self.size, kv_idx // self.size)

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 
 from attention_jax import checks
 from attention_jax.additive import activation_pairs, tanh_pairs
-from attention_jax.binding import as_pytree, rule
+from attention_jax.binding import as_pytree, rule, taken_apart
 from attention_jax.composition import Separated, finished, identity, project_rows, unit_rows
 
 Array = jax.Array
@@ -239,8 +239,7 @@ def _additive_pairs(value: Array, activation: Any) -> Partial:
 
 
 def _is_tanh(activation: Any) -> bool:
-    function = activation.func if isinstance(activation, Partial) else activation
-    return function in (jnp.tanh, jax.nn.tanh, jax.lax.tanh)
+    return taken_apart(activation)[0] in (jnp.tanh, jax.nn.tanh, jax.lax.tanh)
 
 
 def _deep_pairs(

@@ -8,6 +8,7 @@ import pytest
 
 from attention_jax import attend, binding, normalizers, positions, scores
 from attention_jax.binding import as_pytree, ask, bind, per_head, rule
+from attention_jax.parameters import bind_parameters, initialize, parameters_of
 
 
 def affine(x, weight, activation=jnp.tanh):
@@ -98,6 +99,19 @@ def test_partial_applications_of_python_keep_the_rules():
         for how in (bind, functools.partial)
     )
     chex.assert_trees_all_equal(bound, partial)
+
+
+def test_modules_create_what_a_partial_application_of_python_still_waits_for():
+    partial = functools.partial(scores.additive, activation=jax.nn.relu)
+    declared, of_bound = (
+        parameters_of(score, 4, 4, 3)
+        for score in (partial, bind(scores.additive, activation=jax.nn.relu))
+    )
+    assert declared.keys() == of_bound.keys() == {"query_weight", "key_weight", "value", "bias"}
+    values = initialize(jax.random.key(0), declared)
+    x = jnp.ones((2, 4))
+    expected = scores.additive(x, x, **values, activation=jax.nn.relu)
+    chex.assert_trees_all_equal(bind_parameters(partial, values)(x, x), expected)
 
 
 def test_rules_are_found_on_bound_and_unbound_functions():

@@ -42,7 +42,7 @@ def over_visits(what: Pass, groups: list[Visits], states: Array | None, sums: An
     visit and the one that finds nothing are then branches, and there is one group, or none.
     """
     masked, unmasked = (functools.partial(what.of_tile, masked) for masked in (True, False))
-    if states is None or not groups:
+    if states is None:
         for visits in groups:
             branch = masked if visits.masked else unmasked
             sums = _fold(what, visits, None, lambda _, branch=branch: branch, sums)
@@ -54,7 +54,9 @@ def over_visits(what: Pass, groups: list[Visits], states: Array | None, sums: An
     def switch(state: Array) -> Callable[..., Any]:
         return lambda *operands: lax.switch(_joint(state), branches, *operands)
 
-    return _fold(what, groups[0], states.astype(jnp.int32), switch, sums)
+    for visits in groups:
+        sums = _fold(what, visits, states.astype(jnp.int32), switch, sums)
+    return sums
 
 
 def _fold(what: Pass, visits: Visits, states: Any, choose: Callable[..., Any], sums: Any) -> Any:

@@ -67,7 +67,7 @@ class Sweep:
         """The folder of the sweep: unless given, one for what is swept and all that is not."""
         if self.base.workdir:
             return Path(self.base.workdir)
-        free = dict.fromkeys(("scores", RATE, *self.values), "swept")
+        free = dict.fromkeys(("scores", RATE, *self.values), SWEPT)
         identity = json.dumps(self.base.identity | free)
         key = hashlib.sha256(identity.encode()).hexdigest()[:8]
         return Path("runs") / f"sweep-{named_after(self.base.data)}-{key}"
