@@ -10,14 +10,16 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax import algebra, checks, masks
+from attention_jax import masks
+from attention_jax.base import checks
+from attention_jax.base.typing import at_least_float32
 from attention_jax.implementations import choice, cudnn
 from attention_jax.implementations.dense import dense
 from attention_jax.implementations.tiled import tiled
+from attention_jax.masks import algebra
 from attention_jax.normalizers import Exponential, softmax, streaming
-from attention_jax.operands import KeyOfExample, Operands, function_of
+from attention_jax.request import KeyOfExample, Operands, function_of
 from attention_jax.scores import scaled_dot
-from attention_jax.typing import at_least_float32
 
 Array = jax.Array
 

@@ -21,12 +21,15 @@ import jax.core
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from attention_jax import checks, leading, masks
+from attention_jax import masks
 from attention_jax.attention import attend
-from attention_jax.binding import PerHead, as_pytree
-from attention_jax.composition import is_positional, positional, separate
-from attention_jax.intervals import Lookup, indices, judge
-from attention_jax.operands import KeyOfExample, as_bias
+from attention_jax.base import checks
+from attention_jax.base.binding import PerHead, as_pytree
+from attention_jax.masks import batch_axes
+from attention_jax.masks.intervals import Lookup, indices, judge
+from attention_jax.request import KeyOfExample, as_bias
+from attention_jax.scores import separate
+from attention_jax.scores.composition import is_positional, positional
 
 Array = jax.Array
 
@@ -256,7 +259,7 @@ def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any)
     options["bias"] = as_bias(options.get("bias"))
     if view.start.ndim == 0:
         return _attend(query, view, mask, **options)
-    mask, letters = leading.of_mask("attend_cached", mask, sizes)
+    mask, letters = batch_axes.of_mask("attend_cached", mask, sizes)
     arrays, structure = jax.tree.flatten(mask)
     shared_bias = options.pop("bias")
     own_bias = None

@@ -151,8 +151,7 @@ def _error(context: Any, query: Any, key: Any, value: Any) -> Any:
 @functools.cache
 def _approximations(options: Options) -> list[tuple[str, int | None, Callable[..., Any]]]:
     """Return name, size and a compiled function from draws and arrays to the numbers of a Row."""
-    from attention_jax import feature_maps, linformer, performer
-    from attention_jax.linear import linear_attention
+    from attention_jax.linear import feature_maps, linear_attention, linformer, performer
 
     found: list[tuple[str, int | None, Callable[..., Any]]] = []
     for kind in (performer.positive, performer.hyperbolic, performer.trigonometric):
@@ -199,8 +198,8 @@ def _favor(
     """Return the error of FAVOR+, that of its kernel and what theory says of it."""
     import jax.numpy as jnp
 
-    from attention_jax import bind, performer, scores
-    from attention_jax.linear import linear_attention
+    from attention_jax import bind, scores
+    from attention_jax.linear import linear_attention, performer
 
     depth = query.shape[-1]
     projection = performer.random_features(draw, count, depth, orthogonal=orthogonal)
@@ -218,7 +217,8 @@ def _random(draw: Any, query: Any, key: Any, value: Any, *, rank: int) -> tuple[
     import jax
     import jax.numpy as jnp
 
-    from attention_jax import linformer, scores
+    from attention_jax import scores
+    from attention_jax.linear import linformer
 
     projection = linformer.random_projection(draw, rank, key.shape[1])
     context = linformer.linformer_attention(query, key, value, projection)

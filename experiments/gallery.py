@@ -87,7 +87,7 @@ def masks_of(length: int) -> dict[str, Callable[[], Any]]:
     import jax
     import numpy as np
 
-    from attention_jax import grids, masks, patterns
+    from attention_jax import masks
 
     key = jax.random.key(0)
     step = max(length // 4, 1)
@@ -103,22 +103,22 @@ def masks_of(length: int) -> dict[str, Callable[[], Any]]:
         "prefix_lm": lambda: masks.Prefix(step) | masks.Causal(),
         "segments": lambda: masks.Segment(ids),
         "lengths": lambda: masks.Lengths(3 * step),
-        "strided": lambda: patterns.Strided(step),
-        "fixed": lambda: patterns.Fixed(step),
-        "dilated": lambda: patterns.Dilated(2, 2, 2),
-        "chunked": lambda: patterns.Chunked(step),
-        "block": lambda: patterns.Block(masks.Causal(), step),
-        "global_tokens": lambda: patterns.GlobalTokens(2),
-        "random_blocks": lambda: patterns.random_blocks(key, length, 2, 2),
-        "sparse_strided": lambda: patterns.sparse_strided(step),
-        "sparse_fixed": lambda: patterns.sparse_fixed(step),
-        "longformer": lambda: patterns.longformer(4, tokens=1),
-        "bigbird": lambda: patterns.bigbird(key, length, 2, global_blocks=1, random=1),
-        "longformer_dilated": lambda: patterns.longformer(4, dilation=[1, 2]).of(head=1),
-        "edges": lambda: patterns.edges(ring, length),
-        "swin": lambda: grids.swin(*grid, window),
-        "swin_shifted": lambda: grids.GridWindow(*grid, window, shift=window // 2),
-        "swin_in_window_order": lambda: grids.window_order(grids.swin(*grid, window))[1],
+        "strided": lambda: masks.Strided(step),
+        "fixed": lambda: masks.Fixed(step),
+        "dilated": lambda: masks.Dilated(2, 2, 2),
+        "chunked": lambda: masks.Chunked(step),
+        "block": lambda: masks.Block(masks.Causal(), step),
+        "global_tokens": lambda: masks.GlobalTokens(2),
+        "random_blocks": lambda: masks.random_blocks(key, length, 2, 2),
+        "sparse_strided": lambda: masks.sparse_strided(step),
+        "sparse_fixed": lambda: masks.sparse_fixed(step),
+        "longformer": lambda: masks.longformer(4, tokens=1),
+        "bigbird": lambda: masks.bigbird(key, length, 2, global_blocks=1, random=1),
+        "longformer_dilated": lambda: masks.longformer(4, dilation=[1, 2]).of(head=1),
+        "edges": lambda: masks.edges(ring, length),
+        "swin": lambda: masks.swin(*grid, window),
+        "swin_shifted": lambda: masks.GridWindow(*grid, window, shift=window // 2),
+        "swin_in_window_order": lambda: masks.window_order(masks.swin(*grid, window))[1],
     }
 
 
@@ -146,7 +146,7 @@ def draw_all(options: Options) -> None:
     for name, mask in chosen.items():
         command_line.show(in_text(name, mask, options.length, options.tile))
     if options.out:
-        from attention_jax import plots
+        from attention_jax.diagnostics import plots
 
         figure = plots.masks(chosen, options.length, tile_sizes=(options.tile, options.tile))
         for path in plots.save(figure, options.out / "gallery"):

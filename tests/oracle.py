@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from attention_jax.intervals import EMPTY, FULL, PARTIAL
+from attention_jax.masks import EMPTY, FULL, PARTIAL
 
 
 def softmax(logits, allowed):

@@ -7,20 +7,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from attention_jax import (
-    attention,
-    bind,
-    explain,
-    masks,
-    normalizers,
-    per_head,
-    positions,
-    scores,
-)
+from attention_jax import attention, bind, explain, masks, normalizers, per_head, positions, scores
+from attention_jax.base.parameters import Parameter, learned
 from attention_jax.linear import linear_attention
-from attention_jax.masks import Causal, Full, Lengths, Prefix, Segment, Shift, Window
-from attention_jax.parameters import Parameter, learned
-from attention_jax.patterns import GlobalTokens
+from attention_jax.masks import Causal, Full, GlobalTokens, Lengths, Prefix, Segment, Shift, Window
 from tests import oracle
 
 B, T, S, N, K, H, V = 2, 5, 7, 4, 2, 3, 6
@@ -80,6 +70,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_by_example_and_head(name, implementation):
     mask, allowed = MASKS[name]
@@ -87,6 +78,7 @@ def test_masks_by_example_and_head(name, implementation):
     is_close(attend(QUERY, KEY, VALUE, mask=mask, **implementation), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (N, T, 1), (B, 1, 1, S), (B, N, T, S)])
 def test_boolean_arrays_broadcast(shape, implementation):
     """Alone and in a composition they mean the same."""
@@ -99,6 +91,7 @@ def test_boolean_arrays_broadcast(shape, implementation):
         is_close(attend(QUERY, KEY, VALUE, mask=mask, **implementation), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (N, T, 1), (B, 1, 1, S), (B, N, T, S)])
 def test_bias_arrays_broadcast(shape, implementation):
     array = np.random.default_rng(3).normal(size=shape)
@@ -114,6 +107,7 @@ def slope_times_distance(q_idx, kv_idx, slope):
     return -slope * jnp.abs(q_idx - kv_idx).astype(jnp.float32)
 
 
+@pytest.mark.slow
 def test_bias_functions(implementation):
     slopes = 0.5 ** np.arange(N)
     cases = [
@@ -150,6 +144,7 @@ def test_a_normalizer_with_parameters_per_head():
     is_close(weights.sum(axis=-1), share.swapaxes(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key_heads", [1, 4])
 def test_grouped_heads_equal_repeated_keys(key_heads, implementation):
     query, key, value = operands(key_heads=key_heads)
@@ -158,6 +153,7 @@ def test_grouped_heads_equal_repeated_keys(key_heads, implementation):
     is_close(grouped, attend(query, *repeated, mask=Causal()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "keys"), [(1, 129), (129, 127)])
 def test_odd_lengths(queries, keys, implementation):
     query, key, value = operands(1, queries, keys, 2, 1)
@@ -166,6 +162,7 @@ def test_odd_lengths(queries, keys, implementation):
     is_close(context, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [{"batch": 0}, {"queries": 0}, {"keys": 0}, {"queries": 0, "keys": 0}, {"depth": 0}]
 )
@@ -204,6 +201,7 @@ def empty_rows(b, n, i, j):
     return i not in (0, 3) and j != 2
 
 
+@pytest.mark.slow
 def test_empty_rows_give_zeros_and_zero_gradients(implementation):
     mask = masks.Predicate(lambda q_idx, kv_idx: (q_idx != 0) & (q_idx != 3) & (kv_idx != 2))
 
@@ -223,6 +221,7 @@ def test_empty_rows_give_zeros_and_zero_gradients(implementation):
     assert (logsumexp[:, [0, 3]] == -jnp.inf).all() and jnp.isfinite(logsumexp[:, 1:3]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalizer", [normalizers.softmax, normalizers.sigmoid])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 def test_poison_stays_behind_the_mask(where, normalizer, implementation):
@@ -245,6 +244,7 @@ def test_poison_stays_behind_the_mask(where, normalizer, implementation):
     chex.assert_tree_all_finite(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 def test_poison_that_is_attended_shows(where, implementation):
     clean = {"query": QUERY, "key": KEY, "value": VALUE}
@@ -258,6 +258,7 @@ def test_poison_that_is_attended_shows(where, implementation):
     np.testing.assert_array_equal(np.isnan(context).any(axis=-1), spoils)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
 def test_dtypes(dtype, implementation, x64):
     """Output in the dtype of the value, statistics in float32 or better, as is the accuracy."""
@@ -269,6 +270,7 @@ def test_dtypes(dtype, implementation, x64):
     is_close(np.asarray(context, np.float64), exact, 3 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_huge_logits(dtype, implementation):
     """Logits of 1e4 and more: the softmax is a maximum, and nothing overflows."""
@@ -296,6 +298,7 @@ def test_huge_logits(dtype, implementation):
     np.testing.assert_array_equal(gradients[0].ravel(), [100.0] * 4)
 
 
+@pytest.mark.slow
 def test_derivatives_against_finite_differences(implementation, x64):
     """Context and log-sum-exp; query, key, value, a parameter of the score, and the bias."""
     query, key, value = operands(1, 3, 4, 2, 1, dtype=jnp.float64)
@@ -330,6 +333,7 @@ class TestCompilation(chex.TestCase):
         is_close(attended(QUERY, KEY, VALUE, mask), expected)
 
 
+@pytest.mark.slow
 def test_new_values_do_not_recompile(implementation):
     """Parameters, lengths and biases are arguments: a new value runs the same program."""
 
@@ -358,6 +362,7 @@ def test_new_values_do_not_recompile(implementation):
         )
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop(implementation):
     """Over queries, lengths and the parameters of a score at once."""
     batches = [operands(seed=seed) for seed in range(3)]
@@ -400,6 +405,7 @@ def test_dropout_keeps_the_share_it_should():
     assert (abs(spread - (1 - RATE)) < 5 * np.sqrt(RATE * (1 - RATE) / 64**2)).all()
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_example_head_query_and_key_and_repeats():
     inputs = operands(2, 16, 16, 2, 2)
     kept = np.asarray(keep_factors(*inputs, **DROPPED)) > 0
@@ -416,6 +422,7 @@ def test_dropout_differs_by_example_head_query_and_key_and_repeats():
         assert abs(agreement - (RATE**2 + (1 - RATE) ** 2)) < 0.12
 
 
+@pytest.mark.slow
 def test_dropout_of_a_pair_depends_on_its_position_alone():
     """Longer sequences, other keys: the pairs that were there are dropped as before."""
     short = keep_factors(*operands(2, 5, 7, 2, 2), **DROPPED) > 0
@@ -423,6 +430,7 @@ def test_dropout_of_a_pair_depends_on_its_position_alone():
     np.testing.assert_array_equal(long[:, :, :5, :7], short)
 
 
+@pytest.mark.slow
 def test_dropout_acts_on_the_weights(implementation):
     inputs = operands()
     factors = keep_factors(*inputs, **DROPPED)
@@ -430,12 +438,14 @@ def test_dropout_acts_on_the_weights(implementation):
     is_close(attend(*inputs, **implementation, **DROPPED), expected)
 
 
+@pytest.mark.slow
 def test_dropout_of_rate_zero_needs_no_key(implementation):
     without = attend(QUERY, KEY, VALUE, **implementation)
     rate_zero = attend(QUERY, KEY, VALUE, dropout_rate=0.0, **implementation)
     chex.assert_trees_all_equal(without, rate_zero)
 
 
+@pytest.mark.slow
 def test_dropped_weights_have_no_gradient(implementation):
     inputs = operands(1, 1, 7, 1, 1)
     kept = keep_factors(*inputs, **DROPPED)[0, 0, 0] > 0
@@ -450,6 +460,7 @@ def uniform(query, key):
     return jnp.zeros((query.shape[0], key.shape[0]), query.dtype)
 
 
+@pytest.mark.slow
 def test_a_score_of_the_user(implementation):
     context = attend(QUERY, KEY, VALUE, score=uniform, **implementation)
     mean = np.repeat(np.asarray(VALUE).mean(axis=1), N // K, axis=1)
@@ -599,6 +610,7 @@ OPTION_ERRORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors_say_what_does_not_fit_and_what_to_do(message):
     with pytest.raises((ValueError, TypeError)) as error:
@@ -624,12 +636,14 @@ def test_a_dropout_rate_known_only_inside_jit_is_refused():
         jax.jit(lambda rate: attend(QUERY, KEY, VALUE, dropout_rate=rate))(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("operation", [attention.attend, explain, linear_attention])
 def test_numpy_inputs_of_float64_are_taken_as_jax_takes_them(operation):
     operation(*(np.asarray(x, np.float64) for x in (QUERY, KEY, VALUE)))
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")
 def test_a_score_in_another_dtype_is_computed_in_that_of_the_inputs(implementation, x64):
     def wide(query, key):

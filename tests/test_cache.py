@@ -66,6 +66,7 @@ def check_both_layouts(module, chunks, capacity=LENGTH, window=None, **options):
     return [state for _, state in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in examples.MASKS],
@@ -109,6 +110,7 @@ def _of_table(query, key, value, bias, table):
     return attend(query, key, value, bias=bias, mask=table, implementation="dense")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", examples.MASKS)
 def test_slots_are_allowed_as_every_exported_mask_says(name):
     """Queries 4 to 6 of a sequence, in a ring of slots that has forgotten the first two keys."""
@@ -133,6 +135,7 @@ def test_every_kind_of_position(kind):
     check_both_layouts(layer(**kind), [10, 1], mask=masks.Causal())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 def test_a_prompt_of_any_length(chunks):
     module = layer(bias=positions.alibi_bias(3), num_key_heads=1)
@@ -154,6 +157,7 @@ def test_a_window_needs_no_more_than_its_tokens(capacity, chunks):
         np.testing.assert_array_equal(np.sort(slots[1]), np.arange(LENGTH - capacity, LENGTH))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 3])
 def test_examples_of_different_lengths_do_not_wait_for_each_other(window):
     """Prompts of 5 and 2 tokens, padded to 5; then both go on from where they stand."""
@@ -192,12 +196,14 @@ def test_padding_gives_zeros_before_the_output_projection():
     assert not np.any(output[1, 1:]) and np.all(np.any(output[0] != 0, axis=-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(11, 11), (3, 11, 1), (2, 3, 11, 11)])
 def test_a_bias_array_of_the_whole_sequence(shape):
     bias = jax.random.normal(jax.random.key(1), shape)
     check_both_layouts(layer(), [6, 5], 12, mask=masks.Causal(), bias=bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(
     "bias",
@@ -213,6 +219,7 @@ def test_a_bias_of_any_numbers_that_attend_takes(bias, ragged):
     chex.assert_trees_all_close(context, expected[:, 2:], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_is_that_of_the_full_pass_and_differs_between_examples():
     """Of a prompt, also where each example has its own length."""
     same = jnp.ones((2, 5, 2, 4))
@@ -226,6 +233,7 @@ def test_dropout_is_that_of_the_full_pass_and_differs_between_examples():
             chex.assert_trees_all_close(weights, full, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_inside_scan_compile_once_and_give_the_weights():
     module = layer(position=positions.rotary)
     full, full_weights = module(X, mask=masks.Causal(), return_weights=True)
@@ -247,6 +255,7 @@ def test_steps_inside_scan_compile_once_and_give_the_weights():
     run(X + 1)
 
 
+@pytest.mark.slow
 def test_tiled_decoding_is_dense_decoding():
     state = cache.init(2, 40, 2, 4)
     query = jax.random.normal(jax.random.key(1), (2, 9, 4, 4))
@@ -259,6 +268,7 @@ def test_tiled_decoding_is_dense_decoding():
     chex.assert_trees_all_close(tiled, dense, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_cache():
     module = layer()
     full = jax.jit(lambda x: module(x, mask=masks.Causal()))(X)
@@ -269,6 +279,7 @@ def test_bfloat16_cache():
     chex.assert_trees_all_close(output, full, atol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["MultiHeadAttention", "LinearAttention"])
 def test_a_module_in_float64_decodes_in_float64(kind):
     """Nothing is said of the cache, in either API."""
@@ -304,6 +315,7 @@ def test_a_cache_has_the_dtype_of_the_computation(options, expected):
     assert layer(**options).init_cache(1, 4, dtype=jnp.float16).key.dtype == jnp.float16
 
 
+@pytest.mark.slow
 def test_linen_decodes_like_its_twin():
     module = layer(bias=positions.learned_buckets(8, 7))
     twin = attention_linen.MultiHeadAttention(3, 12, bias=positions.learned_buckets(8, 7))
@@ -326,6 +338,7 @@ def test_projected_memory_for_cross_attention():
     chex.assert_trees_all_equal(module(X, once), module(X, memory))
 
 
+@pytest.mark.slow
 def test_overflow_is_an_error_or_nan_and_never_silent():
     state = cache.init(1, 4, 1, 2)
     new = jnp.ones((1, 3, 1, 2))

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from attention_jax import leading
 from attention_jax.implementations.tiles import TOGETHER_PAIRS, Plan, make_plan, make_visits
-from attention_jax.intervals import FULL, PARTIAL, Unknown
-from attention_jax.masks import Mask
+from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
+from attention_jax.masks.intervals import Unknown
 
 DENSE_PAIRS = 256 * 256
 """At and below this many pairs T x S of a head, None picks "dense": the whole plane is one tile."""
@@ -159,7 +158,7 @@ def sequential_axes(mask_axes: Any) -> str:
 
 def _of_every_example(mask: Mask, sizes: dict[str, int]) -> Mask:
     """Return the mask as far as it is known while tracing and the same for all examples."""
-    mask, letters = leading.of_mask("attend", mask, sizes)
+    mask, letters = batch_axes.of_mask("attend", mask, sizes)
     leaves, structure = jax.tree.flatten(mask.static())
     known = [Unknown() if axes else leaf for axes, leaf in zip(letters, leaves, strict=True)]
     return structure.unflatten(known)

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.masks import And, Causal, Full, Mask, Window
+from attention_jax.masks import Causal, Full, Mask, Window
+from attention_jax.masks.algebra import And
 from attention_jax.normalizers import softmax
 from attention_jax.scores import dot, scaled_dot
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from attention_jax.implementations.head import Head, Result, finite_rows, kept
-from attention_jax.intervals import indices
+from attention_jax.base.finite import finite_rows
+from attention_jax.implementations.head import Head, Result, kept
+from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import Exponential, log_normalizer, streaming
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.matmul import times
+from attention_jax.base.matmul import times
 from attention_jax.normalizers import Elementwise, Exponential
 
 Array = jax.Array

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.implementations.tiles import Visits
-from attention_jax.intervals import EMPTY, FULL, PARTIAL, indices
+from attention_jax.masks import EMPTY, FULL, PARTIAL
+from attention_jax.masks.intervals import indices
 
 Array = jax.Array
 

@@ -27,17 +27,18 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from attention_jax.composition import identity
+from attention_jax.base.finite import finite, poison
+from attention_jax.base.matmul import times
+from attention_jax.base.trees import hoisted, merge_floats, split_floats, varying_like
 from attention_jax.implementations import online
-from attention_jax.implementations.head import SAVED, Head, Result, finite, kept, poison
+from attention_jax.implementations.head import SAVED, Head, Result, kept
+from attention_jax.implementations.merging import merge
 from attention_jax.implementations.passes import Pass, over_visits
 from attention_jax.implementations.tiles import Visits, make_plan, make_visits
-from attention_jax.intervals import indices
 from attention_jax.masks import Lengths
-from attention_jax.matmul import times
-from attention_jax.merging import merge
+from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import Elementwise, Exponential, streaming
-from attention_jax.trees import hoisted, merge_floats, split_floats, varying_like
+from attention_jax.scores.composition import identity
 
 Array = jax.Array
 

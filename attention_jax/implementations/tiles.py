@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.intervals import EMPTY, FULL, PARTIAL
-from attention_jax.masks import Mask
+from attention_jax.masks import EMPTY, FULL, PARTIAL, Mask
 
 TOGETHER_PAIRS = {"cpu": 2**19}
 """Tiles that are visited together have about so many pairs."""

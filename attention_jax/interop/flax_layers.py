@@ -17,12 +17,12 @@ from flax import linen, nnx
 
 from attention_jax import masks
 from attention_jax.attention import attend
-from attention_jax.composition import is_positional, separate
 from attention_jax.interop import layout
 from attention_jax.interop.dropout import same_in_every_head
 from attention_jax.normalizers import softmax
-from attention_jax.operands import function_of
-from attention_jax.scores import scaled_dot
+from attention_jax.request import function_of
+from attention_jax.scores import scaled_dot, separate
+from attention_jax.scores.composition import is_positional
 
 Array = jax.Array
 

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax import checks, leading
 from attention_jax.attention import attend
-from attention_jax.composition import scaled
-from attention_jax.masks import Causal, Lengths, Mask, Window, as_mask
-from attention_jax.scores import dot, scaled_dot
-from attention_jax.typing import at_least_float32
+from attention_jax.base import checks
+from attention_jax.base.typing import at_least_float32
+from attention_jax.masks import Causal, Lengths, Mask, Window, as_mask, batch_axes
+from attention_jax.scores import dot, scaled, scaled_dot
 
 Array = jax.Array
 ArrayLike = Any
@@ -114,7 +113,7 @@ def dot_product_attention(
     checks.multiple(OPERATION, "query heads N", sizes["N"], "key heads K", sizes["K"])
     if bias is not None:
         bias = jnp.asarray(bias, at_least_float32(query.dtype))
-        leading.of_array(f"{OPERATION}: bias", bias, sizes)
+        batch_axes.of_array(f"{OPERATION}: bias", bias, sizes)
 
     masks = (
         Causal() if is_causal else None,
@@ -161,12 +160,12 @@ def _with_batch(name: str, array: ArrayLike) -> Array:
     return array[None] if array.ndim == 3 else array
 
 
-def _table(mask: ArrayLike | None, sizes: leading.Sizes) -> Mask | None:
+def _table(mask: ArrayLike | None, sizes: batch_axes.Sizes) -> Mask | None:
     if mask is None:
         return None
     mask = jnp.asarray(mask)
     table = as_mask(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
-    leading.of_mask(OPERATION, table, sizes)
+    batch_axes.of_mask(OPERATION, table, sizes)
     return table
 
 
@@ -183,7 +182,7 @@ def _window(size: Any) -> Mask | None:
     return Window(left, right) if min(left, right) >= 0 else ~Causal(-left - 1) & Causal(right)
 
 
-def _padding(query_lengths: Any, key_lengths: Any, sizes: leading.Sizes) -> Mask | None:
+def _padding(query_lengths: Any, key_lengths: Any, sizes: batch_axes.Sizes) -> Mask | None:
     if query_lengths is None and key_lengths is None:
         return None
     queries = _lengths("query_seq_lengths", query_lengths, sizes)
@@ -191,7 +190,7 @@ def _padding(query_lengths: Any, key_lengths: Any, sizes: leading.Sizes) -> Mask
     return Lengths(sizes["S"] if keys is None else keys, queries)
 
 
-def _lengths(name: str, lengths: Any, sizes: leading.Sizes) -> Array | None:
+def _lengths(name: str, lengths: Any, sizes: batch_axes.Sizes) -> Array | None:
     if lengths is None:
         return None
     lengths = jnp.asarray(lengths)

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax import checks
-from attention_jax.binding import PerHead, bind, per_head
-from attention_jax.composition import is_positional, positional, separate
+from attention_jax.base import checks
+from attention_jax.base.binding import PerHead, bind, per_head
+from attention_jax.base.typing import at_least_float32
 from attention_jax.masks import Mask, Shift, Table, as_mask
-from attention_jax.operands import function_of
-from attention_jax.typing import at_least_float32
+from attention_jax.request import function_of
+from attention_jax.scores import separate
+from attention_jax.scores.composition import is_positional, positional
 
 Array = jax.Array
 

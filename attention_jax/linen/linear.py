@@ -7,21 +7,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from attention_jax.feature_maps import elu_plus_one
-from attention_jax.heads import Projected
-from attention_jax.linear import LinearState
-from attention_jax.linen.bound import Bound
-from attention_jax.linen.projecting import Projecting, dropout_of_weights
-from attention_jax.linformer import projection_init as along_the_sequence
-from attention_jax.masks import Causal
-from attention_jax.pairless import (
+from attention_jax.base.parameters import Initializer
+from attention_jax.layers.heads import Projected
+from attention_jax.layers.linear import (
     LinearLayer,
     LinformerLayer,
     check_linear,
     check_linformer,
     projection_shape,
 )
-from attention_jax.parameters import Initializer
+from attention_jax.linear import LinearState
+from attention_jax.linear.feature_maps import elu_plus_one
+from attention_jax.linear.linformer import projection_init as along_the_sequence
+from attention_jax.linen.bound import Bound
+from attention_jax.linen.projecting import Projecting, dropout_of_weights
+from attention_jax.masks import Causal
 
 Array = jax.Array
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as standard
 
-from attention_jax import transformer
 from attention_jax.cache import next_positions
-from attention_jax.heads import Projected
+from attention_jax.layers import transformer
+from attention_jax.layers.heads import Projected
+from attention_jax.layers.transformer import Cache
 from attention_jax.linen.transformer import Embedding, TransformerStack
 from attention_jax.positions import sinusoidal
-from attention_jax.transformer import Cache
 
 Array = jax.Array
 

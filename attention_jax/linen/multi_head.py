@@ -9,13 +9,13 @@ import flax.linen as nn
 import jax
 
 from attention_jax import scores
+from attention_jax.base.parameters import Initializer
 from attention_jax.cache import KeyValueCache
-from attention_jax.heads import Projected
+from attention_jax.layers.heads import Projected
+from attention_jax.layers.multi_head import MultiHead
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.projecting import Projecting, dropout_of_weights
-from attention_jax.multi_head import MultiHead
 from attention_jax.normalizers import softmax
-from attention_jax.parameters import Initializer
 
 Array = jax.Array
 

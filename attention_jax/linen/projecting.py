@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as standard
 
-from attention_jax.heads import HeadSizes, Projections, check_combine, kept_dtype
-from attention_jax.parameters import Initializer
+from attention_jax.base.parameters import Initializer
+from attention_jax.layers.heads import HeadSizes, Projections, check_combine, kept_dtype
 
 Array = jax.Array
 

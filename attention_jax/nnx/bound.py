@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.binding import as_pytree
-from attention_jax.parameters import (
+from attention_jax.base.binding import as_pytree
+from attention_jax.base.parameters import (
     Initializer,
     bind_parameters,
     flat_names,

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax import checks, scores
+from attention_jax import scores
+from attention_jax.base import checks
+from attention_jax.base.parameters import Initializer, luong_uniform
 from attention_jax.nnx.bound import Bound
 from attention_jax.normalizers import softmax
-from attention_jax.parameters import Initializer, luong_uniform
-from attention_jax.source import Source, prepare, read
+from attention_jax.scores.prepared import Source, prepare, read
 
 Array = jax.Array
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers as standard
 
-from attention_jax import transformer
 from attention_jax.cache import next_positions
-from attention_jax.heads import Projected
+from attention_jax.layers import transformer
+from attention_jax.layers.heads import Projected
+from attention_jax.layers.transformer import Cache
 from attention_jax.nnx.transformer import Embedding, TransformerStack, dropout_of
 from attention_jax.positions import sinusoidal
-from attention_jax.transformer import Cache
 
 Array = jax.Array
 

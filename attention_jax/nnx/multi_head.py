@@ -11,13 +11,13 @@ from flax import nnx
 from jax.nn import initializers as standard
 
 from attention_jax import scores
+from attention_jax.base.parameters import Initializer
 from attention_jax.cache import KeyValueCache
-from attention_jax.heads import Projected
-from attention_jax.multi_head import MultiHead
+from attention_jax.layers.heads import Projected
+from attention_jax.layers.multi_head import MultiHead
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.projecting import Projecting, dropout_of_weights
 from attention_jax.normalizers import softmax
-from attention_jax.parameters import Initializer
 
 Array = jax.Array
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers as standard
 
-from attention_jax import transformer
-from attention_jax.heads import Projected
+from attention_jax.base.parameters import Initializer
+from attention_jax.layers import transformer
+from attention_jax.layers.heads import Projected
+from attention_jax.layers.transformer import Cache
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.multi_head import MultiHeadAttention
-from attention_jax.parameters import Initializer
-from attention_jax.transformer import Cache
 
 Array = jax.Array
 

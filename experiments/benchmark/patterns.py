@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax import algebra, attend, explain, grids, masks, patterns
-from attention_jax.intervals import indices
+from attention_jax import attend, explain, masks
+from attention_jax.masks import algebra
+from attention_jax.masks.intervals import indices
 from experiments.benchmark.measure import (
     Program,
     compiled,
@@ -65,15 +66,15 @@ def families(scale: int = 1) -> dict[str, Family]:
     def documents(length: int) -> Any:
         return masks.Segment(np.arange(length, dtype=np.int32) // window)
 
-    def swin(length: int) -> grids.GridWindow:
+    def swin(length: int) -> masks.GridWindow:
         width = 2 ** round(math.log2(length) / 2)
-        return grids.swin(length // width, width, GRID_WINDOW)
+        return masks.swin(length // width, width, GRID_WINDOW)
 
     def strided(length: int) -> Any:
-        return patterns.sparse_strided(math.isqrt(length))
+        return masks.sparse_strided(math.isqrt(length))
 
     def fixed(length: int) -> Any:
-        return patterns.sparse_fixed(math.isqrt(length))
+        return masks.sparse_fixed(math.isqrt(length))
 
     def same(mask: Any) -> Callable[[int], Any]:
         return lambda length: mask
@@ -84,23 +85,23 @@ def families(scale: int = 1) -> dict[str, Family]:
         "prefix": Family(same(masks.Prefix(window) | causal), f"Prefix({window}) | Causal()"),
         "window": Family(same(causal & masks.Window(window, 0)), f"Causal() & Window({window}, 0)"),
         "segment": Family(documents, f"Segment(ids), documents of {window}"),
-        "chunked": Family(same(patterns.Chunked(window, 1)), f"Chunked({window}, before=1)"),
+        "chunked": Family(same(masks.Chunked(window, 1)), f"Chunked({window}, before=1)"),
         "block": Family(
-            same(patterns.Block(masks.Window(1, 1), block)), f"Block(Window(1, 1), {block})"
+            same(masks.Block(masks.Window(1, 1), block)), f"Block(Window(1, 1), {block})"
         ),
-        "dilated": Family(same(patterns.Dilated(block, block, 2)), f"Dilated({block}, {block}, 2)"),
-        "global tokens": Family(same(patterns.GlobalTokens(tokens)), f"GlobalTokens({tokens})"),
+        "dilated": Family(same(masks.Dilated(block, block, 2)), f"Dilated({block}, {block}, 2)"),
+        "global tokens": Family(same(masks.GlobalTokens(tokens)), f"GlobalTokens({tokens})"),
         "longformer": Family(
-            same(patterns.longformer(window, tokens)), f"longformer({window}, {tokens})"
+            same(masks.longformer(window, tokens)), f"longformer({window}, {tokens})"
         ),
         "bigbird": Family(
-            lambda length: patterns.bigbird(key, length, block), f"bigbird(key, S, {block})"
+            lambda length: masks.bigbird(key, length, block), f"bigbird(key, S, {block})"
         ),
         "strided": Family(strided, "sparse_strided(sqrt(S))"),
         "fixed": Family(fixed, "sparse_fixed(sqrt(S))"),
         "swin": Family(swin, f"swin(H, W, {GRID_WINDOW})"),
         "swin in order": Family(
-            lambda length: grids.window_order(swin(length))[1],
+            lambda length: masks.window_order(swin(length))[1],
             f"window_order(swin(H, W, {GRID_WINDOW}))",
         ),
     }
@@ -187,7 +188,7 @@ visited, in percent of all pairs at S={points[-1].length}. Milliseconds are proc
 threads at that length, bytes temporaries; exponents are slopes of a log-log plot over all lengths.
 Where the exponents of time and of live pairs agree, empty tiles cost nothing. A pattern
 that touches every tile (a stride below the edge of a tile) saves no work, however few pairs it
-allows: put side by side what attends to each other, as `grids.window_order` does for a grid.
+allows: put side by side what attends to each other, as `masks.window_order` does for a grid.
 
 {tables}
 """

@@ -8,7 +8,7 @@ from cycler import cycler
 from matplotlib import color_sequences
 from matplotlib.figure import Figure
 
-from attention_jax.plots import save
+from attention_jax.diagnostics.plots import save
 
 _LABELS = {"cpu ms": "milliseconds of processor time", "ms": "milliseconds", "MiB": "MiB"}
 

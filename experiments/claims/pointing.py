@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax import bind
-from attention_jax.parameters import Parameter, initialize, parameters_of
+from attention_jax.base.parameters import Parameter, initialize, parameters_of
 from experiments.claims.training import Arm, accuracy, cross_entropy
 
 Array = jax.Array

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from attention_jax.plots import save
+from attention_jax.diagnostics.plots import save
 from experiments import terminal
 from experiments.claims import report
 from experiments.claims.cache import Cache

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-from attention_jax.plots import draw_weights, save
+from attention_jax.diagnostics.plots import draw_weights, save
 from experiments.data.alignments import parse
 from experiments.data.corpus import Links
 from experiments.statistics import interval

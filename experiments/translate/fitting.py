@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attention_jax.checks import ShapeError
+from attention_jax.base.checks import ShapeError
 from experiments.command_line import UsageError
 from experiments.translate import decoding
 from experiments.translate.config import Config

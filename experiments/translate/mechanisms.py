@@ -12,15 +12,16 @@ from jax.nn import initializers
 from jax.tree_util import Partial
 
 from attention_jax import scores
-from attention_jax.binding import rule
-from attention_jax.composition import Separated, mapped, projected, separate
-from attention_jax.parameters import (
+from attention_jax.base.binding import rule
+from attention_jax.base.parameters import (
     Parameter,
     bind_parameters,
     initialize,
     learned,
     parameters_of,
 )
+from attention_jax.scores import Separated, projected, separate
+from attention_jax.scores.composition import mapped
 from experiments.command_line import UsageError
 from experiments.translate.config import SCORES
 

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from attention_jax.nnx import DecoderAttention
-from attention_jax.source import Source
+from attention_jax.scores.prepared import Source
 from experiments.data.vocabulary import BOS, PAD
 from experiments.translate.mechanisms import score_of
 

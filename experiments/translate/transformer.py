@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention_jax.layers.heads import Projected
 from attention_jax.masks import Lengths
-from attention_jax.multi_head import Projected
 from attention_jax.nnx import EncoderDecoder, MultiHeadAttention
 from attention_jax.positions import rotary
 from experiments.data.vocabulary import BOS, PAD

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from attention_jax.checks import ShapeError
+from attention_jax.base.checks import ShapeError
 from experiments import metrics
 from experiments.command_line import UsageError, show
 from experiments.data.corpora import Reader

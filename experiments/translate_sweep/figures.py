@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from attention_jax.plots import save
+from attention_jax.diagnostics.plots import save
 from experiments.translate.figures import COLORS, style
 from experiments.translate.workdir import Record
 from experiments.translate_sweep.config import RATE, Point, shown

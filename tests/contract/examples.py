@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attention_jax import bind, graphs, grids, masks, normalizers, patterns, scores
+from attention_jax import bind, masks, normalizers, scores
 from tests import oracle
 
 
@@ -214,29 +214,29 @@ def _shift(rng, batch, heads, query_length, key_length):
 
 def _global_tokens(rng, batch, heads, query_length, key_length):
     marks = rng.random((batch, max(query_length, key_length))) < 0.3
-    return MaskExample(patterns.GlobalTokens(marks), lambda b, n, i, j: marks[b, i] or marks[b, j])
+    return MaskExample(masks.GlobalTokens(marks), lambda b, n, i, j: marks[b, i] or marks[b, j])
 
 
 def _edges(rng, batch, heads, query_length, key_length):
     neighbors = rng.integers(-1, key_length, (batch, heads, query_length, 2))
-    return MaskExample(graphs.Edges(neighbors), lambda b, n, i, j: j in neighbors[b, n, i])
+    return MaskExample(masks.Edges(neighbors), lambda b, n, i, j: j in neighbors[b, n, i])
 
 
 def _random_blocks(rng, batch, heads, query_length, key_length):
     key = jax.random.key(int(rng.integers(99)))
-    mask = patterns.random_blocks(key, 8, size=2, count=2, heads=heads)
+    mask = masks.random_blocks(key, 8, size=2, count=2, heads=heads)
     drawn = np.asarray(mask.mask.neighbors)[0]
     return MaskExample(mask, lambda b, n, i, j: j // 2 in drawn[n, i // 2])
 
 
 def _bigbird(rng, batch, heads, query_length, key_length):
     key = jax.random.key(int(rng.integers(99)))
-    mask = patterns.bigbird(key, 8, size=1, window=3, global_blocks=1, random=2)
-    drawn = np.asarray(patterns.random_blocks(key, 8, 1, 2, NEAR).mask.neighbors)
+    mask = masks.bigbird(key, 8, size=1, window=3, global_blocks=1, random=2)
+    drawn = np.asarray(masks.random_blocks(key, 8, 1, 2, NEAR).mask.neighbors)
     return MaskExample(mask, lambda b, n, i, j: abs(i - j) <= 1 or 0 in (i, j) or j in drawn[i])
 
 
-NEAR = masks.Window(1, 1) | patterns.GlobalTokens(1)
+NEAR = masks.Window(1, 1) | masks.GlobalTokens(1)
 
 _MASKS: dict[str, Callable[..., MaskExample]] = {
     "Full": lambda *_: MaskExample(masks.Full(), lambda b, n, i, j: True),
@@ -252,47 +252,47 @@ _MASKS: dict[str, Callable[..., MaskExample]] = {
         lambda b, n, i, j: abs(i - j) % 3 == 1,
     ),
     "Shift": _shift,
-    "Strided": lambda *_: MaskExample(patterns.Strided(3), lambda b, n, i, j: (i - j) % 3 == 0),
-    "Fixed": lambda *_: MaskExample(patterns.Fixed(3, 2), lambda b, n, i, j: j % 3 >= 1),
+    "Strided": lambda *_: MaskExample(masks.Strided(3), lambda b, n, i, j: (i - j) % 3 == 0),
+    "Fixed": lambda *_: MaskExample(masks.Fixed(3, 2), lambda b, n, i, j: j % 3 >= 1),
     "Dilated": lambda rng, batch, heads, *_: MaskExample(
-        patterns.Dilated(1, 2, np.arange(1, heads + 1)[None]),
+        masks.Dilated(1, 2, np.arange(1, heads + 1)[None]),
         lambda b, n, i, j: j - i in [step * (n + 1) for step in (-1, 0, 1, 2)],
     ),
     "Chunked": lambda *_: MaskExample(
-        patterns.Chunked(3, before=1), lambda b, n, i, j: i // 3 - 1 <= j // 3 <= i // 3
+        masks.Chunked(3, before=1), lambda b, n, i, j: i // 3 - 1 <= j // 3 <= i // 3
     ),
     "Block": lambda *_: MaskExample(
-        patterns.Block(masks.Causal(), 2), lambda b, n, i, j: j // 2 <= i // 2
+        masks.Block(masks.Causal(), 2), lambda b, n, i, j: j // 2 <= i // 2
     ),
     "GlobalTokens": _global_tokens,
     "Heads": lambda rng, batch, heads, *_: MaskExample(
-        patterns.Heads([masks.Window(n, 0) for n in range(heads)]),
+        masks.Heads([masks.Window(n, 0) for n in range(heads)]),
         lambda b, n, i, j: i - n <= j <= i,
     ),
     "Edges": _edges,
     "edges": lambda *_: MaskExample(
-        patterns.edges([(0, 1), (2, 0), (2, 2)], 8), lambda b, n, i, j: (i, j) in PAIRS
+        masks.edges([(0, 1), (2, 0), (2, 2)], 8), lambda b, n, i, j: (i, j) in PAIRS
     ),
     "random_blocks": _random_blocks,
     "sparse_strided": lambda *_: MaskExample(
-        patterns.sparse_strided(2),
+        masks.sparse_strided(2),
         lambda b, n, i, j: j <= i and (i - j <= 2 or (i - j) % 2 == 0),
     ),
     "sparse_fixed": lambda *_: MaskExample(
-        patterns.sparse_fixed(2), lambda b, n, i, j: j <= i and (i // 2 == j // 2 or j % 2 == 1)
+        masks.sparse_fixed(2), lambda b, n, i, j: j <= i and (i // 2 == j // 2 or j % 2 == 1)
     ),
     "longformer": lambda *_: MaskExample(
-        patterns.longformer(2, tokens=1), lambda b, n, i, j: abs(i - j) <= 1 or 0 in (i, j)
+        masks.longformer(2, tokens=1), lambda b, n, i, j: abs(i - j) <= 1 or 0 in (i, j)
     ),
     "bigbird": _bigbird,
     "GridWindow": lambda *_: MaskExample(
-        grids.GridWindow(2, 4, 2, shift=1),
+        masks.GridWindow(2, 4, 2, shift=1),
         lambda b, n, i, j: (
             (i // 4 + 1) // 2 == (j // 4 + 1) // 2 and (i % 4 + 1) // 2 == (j % 4 + 1) // 2
         ),
     ),
     "swin": lambda *_: MaskExample(
-        grids.swin(2, 4, 2), lambda b, n, i, j: i // 8 == j // 8 and i % 4 // 2 == j % 4 // 2
+        masks.swin(2, 4, 2), lambda b, n, i, j: i // 8 == j // 8 and i % 4 // 2 == j % 4 // 2
     ),
 }
 PAIRS = {(0, 1), (2, 0), (2, 2)}

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import attend, attention, grids, masks, normalizers, patterns, scores
+from attention_jax import attend, attention, masks, normalizers, scores
+from attention_jax.base.parameters import parameters_of
 from attention_jax.normalizers import streaming
-from attention_jax.parameters import parameters_of
 from tests import oracle
 from tests.contract import examples
 
@@ -39,8 +39,6 @@ BUILT_FROM_SCORES = {
     [
         (scores, examples.SCORES, examples.NOT_SCORES),
         (masks, examples.MASKS, examples.NOT_MASKS),
-        (patterns, examples.MASKS, examples.NOT_MASKS),
-        (grids, examples.MASKS, examples.NOT_MASKS),
         (normalizers, examples.NORMALIZERS, examples.NOT_NORMALIZERS),
     ],
 )
@@ -54,7 +52,14 @@ def combinations():
 
     What takes long to compile meets less: other implementations and scores of several layers are
     given different masks and normalizers each, and other gradients than dense ones less often.
+    All are run with the slow tests, every eighth with the others too.
     """
+    for turn, combination in enumerate(_all_combinations()):
+        marks = [] if turn % 8 == 0 else [pytest.mark.slow]
+        yield pytest.param(*combination, marks=marks)
+
+
+def _all_combinations():
     masks_in_turn, normalizers_in_turn = (
         itertools.cycle(sorted(names)) for names in (examples.MASKS, examples.NORMALIZERS)
     )
@@ -135,6 +140,7 @@ def pairs():
             yield pytest.param(name, score, mask, marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "score", "mask"), list(pairs()))
 def test_compiled_vectorised_and_in_half_precision(name, score, mask):
     """Also with more queries than keys: what the loops say of inputs rounded to that dtype."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from attention_jax import attend, bind, masks, normalizers, patterns, positions, scores
+from attention_jax import attend, bind, masks, normalizers, positions, scores
 from attention_jax.linear import linear_attention
 
 LENGTH, TILE = 9, (4, 3)
@@ -83,6 +83,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "transformed"), PAIRS)
 def test_functions_may_close_over_traced_integers(options, transformed):
     x = normal(3, 1, LENGTH, 2, 4)
@@ -96,6 +97,7 @@ def test_functions_may_close_over_traced_integers(options, transformed):
     same_as_dense(gradient_of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask_of", "known_late"),
     [
@@ -119,6 +121,7 @@ def test_gradient_of_a_batch_whose_masks_differ(mask_of, known_late, same_x):
     same_as_dense(gradient_of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mask", [masks.Lengths(jnp.ones(0, int)), masks.Segment(jnp.ones((0, LENGTH), int))]
 )
@@ -128,6 +131,7 @@ def test_an_empty_batch_whose_mask_only_run_time_knows(mask):
     assert attend(x, x, x, mask=mask, **chosen).shape == x.shape
 
 
+@pytest.mark.slow
 def test_no_tile_is_live_though_run_time_has_a_say():
     x = normal(2, LENGTH, 1, 4)
     mask = masks.Shift(masks.Causal(), key=LENGTH) & masks.Lengths(jnp.array([3, 4]))
@@ -140,6 +144,7 @@ def test_values_without_features_where_tiles_are_visited_together():
     assert context.shape == (1, 40, 1, 0)
 
 
+@pytest.mark.slow
 def test_gradient_of_values_without_features():
     x = normal(1, LENGTH, 1, 4)
 
@@ -161,6 +166,7 @@ def test_gradient_of_values_without_features():
     same_as_dense(gradient_of)
 
 
+@pytest.mark.slow
 def test_a_sink_that_is_none_where_no_key_may_be_seen():
     x = normal(1, LENGTH, 1, 4)
 
@@ -176,6 +182,7 @@ def test_a_sink_that_is_none_where_no_key_may_be_seen():
     same_as_dense(gradient_of)
 
 
+@pytest.mark.slow
 def test_a_bias_of_integers():
     x = normal(1, LENGTH, 1, 4)
     bias = jnp.arange(LENGTH**2).reshape(LENGTH, LENGTH)
@@ -187,7 +194,7 @@ OVER_A_MESH = {
     "lengths": lambda x, lengths: attend(x, x, x, mask=masks.Lengths(lengths), **TILED),
     "array": lambda x, lengths: attend(x, x, x, bias=jnp.ones((2, LENGTH, LENGTH)), **TILED),
     "slopes": lambda x, lengths: attend(x, x, x, bias=positions.alibi_bias(2), **TILED),
-    "heads": lambda x, lengths: attend(x, x, x, mask=patterns.Heads(TWO_MASKS), **TILED),
+    "heads": lambda x, lengths: attend(x, x, x, mask=masks.Heads(TWO_MASKS), **TILED),
     "dropout": lambda x, lengths: attend(
         x, x, x, dropout_rate=0.5, dropout_key=jax.random.key(0), **TILED
     ),
@@ -198,6 +205,7 @@ TILED = {"implementation": "tiled", "tile_sizes": TILE}
 TWO_MASKS = masks.Causal(), masks.Window(3, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec(None, None, "data")])
 @pytest.mark.parametrize("function", OVER_A_MESH.values(), ids=OVER_A_MESH)
 def test_axes_sharded_over_an_explicit_mesh_stay_sharded(function, spec):

@@ -100,6 +100,7 @@ def test_every_export_has_a_twin_and_an_example():
     assert not missing, f"add to tests/contract/test_modules.py: {sorted(missing)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_twins(name):
     """The trees agree, so do the results on the parameters of NNX; `jit` changes neither."""

@@ -24,7 +24,7 @@ def named(functions):
     for dotted in re.findall(r"`([\w.]+)`", functions):
         *owner, name = dotted.split(".")
         if owner:
-            module = importlib.import_module(f"attention_jax.{owner[0]}")
+            module = importlib.import_module(f"attention_jax.{'.'.join(owner)}")
         assert hasattr(module, name), f"{module.__name__} has no {name}"
         found.append((name, getattr(module, name)))
     return found

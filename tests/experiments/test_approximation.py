@@ -8,6 +8,7 @@ from experiments import approximation
 SMALL = ["--length=32", "--depth=8", "--features=16", "--ranks=8,32", "--scales=0.3", "--draws=300"]
 
 
+@pytest.mark.slow
 def test_every_error_stands_beside_its_theory_and_the_mean_of_the_values(tmp_path, capsys):
     out = tmp_path / "new" / "table.md"
     assert approximation.main([*SMALL, f"--out={out}"]) == 0

@@ -29,6 +29,7 @@ def test_allowed_pairs_are_counted():
         assert patterns.allowed_share(mask, 7) == pytest.approx(float(counted))
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_tables_numbers_and_pictures_of_both_passes(tmp_path, monkeypatch, capsys):
     points = [Point(s, s**1.5, s / 64, 1.0, 0.5) for s in (64, 128, 256)]
     of_pass = {"causal": points, "swin": points}

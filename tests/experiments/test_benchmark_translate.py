@@ -117,6 +117,7 @@ def test_sentences_are_made_up_like_those_of_multi30k(tmp_path):
     assert 5_000 < len(words) <= made_up.WORDS["de"]
 
 
+@pytest.mark.slow
 def test_a_turn_counts_the_tokens_of_all_seeds(monkeypatch):
     config = parse([*translating.QUICK, "--seeds=2"])
     seen = []

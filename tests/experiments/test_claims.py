@@ -119,6 +119,7 @@ def test_whoever_reads_the_report_while_it_is_written_anew_sees_the_old_one(two_
     assert "Nothing goes wrong." in path.read_text()
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_measured_again_only_if_its_code_changed(two_claims, tmp_path):
     arguments = ["--claims=901", "--setting=tiny", f"--workdir={tmp_path / 'work'}"]
     path = tmp_path / "made_up" / "scale" / "c901_above_zero.py"
@@ -146,7 +147,7 @@ def test_the_key_of_a_claim_follows_what_it_imports():
     claim = catalogue.claims()[44]
     root = Path(__file__).parents[2]
     names = {path.relative_to(root).as_posix() for path in cache.sources(claim.path)}
-    assert {"attention_jax/scores.py", "attention_jax/__init__.py"} <= names
+    assert {"attention_jax/scores/formulas.py", "attention_jax/__init__.py"} <= names
     assert "experiments/claims/drawing.py" in names
     assert not any(name.startswith("experiments/benchmark/") for name in names)
 

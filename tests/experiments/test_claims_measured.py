@@ -17,6 +17,7 @@ def _marked(number):
     return number if number in QUICK else pytest.param(number, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [_marked(number) for number in claims()])
 def test_a_claim_runs(number):
     module = claims()[number].load()

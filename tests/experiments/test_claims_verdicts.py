@@ -401,6 +401,7 @@ def test_every_verdict_can_come_out_in_more_than_one_way():
     assert {number for number, outcomes in ways.items() if len(outcomes) < 2} == set()
 
 
+@pytest.mark.slow
 def test_the_committed_verdicts_follow_from_the_committed_data():
     results = json.loads(COMMITTED.read_text(encoding="utf-8"))
     found = {r["number"]: (r["verdict"], r["because"]) for r in results["claims"]}

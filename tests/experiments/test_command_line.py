@@ -91,6 +91,7 @@ def test_a_file_that_the_system_refuses_gets_one_sentence(tmp_path, capsys):
     assert said == f"program: {path}: File name too long; put that right, and try again.\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

@@ -200,6 +200,7 @@ def test_possible_links_are_agreement_negation_and_support(spoken):
     assert set(seen) == {"agreement", "support", "negation"}
 
 
+@pytest.mark.slow
 def test_every_construction_occurs(corpus):
     words = Counter(word for pair in corpus.train for word in set(pair.target))
     share = {word: count / len(corpus.train) for word, count in words.items()}

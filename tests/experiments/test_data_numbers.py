@@ -29,6 +29,7 @@ def sample():
     yield from (int(random.random() * LIMIT) for _ in range(3000))
 
 
+@pytest.mark.slow
 def test_both_languages_agree_with_num2words():
     for n in sample():
         pair = translate(n)

@@ -55,6 +55,7 @@ def test_detokenize_gives_the_text_back(text):
     assert detokenize(tokenize(text)) == text
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_tokens_are_clean_and_nothing_visible_is_lost(text):
     tokens = tokenize(text)

@@ -6,6 +6,7 @@ import pytest
 from experiments import gallery
 
 
+@pytest.mark.slow
 def test_every_mask_is_drawn_with_its_tiles(capsys):
     assert gallery.main(["--length=12", "--tile=3"]) == 0
     drawn = capsys.readouterr().out
@@ -21,6 +22,7 @@ def test_every_mask_is_drawn_with_its_tiles(capsys):
     ]
 
 
+@pytest.mark.slow
 def test_some_masks_saved_as_pictures(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     assert gallery.main(["--only=bigbird,swin", "--length=8", f"--out={out}"]) == 0

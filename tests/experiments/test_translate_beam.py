@@ -95,6 +95,7 @@ def test_a_beam_of_all_outputs_finds_the_best_of_all(alpha):
         assert found.ended[number].tolist() == [EOS in words for words in order]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_small_beam_keeps_what_a_plain_one_keeps(size):
     given = tables(searches=16)
@@ -132,6 +133,7 @@ def test_the_largest_penalty_still_ranks():
     assert jnp.isfinite(length_penalty(jnp.array([1000]), float(largest))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", ["previous", pytest.param("current", marks=pytest.mark.slow)])
 def test_a_translator_finds_its_most_probable_translations(query):
     graph, parameters = drawn(query)
@@ -153,6 +155,7 @@ def test_a_translator_finds_its_most_probable_translations(query):
             assert found[seed, row].tolist() == everything[int(of_all[seed].argmax())]
 
 
+@pytest.mark.slow
 def test_a_beam_of_one_is_greedy():
     graph, parameters = drawn("previous")
     greedy = quick(functools.partial(decoding.greedy, graph, 7))(parameters, SOURCE)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from attention_jax.parameters import Parameter, learned
+from attention_jax.base.parameters import Parameter, learned
 from experiments.command_line import UsageError
 from experiments.translate import budget
 from experiments.translate.config import Config

@@ -60,6 +60,7 @@ TRANSFORMER = SIZES._replace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES, pytest.param(TRANSFORMER, marks=pytest.mark.slow)])
 def test_products_are_computed_in_bfloat16(sizes):
     for dtype in ("bfloat16", "float32"):
@@ -88,6 +89,7 @@ def test_what_is_kept_is_float32_and_near_to_what_float32_gives(sizes):
     assert max(map(float, jax.tree.leaves(moved))) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES, pytest.param(TRANSFORMER, marks=pytest.mark.slow)])
 def test_padding_that_is_left_out_changes_nothing(sizes):
     found = []
@@ -116,6 +118,7 @@ def test_a_seed_alone_learns_what_it_learns_among_others():
         np.testing.assert_allclose(left[0], right[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_chunk_takes_its_batches_from_its_bucket():
     with jax.numpy_dtype_promotion("standard"):
         _, _, drawn, ([(source, target)], _, rows) = training("float32", seeds=1)

@@ -155,6 +155,7 @@ def test_a_disk_that_is_full(monkeypatch, tmp_path, capsys, translate):
     )
 
 
+@pytest.mark.slow
 def test_what_was_left_out_is_counted(done):
     folder = done[1]
     notices = json.loads((folder / "results.json").read_text("utf-8"))["data"]["notices"]

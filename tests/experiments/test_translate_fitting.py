@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from attention_jax.checks import ShapeError
+from attention_jax.base.checks import ShapeError
 from experiments.command_line import UsageError
 from experiments.translate import budget, fitting, task
 from experiments.translate.config import Config
@@ -32,6 +32,7 @@ def dot_of_few(query, key):
     return query @ key.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_model", [{}, {"model": "transformer", "layers": 1}])
 def test_the_size_that_is_named_is_the_least_that_fits(of_model):
     options = {"scores": ("location",), **of_model}

@@ -115,6 +115,7 @@ def copied(done, tmp_path, translate, capsys):
     return folder, command
 
 
+@pytest.mark.slow
 def test_changed_data_are_not_evaluated_on(copied, done):
     folder, command = copied
     held = json.loads((folder / "data.json").read_text("utf-8"))
@@ -171,6 +172,7 @@ def test_a_damaged_line_of_the_log(damaged, tmp_path):
     assert log.read("dot") == [{"score": "dot", "step": 1}]
 
 
+@pytest.mark.slow
 def test_a_log_that_was_lost_is_told_before_anything_is_done(copied):
     folder, command = copied
     (folder / "metrics.jsonl").unlink()

@@ -51,6 +51,7 @@ def killed(process):
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_process_killed_inside_a_save_leaves_a_whole_checkpoint(tmp_path):
     folder = tmp_path / "dot"
     process = subprocess.Popen(

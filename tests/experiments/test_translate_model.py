@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from attention_jax import scores
+from attention_jax.base.parameters import bind_parameters, initialize
 from attention_jax.nnx import DecoderAttention
-from attention_jax.parameters import bind_parameters, initialize
 from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate import budget, decoding
@@ -71,6 +71,7 @@ def translate(graph, parameters):
     return functools.partial(forward(graph), parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", SCORES + CONTROLS[:1])
 def test_every_score_attends_and_every_parameter_of_it_learns(score):
     attention = DecoderAttention(score_of(score, 6, 6, 5), 6, 6, 5, rngs=nnx.Rngs(0))
@@ -98,6 +99,7 @@ def test_every_score_attends_and_every_parameter_of_it_learns(score):
         assert (jnp.max(jnp.abs(leaf)) > 1e-5) != is_shared, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["additive", "none"])
 def test_every_parameter_of_a_translator_learns(score):
     graph, _ = graph_of(score, SIZES)
@@ -110,6 +112,7 @@ def test_every_parameter_of_a_translator_learns(score):
         assert jnp.any(leaf != 0), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_controls_attend_to_all_alike_and_to_nothing():
     for score, weight in (("uniform", 1 / 3), ("none", 0.0)):
         _, weights = forward(graph_of(score, SIZES)[0])(draw(score), SOURCE, TARGET)
@@ -117,6 +120,7 @@ def test_controls_attend_to_all_alike_and_to_nothing():
         np.testing.assert_array_equal(weights[:, 1, 3:], 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["additive", "none"])
 def test_logits_of_some_words_are_those_of_all(score):
     translator = nnx.merge(graph_of(score, SIZES)[0], draw(score))
@@ -126,6 +130,7 @@ def test_logits_of_some_words_are_those_of_all(score):
     np.testing.assert_allclose(found, every.reshape(8, -1)[some], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_attention_is_asked_with_the_previous_state(translate):
     """The word y_1 enters the state s_2, so that it moves the weights of y_3 and not of y_2."""
     _, weights = translate(SOURCE, TARGET)
@@ -142,6 +147,7 @@ def test_no_word_sees_itself_or_a_later_one(translate):
     assert jnp.any(logits[3, 0] != changed[3, 0])
 
 
+@pytest.mark.slow
 def test_padding_has_no_effect(translate):
     logits, weights = translate(SOURCE, TARGET)
     wide = jnp.pad(SOURCE, ((0, 0), (0, 3)))
@@ -181,6 +187,7 @@ def test_the_encoder_reads_in_both_directions(graph, parameters):
     np.testing.assert_array_equal(differs, [[0, 1], [0, 1], [1, 1], [1, 0], [1, 0]])
 
 
+@pytest.mark.slow
 def test_dropout_follows_its_key(translate, parameters):
     dropping = functools.partial(forward(graph_of("additive", SIZES, 0.5)[0]), parameters)
     plain, _ = translate(SOURCE, TARGET)
@@ -191,6 +198,7 @@ def test_dropout_follows_its_key(translate, parameters):
     assert jnp.any(first != plain)
 
 
+@pytest.mark.slow
 def test_greedy_chooses_the_best_word_again_and_again():
     longest = 6
     graph, _ = graph_of("scaled_dot", SIZES)
@@ -207,6 +215,7 @@ def test_greedy_chooses_the_best_word_again_and_again():
         np.testing.assert_array_equal(found[seed], words)
 
 
+@pytest.mark.slow
 def test_greedy_stops_at_the_end_of_every_sentence(graph, parameters):
     translator = nnx.merge(graph, parameters)
     bias = translator.decoder.output.bias
@@ -217,6 +226,7 @@ def test_greedy_stops_at_the_end_of_every_sentence(graph, parameters):
     np.testing.assert_array_equal(found, [[[EOS] + [PAD] * 8] * 2])
 
 
+@pytest.mark.slow
 def test_forced_losses_are_those_of_the_model(graph, parameters, translate):
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), parameters)
     losses, weights = quick(functools.partial(decoding.force, graph))(stacked, SOURCE, TARGET)
@@ -237,6 +247,7 @@ def test_the_first_word_is_given_the_begin_symbol(graph, parameters, translate):
     np.testing.assert_allclose(logits[0], first_logits(SOURCE), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_score_between_projections_is_the_score_of_projected_rows():
     asked = between_projections(scores.cosine, 3, 4, 5)
     values = initialize(jax.random.key(0), dict(asked.parameters))
@@ -255,6 +266,7 @@ def test_a_score_of_ones_own_is_named_by_its_path():
         score_of("no.such.score", 6, 6, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", SCORES + CONTROLS)
 def test_matched_translators_have_equally_many_parameters(score):
     sizes = Sizes(source_words=114, target_words=159, width=64, attention_size=64, readout_size=64)
@@ -263,6 +275,7 @@ def test_matched_translators_have_equally_many_parameters(score):
     assert abs(found / wanted - 1) <= 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.9), (3, 0.99), (1000, 0.9999)])
 def test_a_warmup_of_nearly_all_steps_leaves_one_to_the_cosine(steps, warmup):
     optimizer = optimizer_of(Config(steps=steps, warmup=warmup))

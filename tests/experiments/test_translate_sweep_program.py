@@ -97,6 +97,7 @@ def test_values_added_later_are_trained_alone(sweep, trained, tmp_path, capsys):
     assert set(trained) == {(score, *where) for score in ("additive", "dot") for where in new}
 
 
+@pytest.mark.slow
 def test_the_tidy_table_keeps_the_runs_of_other_commands(sweep, trained, tmp_path):
     def rows():
         text = (tmp_path / "sweep" / "sweep.csv").read_text("utf-8")
@@ -126,6 +127,7 @@ def test_the_tidy_table_keeps_the_runs_of_other_commands(sweep, trained, tmp_pat
     assert rows() == before, "what was deleted is not kept"
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_goes_on_where_it_was(sweep, trained, capsys, monkeypatch):
     kept = run.outcome_of
 
@@ -145,6 +147,7 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(sweep, trained, capsys, mo
     assert [score for score, *_ in trained] == ["additive", "dot"]
 
 
+@pytest.mark.slow
 def test_another_sweep_or_process_in_the_folder_is_refused(sweep, trained, tmp_path, capsys):
     folder = tmp_path / "sweep"
     assert sweep("--seeds=1") == 0
@@ -170,6 +173,7 @@ def test_data_that_cannot_be_read_are_refused_before_anything_is_written(sweep, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
@@ -220,6 +224,7 @@ def test_a_sweep_goes_on_with_the_data_it_began_with_alone(sweep, trained, tmp_p
     assert error.count("\n") == 1 and len(trained) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["0.01", "100"])
 def test_a_damaged_outcome_is_named(rate, sweep, trained, tmp_path, capsys):
     flags = ("--seeds=1", "--scores=dot", f"--learning_rate={rate}")

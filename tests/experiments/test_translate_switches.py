@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax.parameters import bind_parameters, initialize
+from attention_jax.base.parameters import bind_parameters, initialize
 from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate.command_line import parse
@@ -37,6 +37,7 @@ def current():
     return translator(query="current")
 
 
+@pytest.mark.slow
 def test_the_current_state_has_seen_the_previous_word(current):
     """The word y_1 enters the state s_2, which asks for the context of y_2."""
     translate = quick(lambda target: current(SOURCE, target)[1])
@@ -75,6 +76,7 @@ def test_the_first_step_of_the_current_state_sees_no_context():
     assert jnp.any(second != changed_second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", ["previous", "current"])
 def test_step_by_step_is_the_whole(query):
     made = translator(query=query)
@@ -100,6 +102,7 @@ def test_without_a_bridge_decoding_begins_with_zeros():
     np.testing.assert_array_equal(state, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["additive", "cosine", "low_rank_bilinear"])
 def test_tied_projections_are_equal_projections(name):
     rows = jax.random.normal(jax.random.key(2), (7, 6))
@@ -113,6 +116,7 @@ def test_tied_projections_are_equal_projections(name):
     np.testing.assert_array_equal(bind_parameters(tied, values)(query, key), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dot", "additive", "bilinear"])
 def test_normed_rows_have_no_length(name):
     normed = score_of(name, 6, 6, 5, normed=True)

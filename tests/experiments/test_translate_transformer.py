@@ -69,6 +69,7 @@ def translate(additive):
     return functools.partial(forward(graph), parameters)
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_source(translate):
     logits, weights = translate(SOURCE, TARGET)
     assert logits.shape == (4, 2, 13) and weights.shape == (4, 2, 5)
@@ -83,6 +84,7 @@ def test_no_word_sees_itself_or_a_later_one(translate):
     assert jnp.any(logits[3, 0] != changed[3, 0])
 
 
+@pytest.mark.slow
 def test_padding_has_no_effect(translate):
     logits, weights = translate(SOURCE, TARGET)
     padded, more = translate(jnp.pad(SOURCE, ((0, 0), (0, 3))), TARGET)
@@ -90,6 +92,7 @@ def test_padding_has_no_effect(translate):
     np.testing.assert_allclose(weights, more[:, :, :5], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [pytest.param(SIZES, marks=pytest.mark.slow), SIZES._replace(model="bigru")],
@@ -140,6 +143,7 @@ def test_dropout_follows_its_key_and_differs_from_layer_to_layer(additive):
     assert len(keys) == len(streams) == 2 + 2 * (1 + 1) + 2 * (2 + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "positions",
     [
@@ -194,6 +198,7 @@ def test_matched_transformers_have_equally_many_parameters(score):
     assert abs(found / wanted - 1) <= 0.01
 
 
+@pytest.mark.slow
 def test_tied_projections_have_fewer_parameters_and_norms_more():
     plain, tied, normed = (
         count_parameters("dot", SIZES._replace(**switch))
@@ -204,6 +209,7 @@ def test_tied_projections_have_fewer_parameters_and_norms_more():
     assert normed - plain == 6 * 2 * 4
 
 
+@pytest.mark.slow
 def test_initial_parameters_are_all_there_is():
     config = Config(model="transformer", seeds=2, dropout=0.1)
     state = initial_state("scaled_dot", SIZES._replace(layers=1), config)

@@ -64,6 +64,7 @@ def test_evaluation_finds_what_training_found(done, ask):
     assert found["possible_found"] is None and found["step"] == 4000
 
 
+@pytest.mark.slow
 def test_translation_goes_line_by_line(ask, samples, tmp_path):
     lines = [samples[0]["source"], "", f"{samples[1]['source']} zebra", samples[2]["source"]]
     stdin = "\n".join(lines).encode()
@@ -80,6 +81,7 @@ def test_translation_goes_line_by_line(ask, samples, tmp_path):
         assert all(i < len(source.split()) and j < len(target.split()) for i, j in pairs)
 
 
+@pytest.mark.slow
 def test_scores_are_the_losses_of_an_evaluation(done, ask, samples, tmp_path):
     table = "".join(f"{s['source']}\t{s['target']}\t0-0\n" for s in samples)
     (tmp_path / "pairs.tsv").write_text(table, "utf-8")
@@ -94,6 +96,7 @@ def test_scores_are_the_losses_of_an_evaluation(done, ask, samples, tmp_path):
     np.testing.assert_allclose(found["scores"][0]["loss"]["mean"], -sum(scores) / tokens, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_words_that_are_not_known_are_told_with_their_side(ask):
     code, out, err = ask("score", stdin=b"one zebra\tzebra one emu zebra\none\temu\n")
     assert code == 0 and out.count("\n") == 2
@@ -103,6 +106,7 @@ def test_words_that_are_not_known_are_told_with_their_side(ask):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links", [("", ""), ("\t2 0 1", "\t2-0")])
 @pytest.mark.parametrize(("at_spaces", "words"), [(True, 8), (False, 9)])
 def test_a_table_is_cut_into_words_as_the_training_was(
@@ -129,6 +133,7 @@ def test_a_table_is_cut_into_words_as_the_training_was(
     assert (sentence in err) == (not at_spaces and links[0] != "")
 
 
+@pytest.mark.slow
 def test_evaluations_of_other_sets_or_decodings_keep_their_own_files(done, ask, samples, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(done[1], folder, ignore=shutil.ignore_patterns("evaluations"))
@@ -175,6 +180,7 @@ def test_evaluations_of_other_scores_share_a_file(tmp_path, capsys):
     assert len(report(5, "none")[1]["scores"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", ["translate", *(pytest.param(x, marks=pytest.mark.slow) for x in ("score", "evaluate"))]
 )
@@ -192,6 +198,7 @@ def test_a_reader_of_the_answers_may_stop_early(mode, done, samples, tmp_path):
     assert b"Broken pipe" not in said and b"Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_conversation_shows_where_words_were_read(done, samples):
     translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).only(0)
     answers = io.StringIO()
@@ -222,6 +229,7 @@ def endless(done):
     return translators._replace(compiled={}, parameters=parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beam_size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_translation_is_cut_off_by_the_length_of_its_sentence_alone(endless, beam_size):
     translators = endless._replace(config=dataclasses.replace(endless.config, beam_size=beam_size))
@@ -231,6 +239,7 @@ def test_a_translation_is_cut_off_by_the_length_of_its_sentence_alone(endless, b
     assert translators.limit(3 * longest * ("two",)) == 8 * longest
 
 
+@pytest.mark.slow
 def test_an_evaluation_cuts_off_where_training_did(endless):
     longest = endless.languages.longest
     pairs = [Pair(longest * ("two",), ("two",)), Pair(("one",), ("one",))]
@@ -256,6 +265,7 @@ TOO_LONG = (
 )
 
 
+@pytest.mark.slow
 def test_a_sentence_that_a_score_does_not_reach_over_is_one_sentence(nearsighted):
     fits, other = ("a", "b", "a", "b"), 5 * ("a",)
     assert nearsighted.log_probabilities([Pair(fits, ("a",))]).shape == (1,)
@@ -301,6 +311,7 @@ def test_a_damaged_checkpoint_is_passed_over(done, ask, samples, tmp_path):
     assert err.endswith("checkpoints/dot holds no checkpoint; train the run first.\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "stdin", "sentence"),
     [
@@ -333,6 +344,7 @@ def test_what_cannot_be_used_is_one_sentence(flags, stdin, sentence, done, ask):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_run(ask, tmp_path):
     assert ask("translate", folder=tmp_path)[2] == (
         f"translate: --workdir {tmp_path} holds no run that can translate (config.json is "
@@ -365,6 +377,7 @@ def unfinished(done, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_scores_that_were_not_trained_are_left_out(unfinished, ask, samples):
     given = samples[0]["source"].encode()
     code, out, err = ask("translate", stdin=given, folder=unfinished)

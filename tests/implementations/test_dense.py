@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from attention_jax import scores
-from attention_jax.composition import separate
+from attention_jax.base.finite import finite_rows
 from attention_jax.implementations.dense import dense
-from attention_jax.implementations.head import Head, finite_rows, kept
+from attention_jax.implementations.head import Head, kept
 from attention_jax.masks import Causal, Full, Prefix
 from attention_jax.normalizers import sigmoid, softmax
+from attention_jax.scores import separate
 from tests import oracle
 
 RNG = np.random.default_rng(0)
@@ -31,6 +32,7 @@ def head(**changes):
     return Head(**operands | changes)
 
 
+@pytest.mark.slow
 def test_one_head_is_the_formula():
     result = dense(head(bias=jnp.full((5, 1), 0.25)))
     logits = oracle.logits_of(np.asarray(QUERY), np.asarray(KEY), lambda q, k: q @ k) + 0.25
@@ -68,6 +70,7 @@ def test_finite_rows_split_numbers_from_poison():
     np.testing.assert_array_equal(poison, [0.0, np.nan, np.nan])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_largest_numbers_are_no_poison(dtype):
     largest = jnp.finfo(dtype).max
@@ -77,6 +80,7 @@ def test_the_largest_numbers_are_no_poison(dtype):
         np.testing.assert_array_equal(found, jnp.zeros(3, dtype))
 
 
+@pytest.mark.slow
 def test_the_factor_of_a_pair_does_not_depend_on_the_tile():
     dropout = (jnp.array([3, 5], jnp.uint32), jnp.float32(0.4))
     q_idx, kv_idx = jnp.arange(9)[:, None], jnp.arange(13)[None, :]

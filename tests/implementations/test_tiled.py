@@ -115,11 +115,13 @@ LIKE_ANOTHER = (
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_ANOTHER)) for name in CASES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_value_gradient_and_hessian_vector_product_are_the_dense_ones(name):
     same_as_dense(CASES[name]())
 
 
+@pytest.mark.slow
 def test_so_they_are_where_low_tiles_are_computed_beside_each_other(monkeypatch):
     monkeypatch.setattr(tiles, "LOW_PAIRS", 1)
     case = CASES["dropout"]() | CASES["learned bias function"]()
@@ -150,6 +152,7 @@ def same_as_dense(case):
     close(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("query_length", "key_length"), [(1, 1), (1, 129), (7, 127), (129, 7)])
 def test_odd_lengths(query_length, key_length):
     arrays = qkv(query_length, key_length)
@@ -161,6 +164,7 @@ def test_odd_lengths(query_length, key_length):
         close(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
 def test_nothing_to_attend(shape):
     batch, query_length, key_length = shape
@@ -171,6 +175,7 @@ def test_nothing_to_attend(shape):
     np.testing.assert_array_equal(logsumexp, -jnp.inf if key_length == 0 else logsumexp)
 
 
+@pytest.mark.slow
 def test_a_users_closure_gets_exact_gradients_through_score_bias_and_jacobians():
     arrays = qkv()
 
@@ -192,6 +197,7 @@ def test_a_users_closure_gets_exact_gradients_through_score_bias_and_jacobians()
         close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_reverse_over_reverse():
     def gradient_norm(implementation, query):
         def loss(query):
@@ -207,6 +213,7 @@ def test_reverse_over_reverse():
     close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_vmap_over_masks_that_differ_and_under_checkpoint_is_a_loop():
     arrays = qkv()
     ids = jnp.stack([segments(T, seed)[0] for seed in range(3)])
@@ -225,6 +232,7 @@ def test_vmap_over_masks_that_differ_and_under_checkpoint_is_a_loop():
     close(together, one_by_one)
 
 
+@pytest.mark.slow
 def test_under_shard_map():
     mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = (PartitionSpec("batch"),) * 3
@@ -239,6 +247,7 @@ def test_under_shard_map():
     close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_dropout_does_not_depend_on_the_tile():
     first, second = (
         attend(
@@ -253,6 +262,7 @@ def test_dropout_does_not_depend_on_the_tile():
     close(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_accumulates_in_float32(dtype):
     arrays = [x.astype(dtype) for x in qkv()]
@@ -271,6 +281,7 @@ def test_half_precision_accumulates_in_float32(dtype):
     assert gradient.dtype == dtype
 
 
+@pytest.mark.slow
 def test_nan_behind_the_mask_reaches_nothing_and_before_it_only_its_reader():
     query, key, value = qkv(8, 8)
     spoiled = key.at[:, 5].set(jnp.nan), value.at[:, 5].set(jnp.inf)
@@ -318,6 +329,7 @@ def largest_intermediate(function, *arguments):
     return largest
 
 
+@pytest.mark.slow
 def test_no_array_as_large_as_the_plane_is_ever_made_even_for_additive():
     length = 512
     x = normal(1, length, 1, H)

@@ -21,6 +21,7 @@ some = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     mask=some,

@@ -10,9 +10,9 @@ import pytest
 from flax import linen, nnx
 
 from attention_jax import attend, bind, masks, normalizers, per_head, scores
-from attention_jax.checks import ShapeError
+from attention_jax.base.checks import ShapeError
 from attention_jax.interop import attention_fn
-from attention_jax.relative import relative_key
+from attention_jax.positions import relative_key
 
 B, T, S, N, H = 2, 5, 7, 4, 3
 D = N * H
@@ -86,6 +86,7 @@ LINEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINEN)
 def test_linen_layer_equals_flax(name):
     """Compare context, sown weights and the gradient of every parameter."""
@@ -118,6 +119,7 @@ NNX = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NNX)
 def test_nnx_layer_equals_flax(name):
     inputs, call, options = NNX[name]
@@ -182,6 +184,7 @@ def test_everything_bound_meets_everything_passed():
     is_close(context, compiled(attend, QUERY, KEY, VALUE, **together, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mask", "function"])
 def test_masks_of_every_kind_bound_or_passed(kind):
     dense = np.tri(T, S, dtype=bool)
@@ -191,6 +194,7 @@ def test_masks_of_every_kind_bound_or_passed(kind):
     is_close(compiled(attention_fn(), QUERY, KEY, VALUE, mask=mask), expected)
 
 
+@pytest.mark.slow
 def test_arrays_of_several_batch_axes():
     """Any of the axes [*batch, N, T, S] may be 1 or be left out."""
     operands = [jnp.stack([x, -x, 2 * x]) for x in (QUERY, KEY, VALUE)]
@@ -202,6 +206,7 @@ def test_arrays_of_several_batch_axes():
         is_close(context, compiled(each, *operands, *whole))
 
 
+@pytest.mark.slow
 def test_bound_parameters_have_exact_gradients():
     """A score with parameters inside a Linen layer, as a parent module would hold it."""
     layer = linen.MultiHeadDotProductAttention(N)
@@ -246,6 +251,7 @@ def what_is_dropped(key, broadcast, deterministic=False, implementation=None):
     return S * context.swapaxes(1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
 def test_broadcast_dropout_drops_the_same_everywhere(make):
     factors = what_is_dropped(make(0), True)
@@ -276,6 +282,7 @@ def test_deterministic_leaves_dropout_out():
     is_close(factors, jnp.ones_like(factors))
 
 
+@pytest.mark.slow
 def test_layers_with_dropout():
     """The layers really drop, by their own random streams; sown weights are those before."""
     options = {"dropout_rate": 0.5, "attention_fn": attention_fn()}
@@ -328,6 +335,7 @@ def nnx_steps(x, length, is_causal=False, **options):
     return jnp.concatenate(outputs, axis=1), layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [linen_steps, nnx_steps])
 def test_decoding_equals_flax(steps):
     is_close(steps(X, T + 2, attention_fn=attention_fn())[0], steps(X, T + 2)[0])
@@ -348,6 +356,7 @@ DECODING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODING)
 def test_decoding_asks_bound_masks_and_biases_at_the_position(name):
     """Step by step with a cache longer than the sequence is one causal pass over it."""
@@ -359,6 +368,7 @@ def test_decoding_asks_bound_masks_and_biases_at_the_position(name):
     is_close(found, expected[:, :T])
 
 
+@pytest.mark.slow
 def test_nnx_decoding_with_is_causal():
     """In Flax 0.12.8 itself is_causal hides all but the first key from a decoding step."""
     function = attention_fn(decode=True)

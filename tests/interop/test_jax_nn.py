@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_jax.checks import ShapeError
+from attention_jax.base.checks import ShapeError
 from attention_jax.interop import dot_product_attention
 from tests import oracle
 
@@ -120,12 +120,14 @@ def arguments(draw):
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=settings().max_examples * 2 // 5)
 @given(arguments())
 def test_whole_argument_space(arguments):
     agrees_with_jax(QUERY, KEY, VALUE, **arguments)
 
 
+@pytest.mark.slow
 def test_tiled_with_everything():
     agrees_with_jax(
         QUERY,
@@ -167,6 +169,7 @@ def test_three_axes():
     is_close(residual[has_keys], expected_residual[has_keys])
 
 
+@pytest.mark.slow
 def test_empty_rows_are_zeros_with_zero_gradients():
     mask = np.ones((1, 1, T, S), bool)
     mask[0, 0, 2] = False
@@ -193,6 +196,7 @@ def test_float64_is_honoured(x64):
     assert np.abs(rounded - expected).max() > 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     """Half-precision operands give what float32 gives for the same numbers, rounded once."""

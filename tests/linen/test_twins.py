@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax import feature_maps, masks, normalizers, positions, scores
 from attention_jax import linen as attention_linen
+from attention_jax import masks, normalizers, positions, scores
 from attention_jax import nnx as attention_nnx
-from attention_jax.parameters import Parameter, learned
+from attention_jax.base.parameters import Parameter, learned
+from attention_jax.linear import feature_maps
 
 SINK = learned(normalizers.softmax_with_sink, sink=Parameter((), jax.nn.initializers.constant(0.5)))
 
@@ -64,6 +65,7 @@ def same(twin, module, *arguments, **options):
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", MULTI_HEAD.values(), ids=MULTI_HEAD)
 def test_multi_head(options):
     one_width = "share_query_key" in options or "projections" in options
@@ -74,6 +76,7 @@ def test_multi_head(options):
     same(twin, module, x, memory, mask=masks.Window(2, 3), return_weights=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", PAIRLESS.values(), ids=PAIRLESS)
 def test_linear_and_linformer(options):
     kind, options = options
@@ -83,6 +86,7 @@ def test_linear_and_linformer(options):
     same(twin, module, inputs(5, 12, 1), inputs(7, 8, 2), mask=mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norms", [(nnx.LayerNorm, nn.LayerNorm), (nnx.RMSNorm, nn.RMSNorm)])
 def test_norm_of_query_and_key(norms):
     module = attention_nnx.MultiHeadAttention(4, 12, qk_norm=norms[0], rngs=nnx.Rngs(0))
@@ -90,6 +94,7 @@ def test_norm_of_query_and_key(norms):
     same(twin, module, inputs(5, 12, 1), mask=masks.Causal())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", DECODER.values(), ids=DECODER)
 def test_decoder_attention(arguments):
     module = attention_nnx.DecoderAttention(*arguments, rngs=nnx.Rngs(0))
@@ -121,6 +126,7 @@ def test_additive_and_global_attention():
         )
 
 
+@pytest.mark.slow
 def test_keys_once_inside_a_linen_decoder():
     class Decoder(nn.Module):
         def setup(self):
@@ -137,6 +143,7 @@ def test_keys_once_inside_a_linen_decoder():
     chex.assert_trees_all_close(output, alone.apply(tree, states, memory)[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_and_sown_weights():
     twin = attention_linen.MultiHeadAttention(4, 12, dropout_rate=0.5)
     x = inputs(5, 12, 1)
@@ -154,6 +161,7 @@ def test_dropout_and_sown_weights():
     assert not np.allclose(first, exact)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_parameters_of_the_score():
     twin = attention_linen.MultiHeadAttention(4, 12, score=scores.bilinear, bias=DISTANCE)
     x = inputs(5, 12, 1)

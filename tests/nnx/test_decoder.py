@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from attention_jax import attend, masks, normalizers, scores
+from attention_jax.base.parameters import Parameter, learned
 from attention_jax.nnx import AdditiveAttention, DecoderAttention, GlobalAttention
-from attention_jax.parameters import Parameter, learned
 
 ALL = [
     scores.dot,
@@ -32,6 +32,7 @@ def data(state_features=8, memory_features=8, length=7, batch=3):
     return state, jax.random.normal(keys[1], (batch, length, memory_features))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ALL, ids=lambda score: score.__name__)
 def test_equals_attend_with_the_same_bound_score(score):
     state, memory = data()
@@ -52,6 +53,7 @@ def test_equals_attend_with_the_same_bound_score(score):
     assert not np.any(context[1]) and not np.any(weights[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ALL, ids=lambda score: score.__name__)
 def test_one_state_is_several_states_one_at_a_time(score):
     state, memory = data()
@@ -65,6 +67,7 @@ def test_one_state_is_several_states_one_at_a_time(score):
         chex.assert_trees_all_close(weights[:, t], step_weights, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_additive_is_the_formula_of_the_paper():
     state, memory = data(8, 16)
     module = AdditiveAttention(8, 16, 5, initializers=LARGE, rngs=nnx.Rngs(0))
@@ -85,6 +88,7 @@ def test_starts_with_uniform_weights():
     np.testing.assert_allclose(weights, 1 / 7, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mask",
     [
@@ -112,6 +116,7 @@ def test_padding(mask):
     assert not np.any(gradients[1][2, 3:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [list, np.asarray, jnp.asarray], ids=["lists", "numpy", "jax"])
 def test_a_mask_of_any_numbers_is_the_mask_of_attend(make):
     """Also one axis of size 1 for all examples, a table of each, and 64-bit numbers."""
@@ -159,6 +164,7 @@ def scan(module, states, memory):
     return jax.lax.scan(step, jnp.zeros_like(states[0]), states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", [scores.additive, scores.bilinear], ids=["additive", "bilinear"])
 def test_inside_scan_and_under_vmap_over_seeds(score):
     states = jax.random.normal(jax.random.key(2), (5, 3, 8))
@@ -182,6 +188,7 @@ def test_inside_scan_and_under_vmap_over_seeds(score):
         )
 
 
+@pytest.mark.slow
 def test_learns_to_find_the_key_that_the_state_names():
     keys = jax.random.split(jax.random.key(0), 3)
     state = jax.random.normal(keys[0], (64, 4))
@@ -223,6 +230,7 @@ def test_luongs_attentional_vector(score):
     assert np.abs(kernel).max() <= 0.1
 
 
+@pytest.mark.slow
 def test_a_learned_sink_lets_a_state_attend_to_nothing():
     sink = Parameter((), jax.nn.initializers.constant(2.0))
     module = DecoderAttention(

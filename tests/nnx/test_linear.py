@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax import attend, bind, feature_maps, linformer, masks, performer, positions
+from attention_jax import attend, bind, masks, positions
 from attention_jax import linen as attention_linen
-from attention_jax.heads import place
-from attention_jax.linear import linear_attention
-from attention_jax.linformer import linformer_attention
+from attention_jax.layers.heads import place
+from attention_jax.linear import feature_maps, linear_attention, linformer, performer
+from attention_jax.linear.linformer import linformer_attention
 from attention_jax.nnx import (
     CausalDecoder,
     LinearAttention,
@@ -43,6 +43,7 @@ def heads(module, x):
     return module.query(x), module.key(x), module.value(x)
 
 
+@pytest.mark.slow
 def test_the_parameters_are_those_of_multi_head_attention():
     ours = LinearAttention(4, 12, 10, 7, num_key_heads=2, rngs=nnx.Rngs(0))
     theirs = MultiHeadAttention(4, 12, 10, 7, num_key_heads=2, rngs=nnx.Rngs(0))
@@ -50,6 +51,7 @@ def test_the_parameters_are_those_of_multi_head_attention():
     assert jax.eval_shape(lambda x, y: ours(x, y), inputs(), inputs(9, 10)).shape == (2, 5, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["favor", "hedgehog"])
 def test_linear_attention_is_the_function_between_projections(name):
     feature_map = favor(4) if name == "favor" else feature_maps.hedgehog
@@ -74,6 +76,7 @@ def test_linear_attention_is_the_function_between_projections(name):
     np.testing.assert_allclose(output, module.out(context), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotary", "favor"])
 def test_decoding_is_the_causal_pass(name):
     """Prompts of 4 and 2 tokens, then pieces of any length, where keys and queries are masked."""
@@ -105,6 +108,7 @@ def test_decoding_is_the_causal_pass(name):
         np.testing.assert_allclose(following[n], full[n, of_prompt : of_prompt + 3], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_positions_turn_queries_and_keys_before_the_feature_map():
     """So FAVOR+ estimates what softmax attention says of turned queries and keys."""
     at = jnp.array([0, 3, 4, 9, 11])
@@ -139,6 +143,7 @@ def decoders(**options):
     return model, twin, {"params": parameters(model)}
 
 
+@pytest.mark.slow
 def test_a_decoder_of_linear_attention_generates_from_a_state_of_constant_size():
     """Tokens are drawn as the full pass says, in both APIs, after prompts of 4 and 2 tokens."""
     model, twin, variables = decoders()
@@ -162,6 +167,7 @@ def test_a_decoder_of_linear_attention_generates_from_a_state_of_constant_size()
     assert small == large
 
 
+@pytest.mark.slow
 def test_a_block_decodes_linear_attention_to_a_memory():
     """Whose padding, of keys and of queries, is masked as in the full pass."""
     module = TransformerBlock(
@@ -191,6 +197,7 @@ def test_a_block_decodes_linear_attention_to_a_memory():
     np.testing.assert_allclose(decoded, full, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_random_features_get_no_gradient_and_hedgehog_does():
     x = inputs()
     module = LinearAttention(4, 12, feature_map=feature_maps.hedgehog, rngs=nnx.Rngs(0))
@@ -202,6 +209,7 @@ def test_random_features_get_no_gradient_and_hedgehog_does():
     assert "feature_map" not in parameters(fixed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "learned"),
     [
@@ -234,6 +242,7 @@ def test_learned_projections_keep_the_size_of_keys():
     assert not np.allclose(projection, module.value_projection[...])
 
 
+@pytest.mark.slow
 def test_linformer_drops_weights_of_projected_keys():
     module = LinformerAttention(4, 12, length=9, rank=3, dropout_rate=0.5, rngs=nnx.Rngs(0))
     run = nnx.jit(lambda module, x: (module(x), module(x), module(x, deterministic=True)))
@@ -253,6 +262,7 @@ def test_linformer_drops_weights_of_projected_keys():
     np.testing.assert_allclose(mean(jnp.arange(2000)), exact, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_block_drops_what_its_sublayers_add_where_attention_has_no_weights():
     build = functools.partial(TransformerBlock, 8, 2, dropout_rate=0.5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"LinearAttention: dropout_rate = 0.5 .* no weight of a"):
@@ -274,6 +284,7 @@ def test_a_block_drops_what_its_sublayers_add_where_attention_has_no_weights():
     np.testing.assert_allclose(result, exact, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_refused_by_name():
     x = inputs()
     linear = LinearAttention(4, 12, rngs=nnx.Rngs(0))

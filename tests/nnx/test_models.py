@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from attention_jax import masks, positions, transformer
+from attention_jax import masks, positions
+from attention_jax.layers import transformer
 from attention_jax.nnx import (
     CausalDecoder,
     EncoderDecoder,
@@ -220,6 +221,7 @@ def test_an_encoder_decoder_decodes_as_it_trains():
     np.testing.assert_array_equal(spoiled, full)
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_with_a_key():
     odds = jnp.log(jnp.array([0.5, 0.3, 0.2]))
 
@@ -238,6 +240,7 @@ def test_tokens_are_drawn_with_a_key():
     assert not np.any(draw())
 
 
+@pytest.mark.slow
 def test_a_temperature_may_be_known_only_inside_jit():
     odds = jnp.log(jnp.array([0.5, 0.3, 0.2]))
 
@@ -252,6 +255,7 @@ def test_a_temperature_may_be_known_only_inside_jit():
     np.testing.assert_array_equal(jax.jit(draw)(2), draw(np.int64(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint32])
 def test_prompts_of_any_integers_and_lengths_in_a_list(dtype):
     model = CausalDecoder(100, 8, 2, 1, rngs=nnx.Rngs(0))
@@ -293,6 +297,7 @@ def test_packed_documents_stand_where_each_begins():
     chex.assert_trees_all_close(packed[1:, 2:], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bad_arguments_are_explained():
     model = CausalDecoder(9, 8, 2, 1, 5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"positions: 6 tokens .* has 5 positions; .* max_length"):

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from attention_jax import attend, bind, masks, normalizers, per_head, scores
+from attention_jax.base.parameters import Parameter, learned
 from attention_jax.nnx import MultiHeadAttention
-from attention_jax.parameters import Parameter, learned
 
 SCORES = [
     scores.dot,
@@ -48,6 +48,7 @@ def count(module):
     return sum(leaf.size for leaf in jax.tree.leaves(parameters(module)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_key_heads", [None, 2, 1])
 def test_default_is_the_module_of_flax(num_key_heads):
     ours = MultiHeadAttention(4, 12, num_key_heads=num_key_heads, rngs=nnx.Rngs(0))
@@ -64,6 +65,7 @@ def test_default_is_the_module_of_flax(num_key_heads):
         chex.assert_trees_all_close(ours(x, memory), theirs(x, memory), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", SCORES, ids=lambda score: score.__name__)
 @pytest.mark.parametrize(
     "share_score", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["each", "shared"]
@@ -93,6 +95,7 @@ def test_any_score_equals_attention_of_each_head_alone(score, share_score):
     chex.assert_trees_all_close(output, module.out(context), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_depths_of_query_key_and_value_may_differ():
     module = MultiHeadAttention(
         3,
@@ -122,6 +125,7 @@ def test_depths_of_query_key_and_value_may_differ():
     assert output.shape == (2, 5, 8) and weights.shape == (2, 3, 5, 7)
 
 
+@pytest.mark.slow
 def test_summed_heads_are_concatenated_heads_with_one_repeated_block():
     summed = MultiHeadAttention(3, 12, combine="sum", rngs=nnx.Rngs(0))
     concatenated = MultiHeadAttention(3, 12, rngs=nnx.Rngs(1))
@@ -148,6 +152,7 @@ def test_shared_query_and_key_give_symmetric_logits():
     chex.assert_trees_all_close(logits, logits.swapaxes(2, 3), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_projections_it_is_softmax_x_xt_x():
     module = MultiHeadAttention(1, 12, projections=False, score=scores.dot, rngs=nnx.Rngs(0))
     assert shapes(module) == {}
@@ -185,6 +190,7 @@ def test_masks_of_every_kind_and_empty_rows():
     assert not np.any(module(x, mask=masks.Lengths(jnp.array([5, 0])))[1])
 
 
+@pytest.mark.slow
 def test_nothing_comes_from_the_future():
     module = MultiHeadAttention(3, 12, score=scores.additive, rngs=nnx.Rngs(0))
     jacobian = jax.jacrev(lambda x: module(x[None], mask=masks.Causal())[0])(inputs()[0])
@@ -193,6 +199,7 @@ def test_nothing_comes_from_the_future():
         assert np.any(jacobian[i, :, i])
 
 
+@pytest.mark.slow
 def test_bias_as_function_as_learned_function_as_module_and_at_the_call():
     x = inputs()
 
@@ -234,6 +241,7 @@ def test_a_sink_of_each_head_is_learned():
     assert shapes(module)["normalizer"] == {"sink": (3,)} and np.all(weights.sum(-1) < 1)
 
 
+@pytest.mark.slow
 def test_position_is_applied_to_queries_and_keys_where_they_stand():
     def turn(x, positions):
         angle = positions.astype(x.dtype)[:, None]
@@ -262,6 +270,7 @@ def test_position_is_applied_to_queries_and_keys_where_they_stand():
     chex.assert_trees_all_close(module(x, positions=0 * shifted), plain(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_follows_train_and_eval():
     module = MultiHeadAttention(3, 12, dropout_rate=0.5, rngs=nnx.Rngs(0, dropout=1))
     x = inputs()
@@ -290,6 +299,7 @@ def test_weights_are_returned_and_sown():
     assert isinstance(module(x), jax.Array)
 
 
+@pytest.mark.slow
 def test_mixed_precision():
     module = MultiHeadAttention(3, 12, dtype=jnp.bfloat16, score=scores.bilinear, rngs=nnx.Rngs(0))
     exact = MultiHeadAttention(3, 12, score=scores.bilinear, rngs=nnx.Rngs(0))
@@ -302,6 +312,7 @@ def test_mixed_precision():
     assert {leaf.dtype for leaf in jax.tree.leaves(parameters(half))} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_over_seeds_agree_with_a_loop():
     x = inputs()
     modules = [

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from attention_jax import masks, positions, scores, transformer
+from attention_jax import masks, positions, scores
+from attention_jax.layers import transformer
 from attention_jax.nnx import (
     Embedding,
     FeedForward,
@@ -80,6 +81,7 @@ def block_in_numpy(x, memory, p, norm_first):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_a_block_is_its_formula(norm_first, x64):
     options = {"norm": Norm, "norm_first": norm_first, "param_dtype": jnp.float64}
@@ -91,6 +93,7 @@ def test_a_block_is_its_formula(norm_first, x64):
     np.testing.assert_allclose(result, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_block(x64):
     options = {"norm": Norm, "activation": jnp.tanh, "param_dtype": jnp.float64}
     module = moved(TransformerBlock(4, 2, 5, **options, rngs=nnx.Rngs(0)))
@@ -104,6 +107,7 @@ def test_gradients_of_a_block(x64):
     check_grads(run, (state, x), order=1, modes=("rev",), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stack_is_its_blocks_and_a_last_norm():
     first = moved(TransformerStack(2, 8, 2, rngs=nnx.Rngs(0)))
     expected = first.norm(first.block_1(first.block_0(X)))
@@ -113,6 +117,7 @@ def test_a_stack_is_its_blocks_and_a_last_norm():
     np.testing.assert_array_equal(last(X), last.block_0(X))
 
 
+@pytest.mark.slow
 def test_each_block_gets_the_memory_or_its_own_keys():
     stack = moved(TransformerStack(2, 8, 2, memory_features=6, rngs=nnx.Rngs(0)))
     keys = stack.keys(MEMORY)
@@ -120,6 +125,7 @@ def test_each_block_gets_the_memory_or_its_own_keys():
     np.testing.assert_array_equal(stack(X, keys), stack(X, MEMORY))
 
 
+@pytest.mark.slow
 def test_padding_of_either_side_reaches_nothing():
     module = moved(TransformerBlock(8, 2, memory_features=6, rngs=nnx.Rngs(0)))
     own, of_memory = masks.Lengths(jnp.array([3, 5])), masks.Lengths(jnp.array([0, 4]))
@@ -133,6 +139,7 @@ def test_padding_of_either_side_reaches_nothing():
     assert np.all(np.isfinite(expected))
 
 
+@pytest.mark.slow
 def test_dropout_is_on_what_each_sublayer_adds():
     module = TransformerBlock(8, 2, dropout_rate=0.5, rngs=nnx.Rngs(0, dropout=1))
     assert module.attention.dropout_rate == 0.5
@@ -151,6 +158,7 @@ def test_dropout_is_on_what_each_sublayer_adds():
     np.testing.assert_array_equal(last(X), twice)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_and_gives_the_same_numbers():
     results, kept = [], []
     for remat in (False, True):
@@ -169,6 +177,7 @@ def test_remat_keeps_less_and_gives_the_same_numbers():
     assert kept[1] < 0.15 * kept[0], kept
 
 
+@pytest.mark.slow
 def test_weights_are_returned_and_sown():
     stack = TransformerStack(2, 8, 2, memory_features=6, remat=True, rngs=nnx.Rngs(0))
     options = {"mask": masks.Causal(), "memory_mask": masks.Lengths(jnp.array([7, 3]))}
@@ -192,6 +201,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ragged"), [*zip(KINDS, (True, False), strict=True)])
 def test_decoding_is_the_full_pass(kind, ragged):
     """Also to a memory, under a mask, bias, score and rotation that know where queries stand."""
@@ -213,6 +223,7 @@ def test_decoding_is_the_full_pass(kind, ragged):
     chex.assert_trees_all_close(decoded, full, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixed_precision():
     exact = TransformerBlock(8, 2, rngs=nnx.Rngs(0))(X)
     module = TransformerBlock(8, 2, norm=Norm, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -223,6 +234,7 @@ def test_mixed_precision():
     assert {leaf.dtype for leaf in jax.tree.leaves(numbers(module))} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_embedding_adds_what_says_where_tokens_stand():
     sinusoids = Embedding(
         10,
@@ -248,6 +260,7 @@ def test_embedding_adds_what_says_where_tokens_stand():
     np.testing.assert_allclose(none.attend(X), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_feed_forward_takes_any_activation():
     module = moved(FeedForward(8, 3, activation=jnp.tanh, rngs=nnx.Rngs(0)))
     hidden = jnp.tanh(module.hidden(X))
@@ -255,6 +268,7 @@ def test_feed_forward_takes_any_activation():
     np.testing.assert_array_equal(module(X), module.out(hidden))
 
 
+@pytest.mark.slow
 def test_a_block_takes_any_attention():
     class Mean(nnx.Module):
         def __init__(self, num_heads, features, *, dtype, param_dtype, rngs):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax import attend, bind, scores
-from attention_jax.parameters import initialize, parameters_of
+from attention_jax.base.parameters import initialize, parameters_of
 from experiments.benchmark.measure import (
     Program,
     compiled,

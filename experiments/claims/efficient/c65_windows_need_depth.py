@@ -17,8 +17,7 @@ import math
 import jax
 import numpy as np
 
-from attention_jax.masks import Mask, Window
-from attention_jax.patterns import Dilated, longformer
+from attention_jax.masks import Dilated, Mask, Window, longformer
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if
 from experiments.claims.drawing import lines
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax import scores
-from attention_jax.parameters import bind_parameters, initialize, parameters_of
+from attention_jax.base.parameters import bind_parameters, initialize, parameters_of
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds
 from experiments.claims.drawing import bars
 

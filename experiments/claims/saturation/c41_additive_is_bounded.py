@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax import bind, scores
-from attention_jax.parameters import initialize, parameters_of
+from attention_jax.base.parameters import initialize, parameters_of
 from experiments.claims import pointing, training
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if
 from experiments.claims.drawing import lines

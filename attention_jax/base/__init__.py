@@ -1,0 +1,32 @@
+"""Types, checks, binding and parameters: what every other part of the library is written with."""
+
+from attention_jax.base.binding import PerHead, bind, per_head, rule
+from attention_jax.base.checks import ShapeError
+from attention_jax.base.parameters import (
+    Learned,
+    Parameter,
+    bind_parameters,
+    initialize,
+    learned,
+    parameters_of,
+)
+from attention_jax.base.typing import Bias, FeatureMap, Normalizer, Predicate, Score
+
+__all__ = [
+    "Bias",
+    "FeatureMap",
+    "Learned",
+    "Normalizer",
+    "Parameter",
+    "PerHead",
+    "Predicate",
+    "Score",
+    "ShapeError",
+    "bind",
+    "bind_parameters",
+    "initialize",
+    "learned",
+    "parameters_of",
+    "per_head",
+    "rule",
+]

@@ -1,0 +1,154 @@
+"""What a score, bias or normalizer has to learn: names, shapes and the paper's initialisers.
+
+A function with parameters carries a rule that declares them, given the depths it will meet.
+The Flax modules, Linen and NNX alike, create what is declared; without Flax, `initialize` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.base.binding import bind, per_head, taken_apart
+
+Array = jax.Array
+Initializer = Callable[..., Array]
+
+
+def luong_uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Draw from [-0.1, 0.1] (Luong, Pham and Manning 2015, section 4.1)."""
+    return jax.random.uniform(key, shape, dtype, minval=-0.1, maxval=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter that is yet to be created: its shape for one head, and its initialiser."""
+
+    shape: tuple[int, ...]
+    initializer: Initializer
+
+    def create(self, key: Array, dtype: Any = jnp.float32, num_heads: int | None = None) -> Array:
+        """Draw the parameter, [*shape], or one for each head, [N, *shape]."""
+        if num_heads is None:
+            return self.initializer(key, self.shape, dtype)
+        keys = jax.random.split(key, num_heads)
+        return jax.vmap(lambda key: self.initializer(key, self.shape, dtype))(keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A function together with the parameters that a module shall create for it."""
+
+    function: Callable[..., Any]
+    parameters: Mapping[str, Any]
+
+
+def learned(function: Callable[..., Any], /, **parameters: Any) -> Learned:
+    """Declare the parameters of a score, bias or normalizer of your own, or other ones than usual.
+
+    >>> from jax.nn import initializers
+    >>> def weighted_dot(query, key, weight):
+    ...     return (query * weight[None, :]) @ key.T
+    >>> score = learned(weighted_dot, weight=Parameter((8,), initializers.ones))
+    >>> parameters_of(score)["weight"].shape
+    (8,)
+    """
+    return Learned(function, parameters)
+
+
+def parameters_of(
+    function: Any,
+    query_depth: int | None = None,
+    key_depth: int | None = None,
+    attention_size: int | Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Return what a score, bias or normalizer still has to be given, as a tree of `Parameter`.
+
+    A function of your own declares it by the rule "parameters" of the same three sizes
+    (`attention_jax.binding.rule`), or at the place of use by `learned`.
+
+    Args:
+      function: the function; what is bound already is not a parameter any more.
+      query_depth: Hq.
+      key_depth: Hk.
+      attention_size: A, where the function has a size to choose; one for each layer of `concat`.
+
+    Returns:
+      The parameters by name; empty if there are none.
+
+    Raises:
+      ValueError: the function has parameters and a depth is missing.
+
+    >>> from attention_jax import scores
+    >>> declared = parameters_of(scores.additive, query_depth=4, key_depth=6, attention_size=8)
+    >>> {name: parameter.shape for name, parameter in declared.items()}
+    {'query_weight': (4, 8), 'key_weight': (6, 8), 'value': (8,), 'bias': (8,)}
+    >>> list(parameters_of(bind(scores.cosine, temperature=0.5), 4, 4))
+    []
+    """
+    if isinstance(function, Learned):
+        return dict(function.parameters)
+    bare, _, bound = taken_apart(function)
+    declare = getattr(bare, "__parameters__", None)
+    if declare is None:
+        return {}
+    declared = declare(query_depth, key_depth, attention_size)
+    return {name: value for name, value in declared.items() if name not in bound}
+
+
+def bind_parameters(function: Any, values: Mapping[str, Any], heads: bool = False) -> Any:
+    """Bind values to what `parameters_of` declared; with `heads`, each has a leading axis N."""
+    if isinstance(function, Learned):
+        function = function.function
+    if not values:
+        return function
+    bare, _, given = taken_apart(function)
+    bound = bind(bare, **{**given, **values})
+    return per_head(bound) if heads else bound
+
+
+def initialize(
+    key: Array, declared: Any, dtype: Any = jnp.float32, num_heads: int | None = None
+) -> Any:
+    """Draw every declared parameter.
+
+    >>> from attention_jax import scores
+    >>> values = initialize(jax.random.key(0), parameters_of(scores.bilinear, 4, 6))
+    >>> values["weight"].shape
+    (4, 6)
+    """
+    leaves, structure = jax.tree.flatten(declared)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return structure.unflatten(
+        [leaf.create(key, dtype, num_heads) for leaf, key in zip(leaves, keys, strict=False)]
+    )
+
+
+def flat_names(declared: Any) -> dict[str, Any]:
+    """Name every leaf of a tree by its path: the second of a list `weights` is `weights_1`."""
+    leaves = jax.tree_util.tree_leaves_with_path(declared)
+    return {jax.tree_util.keystr(path, simple=True, separator="_"): leaf for path, leaf in leaves}
+
+
+def with_initializers(
+    parameters: Mapping[str, Parameter], initializers: Mapping[str, Initializer] | None
+) -> dict[str, Parameter]:
+    """Replace the initialisers that are given by name.
+
+    Raises:
+      ValueError: there is no parameter of that name.
+    """
+    initializers = initializers or {}
+    for name in initializers:
+        if name not in parameters:
+            raise ValueError(
+                f"initializers: there is no parameter {name!r}; the names are {[*parameters]}."
+            )
+    return {
+        name: Parameter(parameter.shape, initializers.get(name, parameter.initializer))
+        for name, parameter in parameters.items()
+    }

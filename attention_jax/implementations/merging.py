@@ -1,0 +1,66 @@
+"""Joining attention over parts of the keys, each with its log-sum-exp."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.base import checks
+
+Array = jax.Array
+
+
+def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
+    r"""Join attention over disjoint blocks of keys into attention over all of them.
+
+    With o^a, L^a over block a:  L = log sum_a exp(L^a),  o = sum_a exp(L^a - L) o^a.
+
+    Args:
+      *parts: for each block the pair context [B, T, N, V] and log-sum-exp [B, T, N] that `attend`
+        returns with `return_logsumexp=True`; the same leading axes, whatever they are.
+
+    Returns:
+      Context and log-sum-exp over all keys; zeros and -inf where every block was empty.
+
+    Raises:
+      ShapeError: a log-sum-exp that does not fit its context, or parts that do not fit each other.
+      ValueError: no part.
+
+    Dao et al. 2022, section 3.1 (the decomposition of softmax over blocks).
+
+    >>> from attention_jax import attend
+    >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
+    >>> halves = [attend(x, k, k, return_logsumexp=True) for k in (x[:, :3], x[:, 3:])]
+    >>> bool(jnp.allclose(merge(*halves)[0], attend(x, x, x), atol=1e-6))
+    True
+    """
+    if not parts:
+        raise ValueError("merge: give at least one part, a pair (context, log-sum-exp), got none.")
+    expected = parts[0][0].shape
+    for context, logsumexp in parts:
+        if context.shape != expected:
+            raise checks.ShapeError(
+                f"merge: the context of every part must have the shape of the first, {expected}, "
+                f"got {context.shape}; merge joins blocks of keys that the same queries attend to."
+            )
+        if context.shape[:-1] != logsumexp.shape:
+            raise checks.ShapeError(
+                f"merge: a log-sum-exp must have the shape of its context without the last axis, "
+                f"{context.shape[:-1]}, got {logsumexp.shape}."
+            )
+    return reduce(_merge_two, parts)
+
+
+def _merge_two(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    (context_a, log_a), (context_b, log_b) = first, second
+    empty = jnp.isneginf(log_a) & jnp.isneginf(log_b)
+    log_a_safe, log_b_safe = (jnp.where(empty, 0.0, log) for log in (log_a, log_b))
+    total = jnp.logaddexp(log_a_safe, log_b_safe)
+    share_a, share_b = jnp.exp(log_a_safe - total), jnp.exp(log_b_safe - total)
+    context = (
+        context_a.astype(total.dtype) * share_a[..., None]
+        + context_b.astype(total.dtype) * share_b[..., None]
+    )
+    return context.astype(context_a.dtype), jnp.where(empty, -jnp.inf, total)

@@ -1,0 +1,237 @@
+"""Normalizers turn the logits of one head [T, S] into weights [T, S].
+
+Each takes the logits and `allowed`, the mask as a boolean array, and gives exact zeros where
+nothing may be attended; a row without any allowed key is all zeros. The ones that can be
+computed tile by tile carry a rule `streaming` that says how; sparsemax, entmax, top-k and hard
+attention need a whole row, and run under "dense" alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.base.binding import ask, rule
+from attention_jax.base.checks import at_least
+from attention_jax.normalizers.sparse import entmax15, sparsemax
+
+__all__ = [
+    "Elementwise",
+    "Exponential",
+    "entmax15",
+    "hard",
+    "log_normalizer",
+    "sigmoid",
+    "softmax",
+    "softmax_plus_one",
+    "softmax_with_sink",
+    "sparsemax",
+    "stable_logsumexp",
+    "streaming",
+    "top_k",
+]
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponential:
+    """Weights exp(logit - normalizer), where a sink adds exp(sink) to the normalizer."""
+
+    sink: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise:
+    """Weights that depend on their own logit alone."""
+
+    function: Callable[[Array], Array]
+
+
+def streaming(normalizer: Any) -> Exponential | Elementwise | None:
+    """Return how a normalizer is computed tile by tile, or None if it needs the whole row."""
+    return ask(normalizer, "streaming")
+
+
+def log_normalizer(logits: Array, allowed: Array, sink: Any = None) -> Array:
+    """Return log(sum_j exp(logit_ij)) over the allowed keys, [T]; -inf for an empty row.
+
+    >>> log_normalizer(jnp.zeros((1, 4)), jnp.array([[True, True, False, False]]))
+    Array([0.693], dtype=float32)
+    """
+    return stable_logsumexp(_hidden(logits, allowed, sink))
+
+
+def stable_logsumexp(logits: Array) -> Array:
+    """Return log-sum-exp over the last axis, [T, S] -> [T]; where all are -inf, -inf without NaN.
+
+    >>> stable_logsumexp(jnp.array([[1e4, 1e4], [-jnp.inf, -jnp.inf]]))
+    Array([10000.693,      -inf], dtype=float32)
+    """
+    if logits.shape[-1] == 0:
+        return jnp.full(logits.shape[:-1], -jnp.inf, logits.dtype)
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
+    total = jnp.sum(jnp.exp(logits - shift), axis=-1)
+    empty = total == 0
+    return jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) + shift[..., 0])
+
+
+def softmax(logits: Array, allowed: Array) -> Array:
+    r"""Softmax over the allowed keys: w_ij = exp(e_ij) / sum_k exp(e_ik).
+
+    Args:
+      logits: [T, S].
+      allowed: [T, S], True = may attend.
+
+    Returns:
+      Weights [T, S]; a row without allowed keys is zeros.
+
+    >>> softmax(jnp.zeros((1, 4)), jnp.array([[True, True, False, False]]))
+    Array([[0.5, 0.5, 0. , 0. ]], dtype=float32)
+    """
+    return _exponential(logits, allowed, None)
+
+
+def softmax_with_sink(logits: Array, allowed: Array, sink: Any) -> Array:
+    r"""Softmax with one more, valueless key of logit `sink`: w_ij = exp(e_ij) / (exp(sink) + sum).
+
+    Args:
+      logits: [T, S].
+      allowed: [T, S], True = may attend.
+      sink: a number, or a learned scalar.
+
+    Returns:
+      Weights [T, S], rows summing to less than one.
+
+    A query can so attend to nothing (Xiao et al. 2024, section 3.1; OpenAI 2025, gpt-oss, learn
+    the sink per head).
+
+    >>> softmax_with_sink(jnp.zeros((1, 2)), jnp.ones((1, 2), bool), sink=jnp.log(2.0))
+    Array([[0.25, 0.25]], dtype=float32)
+    """
+    return _exponential(logits, allowed, sink)
+
+
+def softmax_plus_one(logits: Array, allowed: Array) -> Array:
+    r"""Softmax with one added to the denominator: w_ij = exp(e_ij) / (1 + sum_k exp(e_ik)).
+
+    Args:
+      logits: [T, S].
+      allowed: [T, S], True = may attend.
+
+    Returns:
+      Weights [T, S], rows summing to less than one.
+
+    The sink of logit zero (Miller 2023, "Attention is off by one").
+
+    >>> softmax_plus_one(jnp.zeros((1, 3)), jnp.ones((1, 3), bool))
+    Array([[0.25, 0.25, 0.25]], dtype=float32)
+    """
+    return _exponential(logits, allowed, 0.0)
+
+
+def sigmoid(logits: Array, allowed: Array, shift: Any = 0.0) -> Array:
+    r"""Each key by itself: w_ij = 1 / (1 + exp(-(e_ij + shift))); rows do not sum to one.
+
+    Args:
+      logits: [T, S].
+      allowed: [T, S], True = may attend.
+      shift: a number; -log(S) keeps the initial sum of a row near one.
+
+    Returns:
+      Weights [T, S].
+
+    Ramapuram et al. 2025, section 3.
+
+    >>> sigmoid(jnp.zeros((1, 2)), jnp.array([[True, False]]))
+    Array([[0.5, 0. ]], dtype=float32)
+    """
+    shown = jnp.where(allowed, logits, 0.0)  # NaN behind a mask would spoil the gradient
+    return jnp.where(allowed, jax.nn.sigmoid(shown + jnp.asarray(shift, logits.dtype)), 0.0)
+
+
+def top_k(logits: Array, allowed: Array, k: Any) -> Array:
+    r"""Softmax over the k largest logits of a row; of equal ones the first count as larger.
+
+    Args:
+      logits: [T, S].
+      allowed: [T, S], True = may attend.
+      k: how many keys a query attends to; a row that allows fewer takes those.
+
+    Returns:
+      Weights [T, S]; a row without allowed keys is zeros.
+
+    Raises:
+      ValueError: k is not positive.
+
+    Zhao et al. 2019, equation 4; Gupta et al. 2021.
+
+    >>> top_k(jnp.array([[1.0, 3.0, 3.0, 2.0]]), jnp.ones((1, 4), bool), k=2)
+    Array([[0. , 0.5, 0.5, 0. ]], dtype=float32)
+    """
+    at_least("top_k", 1, k=k)
+    hidden = jnp.where(allowed, jnp.where(jnp.isnan(logits), jnp.inf, logits), -jnp.inf)
+    order = jnp.argsort(-hidden, axis=1, stable=True)
+    return softmax(logits, allowed & (jnp.argsort(order, axis=1) < k))
+
+
+def hard(logits: Array, allowed: Array) -> Array:
+    r"""All weight on the largest logit, the first of equal ones; its gradient is zero.
+
+    Args:
+      logits: [T, S].
+      allowed: [T, S], True = may attend.
+
+    Returns:
+      Weights [T, S], a one in each row; a row without allowed keys is zeros.
+
+    The limit of softmax(e / t) for t to 0.
+
+    >>> hard(jnp.array([[1.0, 3.0, 3.0]]), jnp.ones((1, 3), bool))
+    Array([[0., 1., 0.]], dtype=float32)
+    """
+    return top_k(logits, allowed, 1)
+
+
+@rule(softmax, "streaming")
+def _() -> Exponential:
+    return Exponential()
+
+
+@rule(softmax_with_sink, "streaming")
+def _(sink: Any) -> Exponential:
+    return Exponential(sink)
+
+
+@rule(softmax_plus_one, "streaming")
+def _() -> Exponential:
+    return Exponential(0.0)
+
+
+@rule(sigmoid, "streaming")
+def _(shift: Any = 0.0) -> Elementwise:
+    return Elementwise(lambda logits: jax.nn.sigmoid(logits + jnp.asarray(shift, logits.dtype)))
+
+
+def _exponential(logits: Array, allowed: Array, sink: Any) -> Array:
+    hidden = _hidden(logits, allowed, sink)
+    # Beside a large log-sum-exp, small differences of logits would be lost.
+    largest = jax.lax.stop_gradient(jnp.max(hidden, axis=1, keepdims=True, initial=-jnp.inf))
+    hidden = hidden - jnp.where(jnp.isneginf(largest), 0.0, largest)
+    normalizer = stable_logsumexp(hidden)
+    finite = jnp.where(jnp.isneginf(normalizer), 0.0, normalizer)
+    return jnp.exp(hidden - finite[:, None])[:, : logits.shape[1]]
+
+
+def _hidden(logits: Array, allowed: Array, sink: Any) -> Array:
+    """Return logits with -inf for what is not allowed, and the sink as a last column."""
+    hidden = jnp.where(allowed, logits, -jnp.inf)
+    if sink is None:
+        return hidden
+    column = jnp.broadcast_to(jnp.asarray(sink, logits.dtype), (logits.shape[0], 1))
+    return jnp.concatenate([hidden, column], axis=1)

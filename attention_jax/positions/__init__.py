@@ -1,0 +1,53 @@
+"""Positions: what tells a query and a key where they stand.
+
+Everything here is a function of indices, so a tile computes what it needs and nothing of size
+T x S is stored. Four kinds, by where they enter:
+
+- added to the input: `sinusoidal`, `embedded`;
+- turning queries and keys of one head: `rotary`;
+- a bias on the logits: `alibi`, `t5_bias`, `grid_bias`;
+- a term of the score: `relative_key`; and one of the context: `relative_values`.
+
+What is learned is declared for the Flax modules: give `learned_buckets()` or `learned_grid(...)`
+as a bias, `relative_key` as a score.
+"""
+
+from attention_jax.positions.absolute import (
+    embedded,
+    learned_table,
+    rotary,
+    sinusoidal,
+    sinusoidal_step,
+    stretched_base,
+)
+from attention_jax.positions.relative import (
+    alibi,
+    alibi_bias,
+    alibi_slopes,
+    grid_bias,
+    learned_buckets,
+    learned_grid,
+    relative_key,
+    relative_values,
+    t5_bias,
+    t5_bucket,
+)
+
+__all__ = [
+    "alibi",
+    "alibi_bias",
+    "alibi_slopes",
+    "embedded",
+    "grid_bias",
+    "learned_buckets",
+    "learned_grid",
+    "learned_table",
+    "relative_key",
+    "relative_values",
+    "rotary",
+    "sinusoidal",
+    "sinusoidal_step",
+    "stretched_base",
+    "t5_bias",
+    "t5_bucket",
+]

@@ -1,0 +1,174 @@
+"""Scores built from scores, and the normal form that all of them reduce to.
+
+`Separated` splits a score into a map over query rows, a map over key rows, what is done for each
+pair, and a map of the logits. What concerns a row is then computed once per row, however many
+tiles or decoding steps ask for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from attention_jax.base.binding import as_pytree, ask, taken_apart
+from attention_jax.masks.intervals import indices
+
+Array = jax.Array
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+identity = Partial(_identity)
+
+
+class Separated(NamedTuple):
+    """A score in normal form: logits = finish(pairs(query_map(query), key_map(key))).
+
+    `query_map` and `key_map` act on rows, so a tiled operator, or a decoder that asks the same
+    keys again and again, applies them once. It is itself a score, and a pytree.
+    """
+
+    query_map: Any
+    key_map: Any
+    pairs: Any
+    finish: Any
+
+    def __call__(self, query: Array, key: Array) -> Array:
+        q_idx, kv_idx = indices(query.shape[0]), indices(key.shape[0])
+        return self.at(query, key, q_idx, kv_idx)
+
+    def at(self, query: Array, key: Array, q_idx: Array, kv_idx: Array) -> Array:
+        """Score rows that stand at the given positions."""
+        return self.paired(self.query_map(query), self.key_map(key), q_idx, kv_idx)
+
+    def paired(self, query: Array, key: Array, q_idx: Array, kv_idx: Array) -> Array:
+        """Score rows that the two maps have been applied to."""
+        indices = {"q_idx": q_idx, "kv_idx": kv_idx} if is_positional(self.pairs) else {}
+        return self.finish(self.pairs(query, key, **indices))
+
+
+def separate(score: Any) -> Separated:
+    """Bring any score into normal form; one that carries no rule pairs the rows as they are.
+
+    >>> from attention_jax import scores
+    >>> from attention_jax import bind
+    >>> parts = separate(bind(scores.bilinear, weight=jnp.ones((3, 2))))
+    >>> parts.query_map(jnp.ones((5, 3))).shape
+    (5, 2)
+    """
+    if isinstance(score, Separated):
+        return score
+    parts = ask(score, "separation")
+    return parts or Separated(identity, identity, as_pytree(score), identity)
+
+
+def positional(score: Any) -> Any:
+    """Mark a score that also wants to know where its rows stand: q_idx [T] and kv_idx [S].
+
+    >>> @positional
+    ... def distance_penalized(query, key, q_idx, kv_idx):
+    ...     return query @ key.T - jnp.abs(q_idx[:, None] - kv_idx[None, :]).astype(query.dtype)
+    """
+    score.__positional__ = True
+    return score
+
+
+def is_positional(score: Any) -> bool:
+    """Tell whether a possibly bound score was marked `positional`."""
+    return hasattr(taken_apart(score)[0], "__positional__")
+
+
+def scaled(score: Any, scale: Any) -> Separated:
+    """Multiply the logits: scale * score(q, k).
+
+    >>> from attention_jax.scores import dot
+    >>> scaled(dot, 0.5)(jnp.ones((1, 4)), jnp.ones((1, 4)))
+    Array([[2.]], dtype=float32)
+    """
+    return finished(score, Partial(_multiply, scale=scale))
+
+
+def soft_capped(score: Any, cap: Any) -> Separated:
+    """Bound the logits smoothly: cap * tanh(score(q, k) / cap).
+
+    Gemma Team 2024 (Gemma 2), section 2 ("logit soft-capping").
+
+    >>> from attention_jax.scores import dot
+    >>> soft_capped(dot, 1.0)(100.0 * jnp.ones((1, 1)), jnp.ones((1, 1)))
+    Array([[1.]], dtype=float32)
+    """
+    return finished(score, Partial(_soft_cap, cap=cap))
+
+
+def projected(score: Any, query_weight: Any = None, key_weight: Any = None) -> Separated:
+    """Project query and key first: score(q P, k Q); None leaves a side as it is.
+
+    >>> from attention_jax.scores import dot
+    >>> general = projected(dot, query_weight=jnp.ones((3, 2)))  # Luong's general
+    >>> general(jnp.ones((1, 3)), jnp.ones((1, 2)))
+    Array([[6.]], dtype=float32)
+    """
+    query_map = identity if query_weight is None else Partial(project_rows, weight=query_weight)
+    key_map = identity if key_weight is None else Partial(project_rows, weight=key_weight)
+    return mapped(score, query_map, key_map)
+
+
+def row_normalized(score: Any, query: bool = True, key: bool = True) -> Separated:
+    """Bring rows to unit length first: score(q / |q|, k / |k|).
+
+    >>> from attention_jax.scores import dot
+    >>> row_normalized(dot)(jnp.array([[3.0, 4.0]]), jnp.array([[4.0, 3.0]]))
+    Array([[0.96]], dtype=float32)
+    """
+    unit = Partial(unit_rows)
+    return mapped(score, unit if query else identity, unit if key else identity)
+
+
+def unit_rows(x: Array) -> Array:
+    """Divide each row by its Euclidean length; a zero row stays zero, with zero gradient."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0))
+    x = x / jnp.where(largest == 0, 1.0, largest)  # so that no square leaves the range
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    zero = square == 0
+    return jnp.where(zero, 0.0, x * jax.lax.rsqrt(jnp.where(zero, 1.0, square)))
+
+
+def finished(score: Any, last: Partial) -> Separated:
+    parts = separate(score)
+    return parts._replace(finish=_after(parts.finish, last))
+
+
+def mapped(score: Any, query_map: Partial, key_map: Partial) -> Separated:
+    parts = separate(score)
+    return parts._replace(
+        query_map=_after(query_map, parts.query_map), key_map=_after(key_map, parts.key_map)
+    )
+
+
+def _after(first: Partial, then: Partial) -> Partial:
+    if first is identity:
+        return then
+    return first if then is identity else Partial(_chain, first, then)
+
+
+def _chain(first: Partial, then: Partial, x: Array) -> Array:
+    return then(first(x))
+
+
+def _multiply(logits: Array, scale: Any) -> Array:
+    return logits * jnp.asarray(scale, logits.dtype)
+
+
+def _soft_cap(logits: Array, cap: Any) -> Array:
+    cap = jnp.asarray(cap, logits.dtype)
+    return cap * jnp.tanh(logits / cap)
+
+
+def project_rows(x: Array, weight: Array, bias: Any = None) -> Array:
+    projection = x @ weight
+    return projection if bias is None else projection + bias[None, :]

@@ -1,0 +1,121 @@
+"""Names, shapes and the papers' initialisers of what each score has to learn."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from jax.nn import initializers
+
+from attention_jax.base.binding import rule
+from attention_jax.base.parameters import Parameter, luong_uniform
+from attention_jax.scores import formulas as scores
+
+
+def _depths(operation: str, **sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is None:
+            raise ValueError(f"{operation}: its parameters need to know {name}; give a number.")
+
+
+@rule(scores.bilinear, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    _depths("bilinear", query_depth=query_depth, key_depth=key_depth)
+    return {"weight": Parameter((query_depth, key_depth), luong_uniform)}
+
+
+@rule(scores.low_rank_bilinear, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    """Give the logits of unit-variance rows variance one; the paper names no initialiser."""
+    _depths("low_rank_bilinear", query_depth=query_depth, key_depth=key_depth)
+    rank = _single("low_rank_bilinear", attention_size, min(query_depth, key_depth))
+    by_depth_and_rank = initializers.normal((key_depth * rank) ** -0.5)
+    return {
+        "query_weight": Parameter((query_depth, rank), initializers.lecun_normal()),
+        "key_weight": Parameter((key_depth, rank), by_depth_and_rank),
+    }
+
+
+@rule(scores.shared_projection, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    _depths("shared_projection", query_depth=query_depth)
+    size = _single("shared_projection", attention_size, query_depth)
+    return {"weight": Parameter((query_depth, size), initializers.glorot_uniform())}
+
+
+@rule(scores.additive, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    """Bahdanau, Cho and Bengio 2015, appendix B.1: W of variance 0.001^2, v and b zero."""
+    _depths("additive", query_depth=query_depth, key_depth=key_depth)
+    size = _single("additive", attention_size, query_depth)
+    return {
+        "query_weight": Parameter((query_depth, size), initializers.normal(0.001)),
+        "key_weight": Parameter((key_depth, size), initializers.normal(0.001)),
+        "value": Parameter((size,), initializers.zeros),
+        "bias": Parameter((size,), initializers.zeros),
+    }
+
+
+@rule(scores.concat, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Any]:
+    _depths("concat", query_depth=query_depth, key_depth=key_depth)
+    layers = attention_size if isinstance(attention_size, Sequence) else [attention_size]
+    sizes = [query_depth + key_depth, *(size or query_depth for size in layers)]
+    shapes = list(itertools.pairwise(sizes))
+    return {
+        "weights": [Parameter(shape, luong_uniform) for shape in shapes],
+        "biases": [Parameter((size,), initializers.zeros) for size in sizes[1:]],
+        "value": Parameter((sizes[-1],), luong_uniform),
+    }
+
+
+@rule(scores.normalized_additive, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    """Raffel et al. 2017, section 2.4: the gain starts at 1 / sqrt(A); under softmax r is idle."""
+    _depths("normalized_additive", query_depth=query_depth, key_depth=key_depth)
+    size = _single("normalized_additive", attention_size, query_depth)
+    return {
+        "query_weight": Parameter((query_depth, size), initializers.lecun_normal()),
+        "key_weight": Parameter((key_depth, size), initializers.lecun_normal()),
+        "value": Parameter((size,), initializers.normal(1.0)),
+        "bias": Parameter((size,), initializers.zeros),
+        "gain": Parameter((), initializers.constant(size**-0.5)),
+        "offset": Parameter((), initializers.zeros),
+    }
+
+
+@rule(scores.trilinear, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    """Give the logits of unit-variance rows variance one; the paper names no initialiser."""
+    _depths("trilinear", query_depth=query_depth)
+    draw = initializers.normal((3 * query_depth) ** -0.5)
+    names = ("query_weight", "key_weight", "product_weight")
+    return {name: Parameter((query_depth,), draw) for name in names}
+
+
+@rule(scores.gaussian, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    """Give q . k the factor 1 / sqrt(H) that it has in the scaled dot product."""
+    _depths("gaussian", query_depth=query_depth)
+    return {"width": Parameter((), initializers.constant(query_depth**0.25))}
+
+
+@rule(scores.location, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    """Take `attention_size` as the number of positions that keys may have."""
+    _depths("location", query_depth=query_depth, attention_size=attention_size)
+    length = _single("location", attention_size, query_depth)
+    return {"weight": Parameter((query_depth, length), luong_uniform)}
+
+
+@rule(scores.cosine, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    """Liu et al. 2022 (Swin v2), section 3.3: a learned scalar; theirs starts at 0.1."""
+    return {"temperature": Parameter((), initializers.constant(0.1))}
+
+
+def _single(operation: str, size: Any, default: int) -> int:
+    if isinstance(size, Sequence):
+        raise ValueError(f"{operation}: attention_size must be one number, got {size}.")
+    return default if size is None else size

@@ -1,0 +1,169 @@
+"""The pairing behind additive attention, without the array of every query, key and feature."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from attention_jax.base import checks
+
+_product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def tanh_pairs(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Pair every query with every key by a weighted sum of tanh, as additive attention does.
+
+    scores[t, s] = Σ_a value[a] tanh(query[t, a] + key[s, a])
+
+    With r = 1 / (1 + exp(2q) exp(2k)), tanh(q + k) = 1 - 2r and its derivative is 4r (1 - r):
+    the exponentials belong to one token each, and a pair costs one division per feature. Nothing
+    of size T x S x A is held: not forward, not in the tangent, not in the reverse pass.
+
+    Args:
+      query: projected queries, [T, A].
+      key: projected keys, [S, A].
+      value: the weight of each feature, [A].
+
+    Returns:
+      [T, S], in float64 if an input is, else in float32; exact for inputs of any size.
+
+    Raises:
+      ShapeError: the three disagree on the features, or have other axes.
+
+    Bahdanau, Cho and Bengio 2015, appendix A.1.2, with query = W s, key = U h and value = v.
+
+    >>> query, key = jnp.array([[0.0, 1.0]]), jnp.array([[0.0, -1.0], [jnp.inf, 1000.0]])
+    >>> tanh_pairs(query, key, value=jnp.array([1.0, 2.0]))
+    Array([[0., 3.]], dtype=float32)
+    """
+    query, key, value = _at_least_single("tanh_pairs", query, key, value)
+    if 1 in (query.shape[0], key.shape[0]):
+        return _one_row(jnp.tanh, query, key, value)
+    return _tanh_pairs(query, key, value)
+
+
+def activation_pairs(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Pair every query with every key by a weighted sum of an elementwise activation.
+
+    scores[t, s] = Σ_a value[a] activation(query[t, a] + key[s, a])
+
+    Shapes, precision, memory and errors are those of `tanh_pairs`; the derivatives are those
+    that JAX has for the activation.
+
+    >>> query, key = jnp.array([[1.0, 2.0]]), jnp.array([[-3.0, 1.0]])
+    >>> activation_pairs(query, key, jnp.array([1.0, 10.0]), jax.nn.relu)
+    Array([[30.]], dtype=float32)
+    """
+    query, key, value = _at_least_single("activation_pairs", query, key, value)
+    if 1 in (query.shape[0], key.shape[0]):
+        return _one_row(activation, query, key, value)
+    return _sum_over_features(lambda q, k, v: v * activation(q + k), (query,), (key,), (value,))
+
+
+@jax.custom_jvp
+def _tanh_pairs(query, key, value):
+    def pairs(reciprocal, query, key, value):
+        return _sum_over_features(
+            lambda q, k, v: v * (1 - 2 * reciprocal(q, k)), (query,), (key,), (value,)
+        )
+
+    return _with_reciprocal(pairs, query, key, value)
+
+
+@_tanh_pairs.defjvp
+def _tanh_pairs_jvp(primals, tangents):
+    """Σ_a 4 value r (1 - r) (dquery + dkey) + (1 - 2r) dvalue, which JAX can also transpose."""
+
+    def tangents_of_pairs(reciprocal, query, key, value, dquery, dkey, dvalue):
+        def term(q, dq, k, dk, dv):
+            r = reciprocal(q, k)
+            return r * (1 - r) * (dq + dk) + dv * r
+
+        # Factors of one token leave the sum over pairs, as a compiler may not do by itself.
+        dquery, dkey = 4 * value[None, :] * dquery, 4 * value[None, :] * dkey
+        pairs = _sum_over_features(term, (query, dquery), (key, dkey), (-2 * dvalue,))
+        return jnp.sum(dvalue) + pairs
+
+    return _tanh_pairs(*primals), _with_reciprocal(tangents_of_pairs, *primals, *tangents)
+
+
+def _with_reciprocal(pairs, query, key, *rest):
+    """Call `pairs(reciprocal, query, key, *rest)`: by exponentials if exact, else by tanh.
+
+    The exponentials are those of queries q and keys k clipped to ±cap. They are exact if, of
+    every feature, all the queries or all the keys stay within ±reach (11 in float32, 115 in
+    float64). Say |q| <= reach; then
+
+    * clipping changes no tanh: it acts only on |k| > cap, where |q + k| >= cap - reach = margin
+      before and after, and 1 - tanh(margin) <= eps / 4 is lost in rounding;
+    * p = exp(2q) exp(2k) is at most max^0.7 and at least its inverse, so that neither p nor its
+      products with moderate tangents overflow, also in the second derivative;
+    * a relative error of δ in p changes 1 - 2 / (1 + p) by 2δ p / (1 + p)² <= δ / 2, and δ is
+      but a few eps, since 2q and 2k are exact.
+    """
+    finfo = jnp.finfo(query.dtype)
+    margin = math.log(8 / finfo.eps) / 2
+    cap, reach = ((0.35 * math.log(finfo.max) + sign * margin) / 2 for sign in (1, -1))
+
+    def by_exponentials(query, key, *rest):
+        query, key = (jnp.exp(2 * jnp.clip(tokens, -cap, cap)) for tokens in (query, key))
+        return pairs(lambda exp_q, exp_k: 1 / (1 + exp_q * exp_k), query, key, *rest)
+
+    def by_tanh(query, key, *rest):
+        return pairs(lambda q, k: (1 - jnp.tanh(q + k)) / 2, query, key, *rest)
+
+    def largest(tokens):
+        return jnp.max(jnp.abs(tokens), axis=0, initial=0)
+
+    # NaN fails the comparison, and so goes to tanh and stays in its row or column.
+    exact = jnp.all(jnp.minimum(largest(query), largest(key)) <= reach)
+    return lax.cond(_in_every_example(exact), by_exponentials, by_tanh, query, key, *rest)
+
+
+@custom_vmap
+def _in_every_example(flag):
+    """The flag, reduced over mapped axes: a batched predicate makes cond compute both branches."""
+    return flag
+
+
+@_in_every_example.def_vmap
+def _(axis_size, in_batched, flags):
+    del axis_size, in_batched
+    return _in_every_example(jnp.all(flags)), False
+
+
+def _sum_over_features(term, queries, keys, weights):
+    """Σ_a term(queries [T, 1] of feature a, keys [1, S] of it, weights [] of it): one at a time."""
+
+    # Rematerialised, so that the reverse pass keeps the inputs and not every pair and feature.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def add(total, feature):
+        queries, keys, weights = feature
+        return total + term(*(q[:, None] for q in queries), *(k[None, :] for k in keys), *weights)
+
+    # Zeros like a product of all three, so that under shard_map they vary as the inputs do.
+    total = jnp.zeros_like(_product(queries[0] * weights[0][None, :], keys[0].T))
+    features = jax.tree.map(jnp.transpose, (queries, keys, weights))
+    total, _ = lax.scan(lambda total, feature: (add(total, feature), None), total, features)
+    return total
+
+
+def _one_row(activation, query, key, value):
+    """The plain formula, for a step of a decoder: one query has no more pairs than inputs."""
+    return _product(activation(query + key), value).reshape(query.shape[0], key.shape[0])
+
+
+def _at_least_single(operation, query, key, value):
+    checks.axes(operation, query=(query, "TA"), key=(key, "SA"), value=(value, "A"))
+    double = jnp.float64 in (query.dtype, key.dtype, value.dtype)
+    dtype = jnp.float64 if double else jnp.float32
+    return query.astype(dtype), key.astype(dtype), value.astype(dtype)
