@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from attention_jax.diagnostics import AlignmentQuality, quality_of_counts
-from experiments.data.alignments import pharaoh
-from experiments.data.corpus import Links, Pair
-from experiments.data.tokens import detokenize
+from experiments.data.corpus import Links, Pair, pharaoh
+from experiments.data.text import detokenize
 
 __all__ = [
     "CLASSES",

@@ -17,6 +17,7 @@ from attention_jax.nnx import EncoderDecoder, MultiHeadAttention
 from experiments import metrics
 from experiments.claims.claim import Setting
 from experiments.claims.training import Arm, Trained, arm_of, graph_of, merged, train
+from experiments.data import Sizes as SplitSizes
 from experiments.data import load
 from experiments.data.batches import pad
 from experiments.data.corpus import Pair
@@ -56,9 +57,7 @@ class Material(NamedTuple):
 def material(setting: Setting, name: str = "grammar", longest: int = 10) -> Material:
     """Generate a corpus whose sentences have at most so many words."""
     sizes = setting.pick(tiny=(200, 20, 20), quick=(6000, 200, 200), full=(20000, 500, 500))
-    corpus = load(
-        name, train_size=sizes[0], valid_size=sizes[1], test_size=sizes[2], max_length=longest
-    )
+    corpus = load(name, sizes=SplitSizes(*sizes), max_length=longest)
     vocabularies = corpus.source_vocabulary, corpus.target_vocabulary
     splits = corpus.train, corpus.valid, corpus.test
     sides = [

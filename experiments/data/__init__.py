@@ -2,7 +2,8 @@
 
 from experiments.data.corpus import Corpus, DataError, Links, Pair
 from experiments.data.load import GENERATED, load
-from experiments.data.tokens import detokenize, tokenize
+from experiments.data.splits import Sizes
+from experiments.data.text import detokenize, tokenize
 from experiments.data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DataError",
     "Links",
     "Pair",
+    "Sizes",
     "Vocabulary",
     "detokenize",
     "load",

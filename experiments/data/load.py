@@ -1,18 +1,20 @@
-"""One function for every corpus."""
+"""One function for every corpus, and the generators of those that are no text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
 
-from experiments.data import grammar, numbers, sequences
-from experiments.data.corpora import Reader
-from experiments.data.corpus import Corpus, DataError
+from experiments.data import grammar, numbers
+from experiments.data.corpus import Corpus, DataError, Pair
+from experiments.data.files import Reader
 from experiments.data.splits import Sizes, assemble, generated
 
 GENERATED = ("grammar", "numbers", "copy", "reverse")
 # Generated sentences are at most this long; the split "long" holds longer ones.
 _LONGEST = {"grammar": 21, "numbers": 9, "copy": 12, "reverse": 12, "files": 60}
+_SYMBOLS = tuple("abcdefghijklmnopqrst")
 
 
 def load(
@@ -20,9 +22,7 @@ def load(
     *,
     source: str = "en",
     target: str = "de",
-    train_size: int | None = None,
-    valid_size: int | None = None,
-    test_size: int | None = None,
+    sizes: Sizes = Sizes(),  # noqa: B008  it is frozen
     seed: int = 0,
     max_length: int | None = None,
     min_count: int = 2,
@@ -37,9 +37,9 @@ def load(
         ``train.de`` and so on, or ``train.tsv``; or PREFIX of files like ``PREFIX.train.en``.
       source: ending of the source files, or the name or number of a column of FILE.tsv.
       target: the same for the target.
-      train_size: pairs to train on; by default 20000 generated pairs, or all in the files.
-      valid_size: pairs to validate on; by default 500, all in the file, or 5% (at most 1000).
-      test_size: pairs to test on; by default 1000, all in the file, or 5% (at most 1000).
+      sizes: pairs of each split; by default 20000 generated pairs to train on, 500 to validate on
+        and 1000 to test on, or all in the files; where a file of validation or test pairs is
+        missing, 5% of the training pairs (at most 1000).
       seed: of the generator, of splitting and of the order of the training pairs.
       max_length: tokens of the longer side, without EOS; longer pairs are dropped and counted.
       min_count: words of the training files seen less often are read as ``<unk>``.
@@ -60,7 +60,6 @@ def load(
         raise DataError("The name of the data is empty; name a generated corpus or a path.")
     longest = max_length or _LONGEST.get(data, _LONGEST["files"])
     if data not in GENERATED:
-        sizes = Sizes(train_size, valid_size, test_size)
         reader = Reader(source, target, lowercase)
         corpus = assemble(
             data,
@@ -73,12 +72,7 @@ def load(
             notices=reader.notices,
         )
         return replace(corpus, files=reader.files, at_spaces=bool(reader.at_spaces))
-    sizes = Sizes(
-        *(
-            size if size is not None else default
-            for size, default in ((train_size, 20_000), (valid_size, 500), (test_size, 1_000))
-        )
-    )
+    sizes = Sizes(sizes.train or 20_000, sizes.valid or 500, sizes.test or 1_000)
     streams, always = _streams(data, seed, longest)
     return generated(data, *streams, sizes, max_length=longest, always=always)
 
@@ -95,6 +89,15 @@ def _streams(data: str, seed: int, longest: int):
         return (numbers.sentences(first), numbers.sentences(second)), below_hundred
     reverse = data == "reverse"
     return (
-        sequences.sentences(first, longest=longest, reverse=reverse),
-        sequences.sentences(second, longest=longest * 3 // 2, reverse=reverse),
+        _copies(first, longest=longest, reverse=reverse),
+        _copies(second, longest=longest * 3 // 2, reverse=reverse),
     ), ()
+
+
+def _copies(random: Random, *, longest: int, reverse: bool) -> Iterator[Pair]:
+    """Strings of 1 to ``longest`` symbols, without end; the longer ones are not rarer."""
+    while True:
+        length = 1 + int(random.random() * longest)
+        source = tuple(_SYMBOLS[int(random.random() * len(_SYMBOLS))] for _ in range(length))
+        links = frozenset((length - 1 - j if reverse else j, j) for j in range(length))
+        yield Pair(source, source[::-1] if reverse else source, links, links)

@@ -17,9 +17,9 @@ SPLITS = ("train", "valid", "test")
 class Sizes:
     """How many pairs are wanted of each split; None takes what there is."""
 
-    train: int | None
-    valid: int | None
-    test: int | None
+    train: int | None = None
+    valid: int | None = None
+    test: int | None = None
 
     def __post_init__(self):
         for split in SPLITS:
@@ -96,8 +96,8 @@ def generated(
         test=test,
         extra=extra,
         notices=notices,
-        source_vocabulary=Vocabulary.from_pairs(train, "source"),
-        target_vocabulary=Vocabulary.from_pairs(train, "target"),
+        source_vocabulary=Vocabulary.of_sentences(pair.source for pair in train),
+        target_vocabulary=Vocabulary.of_sentences(pair.target for pair in train),
     )
 
 
@@ -154,11 +154,11 @@ def assemble(
         valid=chosen["valid"],
         test=chosen["test"],
         extra={split: chosen[split] for split in extra},
-        source_vocabulary=Vocabulary.from_pairs(
-            chosen["train"], "source", min_count=min_count, max_size=max_vocabulary
+        source_vocabulary=Vocabulary.of_sentences(
+            (pair.source for pair in chosen["train"]), min_count=min_count, max_size=max_vocabulary
         ),
-        target_vocabulary=Vocabulary.from_pairs(
-            chosen["train"], "target", min_count=min_count, max_size=max_vocabulary
+        target_vocabulary=Vocabulary.of_sentences(
+            (pair.target for pair in chosen["train"]), min_count=min_count, max_size=max_vocabulary
         ),
     )
     for vocabulary in (corpus.source_vocabulary, corpus.target_vocabulary):

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from experiments.data.corpus import Pair
 
 PAD, BOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -34,19 +30,18 @@ class Vocabulary:
             raise ValueError("Vocabulary: a word is listed twice; list every word once.")
 
     @classmethod
-    def from_pairs(
+    def of_sentences(
         cls,
-        pairs: Iterable[Pair],
-        side: Literal["source", "target"],
+        sentences: Iterable[Iterable[str]],
         *,
         min_count: int = 1,
         max_size: int | None = None,
     ) -> Vocabulary:
-        """The words of one side seen at least ``min_count`` times, the most frequent first.
+        """The words that occur at least ``min_count`` times, the most frequent first.
 
         ``max_size`` counts words, without the special symbols; ties are broken by spelling.
         """
-        counts = Counter(word for pair in pairs for word in getattr(pair, side))
+        counts = Counter(word for sentence in sentences for word in sentence)
         known = (word for word in counts if counts[word] >= min_count and word not in SPECIAL)
         return cls(sorted(known, key=lambda word: (-counts[word], word))[:max_size])
 

@@ -16,8 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from attention_jax.diagnostics.plots import draw_weights, save
-from experiments.data.alignments import parse
-from experiments.data.corpus import Links
+from experiments.data.corpus import Links, parse_alignment
 from experiments.statistics import interval
 from experiments.translate.workdir import Record
 
@@ -95,7 +94,7 @@ def alignments(scores: Sequence[str], panels: Sequence[Record]) -> Figure:
     source = [*panels[0]["source"], _END]
     target = [*panels[0]["target"], _END]
     gold = panels[0]["gold"]
-    links = None if gold is None else parse(gold, len(source), len(target))
+    links = None if gold is None else parse_alignment(gold, len(source), len(target))
     titles = list(scores) if links is None else ["gold", *scores]
     across = min(_ACROSS, len(titles))
     down = -(-len(titles) // across)

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.command_line import UsageError
 from experiments.data.corpus import Corpus, Pair
-from experiments.data.tokens import cut, detokenize
+from experiments.data.text import cut, detokenize
 from experiments.data.vocabulary import Vocabulary
 from experiments.translate.config import SWEPT, Config, group_of
 from experiments.translate.workdir import shown, write_json

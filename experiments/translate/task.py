@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.command_line import UsageError
-from experiments.data import DataError, load
+from experiments.data import DataError, Sizes, load
 from experiments.data.batches import Buckets, bucket, rounded_up, schedule
 from experiments.data.corpus import Corpus
 from experiments.data.vocabulary import PAD
@@ -63,9 +63,7 @@ def read(config: Config) -> Task:
             config.data,
             source=config.source,
             target=config.target,
-            train_size=config.train_size,
-            valid_size=config.valid_size,
-            test_size=config.test_size,
+            sizes=Sizes(config.train_size, config.valid_size, config.test_size),
             seed=config.data_seed,
             max_length=config.max_length,
             min_count=config.min_count,

@@ -15,8 +15,8 @@ import numpy as np
 from attention_jax.base.checks import ShapeError
 from experiments import metrics
 from experiments.command_line import UsageError, show
-from experiments.data.corpora import Reader
 from experiments.data.corpus import DataError, Pair
+from experiments.data.files import Reader
 from experiments.data.text import lines_of, read_lines
 from experiments.translate import (
     alignments,

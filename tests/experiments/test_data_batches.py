@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.data import EOS, PAD, DataError, Pair, Vocabulary, load
+from experiments.data import EOS, PAD, DataError, Pair, Sizes, Vocabulary, load
 from experiments.data.batches import bucket, choose_widths, pad, schedule, sweep
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return load("grammar", train_size=3000, valid_size=100, test_size=100)
+    return load("grammar", sizes=Sizes(train=3000, valid=100, test=100))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.data import DataError, Pair, load
+from experiments.data import DataError, Pair, Sizes, load
 
 WORDS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn"]
 TABLE = "".join(f"number {n}\tzahl {word}\n" for n, word in enumerate(WORDS))
@@ -102,7 +102,7 @@ def test_repeated_pairs_are_removed_from_training(write):
 
 def test_pairs_with_one_source_stay_in_one_split(write):
     text = "".join(f"source {n // 5}\ttarget {n}\n" for n in range(100))
-    corpus = load(write("a.tsv", text), valid_size=10, test_size=10)
+    corpus = load(write("a.tsv", text), sizes=Sizes(valid=10, test=10))
     sources = [{p.source for p in s} for s in (corpus.train, corpus.valid, corpus.test)]
     assert [len(split) for split in (corpus.train, corpus.valid, corpus.test)] == [80, 10, 10]
     assert sum(map(len, sources)) == len(set.union(*sources)) == 20
@@ -203,14 +203,14 @@ def test_a_prefix_without_splits_is_split(write, tmp_path):
 
 def test_sizes_cut_and_say_so(write):
     path = write("a.tsv", TABLE)
-    corpus = load(path, train_size=3, valid_size=2, test_size=2, **LENIENT)
+    corpus = load(path, sizes=Sizes(train=3, valid=2, test=2), **LENIENT)
     assert [len(split) for split in (corpus.train, corpus.valid, corpus.test)] == [3, 2, 2]
     assert "train: 3 of 6 pairs are used." in corpus.notices
-    larger = load(path, train_size=5, valid_size=2, test_size=2, **LENIENT)
+    larger = load(path, sizes=Sizes(train=5, valid=2, test=2), **LENIENT)
     assert (larger.train[:3], larger.test) == (corpus.train, corpus.test)
     assert (
         "train: 99 pairs were asked for, but there are 8."
-        in load(path, train_size=99, **LENIENT).notices
+        in load(path, sizes=Sizes(train=99), **LENIENT).notices
     )
 
 
@@ -356,9 +356,6 @@ def test_a_file_without_permission(write, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_size": 0}, "train_size is 0, but at least 1 pair is needed."),
-        ({"valid_size": -1}, "valid_size is -1, but at least 1 pair is needed."),
-        ({"test_size": 0}, "test_size is 0, but at least 1 pair is needed."),
         ({"max_length": 0}, "max_length is 0, but at least 1 token is needed."),
         ({"min_count": 0}, "min_count is 0, but at least 1 is needed to keep a word."),
         ({"max_vocabulary": 0}, "max_vocabulary is 0, but at least 1 word is needed."),
@@ -367,3 +364,11 @@ def test_a_file_without_permission(write, monkeypatch):
 def test_arguments_out_of_range(write, options, message):
     assert refused("grammar", **options) == message
     assert refused(write("a.tsv", TABLE), **options) == message
+
+
+@pytest.mark.parametrize("size", [{"train": 0}, {"valid": -1}, {"test": 0}])
+def test_a_split_without_pairs(size):
+    with pytest.raises(DataError) as error:
+        Sizes(**size)
+    ((split, number),) = size.items()
+    assert str(error.value) == f"{split}_size is {number}, but at least 1 pair is needed."

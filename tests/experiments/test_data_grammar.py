@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from experiments.data import DataError, lexicon, load
-from experiments.data.alignments import pharaoh
+from experiments.data import DataError, Sizes, grammar, load
+from experiments.data.corpus import pharaoh
 from experiments.data.grammar import sentences
 
 # Source, target and alignment as a person would write them.
@@ -44,22 +44,22 @@ BY_HAND = (
     + ("0-1 1-8 2-2 3?2 3-3 3?4 4-4 5?5 5?6 6?5 6-7 7-6 8-0",),
 )
 
-NOUNS = {noun.english: noun for noun in lexicon.BEINGS + lexicon.THINGS}
-DETERMINERS = {word.english: word.forms for word in lexicon.DETERMINERS}
-ADJECTIVES = {word.english: word.forms for word in lexicon.ADJECTIVES}
+NOUNS = {noun.english: noun for noun in grammar.BEINGS + grammar.THINGS}
+DETERMINERS = {word.english: word.forms for word in grammar.DETERMINERS}
+ADJECTIVES = {word.english: word.forms for word in grammar.ADJECTIVES}
 PLACES, TIMES, MANNERS, PRONOUNS, CONJUNCTIONS = (
     {word.english: word.german for word in words}
     for words in (
-        lexicon.PLACES,
-        lexicon.TIMES,
-        lexicon.MANNERS,
-        lexicon.PRONOUNS,
-        lexicon.CONJUNCTIONS,
+        grammar.PLACES,
+        grammar.TIMES,
+        grammar.MANNERS,
+        grammar.PRONOUNS,
+        grammar.CONJUNCTIONS,
     )
 )
-TRANSITIVE = {form: verb for verb in lexicon.TRANSITIVE for form in (verb.english, verb.base)}
+TRANSITIVE = {form: verb for verb in grammar.TRANSITIVE for form in (verb.english, verb.base)}
 VERBS = TRANSITIVE | {
-    form: verb for verb in lexicon.INTRANSITIVE for form in (verb.english, verb.base)
+    form: verb for verb in grammar.INTRANSITIVE for form in (verb.english, verb.base)
 }
 
 
@@ -123,7 +123,7 @@ class Parser:
             result += self.place()
         if not simple and self.peek() == "that":
             self.take()
-            result.append(lexicon.RELATIVE.forms[noun.gender])
+            result.append(grammar.RELATIVE.forms[noun.gender])
             if self.peek() in DETERMINERS:
                 subject = self.noun_phrase(simple=True)
                 _, before, after = self.verb()
@@ -139,7 +139,7 @@ def translations(word):
         return {NOUNS[word].german}
     if word in VERBS:
         return {VERBS[word].german, VERBS[word].infinitive}
-    for forms in (DETERMINERS, ADJECTIVES, {"that": lexicon.RELATIVE.forms}):
+    for forms in (DETERMINERS, ADJECTIVES, {"that": grammar.RELATIVE.forms}):
         if word in forms:
             return set(forms[word])
     single = PLACES | TIMES | MANNERS | PRONOUNS | CONJUNCTIONS | {"will": "wird", "not": "nicht"}
@@ -187,7 +187,7 @@ def test_possible_links_are_agreement_negation_and_support(spoken):
             english, german = pair.source[i], pair.target[j]
             if english in NOUNS:
                 gender = NOUNS[english].gender
-                agreeing = chain(lexicon.DETERMINERS, lexicon.ADJECTIVES, (lexicon.RELATIVE,))
+                agreeing = chain(grammar.DETERMINERS, grammar.ADJECTIVES, (grammar.RELATIVE,))
                 assert german in {word.forms[gender] for word in agreeing}
                 seen["agreement"] += 1
             elif english == "does":
@@ -205,9 +205,9 @@ def test_every_construction_occurs(corpus):
     words = Counter(word for pair in corpus.train for word in set(pair.target))
     share = {word: count / len(corpus.train) for word, count in words.items()}
     assert share["en"] == share["nicht"] > 0.2
-    assert sum(share[form] for form in lexicon.RELATIVE.forms) > 0.2
+    assert sum(share[form] for form in grammar.RELATIVE.forms) > 0.2
     assert share["wird"] > 0.2
-    assert sum(share[word.german] for word in lexicon.PLACES) > 0.3
+    assert sum(share[word.german] for word in grammar.PLACES) > 0.3
     fronted = sum(pair.target[0] in TIMES.values() for pair in corpus.train)
     assert fronted / len(corpus.train) > 0.3
 
@@ -244,20 +244,19 @@ def test_the_long_split_is_longer_than_anything_else_on_both_sides(corpus):
 
 
 def test_the_same_seed_gives_the_same_corpus_and_another_another():
-    sizes = {"train_size": 50, "valid_size": 5, "test_size": 5}
-    assert load("grammar", seed=3, **sizes) == load("grammar", seed=3, **sizes)
-    assert load("grammar", seed=3, **sizes).test != load("grammar", seed=4, **sizes).test
+    sizes = Sizes(train=50, valid=5, test=5)
+    assert load("grammar", seed=3, sizes=sizes) == load("grammar", seed=3, sizes=sizes)
+    assert load("grammar", seed=3, sizes=sizes).test != load("grammar", seed=4, sizes=sizes).test
 
 
 def test_a_smaller_training_set_begins_a_larger_one_with_the_same_test_set():
-    sizes = {"valid_size": 20, "test_size": 20}
-    small, large = (load("grammar", train_size=size, **sizes) for size in (100, 300))
+    small, large = (load("grammar", sizes=Sizes(train, 20, 20)) for train in (100, 300))
     assert small.train == large.train[:100]
     assert (small.valid, small.test, small.extra) == (large.valid, large.test, large.extra)
 
 
 def test_max_length_moves_the_border():
-    corpus = load("grammar", max_length=8, train_size=200, valid_size=20, test_size=20)
+    corpus = load("grammar", max_length=8, sizes=Sizes(train=200, valid=20, test=20))
     assert max(len(pair.source) for pair in corpus.train) <= 8
     assert all(9 <= len(pair.source) <= 12 for pair in corpus.extra["long"])
 
@@ -266,6 +265,6 @@ def test_impossible_sizes_are_refused():
     with pytest.raises(
         DataError, match=r"^grammar: only \d+ different sentences were found where "
     ):
-        load("grammar", max_length=2, train_size=20_000)
+        load("grammar", max_length=2, sizes=Sizes(train=20_000))
     with pytest.raises(DataError, match=r"^grammar: no sentence of 1 to 1 words was found; "):
         load("grammar", max_length=1)

@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
-from experiments.data import load
-from experiments.data.alignments import pharaoh
+from experiments.data import Sizes, load
+from experiments.data.corpus import pharaoh
 from experiments.data.numbers import LIMIT, translate
 
 
@@ -82,7 +82,7 @@ def test_numbers_outside_the_range_are_refused(n):
 
 
 def test_the_corpus_is_disjoint_knows_every_word_and_has_a_longer_split():
-    corpus = load("numbers", train_size=2000, valid_size=100, test_size=100)
+    corpus = load("numbers", sizes=Sizes(train=2000, valid=100, test=100))
     splits = (corpus.train, corpus.valid, corpus.test, corpus.extra["long"])
     assert len({pair.source for split in splits for pair in split}) == 2300
     for split in splits:
@@ -91,11 +91,11 @@ def test_the_corpus_is_disjoint_knows_every_word_and_has_a_longer_split():
             assert all(word in corpus.target_vocabulary for word in pair.target)
     assert max(len(pair.source) for pair in corpus.train) == 9
     assert min(len(pair.source) for pair in corpus.extra["long"]) > 9
-    assert corpus == load("numbers", train_size=2000, valid_size=100, test_size=100)
+    assert corpus == load("numbers", sizes=Sizes(train=2000, valid=100, test=100))
 
 
 def test_lengths_beyond_the_numbers_leave_no_longer_split():
-    corpus = load("numbers", max_length=40, train_size=150, valid_size=10, test_size=10)
+    corpus = load("numbers", max_length=40, sizes=Sizes(train=150, valid=10, test=10))
     assert dict(corpus.extra) == {}
     assert corpus.notices == (
         "There is no split of longer sentences: numbers: the split long: no sentence of 41 to 60 "
@@ -105,7 +105,7 @@ def test_lengths_beyond_the_numbers_leave_no_longer_split():
 
 @pytest.mark.parametrize("data", ["copy", "reverse"])
 def test_copy_and_reverse(data):
-    corpus = load(data, train_size=300, valid_size=20, test_size=20)
+    corpus = load(data, sizes=Sizes(train=300, valid=20, test=20))
     for pair in corpus.train + corpus.extra["long"]:
         assert pair.target == (pair.source if data == "copy" else pair.source[::-1])
         assert {(pair.source[i], j) for i, j in pair.sure} == {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.data import detokenize, load
+from experiments.data import Sizes, detokenize, load
 from experiments.metrics import bleu
 
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -41,7 +41,10 @@ def test_multi30k():
 
 
 def test_multi30k_the_other_way():
-    there, back = corpus("multi30k"), corpus("multi30k", source="de", target="en", train_size=100)
+    there, back = (
+        corpus("multi30k"),
+        corpus("multi30k", source="de", target="en", sizes=Sizes(train=100)),
+    )
     assert [pair.source for pair in there.test] == [pair.target for pair in back.test]
     assert [pair.target for pair in there.valid] == [pair.source for pair in back.valid]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.data import EOS, UNK, Pair, Vocabulary, detokenize, tokenize
-from experiments.data.alignments import is_alignment, parse, pharaoh
+from experiments.data import EOS, UNK, Vocabulary, detokenize, tokenize
+from experiments.data.corpus import is_alignment, parse_alignment, pharaoh
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_detokenize_keeps_every_token(tokens):
 
 
 def test_vocabulary_orders_by_count_then_spelling_and_cuts():
-    pairs = [Pair(("b", "a", "a", "c"), ("x",)), Pair(("b", "d"), ("y", "y"))]
-    assert Vocabulary.from_pairs(pairs, "source").words[4:] == ("a", "b", "c", "d")
-    assert Vocabulary.from_pairs(pairs, "source", min_count=2).words[4:] == ("a", "b")
-    assert Vocabulary.from_pairs(pairs, "source", max_size=3).words[4:] == ("a", "b", "c")
-    assert Vocabulary.from_pairs(pairs, "target").words[4:] == ("y", "x")
+    sentences = [("b", "a", "a", "c"), ("b", "d")]
+    assert Vocabulary.of_sentences(sentences).words[4:] == ("a", "b", "c", "d")
+    assert Vocabulary.of_sentences(sentences, min_count=2).words[4:] == ("a", "b")
+    assert Vocabulary.of_sentences(sentences, max_size=3).words[4:] == ("a", "b", "c")
+    assert Vocabulary.of_sentences([("x",), ("y", "y")]).words[4:] == ("y", "x")
 
 
 def test_decode_stops_at_eos_and_shows_other_symbols():
@@ -85,7 +85,7 @@ def test_decode_stops_at_eos_and_shows_other_symbols():
 
 
 def test_words_spelled_like_special_symbols_cannot_end_a_sentence():
-    vocabulary = Vocabulary.from_pairs([Pair(("<eos>", "a"), ("<pad>",))], "source")
+    vocabulary = Vocabulary.of_sentences([("<eos>", "a")])
     assert vocabulary.words == ("<pad>", "<bos>", "<eos>", "<unk>", "a")
     assert vocabulary.encode(["<eos>", "<pad>", "<unk>", "a"]) == [3, 3, 3, 4]
 
@@ -105,9 +105,9 @@ def test_a_word_listed_twice_is_refused():
 
 
 def test_alignment_notations():
-    assert parse("0-0 1?2 2-1", 3, 3) == ({(0, 0), (2, 1)}, {(0, 0), (2, 1), (1, 2)})
-    assert parse("2 0 1 9", 3, 3)[0] == {(2, 0), (0, 1), (1, 2)}
-    assert parse("2 0 1", 3, 3)[1] == {(2, 0), (0, 1), (1, 2)}
+    assert parse_alignment("0-0 1?2 2-1", 3, 3) == ({(0, 0), (2, 1)}, {(0, 0), (2, 1), (1, 2)})
+    assert parse_alignment("2 0 1 9", 3, 3)[0] == {(2, 0), (0, 1), (1, 2)}
+    assert parse_alignment("2 0 1", 3, 3)[1] == {(2, 0), (0, 1), (1, 2)}
     assert [is_alignment(text) for text in ("0-0 1?2", "3", "CC-BY 2.0", "0-0 x", "")] == [
         *(True, True, False, False, False)
     ]
@@ -125,7 +125,7 @@ def test_alignment_notations():
 )
 def test_bad_alignments(text, message):
     with pytest.raises(ValueError) as error:
-        parse(text, 2, 3)
+        parse_alignment(text, 2, 3)
     assert str(error.value) == message
 
 
@@ -135,7 +135,7 @@ def test_pharaoh_round_trip(possible, data):
     text = pharaoh(frozenset(sure), frozenset(possible))
     if possible:
         assert is_alignment(text)
-        assert parse(text, 7, 9) == (sure, possible)
+        assert parse_alignment(text, 7, 9) == (sure, possible)
     else:
         assert text == ""
 

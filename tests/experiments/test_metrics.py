@@ -8,7 +8,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.data import Pair, load
+from experiments.data import Pair, Sizes, load
 from experiments.metrics import (
     alignment_quality,
     bleu,
@@ -120,7 +120,7 @@ def test_pairs_without_gold_are_left_out():
 
 
 def test_gold_alignments_of_the_grammar_score_perfectly_and_the_diagonal_does_not():
-    test = load("grammar", train_size=200, valid_size=1, test_size=200).test
+    test = load("grammar", sizes=Sizes(train=200, valid=1, test=200)).test
     assert alignment_quality([p.sure for p in test], test).error_rate == 0.0
     diagonal = [
         frozenset((min(j, len(p.source) - 1), j) for j in range(len(p.target))) for p in test

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from experiments.command_line import UsageError
-from experiments.data import load
+from experiments.data import Sizes, load
 from experiments.translate import history, kept
 from experiments.translate.config import Config
 from experiments.translate.workdir import Log
@@ -78,7 +78,7 @@ def test_a_damaged_record_of_the_data(begun):
 
 
 def test_generated_data_need_no_record(tmp_path):
-    corpus = load("copy", train_size=9, valid_size=1, test_size=1)
+    corpus = load("copy", sizes=Sizes(train=9, valid=1, test=1))
     kept.write(tmp_path, corpus, 9, Config(data="copy"))
     assert [path.name for path in tmp_path.iterdir()] == ["vocabularies.json"]
 

@@ -251,7 +251,7 @@ def test_an_evaluation_cuts_off_where_training_did(endless):
 def nearsighted():
     """Translators whose score reaches over four words and the end symbol, and no more padding."""
     config = Config(scores=("location",), seeds=1)
-    words = Vocabulary.from_pairs((Pair(("a", "b"), ("a", "b")),), "source")
+    words = Vocabulary(["a", "b"])
     sizes = Sizes(len(words), len(words), width=4, attention_size=5, readout_size=4)
     languages = Languages(words, words, longest=6, at_spaces=True, lowercase=False)
     parameters = initial_state("location", sizes, config).parameters

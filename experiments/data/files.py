@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 
-from experiments.data.alignments import is_alignment, parse
-from experiments.data.corpus import DataError, Pair
-from experiments.data.text import lines_of, read_content
-from experiments.data.tokens import cut
+from experiments.data.corpus import DataError, Pair, is_alignment, parse_alignment
+from experiments.data.text import cut, lines_of, read_content
 
 Splits = dict[str, list[Pair]]
 
@@ -235,7 +233,7 @@ def _aligned(path: Path, number: int, row: list[str], columns: tuple[int, int]) 
     if len(row) < 3 or not row[2].strip() or not (source and target):
         return Pair(source, target)
     try:
-        sure, possible = parse(row[2], len(words[0]), len(words[1]))
+        sure, possible = parse_alignment(row[2], len(words[0]), len(words[1]))
     except ValueError as error:
         raise DataError(f"{path} line {number}: the alignment {error}.") from None
     if columns == (1, 0):
