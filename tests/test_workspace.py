@@ -1,24 +1,32 @@
-"""WORKSPACE.md is a map: every path it names must be there."""
+"""WORKSPACE.md is one page, and what it says of the layers is what `test_imports` checks."""
 
 import re
 from pathlib import Path
 
+from tests.test_imports import LAYERS
+
 ROOT = Path(__file__).parents[1]
-TOP_LEVEL = ("attention_jax/", "experiments/", "tests/", "constraints.txt", "noxfile.py", ".ci/")
+TEXT = (ROOT / "WORKSPACE.md").read_text(encoding="utf-8")
+TOP_LEVEL = ("attention_jax/", "experiments/", "tests/", ".ci/")
 
 
-def test_every_path_in_the_map_exists():
-    named = set(re.findall(r"`([\w./-]+)`", (ROOT / "WORKSPACE.md").read_text(encoding="utf-8")))
+def section(title):
+    return TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_path_exists():
+    named = set(re.findall(r"`([\w./-]+)`", TEXT))
     paths = {name for name in named if name.startswith(TOP_LEVEL) and "NAME" not in name}
     assert len(paths) > 20
     assert [name for name in sorted(paths) if not (ROOT / name).exists()] == []
 
 
-def test_every_library_file_is_on_the_map():
-    text = (ROOT / "WORKSPACE.md").read_text(encoding="utf-8")
-    files = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "attention_jax").glob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert [name for name in sorted(files) if name not in text] == []
+def test_it_is_one_page():
+    assert len(TEXT.split()) <= 1200
+
+
+def test_every_layer_is_named_in_the_order_of_imports():
+    named = re.findall(r"`attention_jax/(\w+)(?:\.py|/)`", section("Layers").split("|---|")[1])
+    height = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+    assert sorted(named) == sorted(height)
+    assert [height[name] for name in named] == sorted(height[name] for name in named)
