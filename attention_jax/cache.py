@@ -284,7 +284,7 @@ def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any)
     return lifted(query, view, arrays, own_bias, indices(sizes["B"]))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Placed(masks.Mask):
     """A mask of the whole sequence, asked by slot: the tokens of a cache where they stand.
 

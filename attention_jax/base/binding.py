@@ -9,6 +9,7 @@ formula (how a score separates into per-row and per-pair parts, how a normalizer
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,17 +17,22 @@ from typing import Any, TypeVar
 import jax
 from jax.tree_util import Partial
 
+from attention_jax.base.equality import ByValue
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class BoundFunction(Partial):
-    """A partial application whose integers, booleans and strings are no leaves."""
+class BoundFunction(ByValue, Partial):
+    """A partial application whose integers, booleans and strings are no leaves.
+
+    Two of the same function and equal parameters are equal, and hash equal.
+    """
 
 
 def _flatten_bound(bound: BoundFunction) -> tuple[tuple[Any, Any], Any]:
     fixed = {name: x for name, x in bound.keywords.items() if isinstance(x, int | str)}
     leaves = {name: x for name, x in bound.keywords.items() if name not in fixed}
-    return (bound.args, leaves), (bound.func, tuple(fixed.items()))
+    return (bound.args, leaves), (bound.func, tuple(sorted(fixed.items())))
 
 
 def _unflatten_bound(fixed: Any, leaves: Any) -> BoundFunction:
@@ -55,7 +61,7 @@ def bind(function: Callable[..., Any], /, **parameters: Any) -> Partial:
 def as_pytree(value: Any) -> Any:
     """Wrap a plain function so that it may be part of a pytree (without leaves)."""
     is_plain_function = callable(value) and jax.tree_util.all_leaves([value])
-    return Partial(value) if is_plain_function and not hasattr(value, "dtype") else value
+    return BoundFunction(value) if is_plain_function and not hasattr(value, "dtype") else value
 
 
 def unbound(function: Any) -> list[str]:
@@ -95,7 +101,7 @@ def taken_apart(function: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
     >>> import functools
     >>> taken_apart(functools.partial(bind(max, key=abs), 3))[1:]
-    ((3,), {'key': Partial(<built-in function abs>)})
+    ((3,), {'key': BoundFunction(<built-in function abs>)})
     """
     arguments, keywords = (), {}
     while hasattr(function, "func") and hasattr(function, "keywords"):
@@ -105,19 +111,12 @@ def taken_apart(function: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return function, arguments, keywords
 
 
-@jax.tree_util.register_pytree_node_class
-class PerHead:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerHead(ByValue):
     """Marks a bound function whose parameters carry a leading axis N, one slice per query head."""
 
-    def __init__(self, function: Any):
-        self.function = function
-
-    def tree_flatten(self) -> tuple[tuple[Any], None]:
-        return (self.function,), None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, children: tuple[Any]) -> PerHead:
-        return cls(*children)
+    function: Any
 
 
 def per_head(function: Any) -> PerHead:

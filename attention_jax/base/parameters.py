@@ -7,6 +7,7 @@ The Flax modules, Linen and NNX alike, create what is declared; without Flax, `i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.base.binding import bind, per_head, taken_apart
+from attention_jax.base.equality import ByValue
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -24,8 +26,19 @@ def luong_uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) ->
     return jax.random.uniform(key, shape, dtype, minval=-0.1, maxval=0.1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Parameter:
+@functools.cache
+def initializer(family: Callable[..., Initializer], *arguments: float) -> Initializer:
+    """Return family(*arguments), the same function each time, so that `Parameter`s compare equal.
+
+    >>> from jax.nn import initializers
+    >>> initializer(initializers.normal, 0.02) is initializer(initializers.normal, 0.02)
+    True
+    """
+    return family(*arguments)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parameter(ByValue):
     """A parameter that is yet to be created: its shape for one head, and its initialiser."""
 
     shape: tuple[int, ...]
@@ -39,8 +52,8 @@ class Parameter:
         return jax.vmap(lambda key: self.initializer(key, self.shape, dtype))(keys)
 
 
-@dataclasses.dataclass(frozen=True)
-class Learned:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Learned(ByValue):
     """A function together with the parameters that a module shall create for it."""
 
     function: Callable[..., Any]

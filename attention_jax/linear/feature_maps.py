@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn import initializers
 
-from attention_jax.base.binding import as_pytree, ask, rule
+from attention_jax.base.binding import as_pytree, ask, bind, rule
 from attention_jax.base.parameters import Parameter
 from attention_jax.base.typing import at_least_float32
 
@@ -227,7 +227,11 @@ def _() -> Any:
 
 @rule(hedgehog, "scaled")
 def _(weight: Array, bias: Array) -> Any:
-    return lambda x: from_logarithm(_log_hedgehog(x, weight, bias))
+    return bind(_scaled_hedgehog, weight=weight, bias=bias)
+
+
+def _scaled_hedgehog(x: Array, weight: Array, bias: Array) -> Scaled:
+    return from_logarithm(_log_hedgehog(x, weight, bias))
 
 
 @rule(identity, "signed")

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.base import checks
+from attention_jax.base.equality import ByValue
 from attention_jax.masks import intervals
 from attention_jax.masks.intervals import PARTIAL, Unknown, judge
 
 
-class Mask:
+class Mask(ByValue):
     """A predicate over (q_idx, kv_idx), True = may attend; a pytree whose leaves are its arrays.
 
     Subclasses are frozen dataclasses that define `__call__` with ordinary operators. A field
@@ -35,6 +36,8 @@ class Mask:
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
+        if "__eq__" not in cls.__dict__:  # else the dataclass would compare arrays by their truth
+            cls.__eq__, cls.__hash__ = ByValue.__eq__, ByValue.__hash__
         jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, cls._unflatten)
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
@@ -143,7 +146,7 @@ def _flatten_with_keys(mask: Any) -> tuple[list[tuple[Any, Any]], Any]:
     if not dataclasses.is_dataclass(mask):
         raise TypeError(
             f"{name}: a mask must be a dataclass, whose fields are its arrays; write "
-            f"@dataclasses.dataclass(frozen=True, eq=False) above class {name}."
+            f"@dataclasses.dataclass(frozen=True) above class {name}."
         )
     fields = [(field.name, getattr(mask, field.name)) for field in dataclasses.fields(mask)]
     dynamic = [(name, value) for name, value in fields if _is_dynamic(value)]
@@ -164,7 +167,7 @@ def _is_dynamic(value: Any) -> bool:
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Full(Mask):
     """Every query may attend to every key."""
 
@@ -172,7 +175,7 @@ class Full(Mask):
         return (q_idx == q_idx) | (kv_idx == kv_idx)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Table(Mask):
     """An explicit boolean array [T, S], with leading axes [B, N] if they differ.
 
@@ -193,7 +196,7 @@ class Table(Mask):
         return allowed.at[q_idx, kv_idx].get(mode="clip", wrap_negative_indices=False)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Predicate(Mask):
     """Any function (q_idx, kv_idx) -> bool made of ordinary operators.
 
@@ -209,7 +212,7 @@ class Predicate(Mask):
         return judge(self.function, q_idx, kv_idx)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Shift(Mask):
     """The same mask further on: mask(q_idx + query, kv_idx + key).
 
@@ -226,7 +229,7 @@ class Shift(Mask):
         return self.mask(q_idx + self.query, kv_idx + self.key)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False)
 class And(Mask):
     """Both masks allow it."""
 
@@ -241,7 +244,7 @@ class And(Mask):
         return judge(self.first, q_idx, kv_idx) & judge(self.second, q_idx, kv_idx)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Or(Mask):
     """One of the masks allows it."""
 
@@ -256,7 +259,7 @@ class Or(Mask):
         return judge(self.first, q_idx, kv_idx) | judge(self.second, q_idx, kv_idx)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Not(Mask):
     """The mask does not allow it."""
 

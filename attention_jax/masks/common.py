@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Causal(Mask):
     """No query attends to the future: q_idx + offset >= kv_idx.
 
@@ -58,7 +58,7 @@ class Causal(Mask):
         return q_idx + self.offset >= kv_idx
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Window(Mask):
     """A band around the diagonal: q_idx - left <= kv_idx <= q_idx + right; None = unbounded.
 
@@ -103,7 +103,7 @@ def signed(size: Any) -> Any:
     return size.astype(np.int32) if isinstance(size, np.ndarray | jax.Array) else int(size)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Prefix(Mask):
     """Every query may attend to the first `length` keys; `Prefix(n) | Causal()` is a prefix-LM.
 
@@ -123,7 +123,7 @@ class Prefix(Mask):
         return kv_idx < self.length
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Lengths(Mask):
     """Padding: only the first `key_length` keys are there, and the first `query_length` queries.
 
@@ -139,7 +139,7 @@ class Lengths(Mask):
         return allowed if self.query_length is None else allowed & (q_idx < self.query_length)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Segment(Mask):
     """A query attends to keys of its own segment: query_ids[q_idx] == key_ids[kv_idx].
 

@@ -17,7 +17,7 @@ __all__ = ["Edges", "edges"]
 Array = jax.Array
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Edges(Mask):
     """A graph: query i may attend to the keys neighbors[i], [T, R]; -1 stands for none.
 

@@ -14,7 +14,7 @@ from attention_jax.masks.common import Segment
 __all__ = ["GridWindow", "swin", "window_order"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class GridWindow(Mask):
     """A token attends to its own `window` x `window` square of a grid [height, width].
 

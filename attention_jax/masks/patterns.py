@@ -50,7 +50,7 @@ def _make_signed(mask: Mask, *names: str) -> None:
         object.__setattr__(mask, name, signed(getattr(mask, name)))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Strided(Mask):
     """Every `stride`-th key, counted from the query: (q_idx - kv_idx) mod stride = 0.
 
@@ -75,7 +75,7 @@ class Strided(Mask):
         return (q_idx - kv_idx) % self.stride == 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Fixed(Mask):
     """The last `columns` keys of each block of `stride`: kv_idx mod stride >= stride - columns.
 
@@ -102,7 +102,7 @@ class Fixed(Mask):
         return kv_idx % self.stride >= self.stride - self.columns
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Dilated(Mask):
     """A window with gaps: kv_idx - q_idx = n dilation for n = -left ... right.
 
@@ -137,7 +137,7 @@ class Dilated(Mask):
         return reached & (distance % self.dilation == 0)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Chunked(Mask):
     """Keys of the query's own chunk of `size`, of `before` chunks before it and `after` behind.
 
@@ -165,7 +165,7 @@ class Chunked(Mask):
         return (distance >= -self.before) & (distance <= self.after)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Block(Mask):
     """A mask drawn coarser: mask(q_idx // size, kv_idx // size).
 
@@ -191,7 +191,7 @@ class Block(Mask):
         return self.mask(q_idx // self.size, kv_idx // self.size)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class GlobalTokens(Mask):
     """Tokens that attend to all and are attended by all: the row and the column of each.
 
@@ -294,7 +294,7 @@ def random_blocks(
     return Block(Edges(jax.vmap(of_head)(jax.random.split(key, heads))[None]), size)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Heads(Mask):
     """Another mask for every head: masks[n] for query head n.
 
@@ -310,7 +310,7 @@ class Heads(Mask):
     """
 
     masks: Sequence[Mask]
-    head: Any = None
+    head: Any = dataclasses.field(init=False)
     example_rank: ClassVar[dict[str, int]] = {"head": 0}
     coarseness: ClassVar[int] = 1
 

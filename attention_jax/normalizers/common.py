@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.binding import ask, rule
+from attention_jax.base.binding import ask, bind, rule
 from attention_jax.base.checks import at_least
+from attention_jax.base.equality import ByValue
 from attention_jax.normalizers.sparse import entmax15, sparsemax
 
 __all__ = [
@@ -38,15 +39,15 @@ __all__ = [
 Array = jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Exponential:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exponential(ByValue):
     """Weights exp(logit - normalizer), where a sink adds exp(sink) to the normalizer."""
 
     sink: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Elementwise:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Elementwise(ByValue):
     """Weights that depend on their own logit alone."""
 
     function: Callable[[Array], Array]
@@ -152,7 +153,7 @@ def sigmoid(logits: Array, allowed: Array, shift: Any = 0.0) -> Array:
     Array([[0.5, 0. ]], dtype=float32)
     """
     shown = jnp.where(allowed, logits, 0.0)  # NaN behind a mask would spoil the gradient
-    return jnp.where(allowed, jax.nn.sigmoid(shown + jnp.asarray(shift, logits.dtype)), 0.0)
+    return jnp.where(allowed, _shifted_sigmoid(shown, shift), 0.0)
 
 
 def top_k(logits: Array, allowed: Array, k: Any) -> Array:
@@ -215,7 +216,11 @@ def _() -> Exponential:
 
 @rule(sigmoid, "streaming")
 def _(shift: Any = 0.0) -> Elementwise:
-    return Elementwise(lambda logits: jax.nn.sigmoid(logits + jnp.asarray(shift, logits.dtype)))
+    return Elementwise(bind(_shifted_sigmoid, shift=shift))
+
+
+def _shifted_sigmoid(logits: Array, shift: Any) -> Array:
+    return jax.nn.sigmoid(logits + jnp.asarray(shift, logits.dtype))
 
 
 def _exponential(logits: Array, allowed: Array, sink: Any) -> Array:

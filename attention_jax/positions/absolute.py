@@ -22,7 +22,7 @@ import numpy as np
 from jax.nn import initializers
 
 from attention_jax.base import checks
-from attention_jax.base.parameters import Learned, Parameter, learned
+from attention_jax.base.parameters import Learned, Parameter, initializer, learned
 from attention_jax.base.typing import at_least_float32
 from attention_jax.positions.relative import (
     alibi,
@@ -146,7 +146,9 @@ def learned_table(length: int, depth: int) -> Learned:
     (512, 64)
     """
     checks.at_least("learned_table", 1, length=length, depth=depth)
-    return learned(embedded, table=Parameter((length, depth), initializers.normal(0.02)))
+    return learned(
+        embedded, table=Parameter((length, depth), initializer(initializers.normal, 0.02))
+    )
 
 
 def rotary(

@@ -17,7 +17,7 @@ from jax.nn import initializers
 
 from attention_jax.base import checks
 from attention_jax.base.binding import PerHead, bind, per_head, rule
-from attention_jax.base.parameters import Learned, Parameter, learned
+from attention_jax.base.parameters import Learned, Parameter, initializer, learned
 from attention_jax.scores.composition import positional
 
 Array = jax.Array
@@ -162,7 +162,9 @@ def learned_buckets(
     """
     t5_bucket(jnp.array(0), num_buckets, max_distance, bidirectional)  # refuses bad numbers now
     function = functools.partial(t5_bias, max_distance=max_distance, bidirectional=bidirectional)
-    return learned(function, table=Parameter((num_buckets,), initializers.normal(0.02)))
+    return learned(
+        function, table=Parameter((num_buckets,), initializer(initializers.normal, 0.02))
+    )
 
 
 def grid_bias(q_idx: Array, kv_idx: Array, table: Array, width: int) -> Array:
@@ -212,7 +214,9 @@ def learned_grid(window: tuple[int, int], width: int) -> Learned:
         )
     shape = (2 * window[0] - 1, 2 * window[1] - 1)
     function = functools.partial(grid_bias, width=width)
-    return learned(function, table=Parameter(shape, initializers.truncated_normal(0.02)))
+    return learned(
+        function, table=Parameter(shape, initializer(initializers.truncated_normal, 0.02))
+    )
 
 
 @positional
@@ -277,7 +281,11 @@ def relative_values(weights: Array, q_idx: Array, kv_idx: Array, table: Array) -
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Clip distances at `attention_size`, 16 unless given (Shaw et al. 2018, section 4.1)."""
     furthest = 16 if attention_size is None else attention_size
-    return {"table": Parameter((2 * furthest + 1, query_depth), initializers.glorot_uniform())}
+    return {
+        "table": Parameter(
+            (2 * furthest + 1, query_depth), initializer(initializers.glorot_uniform)
+        )
+    }
 
 
 def _clipped(q_idx: Array, kv_idx: Array, table: Array) -> Array:

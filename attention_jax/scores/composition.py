@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from attention_jax.base.binding import as_pytree, ask, taken_apart
+from attention_jax.base.binding import as_pytree, ask, bind, taken_apart
 from attention_jax.masks.intervals import indices
 
 Array = jax.Array
@@ -23,7 +23,7 @@ def _identity(x: Array) -> Array:
     return x
 
 
-identity = Partial(_identity)
+identity = bind(_identity)
 
 
 class Separated(NamedTuple):
@@ -90,7 +90,7 @@ def scaled(score: Any, scale: Any) -> Separated:
     >>> scaled(dot, 0.5)(jnp.ones((1, 4)), jnp.ones((1, 4)))
     Array([[2.]], dtype=float32)
     """
-    return finished(score, Partial(_multiply, scale=scale))
+    return finished(score, bind(_multiply, scale=scale))
 
 
 def soft_capped(score: Any, cap: Any) -> Separated:
@@ -102,7 +102,7 @@ def soft_capped(score: Any, cap: Any) -> Separated:
     >>> soft_capped(dot, 1.0)(100.0 * jnp.ones((1, 1)), jnp.ones((1, 1)))
     Array([[1.]], dtype=float32)
     """
-    return finished(score, Partial(_soft_cap, cap=cap))
+    return finished(score, bind(_soft_cap, cap=cap))
 
 
 def projected(score: Any, query_weight: Any = None, key_weight: Any = None) -> Separated:
@@ -113,8 +113,8 @@ def projected(score: Any, query_weight: Any = None, key_weight: Any = None) -> S
     >>> general(jnp.ones((1, 3)), jnp.ones((1, 2)))
     Array([[6.]], dtype=float32)
     """
-    query_map = identity if query_weight is None else Partial(project_rows, weight=query_weight)
-    key_map = identity if key_weight is None else Partial(project_rows, weight=key_weight)
+    query_map = identity if query_weight is None else bind(project_rows, weight=query_weight)
+    key_map = identity if key_weight is None else bind(project_rows, weight=key_weight)
     return mapped(score, query_map, key_map)
 
 
@@ -125,7 +125,7 @@ def row_normalized(score: Any, query: bool = True, key: bool = True) -> Separate
     >>> row_normalized(dot)(jnp.array([[3.0, 4.0]]), jnp.array([[4.0, 3.0]]))
     Array([[0.96]], dtype=float32)
     """
-    unit = Partial(unit_rows)
+    unit = bind(unit_rows)
     return mapped(score, unit if query else identity, unit if key else identity)
 
 
@@ -151,12 +151,12 @@ def mapped(score: Any, query_map: Partial, key_map: Partial) -> Separated:
 
 
 def _after(first: Partial, then: Partial) -> Partial:
-    if first is identity:
+    if first == identity:
         return then
-    return first if then is identity else Partial(_chain, first, then)
+    return first if then == identity else bind(_chain, first=first, then=then)
 
 
-def _chain(first: Partial, then: Partial, x: Array) -> Array:
+def _chain(x: Array, first: Partial, then: Partial) -> Array:
     return then(first(x))
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 
 from attention_jax.base import checks
 from attention_jax.base.binding import bind, rule
@@ -339,13 +338,13 @@ def location(
 
 @rule(dot, "separation")
 def _separate_dot() -> Separated:
-    return Separated(identity, identity, Partial(times_transpose), identity)
+    return Separated(identity, identity, bind(times_transpose), identity)
 
 
 @rule(scaled_dot, "separation")
 def _separate_scaled_dot() -> Separated:
     # The scale is left to the pairs: free in a tile, but a pass over memory for all queries.
-    return Separated(identity, identity, Partial(_scaled_pairs), identity)
+    return Separated(identity, identity, bind(_scaled_pairs), identity)
 
 
 @rule(bilinear, "separation")
@@ -365,7 +364,7 @@ def _separate_shared(weight: Array) -> Separated:
 
 @rule(cosine, "separation")
 def _separate_cosine(temperature: Any = 1.0) -> Separated:
-    return finished(row_normalized(dot), Partial(_divide, by=temperature))
+    return finished(row_normalized(dot), bind(_divide, by=temperature))
 
 
 @rule(key_normalized_dot, "separation")
@@ -375,16 +374,16 @@ def _separate_key_normalized() -> Separated:
 
 @rule(gaussian, "separation")
 def _separate_gaussian(width: Any = 1.0) -> Separated:
-    parts = Separated(identity, Partial(jnp.negative), Partial(_squared_distances), identity)
-    return finished(parts, Partial(_over_twice_square, width=width))
+    parts = Separated(identity, bind(jnp.negative), bind(_squared_distances), identity)
+    return finished(parts, bind(_over_twice_square, width=width))
 
 
 @rule(trilinear, "separation")
 def _separate_trilinear(query_weight: Array, key_weight: Array, product_weight: Array) -> Separated:
     return mapped(
         dot,
-        Partial(_query_of_trilinear, weight=query_weight, bias=key_weight, gain=product_weight),
-        Partial(_with_one),
+        bind(_query_of_trilinear, weight=query_weight, bias=key_weight, gain=product_weight),
+        bind(_with_one),
     )
 
 

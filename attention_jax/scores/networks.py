@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from attention_jax.base import checks
-from attention_jax.base.binding import as_pytree, rule, taken_apart
+from attention_jax.base.binding import as_pytree, bind, rule, taken_apart
 from attention_jax.scores.composition import Separated, finished, identity, project_rows, unit_rows
 from attention_jax.scores.tanh_pairs import activation_pairs, tanh_pairs
 
@@ -181,12 +181,12 @@ def _separate_additive(
     last = identity if after_sum is None else as_pytree(after_sum)
     if activation is None:  # v^T W_q q_i + v^T (W_k k_j + b), a number for each row
         query_weight, key_weight = query_weight @ value[:, None], key_weight @ value[:, None]
-        pairs, bias = Partial(_sums), (bias @ value)[None]
+        pairs, bias = bind(_sums), (bias @ value)[None]
     else:
         pairs = _additive_pairs(value, activation)
     return Separated(
-        Partial(project_rows, weight=query_weight),
-        Partial(project_rows, weight=key_weight, bias=bias),
+        bind(project_rows, weight=query_weight),
+        bind(project_rows, weight=key_weight, bias=bias),
         pairs,
         last,
     )
@@ -198,7 +198,7 @@ def _separate_normalized(
 ) -> Separated:
     direction = unit_rows(value[None, :])[0]
     parts = _separate_additive(query_weight, key_weight, direction, bias)
-    return finished(parts, Partial(_affine, gain=gain, offset=offset))
+    return finished(parts, bind(_affine, gain=gain, offset=offset))
 
 
 @rule(concat, "separation")
@@ -209,11 +209,11 @@ def _separate_concat(
     activation: Any = jnp.tanh,
 ) -> Separated:
     return Separated(
-        Partial(_project_upper, weight=weights[0]),
-        Partial(_project_lower, weight=weights[0], bias=biases[0]),
+        bind(_project_upper, weight=weights[0]),
+        bind(_project_lower, weight=weights[0], bias=biases[0]),
         _additive_pairs(value, activation)
         if len(weights) == 1
-        else Partial(
+        else bind(
             _deep_pairs,
             weights=list(weights[1:]),
             biases=list(biases[1:]),
@@ -234,8 +234,8 @@ def _affine(logits: Array, gain: Any, offset: Any) -> Array:
 
 def _additive_pairs(value: Array, activation: Any) -> Partial:
     if _is_tanh(activation):
-        return Partial(tanh_pairs, value=value)
-    return Partial(activation_pairs, value=value, activation=as_pytree(activation))
+        return bind(tanh_pairs, value=value)
+    return bind(activation_pairs, value=value, activation=as_pytree(activation))
 
 
 def _is_tanh(activation: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from jax.nn import initializers
 
 from attention_jax.base.binding import rule
-from attention_jax.base.parameters import Parameter, luong_uniform
+from attention_jax.base.parameters import Parameter, initializer, luong_uniform
 from attention_jax.scores import formulas as scores
 
 
@@ -30,9 +30,9 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
     """Give the logits of unit-variance rows variance one; the paper names no initialiser."""
     _depths("low_rank_bilinear", query_depth=query_depth, key_depth=key_depth)
     rank = _single("low_rank_bilinear", attention_size, min(query_depth, key_depth))
-    by_depth_and_rank = initializers.normal((key_depth * rank) ** -0.5)
+    by_depth_and_rank = initializer(initializers.normal, (key_depth * rank) ** -0.5)
     return {
-        "query_weight": Parameter((query_depth, rank), initializers.lecun_normal()),
+        "query_weight": Parameter((query_depth, rank), initializer(initializers.lecun_normal)),
         "key_weight": Parameter((key_depth, rank), by_depth_and_rank),
     }
 
@@ -41,7 +41,7 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     _depths("shared_projection", query_depth=query_depth)
     size = _single("shared_projection", attention_size, query_depth)
-    return {"weight": Parameter((query_depth, size), initializers.glorot_uniform())}
+    return {"weight": Parameter((query_depth, size), initializer(initializers.glorot_uniform))}
 
 
 @rule(scores.additive, "parameters")
@@ -50,8 +50,8 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
     _depths("additive", query_depth=query_depth, key_depth=key_depth)
     size = _single("additive", attention_size, query_depth)
     return {
-        "query_weight": Parameter((query_depth, size), initializers.normal(0.001)),
-        "key_weight": Parameter((key_depth, size), initializers.normal(0.001)),
+        "query_weight": Parameter((query_depth, size), initializer(initializers.normal, 0.001)),
+        "key_weight": Parameter((key_depth, size), initializer(initializers.normal, 0.001)),
         "value": Parameter((size,), initializers.zeros),
         "bias": Parameter((size,), initializers.zeros),
     }
@@ -76,11 +76,11 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
     _depths("normalized_additive", query_depth=query_depth, key_depth=key_depth)
     size = _single("normalized_additive", attention_size, query_depth)
     return {
-        "query_weight": Parameter((query_depth, size), initializers.lecun_normal()),
-        "key_weight": Parameter((key_depth, size), initializers.lecun_normal()),
-        "value": Parameter((size,), initializers.normal(1.0)),
+        "query_weight": Parameter((query_depth, size), initializer(initializers.lecun_normal)),
+        "key_weight": Parameter((key_depth, size), initializer(initializers.lecun_normal)),
+        "value": Parameter((size,), initializer(initializers.normal, 1.0)),
         "bias": Parameter((size,), initializers.zeros),
-        "gain": Parameter((), initializers.constant(size**-0.5)),
+        "gain": Parameter((), initializer(initializers.constant, size**-0.5)),
         "offset": Parameter((), initializers.zeros),
     }
 
@@ -89,7 +89,7 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Give the logits of unit-variance rows variance one; the paper names no initialiser."""
     _depths("trilinear", query_depth=query_depth)
-    draw = initializers.normal((3 * query_depth) ** -0.5)
+    draw = initializer(initializers.normal, (3 * query_depth) ** -0.5)
     names = ("query_weight", "key_weight", "product_weight")
     return {name: Parameter((query_depth,), draw) for name in names}
 
@@ -98,7 +98,7 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Give q . k the factor 1 / sqrt(H) that it has in the scaled dot product."""
     _depths("gaussian", query_depth=query_depth)
-    return {"width": Parameter((), initializers.constant(query_depth**0.25))}
+    return {"width": Parameter((), initializer(initializers.constant, query_depth**0.25))}
 
 
 @rule(scores.location, "parameters")
@@ -112,7 +112,7 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 @rule(scores.cosine, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Liu et al. 2022 (Swin v2), section 3.3: a learned scalar; theirs starts at 0.1."""
-    return {"temperature": Parameter((), initializers.constant(0.1))}
+    return {"temperature": Parameter((), initializer(initializers.constant, 0.1))}
 
 
 def _single(operation: str, size: Any, default: int) -> int:

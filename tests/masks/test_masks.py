@@ -434,7 +434,7 @@ def test_work_is_proportional_to_what_is_attended():
 def test_masks_written_by_the_user():
     """A subclass is a mask as good as any: it composes, is a pytree, and knows its tiles."""
 
-    @dataclasses.dataclass(frozen=True, eq=False)
+    @dataclasses.dataclass(frozen=True)
     class Diagonal(masks.Mask):
         distance: object
 
@@ -458,7 +458,7 @@ def test_a_mask_that_is_no_dataclass_is_refused():
             use()
         assert str(error.value) == (
             "Bare: a mask must be a dataclass, whose fields are its arrays; write "
-            "@dataclasses.dataclass(frozen=True, eq=False) above class Bare."
+            "@dataclasses.dataclass(frozen=True) above class Bare."
         )
 
 
