@@ -43,8 +43,8 @@ class Corpus:
     ``extra`` holds further test sets by name, such as ``"long"``: sentences longer than any in
     training. ``notices`` has one sentence for each thing the user must know about the data.
     ``files`` has the SHA-256 of every file that was read, by its path. ``at_spaces`` says whether
-    words are what lies between spaces, cased as it is: of generated text, and of text whose
-    training set has gold alignments, which count its words.
+    text was split at spaces and kept its case: so is generated text, and text whose training set
+    has gold alignments, because these count its words.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Corpus:
 
 
 def is_alignment(text: str) -> bool:
-    """Whether a column of text can be read as an alignment at all."""
+    """Whether a text can be parsed as an alignment."""
     return bool(_ALIGNMENT.fullmatch(" ".join(text.split())))
 
 

@@ -27,11 +27,11 @@ _COLUMN_NAMES = frozenset(("1", "2", "source", "target", "src", "tgt", "trg", *_
 
 @dataclass
 class Reader:
-    """Reads pairs in one direction, and collects what the user must know about them.
+    """Reads pairs in one direction, and collects notices for the user.
 
-    `at_spaces` says whether words are what lies between spaces, where they are to be those of
-    another text, of which a vocabulary was made; where it is None, the training set says, and all
-    other sets follow it. `files` has the SHA-256 of every file that was read, by its path.
+    `at_spaces` says whether to split text at spaces only, as the text of a vocabulary was split;
+    where it is None, the training set decides for all sets. `files` has the SHA-256 of every file
+    that was read, by its path.
     """
 
     source: str
@@ -130,7 +130,7 @@ class Reader:
         """Columns source, target and, where it can be read as one, gold alignment.
 
         With an alignment the text is taken as tokenised already, because links count its tokens,
-        unless it is known how to cut it: where that gives others, their links are not known.
+        unless `at_spaces` is given: where that gives other tokens, the links are dropped.
         """
         rows = [line.split("\t") if line.strip() else ["", ""] for line in self._lines(path)]
         for number, row in enumerate(rows, 1):

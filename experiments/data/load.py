@@ -1,4 +1,4 @@
-"""One function for every corpus, and the generators of those that are no text."""
+"""Load any corpus by its name or path; generate the tasks of copying and reversing."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ _AMBIGUOUS = {"“": "„", "‘": "‚"}  # they open in English, and close wha
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file of at least one; see `lines_of`.
+    """The lines of a UTF-8 file that is not empty; see `lines_of`.
 
     Raises:
       DataError: the file is missing, a folder, unreadable, empty, not UTF-8, or not text.
@@ -49,7 +49,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_content(path: Path) -> bytes:
-    """The bytes of a file, which are more than a byte order mark.
+    """The bytes of a file that has more than a byte order mark.
 
     Raises:
       DataError: the file is missing, a folder, unreadable or empty.
@@ -120,7 +120,7 @@ def tokenize(text: str, lowercase: bool = False) -> tuple[str, ...]:
 
 
 def cut(text: str, at_spaces: bool, lowercase: bool) -> tuple[str, ...]:
-    """Words of a line of text: what lies between spaces, as it is, or those of `tokenize`.
+    """Words of a line of text, split at spaces only or by `tokenize`.
 
     >>> cut("Ein Hund.", at_spaces=True, lowercase=True)
     ('Ein', 'Hund.')
