@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from experiments.claims.catalogue import claims
+from experiments.claims.claim import all_claims
 from experiments.statistics import compare_families
 from experiments.translate_sweep.conclusion import conclude
 from experiments.translate_sweep.results import compare
@@ -133,8 +133,8 @@ def test_what_is_asked_for_elsewhere_is_tested_here():
 def test_the_verdicts_are_those_of_the_committed_run():
     committed = (RESULTS / "claims.md").read_text(encoding="utf-8")
     verdicts = {int(number): rest for number, *rest in rows(committed)}
-    assert verdicts.keys() == claims().keys()
-    for number, claim in claims().items():
+    assert verdicts.keys() == all_claims().keys()
+    for number, claim in all_claims().items():
         assert verdicts[number][0] == claim.claim
     ours = {int(number): rest for number, *rest in rows(CLAIMS)}
     assert ours == {number: rest[:2] for number, rest in verdicts.items()}
@@ -152,7 +152,7 @@ def test_the_advice_rests_on_claims():
             assert hasattr(importlib.import_module(f"attention_jax.{module}"), name), name
         reasons = re.findall(r"\(([\d, ]+)\)", because)
         assert reasons, line
-        assert {int(x) for reason in reasons for x in reason.split(", ")} <= claims().keys()
+        assert {int(x) for reason in reasons for x in reason.split(", ")} <= all_claims().keys()
 
 
 def test_the_headline_is_that_of_the_committed_sweep():

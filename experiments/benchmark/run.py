@@ -16,15 +16,19 @@ import jax
 import rich.box
 import rich.console
 import rich.table
+from cycler import cycler
+from matplotlib import color_sequences
+from matplotlib.figure import Figure
 
+from attention_jax.diagnostics.plots import save
 from experiments import terminal
 from experiments.benchmark import patterns, translating
 from experiments.benchmark.command_line import Options
 from experiments.benchmark.measure import METERS, RATES, Compared, compared, take_turns
-from experiments.benchmark.plots import plot
 from experiments.benchmark.programs import HAS_TORCH
 from experiments.benchmark.suites import SUITES, Comparison, Group, Suite, Sweep
 
+_UNITS = {"cpu ms": "milliseconds of processor time", "ms": "milliseconds", "MiB": "MiB"}
 SCALE_OF_QUICK = 64
 SCALE_OF_QUICK_PATTERNS = 16
 WIDTH = 140
@@ -52,7 +56,7 @@ def run(options: Options) -> None:
         if suite.sweep is not None and options.plots:
             sweep = suite.sweep(scale)
             result["sweep"] = _swept(sweep, min(options.repeats, 3))
-            plot(sweep.title, sweep.unit, result["sweep"], options.out / name)
+            draw_plot(sweep.title, sweep.unit, result["sweep"], options.out / name)
         _write(options.out / f"{name}.json", result)
     console.print(f"load {load()}; results in {options.out}/", soft_wrap=True)
 
@@ -89,7 +93,7 @@ def _run_patterns(
                 for family, points in of_pass.items()
             }
             path = options.out / f"patterns_{name.replace(' ', '_')}_{cost}"
-            plot(name.capitalize(), unit, curves, path)
+            draw_plot(name.capitalize(), unit, curves, path)
 
 
 def machine() -> dict[str, str]:
@@ -187,3 +191,22 @@ def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)
+
+
+def draw_plot(
+    title: str, unit: str, found: dict[str, list[tuple[int, float]]], path: pathlib.Path
+) -> None:
+    """Draw costs by length, a line for each name; writes `path`.png and `path`.svg."""
+    figure = Figure(figsize=(6, 4) if len(found) < 8 else (8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=color_sequences["tab10"]))
+    for name, points in found.items():
+        lengths, costs = zip(*points, strict=True)
+        axes.plot(lengths, costs, marker="o", markersize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set(title=title, xlabel="sequence length S", ylabel=_UNITS[unit])
+    axes.grid(alpha=0.3)
+    beside = {"bbox_to_anchor": (1, 1), "loc": "upper left"} if len(found) >= 8 else {}
+    axes.legend(frameon=False, **beside)
+    save(figure, path)

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.benchmark import made_up
 from experiments.benchmark.measure import Program
 from experiments.benchmark.programs import HAS_TORCH
 from experiments.benchmark.suites import Comparison, Group
@@ -34,6 +33,13 @@ from experiments.translate.task import Task
 
 MULTI30K = pathlib.Path(__file__).parents[1] / "configs" / "multi30k_de_en.flags"
 QUICK = ("--width=4", "--batch_size=4", "--buckets=1", "--train_size=60", "--steps=25")
+
+# Multi30k, German and English: pairs, and words of each language.
+PAIRS = 28_997
+WORDS = {"de": 5_379, "en": 4_561}
+# Of the logarithms of the sentence lengths.
+MEANS, DEVIATIONS, CORRELATION = (2.468, 2.522), (0.324, 0.296), 0.852
+SHORTEST, LONGEST = 2, 44
 
 Train = Callable[[range], np.ndarray]
 """Takes the steps of a round's chunks, and returns the losses of every step and seed, [n, N]."""
@@ -76,7 +82,7 @@ def in_torch(learner: Learner) -> Train:
     """Return the same training in PyTorch, one translator after the other."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    from experiments.benchmark.torch_training import Trainer, choose_threads
+    from experiments.benchmark.torch_translator import Trainer, choose_threads
 
     score, sizes, config, given = learner
     drawn = nnx.to_pure_dict(learning.initial_state(score, sizes, config).parameters)
@@ -111,7 +117,7 @@ def groups(data: str, scale: int) -> Iterator[Group]:
     yield from _of_size(parse(quick), 2)
     with tempfile.TemporaryDirectory() as folder:
         if not data:
-            made_up.write(pathlib.Path(folder), made_up.PAIRS // scale)
+            write_synthetic(pathlib.Path(folder), PAIRS // scale)
         yield from _of_size(
             parse([f"--flagfile={MULTI30K}", f"--data={data or folder}", *quick]), 1.5
         )
@@ -159,3 +165,18 @@ def _program(build: Callable[[Learner], Train], score: str, config: Config) -> P
 
 
 _read = functools.cache(task.read)
+
+
+def write_synthetic(folder: pathlib.Path, pairs: int = PAIRS) -> None:
+    """Write `train.de` and `train.en` with as many words and sentence lengths as Multi30k.
+
+    Words are drawn uniformly, so that none is too rare to be kept.
+    """
+    random = np.random.default_rng(0)
+    rest = (1 - CORRELATION**2) ** 0.5
+    correlated = random.normal(size=(pairs, 2)) @ np.array([[1, CORRELATION], [0, rest]])
+    lengths = np.exp(MEANS + correlated * DEVIATIONS).round().clip(SHORTEST, LONGEST).astype(int)
+    for of_side, (ending, words) in zip(lengths.T, WORDS.items(), strict=True):
+        sentences = (random.integers(words, size=length) for length in of_side)
+        lines = (" ".join(f"w{word}" for word in sentence) for sentence in sentences)
+        (folder / f"train.{ending}").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -9,9 +9,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments.claims.catalogue import claims, themes
-from experiments.claims.claim import SETTINGS, Claim
-from experiments.claims.folder import are_verdicts
+from experiments.claims.claim import SETTINGS, Claim, all_claims, all_themes
+from experiments.claims.workdir import are_verdicts
 from experiments.command_line import UsageError, check_file, read
 
 _HELP = """\
@@ -43,7 +42,7 @@ class Options:
     @property
     def chosen(self) -> list[Claim]:
         """The claims to test, theme after theme."""
-        return [c for c in claims().values() if not self.claims or c.number in self.claims]
+        return [c for c in all_claims().values() if not self.claims or c.number in self.claims]
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -81,10 +80,10 @@ def help_text() -> str:
 def list_text() -> str:
     """Return all claims, theme after theme."""
     lines = []
-    for name, theme in themes().items():
+    for name, theme in all_themes().items():
         lines += [
             theme.title,
-            *(f"  {c.number}  {c.claim}" for c in claims().values() if c.theme == name),
+            *(f"  {c.number}  {c.claim}" for c in all_claims().values() if c.theme == name),
             "",
         ]
     return "\n".join(lines).rstrip()
@@ -98,7 +97,7 @@ def _numbers(text: str | None) -> tuple[int, ...]:
     except ValueError:
         raise UsageError(f"--claims: must be numbers such as 39,43, got {text!r}.") from None
     for number in numbers:
-        if number not in claims():
+        if number not in all_claims():
             raise UsageError(f"--claims: there is no claim {number}; --list shows all.")
     return numbers
 

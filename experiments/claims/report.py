@@ -9,8 +9,7 @@ from string import Template
 from typing import Any
 
 from experiments import pages
-from experiments.claims import catalogue
-from experiments.claims.catalogue import Theme, themes
+from experiments.claims.claim import Theme, all_claims, all_themes
 from experiments.translate.workdir import write_text
 
 Record = dict[str, Any]
@@ -64,7 +63,7 @@ def write(results: Record, folder: Path) -> Path:
         wrong=_wrong(claims),
         chapters="".join(
             _chapter(theme, of_theme, folder)
-            for name, theme in themes().items()
+            for name, theme in all_themes().items()
             if (of_theme := [record for record in claims if record["theme"] == name])
         ),
         command=escape(command(results)),
@@ -81,7 +80,7 @@ def write(results: Record, folder: Path) -> Path:
 def command(results: Record) -> str:
     """Return the command line that these results come from."""
     numbers = [record["number"] for record in results["claims"]]
-    some = len(numbers) < len(catalogue.claims())
+    some = len(numbers) < len(all_claims())
     chosen = f" --claims={','.join(map(str, numbers))}" if some else ""
     return f"python -m experiments.claims{chosen} --setting={results['setting']}"
 

@@ -19,11 +19,9 @@ from rich.text import Text
 from attention_jax.diagnostics.plots import save
 from experiments import terminal
 from experiments.claims import report
-from experiments.claims.cache import Cache
-from experiments.claims.catalogue import themes
-from experiments.claims.claim import SETTINGS, Claim, Setting
+from experiments.claims.claim import SETTINGS, Claim, Setting, all_themes
 from experiments.claims.command_line import Options
-from experiments.claims.folder import writable
+from experiments.claims.workdir import Cache, writable
 from experiments.command_line import show
 from experiments.translate.figures import style
 from experiments.translate.workdir import environment, write_json, write_text
@@ -138,7 +136,7 @@ def markdown(results: Record) -> str:
         f"{results['environment']['processors']} processors. "
         "How each was tested, and what decides, is in its file in `experiments/claims/`.",
     ]
-    for name, theme in themes().items():
+    for name, theme in all_themes().items():
         of_theme = [record for record in results["claims"] if record["theme"] == name]
         if of_theme:
             lines += ["", f"## {theme.title}", "", "| # | claim | verdict | because |"]

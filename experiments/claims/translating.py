@@ -1,10 +1,13 @@
-"""Small translators of the generated grammar, recurrent or Transformers, and their BLEU."""
+"""Small translators of the generated grammar, recurrent or Transformers, and their BLEU.
+
+What several claims look at is trained once in a run of the program.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +18,7 @@ from flax import nnx
 from attention_jax import masks
 from attention_jax.nnx import EncoderDecoder, MultiHeadAttention
 from experiments import metrics
-from experiments.claims.claim import Setting
+from experiments.claims.claim import Data, Setting
 from experiments.claims.training import Arm, Trained, arm_of, graph_of, merged, train
 from experiments.data import Sizes as SplitSizes
 from experiments.data import load
@@ -27,6 +30,7 @@ from experiments.translate.learning import token_losses
 from experiments.translate.model import Sizes, Translator
 
 Array = jax.Array
+SCORES = ("dot", "scaled_dot", "additive")
 WIDTH = 32
 _BATCH = 32
 
@@ -55,7 +59,7 @@ class Material(NamedTuple):
 
 @functools.cache
 def material(setting: Setting, name: str = "grammar", longest: int = 10) -> Material:
-    """Generate a corpus whose sentences have at most so many words."""
+    """Generate a corpus of sentences of at most `longest` words."""
     sizes = setting.pick(tiny=(200, 20, 20), quick=(6000, 200, 200), full=(20000, 500, 500))
     corpus = load(name, sizes=SplitSizes(*sizes), max_length=longest)
     vocabularies = corpus.source_vocabulary, corpus.target_vocabulary
@@ -165,3 +169,57 @@ def teacher_forced(
 def present(tokens: Array) -> masks.Lengths:
     """Return the mask that hides padding."""
     return masks.Lengths(jnp.sum(tokens != PAD, axis=1, dtype=jnp.int32))
+
+
+@functools.cache
+def by_attention_size(setting: Setting) -> Data:
+    """Train recurrent translators with scores at several attention sizes.
+
+    Returns:
+      The sizes; and for each score, at each size, BLEU, held-out loss of every seed, and the best
+      learning rate.
+    """
+    sizes = setting.pick(tiny=(2,), quick=(2, 16, 256), full=(2, 8, 32, 128, 512))
+    given = material(setting)
+    data: Data = {"sizes": sizes, "bleu": {}, "loss": {}, "rate": {}}
+    for score in SCORES:
+        data["bleu"][score], data["loss"][score], data["rate"][score] = [], [], []
+        for size in sizes:
+            model = recurrent(given, score, size)
+            trained = model.train(setting, given)
+            data["bleu"][score].append(model.bleu(trained.parameters, given))
+            data["loss"][score].append(trained.losses)
+            data["rate"][score].append(trained.rate)
+    return data
+
+
+@functools.cache
+def trained_transformer(
+    setting: Setting, heads: int, variant: str = ""
+) -> tuple[Any, Trained, list[float]]:
+    """Train Transformers of a number of heads and one of VARIANTS; return the model and BLEU."""
+    given = material(setting)
+    model = transformer(given, heads, **VARIANTS[variant])
+    trained = model.train(setting, given)
+    return model, trained, model.bleu(trained.parameters, given)
+
+
+def not_oneself(q_idx: jax.Array, kv_idx: jax.Array) -> jax.Array:
+    """Attend to oneself only where there is nothing else (Kitaev et al. 2020, section 2)."""
+    return jnp.where(q_idx == kv_idx, -1e5, 0.0)
+
+
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "": {},
+    "summed": {"combine": "sum"},
+    "tied": {"share_query_key": True},
+    "tied, not oneself": {"share_query_key": True, "bias": not_oneself},
+}
+
+
+@functools.cache
+def trained_reversal(setting: Setting, score: str) -> tuple[Any, Trained, Material]:
+    """Train recurrent translators to write strings of up to 12 symbols backwards."""
+    given = material(setting, "reverse", 12)
+    model = recurrent(given, score)
+    return model, model.train(setting, given), given

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmark import made_up, measure, translating
+from experiments.benchmark import measure, translating
 from experiments.benchmark.measure import Program, compared
 from experiments.benchmark.run import _number, _row
 from experiments.benchmark.suites import Comparison
@@ -74,7 +74,7 @@ def test_both_learn_the_same(score, torch):
 def test_the_rate_in_torch_is_that_of_the_program(torch):
     import optax
 
-    from experiments.benchmark.torch_training import share_of_rate
+    from experiments.benchmark.torch_translator import share_of_rate
 
     config = parse(["--steps=50", "--warmup=0.2"])
     expected = optax.warmup_cosine_decay_schedule(0.0, 1.0, 10, 50, end_value=0.01)
@@ -106,15 +106,15 @@ def test_groups_compare_what_is_equal_work(monkeypatch, has_torch):
         assert {name for c in group.comparisons for name in (c.ours, c.peer)} <= set(group.programs)
 
 
-def test_sentences_are_made_up_like_those_of_multi30k(tmp_path):
-    made_up.write(tmp_path, 2000)
+def test_synthetic_sentences_are_as_long_as_those_of_multi30k(tmp_path):
+    translating.write_synthetic(tmp_path, 2000)
     sides = [(tmp_path / f"train.{e}").read_text().splitlines() for e in ("de", "en")]
     lengths = np.array([[len(line.split()) for line in side] for side in sides])
     np.testing.assert_allclose(lengths.mean(axis=1), [12.4, 13.0], atol=0.3)
     np.testing.assert_allclose(lengths.std(axis=1), [4.2, 4.0], atol=0.3)
     assert np.corrcoef(lengths)[0, 1] == pytest.approx(0.86, abs=0.03)
     words = {word for line in sides[0] for word in line.split()}
-    assert 5_000 < len(words) <= made_up.WORDS["de"]
+    assert 5_000 < len(words) <= translating.WORDS["de"]
 
 
 @pytest.mark.slow

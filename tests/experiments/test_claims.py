@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.claims import cache, catalogue, run
+from experiments.claims import run, workdir
 from experiments.claims.__main__ import main
-from experiments.claims.claim import SETTINGS
+from experiments.claims.claim import SETTINGS, all_claims, all_themes, read_claim
 from experiments.claims.command_line import Options, parse
 
 GOOD = '''"""Numbers are larger than zero.
@@ -70,9 +70,9 @@ def two_claims(tmp_path, monkeypatch):
     log = tmp_path / "log"
     (package / "scale" / "c901_above_zero.py").write_text(GOOD.format(log=str(log)))
     (package / "scale" / "c902_nothing_wrong.py").write_text(BAD)
-    found = {c.number: c for c in map(catalogue.read, sorted((package / "scale").glob("c*.py")))}
-    for module in (catalogue, sys.modules["experiments.claims.command_line"]):
-        monkeypatch.setattr(module, "claims", lambda: found)
+    found = {c.number: c for c in map(read_claim, sorted((package / "scale").glob("c*.py")))}
+    for module in ("command_line", "report"):
+        monkeypatch.setattr(f"experiments.claims.{module}.all_claims", lambda: found)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("experiments.claims.claim.__package__", "made_up")
     yield log
@@ -125,7 +125,7 @@ def test_what_was_measured_is_measured_again_only_if_its_code_changed(two_claims
     path = tmp_path / "made_up" / "scale" / "c901_above_zero.py"
 
     def measured() -> int:
-        cache._tree.cache_clear(), cache._content.cache_clear()
+        workdir._tree.cache_clear(), workdir._content.cache_clear()
         assert main(arguments) == 0
         return len(two_claims.read_text().split())
 
@@ -144,9 +144,9 @@ def test_what_was_measured_is_measured_again_only_if_its_code_changed(two_claims
 
 
 def test_the_key_of_a_claim_follows_what_it_imports():
-    claim = catalogue.claims()[44]
+    claim = all_claims()[44]
     root = Path(__file__).parents[2]
-    names = {path.relative_to(root).as_posix() for path in cache.sources(claim.path)}
+    names = {path.relative_to(root).as_posix() for path in workdir.imported_files(claim.path)}
     assert {"attention_jax/scores/formulas.py", "attention_jax/__init__.py"} <= names
     assert "experiments/claims/drawing.py" in names
     assert not any(name.startswith("experiments/benchmark/") for name in names)
@@ -276,9 +276,9 @@ def test_help_and_list_answer_without_waiting_for_jax(flag):
 
 
 def test_every_claim_of_the_checklist_is_there_and_says_what_it_needs_to():
-    found = catalogue.claims()
+    found = all_claims()
     assert set(found) == set(range(39, 77))
-    assert {claim.theme for claim in found.values()} == set(catalogue.themes())
+    assert {claim.theme for claim in found.values()} == set(all_themes())
     for claim in found.values():
         lines = claim.path.read_text(encoding="utf-8").count("\n")
         assert claim.claim.endswith(".") and 30 <= lines <= 130, (claim.path, lines)
@@ -288,18 +288,18 @@ def test_a_file_that_lacks_a_criterion_is_refused(tmp_path):
     path = tmp_path / "c1_x.py"
     path.write_text('"""It is so.\n\nSource: x.\n\nMethod: y.\n"""\n')
     with pytest.raises(ValueError, match="the claim lacks criterion"):
-        catalogue.read(path)
+        read_claim(path)
 
 
 def test_a_file_with_a_mistake_fails_alone(tmp_path):
     path = tmp_path / "scale" / "c1_x.py"
     path.parent.mkdir()
     path.write_text('"""It is so.\n\nSource: x.\n\nMethod: y.\n\nCriterion: z.\n"""\nimport (\n')
-    record = run.test(catalogue.read(path), SETTINGS["tiny"], tmp_path)
+    record = run.test(read_claim(path), SETTINGS["tiny"], tmp_path)
     assert record["outcome"] == "failed" and record["because"]
 
 
 def test_options_choose_claims_in_the_order_of_themes():
     options = parse(["--claims=53,39"])
     assert isinstance(options, Options) and [c.number for c in options.chosen] == [39, 53]
-    assert len(Options().chosen) == len(catalogue.claims())
+    assert len(Options().chosen) == len(all_claims())

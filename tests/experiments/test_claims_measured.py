@@ -5,8 +5,7 @@ import json
 import jax
 import pytest
 
-from experiments.claims.catalogue import claims
-from experiments.claims.claim import SETTINGS, Outcome
+from experiments.claims.claim import SETTINGS, Outcome, all_claims
 from experiments.translate.figures import style
 
 # The others take more than four seconds, most of them compiling what they draw and train.
@@ -18,9 +17,9 @@ def _marked(number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [_marked(number) for number in claims()])
+@pytest.mark.parametrize("number", [_marked(number) for number in all_claims()])
 def test_a_claim_runs(number):
-    module = claims()[number].load()
+    module = all_claims()[number].load()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         data = json.loads(json.dumps(module.measure(SETTINGS["tiny"], jax.random.key(number))))
     verdict = module.verdict(data)

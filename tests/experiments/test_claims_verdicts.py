@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.claims.catalogue import claims
+from experiments.claims.claim import all_claims
 from experiments.claims.run import markdown
 
 HOLDS, ONLY_IF, FAILS, OPEN = (
@@ -388,7 +388,7 @@ CASES = [
 
 @pytest.mark.parametrize(("number", "data", "outcome"), CASES)
 def test_verdicts_follow_from_data(number, data, outcome):
-    verdict = claims()[number].load().verdict(json.loads(json.dumps(data)))
+    verdict = all_claims()[number].load().verdict(json.loads(json.dumps(data)))
     assert verdict.outcome == outcome, verdict
     assert verdict.because.endswith(".") and bool(verdict.condition) == (outcome == ONLY_IF)
 
@@ -397,7 +397,7 @@ def test_every_verdict_can_come_out_in_more_than_one_way():
     ways = {}
     for number, _, outcome in CASES:
         ways.setdefault(number, set()).add(outcome)
-    assert set(ways) == set(claims())
+    assert set(ways) == set(all_claims())
     assert {number for number, outcomes in ways.items() if len(outcomes) < 2} == set()
 
 
@@ -406,15 +406,15 @@ def test_the_committed_verdicts_follow_from_the_committed_data():
     results = json.loads(COMMITTED.read_text(encoding="utf-8"))
     found = {r["number"]: (r["verdict"], r["because"]) for r in results["claims"]}
     again = {
-        r["number"]: claims()[r["number"]].load().verdict(r["data"]) for r in results["claims"]
+        r["number"]: all_claims()[r["number"]].load().verdict(r["data"]) for r in results["claims"]
     }
     assert found == {number: (str(it), it.because) for number, it in again.items()}
-    assert found.keys() == claims().keys()
+    assert found.keys() == all_claims().keys()
     assert COMMITTED.with_suffix(".md").read_text(encoding="utf-8") == markdown(results)
 
 
 def test_a_p_of_one_of_several_sizes_is_said_to_be_uncorrected():
-    verdict = claims()[51].load().verdict(of_51(1.0, -1.0, 0.0))
+    verdict = all_claims()[51].load().verdict(of_51(1.0, -1.0, 0.0))
     assert verdict.because == (
         "BLEU of scaled dot less that of additive: 1, uncorrected p = 0.0078 (d = 2); -1, "
         "uncorrected p = 0.0078 (d = 8); 0, uncorrected p = 1 (d = 512)."

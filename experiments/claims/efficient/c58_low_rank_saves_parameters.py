@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from attention_jax import scores
 from experiments.claims import pointing, training
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if, undecided
-from experiments.claims.comparing import higher, within
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import by_name, shown
+from experiments.claims.evidence import by_name, higher, shown, within
 from experiments.statistics import interval
 
 DEPTH = 32

@@ -18,9 +18,8 @@ import jax
 from attention_jax import scores
 from experiments.claims import pointing, training
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
-from experiments.claims.comparing import difference, higher, within
 from experiments.claims.drawing import bars
-from experiments.claims.evidence import shown
+from experiments.claims.evidence import difference, higher, shown, within
 
 # 16 x 24 = 384 parameters, (16 + 24) 10 = 400, (16 + 24 + 2) 9 = 378.
 ARMS = {"additive": 9, "bilinear": None, "low_rank_bilinear": 10}

@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.positions import sinusoidal
-from experiments.claims import reading
+from experiments.claims import tagging
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
-from experiments.claims.comparing import learned
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import shown
+from experiments.claims.evidence import learned, shown
 from experiments.statistics import interval
 
 LENGTHS = (8, 16, 24, 32)
@@ -39,13 +38,13 @@ def copied(tokens: jax.Array, length: jax.Array) -> jax.Array:
 def in_order(tokens: jax.Array, length: jax.Array) -> jax.Array:
     """Label the places with the tokens from the smallest to the largest."""
     there = jnp.arange(len(tokens)) < length
-    return jnp.sort(jnp.where(there, tokens, reading.SYMBOLS))
+    return jnp.sort(jnp.where(there, tokens, tagging.SYMBOLS))
 
 
 def parity(tokens: jax.Array, length: jax.Array) -> jax.Array:
     """Label the first token with the parity of how many tokens are in the upper half."""
     there = jnp.arange(len(tokens)) < length
-    odd = jnp.sum(there & (tokens >= reading.SYMBOLS // 2)) % 2
+    odd = jnp.sum(there & (tokens >= tagging.SYMBOLS // 2)) % 2
     return jnp.full(len(tokens), -1).at[0].set(odd)
 
 
@@ -54,12 +53,12 @@ TASKS = {"copy": copied, "sort": in_order, "parity": parity}
 
 def measure(setting: Setting, key: jax.Array) -> Data:
     """Train each task and measure it by length and seed."""
-    position = partial(sinusoidal, depth=reading.WIDTH)
+    position = partial(sinusoidal, depth=tagging.WIDTH)
     data: Data = {"lengths": LENGTHS, "right": {}}
     for name in setting.pick(tiny=("copy",), quick=tuple(TASKS), full=tuple(TASKS)):
-        merge, found = reading.trained(setting, TASKS[name], 16, position=position)
+        merge, found = tagging.trained_tagger(setting, TASKS[name], 16, position=position)
         data["right"][name] = [
-            reading.right(setting, merge, found.parameters, TASKS[name], n) for n in LENGTHS
+            tagging.right(setting, merge, found.parameters, TASKS[name], n) for n in LENGTHS
         ]
     return data
 

@@ -19,16 +19,15 @@ import jax
 import numpy as np
 
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
-from experiments.claims.comparing import difference, higher, learned, within
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import shown
-from experiments.claims.sweeps import transformer
+from experiments.claims.evidence import difference, higher, learned, shown, within
+from experiments.claims.translating import trained_transformer
 
 
 def measure(setting: Setting, key: jax.Array) -> Data:
     """Train Transformers with several numbers of heads."""
     heads = setting.pick(tiny=(1, 4), quick=(1, 4, 8), full=(1, 2, 4, 8, 16))
-    found = [transformer(setting, n) for n in heads]
+    found = [trained_transformer(setting, n) for n in heads]
     losses = [float(np.mean(trained.losses)) for _, trained, _ in found]
     return {"heads": heads, "bleu": [bleu for _, _, bleu in found], "loss": losses}
 

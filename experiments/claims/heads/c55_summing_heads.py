@@ -21,10 +21,9 @@ from flax import nnx
 
 from attention_jax.nnx import MultiHeadAttention
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
-from experiments.claims.comparing import difference, higher, learned, within
 from experiments.claims.drawing import bars
-from experiments.claims.evidence import shown
-from experiments.claims.sweeps import transformer
+from experiments.claims.evidence import difference, higher, learned, shown, within
+from experiments.claims.translating import trained_transformer
 
 HEADS, WIDTH = 4, 32
 
@@ -39,7 +38,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
     x = jax.random.normal(key, (2, 10, WIDTH))
     breach = jnp.max(jnp.abs(concat(x) - summed(x))) / jnp.max(jnp.abs(summed(x)))
     bleu = {
-        name: transformer(setting, HEADS, how)[2]
+        name: trained_transformer(setting, HEADS, how)[2]
         for name, how in {"concatenated": "", "summed": "summed"}.items()
     }
     return {"breach": float(breach), "bleu": bleu}

@@ -27,8 +27,8 @@ from experiments.claims import translating
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
 from experiments.claims.drawing import bars
 from experiments.claims.evidence import shown
-from experiments.claims.sweeps import transformer
 from experiments.claims.training import merged
+from experiments.claims.translating import trained_transformer
 from experiments.statistics import interval
 
 HEADS = 4
@@ -43,7 +43,7 @@ KINDS = {
 def measure(setting: Setting, key: jax.Array) -> Data:
     """Measure what each head is worth, by attention and seed."""
     given = translating.material(setting)
-    model, trained, _ = transformer(setting, HEADS)
+    model, trained, _ = trained_transformer(setting, HEADS)
     merge, pairs = merged(model.build), (given.valid.source, given.valid.target)
 
     def of_seed(parameters: Any) -> dict[str, jax.Array]:

@@ -23,16 +23,15 @@ import jax.numpy as jnp
 
 from attention_jax import positions
 from attention_jax.nnx import MultiHeadAttention
-from experiments.claims import reading
+from experiments.claims import tagging
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
-from experiments.claims.comparing import difference, higher
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import shown
+from experiments.claims.evidence import difference, higher, shown
 from experiments.statistics import interval
 
 LENGTHS = (16, 32, 64)
 KINDS = {
-    "sinusoids": {"position": partial(positions.sinusoidal, depth=reading.WIDTH)},
+    "sinusoids": {"position": partial(positions.sinusoidal, depth=tagging.WIDTH)},
     "rotary": {"attention": partial(MultiHeadAttention, position=positions.rotary)},
     "T5": {"attention": partial(MultiHeadAttention, bias=positions.learned_buckets())},
 }
@@ -47,9 +46,9 @@ def measure(setting: Setting, key: jax.Array) -> Data:
     """Measure the identity, and accuracy by kind, length and seed."""
     data: Data = {"lengths": LENGTHS, "identity": _identity(), "right": {}}
     for kind in setting.pick(tiny=("sinusoids",), quick=tuple(KINDS), full=tuple(KINDS)):
-        merge, found = reading.trained(setting, three_before, LENGTHS[0], **KINDS[kind])
+        merge, found = tagging.trained_tagger(setting, three_before, LENGTHS[0], **KINDS[kind])
         data["right"][kind] = [
-            reading.right(setting, merge, found.parameters, three_before, n) for n in LENGTHS
+            tagging.right(setting, merge, found.parameters, three_before, n) for n in LENGTHS
         ]
     return data
 
@@ -96,5 +95,5 @@ def figure(data: Data):
         ylabel="right labels (%)",
         xscale="log",
         ylim=(0, 103),
-        marks={"chance": 100 / reading.SYMBOLS},
+        marks={"chance": 100 / tagging.SYMBOLS},
     )

@@ -16,10 +16,9 @@ from __future__ import annotations
 import jax
 
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
-from experiments.claims.comparing import difference, higher, learned, within
 from experiments.claims.drawing import bars
-from experiments.claims.evidence import shown
-from experiments.claims.sweeps import transformer
+from experiments.claims.evidence import difference, higher, learned, shown, within
+from experiments.claims.translating import trained_transformer
 
 HEADS = 4
 ARMS = {"separate": "", "shared": "tied", "shared, not oneself": "tied, not oneself"}
@@ -27,7 +26,8 @@ ARMS = {"separate": "", "shared": "tied", "shared, not oneself": "tied, not ones
 
 def measure(setting: Setting, key: jax.Array) -> Data:
     """Train the three arms."""
-    return {"bleu": {name: transformer(setting, HEADS, how)[2] for name, how in ARMS.items()}}
+    trained = {name: trained_transformer(setting, HEADS, how) for name, how in ARMS.items()}
+    return {"bleu": {name: bleu for name, (_, _, bleu) in trained.items()}}
 
 
 def verdict(data: Data) -> Verdict:

@@ -21,10 +21,9 @@ from __future__ import annotations
 import jax
 
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if, undecided
-from experiments.claims.comparing import difference, higher, learned
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import by_size
-from experiments.claims.sweeps import SCORES, by_attention_size
+from experiments.claims.evidence import by_size, difference, higher, learned
+from experiments.claims.translating import SCORES, by_attention_size
 
 
 def measure(setting: Setting, key: jax.Array) -> Data:

@@ -23,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
-from experiments.claims.comparing import difference, higher
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import shown
-from experiments.claims.sweeps import reversal
+from experiments.claims.evidence import difference, higher, shown
 from experiments.claims.training import merged
+from experiments.claims.translating import trained_reversal
 from experiments.data.vocabulary import PAD
 from experiments.statistics import interval
 
@@ -39,7 +38,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
     """Measure norms of gradients by arm, word and seed, and the correlation with the weights."""
     data: Data = {}
     for name, score in ARMS.items():
-        model, trained, given = reversal(setting, score)
+        model, trained, given = trained_reversal(setting, score)
         merge = merged(model.build)
         long = np.asarray(jnp.sum(given.test.target != PAD, axis=1) > WORDS)
         source = given.test.source[long][:16]

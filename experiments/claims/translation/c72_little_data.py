@@ -18,9 +18,8 @@ import numpy as np
 
 from experiments.claims import translating
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
-from experiments.claims.comparing import difference, higher
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import by_size
+from experiments.claims.evidence import by_size, difference, higher
 
 SCORES = ("additive", "scaled_dot")
 

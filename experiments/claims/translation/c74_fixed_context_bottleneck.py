@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
-from experiments.claims.comparing import difference, higher
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import shown
-from experiments.claims.sweeps import reversal
+from experiments.claims.evidence import difference, higher, shown
 from experiments.claims.training import accuracy, merged
+from experiments.claims.translating import trained_reversal
 from experiments.data.vocabulary import PAD
 
 ARMS = {"no attention": "none", "mean of the source": "uniform", "additive": "additive"}
@@ -36,7 +35,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
     """Train the arms and measure accuracy by length and seed."""
     data: Data = {"lengths": [high for _, high in BOUNDS], "right": {}}
     for name, score in ARMS.items():
-        model, trained, given = reversal(setting, score)
+        model, trained, given = trained_reversal(setting, score)
         merge = merged(model.build)
         source, target = given.test.source, given.test.target
         lengths = jnp.sum(target != PAD, axis=1) - 1

@@ -18,10 +18,9 @@ from __future__ import annotations
 import jax
 
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
-from experiments.claims.comparing import difference, higher
 from experiments.claims.drawing import lines
-from experiments.claims.evidence import by_size
-from experiments.claims.sweeps import SCORES, by_attention_size
+from experiments.claims.evidence import by_size, difference, higher
+from experiments.claims.translating import SCORES, by_attention_size
 
 
 def measure(setting: Setting, key: jax.Array) -> Data:

@@ -40,7 +40,7 @@ def draw(task: Task, key: Array, longest: int, shortest: int = 1, count: int = 3
     return Batch(jnp.where(there, tokens, SYMBOLS), lengths, labels)
 
 
-def trained(
+def trained_tagger(
     setting: Setting, task: Task, longest: int, **options: Any
 ) -> tuple[Callable[[Any], Any], Trained]:
     """Train encoders of two layers on sequences up to a length; options are the encoder's."""

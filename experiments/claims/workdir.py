@@ -1,4 +1,7 @@
-"""What was measured before, found again by the content of all code that it depends on."""
+"""The folder of a test of claims: whose it is, and what was measured in it before.
+
+A measurement is found again as long as all code that it depends on is the same.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,72 @@ import ast
 import functools
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from experiments.claims.claim import Claim, Data, Setting
+from experiments.claims.claim import SETTINGS, Claim, Data, Setting
+from experiments.command_line import UsageError
 from experiments.translate.workdir import write_json
+
+# All that is written before the results are.
+_BEFORE = ("cache", "errors", "figures", "results.json.unfinished")
+_MEASURED = re.compile(rf"\d+-({'|'.join(SETTINGS)})-[0-9a-f]{{16}}\.json")
+_HINT = "give another --workdir."
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # These look at the data, and may change without the data being out of date.
 _VIEWS = ("verdict", "figure", "table")
+
+
+def writable(folder: Path) -> Path:
+    """Create a folder, or refuse one that is another's or cannot be written to.
+
+    Raises:
+      UsageError: it holds other files, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_ours(folder)
+    except OSError as error:
+        raise UsageError(f"--workdir {folder}: {error.strerror or error}; {_HINT}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--workdir {folder} is not to be written to; {_HINT}")
+    return folder
+
+
+def are_verdicts(path: Path) -> bool:
+    """Tell whether a file holds results of this program."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(held, dict) and {"setting", "claims"} <= held.keys()
+
+
+def _check_ours(folder: Path) -> None:
+    for name in ("results.json", "report.html"):
+        if (folder / name).is_dir():
+            raise UsageError(f"--workdir: {folder / name} is a folder; {_HINT}")
+    path = folder / "results.json"
+    if path.exists():
+        if not are_verdicts(path):
+            raise UsageError(f"--workdir {folder}: {path} is not of this program; {_HINT}")
+    elif not _has_measurements(folder):
+        others = sorted(file.name for file in folder.iterdir() if file.name not in _BEFORE)
+        if others:
+            raise UsageError(
+                f"--workdir {folder} holds other files, such as {others[0]}, and no tests of "
+                f"claims; {_HINT}"
+            )
+
+
+def _has_measurements(folder: Path) -> bool:
+    """Tell whether a test was stopped here before it was over."""
+    return any(_MEASURED.fullmatch(file.name) for file in folder.glob("cache/*.json"))
 
 
 class Cache:
@@ -42,20 +100,20 @@ class Cache:
         write_json(path, {"data": data, "seconds": seconds})
 
     def _path(self, claim: Claim, setting: Setting) -> Path:
-        return self.folder / f"{claim.number}-{setting.name}-{key_of(claim.path)}.json"
+        return self.folder / f"{claim.number}-{setting.name}-{fingerprint(claim.path)}.json"
 
 
-def key_of(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """Return letters that change with the code that a file runs, or with a library's version."""
     digest = hashlib.sha256()
-    for source in sorted(sources(path)):
+    for source in sorted(imported_files(path)):
         digest.update(_content(source, views=source != path).encode())
     for package in _PACKAGES:
         digest.update(f"{package} {metadata.version(package)}".encode())
     return digest.hexdigest()[:16]
 
 
-def sources(path: Path) -> set[Path]:
+def imported_files(path: Path) -> set[Path]:
     """Return the files of this repository that a file imports, however indirectly, and itself."""
     found, waiting = set(), [path]
     while waiting:
@@ -68,7 +126,7 @@ def sources(path: Path) -> set[Path]:
 
 @functools.cache
 def _imported(path: Path) -> list[Path]:
-    return [file for name in _names(_tree(path)) for file in _files(name)]
+    return [file for name in _names(_tree(path)) for file in _module_files(name)]
 
 
 def _names(tree: ast.Module) -> Iterator[str]:
@@ -81,7 +139,7 @@ def _names(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _files(name: str) -> list[Path]:
+def _module_files(name: str) -> list[Path]:
     """Return the files that importing a module of this repository runs."""
     *packages, last = name.split(".")
     parents = [_ROOT.joinpath(*packages[: n + 1]) for n in range(len(packages))]
