@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attention_jax.base import checks
 from attention_jax.base.binding import bind, per_head, taken_apart
 from attention_jax.base.equality import ByValue
 
@@ -111,6 +112,34 @@ def parameters_of(
         return {}
     declared = declare(query_depth, key_depth, attention_size)
     return {name: value for name, value in declared.items() if name not in bound}
+
+
+def require_depths(operation: str, **depths: int | None) -> None:
+    """Require the depths that the shapes of parameters follow from.
+
+    Raises:
+      ValueError: one of them is None.
+    """
+    for name, depth in depths.items():
+        if depth is None:
+            raise ValueError(f"{operation}: its parameters need to know {name}; give a number.")
+
+
+def one_size(operation: str, attention_size: Any, default: int, smallest: int = 1) -> int:
+    """Return the one size that a function has to choose, or its default.
+
+    Raises:
+      ValueError: several sizes, or one that is too small.
+
+    >>> one_size("bilinear", None, default=8)
+    8
+    """
+    if isinstance(attention_size, Sequence):
+        raise ValueError(f"{operation}: attention_size must be one number, got {attention_size}.")
+    if attention_size is None:
+        return default
+    checks.at_least(operation, smallest, attention_size=attention_size)
+    return attention_size
 
 
 def bind_parameters(function: Any, values: Mapping[str, Any], heads: bool = False) -> Any:

@@ -44,6 +44,19 @@ class Score(Protocol):
 
 
 @runtime_checkable
+class PositionalScore(Protocol):
+    """`score(query [T, Hq], key [S, Hk], q_idx=[T], kv_idx=[S]) -> logits [T, S]`.
+
+    Entry (i, j) may depend on the positions of its rows too; marked by `scores.positional`.
+    """
+
+    def __call__(self, query: Array, key: Array, /, *, q_idx: Array, kv_idx: Array) -> Array: ...
+
+
+AnyScore = Score | PositionalScore
+
+
+@runtime_checkable
 class Predicate(Protocol):
     """`predicate(q_idx, kv_idx) -> bool`: True where the query may attend to the key."""
 

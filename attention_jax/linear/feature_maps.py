@@ -16,7 +16,7 @@ from jax import lax
 from jax.nn import initializers
 
 from attention_jax.base.binding import as_pytree, ask, bind, rule
-from attention_jax.base.parameters import Parameter
+from attention_jax.base.parameters import Parameter, one_size, require_depths
 from attention_jax.base.typing import at_least_float32
 
 __all__ = [
@@ -242,7 +242,8 @@ def _() -> bool:
 @rule(hedgehog, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Zhang et al. 2024, appendix A: the layer starts as the identity."""
-    size = attention_size or query_depth
+    require_depths("hedgehog", query_depth=query_depth)
+    size = one_size("hedgehog", attention_size, default=query_depth)
     return {
         "weight": Parameter((query_depth, size), _eye),
         "bias": Parameter((size,), initializers.zeros),

@@ -330,7 +330,7 @@ class Heads(Mask):
 
 
 def sparse_strided(stride: int) -> Mask:
-    """The last `stride` keys, and every `stride`-th one before: both heads of the paper in one.
+    """The `stride` keys before the query, itself, and every `stride`-th key: both heads in one.
 
     Child et al. 2019, section 4.2 ("strided attention"), for data with a period, as images.
 

@@ -17,7 +17,14 @@ from jax.nn import initializers
 
 from attention_jax.base import checks
 from attention_jax.base.binding import PerHead, bind, per_head, rule
-from attention_jax.base.parameters import Learned, Parameter, initializer, learned
+from attention_jax.base.parameters import (
+    Learned,
+    Parameter,
+    initializer,
+    learned,
+    one_size,
+    require_depths,
+)
 from attention_jax.scores.composition import positional
 
 Array = jax.Array
@@ -280,7 +287,8 @@ def relative_values(weights: Array, q_idx: Array, kv_idx: Array, table: Array) -
 @rule(relative_key, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Clip distances at `attention_size`, 16 unless given (Shaw et al. 2018, section 4.1)."""
-    furthest = 16 if attention_size is None else attention_size
+    require_depths("relative_key", query_depth=query_depth)
+    furthest = one_size("relative_key", attention_size, default=16, smallest=0)
     return {
         "table": Parameter(
             (2 * furthest + 1, query_depth), initializer(initializers.glorot_uniform)

@@ -7,13 +7,17 @@ tiles or decoding steps ask for it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, overload
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from attention_jax.base.binding import as_pytree, ask, bind, taken_apart
+from attention_jax.base import checks
+from attention_jax.base.binding import PerHead, as_pytree, ask, bind, taken_apart
+from attention_jax.base.typing import AnyScore
 from attention_jax.masks.intervals import indices
 
 Array = jax.Array
@@ -24,6 +28,8 @@ def _identity(x: Array) -> Array:
 
 
 identity = bind(_identity)
+
+P = ParamSpec("P")
 
 
 class Separated(NamedTuple):
@@ -52,7 +58,51 @@ class Separated(NamedTuple):
         return self.finish(self.pairs(query, key, **indices))
 
 
-def separate(score: Any) -> Separated:
+class Composition(Protocol[P]):
+    """Makes a score of a score: with parameters for each head if that has them."""
+
+    @overload
+    def __call__(self, score: PerHead, *args: P.args, **kwargs: P.kwargs) -> PerHead: ...
+    @overload
+    def __call__(self, score: AnyScore, *args: P.args, **kwargs: P.kwargs) -> Separated: ...
+
+
+def composition(compose: Callable[Concatenate[Any, P], Separated]) -> Composition[P]:
+    """Let a function that makes a score of a score also take a `per_head` one.
+
+    Its own parameters are then shared by all heads.
+    """
+
+    @functools.wraps(compose)
+    def composed(score: Any, *args: Any, **keywords: Any) -> Any:
+        if not isinstance(score, PerHead):
+            return compose(score, *args, **keywords)
+        args, keywords = _repeated((args, keywords), score)
+        return PerHead(compose(score.function, *args, **keywords))
+
+    return composed
+
+
+def _repeated(parameters: Any, score: PerHead) -> Any:
+    """Repeat parameters for each head of a score: they get its leading axis N."""
+    leaves = jax.tree.leaves(score)
+    sizes = {jnp.shape(leaf)[:1] for leaf in leaves}
+    if len(sizes - {()}) > 1 or () in sizes:
+        raise checks.ShapeError(
+            "per_head: every parameter must have the same leading axis N, got the shapes "
+            f"{', '.join(str(jnp.shape(leaf)) for leaf in leaves)}."
+        )
+
+    def repeat(leaf: Any) -> Any:
+        is_number = hasattr(leaf, "dtype") or isinstance(leaf, float)
+        return jnp.broadcast_to(leaf, (*size, *jnp.shape(leaf))) if is_number else leaf
+
+    size = sizes.pop() if sizes else ()
+    return jax.tree.map(repeat, parameters)
+
+
+@composition
+def separate(score: AnyScore) -> Separated:
     """Bring any score into normal form; one that carries no rule pairs the rows as they are.
 
     >>> from attention_jax import scores
@@ -83,7 +133,8 @@ def is_positional(score: Any) -> bool:
     return hasattr(taken_apart(score)[0], "__positional__")
 
 
-def scaled(score: Any, scale: Any) -> Separated:
+@composition
+def scaled(score: AnyScore, scale: Any) -> Separated:
     """Multiply the logits: scale * score(q, k).
 
     >>> from attention_jax.scores import dot
@@ -93,7 +144,8 @@ def scaled(score: Any, scale: Any) -> Separated:
     return finished(score, bind(_multiply, scale=scale))
 
 
-def soft_capped(score: Any, cap: Any) -> Separated:
+@composition
+def soft_capped(score: AnyScore, cap: Any) -> Separated:
     """Bound the logits smoothly: cap * tanh(score(q, k) / cap).
 
     Gemma Team 2024 (Gemma 2), section 2 ("logit soft-capping").
@@ -105,7 +157,8 @@ def soft_capped(score: Any, cap: Any) -> Separated:
     return finished(score, bind(_soft_cap, cap=cap))
 
 
-def projected(score: Any, query_weight: Any = None, key_weight: Any = None) -> Separated:
+@composition
+def projected(score: AnyScore, query_weight: Any = None, key_weight: Any = None) -> Separated:
     """Project query and key first: score(q P, k Q); None leaves a side as it is.
 
     >>> from attention_jax.scores import dot
@@ -118,7 +171,8 @@ def projected(score: Any, query_weight: Any = None, key_weight: Any = None) -> S
     return mapped(score, query_map, key_map)
 
 
-def row_normalized(score: Any, query: bool = True, key: bool = True) -> Separated:
+@composition
+def row_normalized(score: AnyScore, query: bool = True, key: bool = True) -> Separated:
     """Bring rows to unit length first: score(q / |q|, k / |k|).
 
     >>> from attention_jax.scores import dot
@@ -138,12 +192,16 @@ def unit_rows(x: Array) -> Array:
     return jnp.where(zero, 0.0, x * jax.lax.rsqrt(jnp.where(zero, 1.0, square)))
 
 
-def finished(score: Any, last: Partial) -> Separated:
+@composition
+def finished(score: AnyScore, last: Partial) -> Separated:
+    """Apply a function to the logits last."""
     parts = separate(score)
     return parts._replace(finish=_after(parts.finish, last))
 
 
-def mapped(score: Any, query_map: Partial, key_map: Partial) -> Separated:
+@composition
+def mapped(score: AnyScore, query_map: Partial, key_map: Partial) -> Separated:
+    """Apply functions to the rows of query and key first."""
     parts = separate(score)
     return parts._replace(
         query_map=_after(query_map, parts.query_map), key_map=_after(key_map, parts.key_map)

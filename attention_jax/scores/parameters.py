@@ -9,27 +9,27 @@ from typing import Any
 from jax.nn import initializers
 
 from attention_jax.base.binding import rule
-from attention_jax.base.parameters import Parameter, initializer, luong_uniform
+from attention_jax.base.parameters import (
+    Parameter,
+    initializer,
+    luong_uniform,
+    one_size,
+    require_depths,
+)
 from attention_jax.scores import formulas as scores
-
-
-def _depths(operation: str, **sizes: int | None) -> None:
-    for name, size in sizes.items():
-        if size is None:
-            raise ValueError(f"{operation}: its parameters need to know {name}; give a number.")
 
 
 @rule(scores.bilinear, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
-    _depths("bilinear", query_depth=query_depth, key_depth=key_depth)
+    require_depths("bilinear", query_depth=query_depth, key_depth=key_depth)
     return {"weight": Parameter((query_depth, key_depth), luong_uniform)}
 
 
 @rule(scores.low_rank_bilinear, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Give the logits of unit-variance rows variance one; the paper names no initialiser."""
-    _depths("low_rank_bilinear", query_depth=query_depth, key_depth=key_depth)
-    rank = _single("low_rank_bilinear", attention_size, min(query_depth, key_depth))
+    require_depths("low_rank_bilinear", query_depth=query_depth, key_depth=key_depth)
+    rank = one_size("low_rank_bilinear", attention_size, min(query_depth, key_depth))
     by_depth_and_rank = initializer(initializers.normal, (key_depth * rank) ** -0.5)
     return {
         "query_weight": Parameter((query_depth, rank), initializer(initializers.lecun_normal)),
@@ -39,16 +39,16 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 
 @rule(scores.shared_projection, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
-    _depths("shared_projection", query_depth=query_depth)
-    size = _single("shared_projection", attention_size, query_depth)
+    require_depths("shared_projection", query_depth=query_depth)
+    size = one_size("shared_projection", attention_size, query_depth)
     return {"weight": Parameter((query_depth, size), initializer(initializers.glorot_uniform))}
 
 
 @rule(scores.additive, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Bahdanau, Cho and Bengio 2015, appendix B.1: W of variance 0.001^2, v and b zero."""
-    _depths("additive", query_depth=query_depth, key_depth=key_depth)
-    size = _single("additive", attention_size, query_depth)
+    require_depths("additive", query_depth=query_depth, key_depth=key_depth)
+    size = one_size("additive", attention_size, query_depth)
     return {
         "query_weight": Parameter((query_depth, size), initializer(initializers.normal, 0.001)),
         "key_weight": Parameter((key_depth, size), initializer(initializers.normal, 0.001)),
@@ -59,9 +59,12 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 
 @rule(scores.concat, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Any]:
-    _depths("concat", query_depth=query_depth, key_depth=key_depth)
+    require_depths("concat", query_depth=query_depth, key_depth=key_depth)
     layers = attention_size if isinstance(attention_size, Sequence) else [attention_size]
-    sizes = [query_depth + key_depth, *(size or query_depth for size in layers)]
+    if not layers:
+        raise ValueError("concat: attention_size must be one number for each layer, got ().")
+    sizes = [one_size("concat", size, default=query_depth) for size in layers]
+    sizes = [query_depth + key_depth, *sizes]
     shapes = list(itertools.pairwise(sizes))
     return {
         "weights": [Parameter(shape, luong_uniform) for shape in shapes],
@@ -73,8 +76,8 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Any]:
 @rule(scores.normalized_additive, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Raffel et al. 2017, section 2.4: the gain starts at 1 / sqrt(A); under softmax r is idle."""
-    _depths("normalized_additive", query_depth=query_depth, key_depth=key_depth)
-    size = _single("normalized_additive", attention_size, query_depth)
+    require_depths("normalized_additive", query_depth=query_depth, key_depth=key_depth)
+    size = one_size("normalized_additive", attention_size, query_depth)
     return {
         "query_weight": Parameter((query_depth, size), initializer(initializers.lecun_normal)),
         "key_weight": Parameter((key_depth, size), initializer(initializers.lecun_normal)),
@@ -88,7 +91,7 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 @rule(scores.trilinear, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Give the logits of unit-variance rows variance one; the paper names no initialiser."""
-    _depths("trilinear", query_depth=query_depth)
+    require_depths("trilinear", query_depth=query_depth)
     draw = initializer(initializers.normal, (3 * query_depth) ** -0.5)
     names = ("query_weight", "key_weight", "product_weight")
     return {name: Parameter((query_depth,), draw) for name in names}
@@ -97,15 +100,15 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 @rule(scores.gaussian, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Give q . k the factor 1 / sqrt(H) that it has in the scaled dot product."""
-    _depths("gaussian", query_depth=query_depth)
+    require_depths("gaussian", query_depth=query_depth)
     return {"width": Parameter((), initializer(initializers.constant, query_depth**0.25))}
 
 
 @rule(scores.location, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Take `attention_size` as the number of positions that keys may have."""
-    _depths("location", query_depth=query_depth, attention_size=attention_size)
-    length = _single("location", attention_size, query_depth)
+    require_depths("location", query_depth=query_depth, attention_size=attention_size)
+    length = one_size("location", attention_size, query_depth)
     return {"weight": Parameter((query_depth, length), luong_uniform)}
 
 
@@ -113,9 +116,3 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Liu et al. 2022 (Swin v2), section 3.3: a learned scalar; theirs starts at 0.1."""
     return {"temperature": Parameter((), initializer(initializers.constant, 0.1))}
-
-
-def _single(operation: str, size: Any, default: int) -> int:
-    if isinstance(size, Sequence):
-        raise ValueError(f"{operation}: attention_size must be one number, got {size}.")
-    return default if size is None else size

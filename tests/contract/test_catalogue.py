@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import attend, attention, masks, normalizers, scores
+from attention_jax import attend, attention, masks, normalizers, positions, scores
 from attention_jax.base.parameters import parameters_of
+from attention_jax.linear import feature_maps
 from attention_jax.normalizers import streaming
 from tests import oracle
 from tests.contract import examples
@@ -174,3 +175,30 @@ def test_every_score_declares_its_parameters(name):
     declared = parameters_of(score, query_depth=4, key_depth=4, attention_size=8)
     arguments = set(inspect.signature(score).parameters) - {"query", "key"} - NOT_LEARNED
     assert set(declared) == arguments
+
+
+DECLARING = {
+    name: getattr(exported, name)
+    for exported in (scores, positions, normalizers, feature_maps)
+    for name in exported.__all__
+    if hasattr(getattr(exported, name), "__parameters__")
+}
+WITHOUT_SIZE = {"bilinear", "cosine", "gaussian", "trilinear"}
+
+
+@pytest.mark.parametrize("name", sorted(DECLARING.keys() - WITHOUT_SIZE))
+@pytest.mark.parametrize("size", [-1, 0, 2.5, (2, 3), (2, 0), ()])
+def test_every_size_is_taken_as_it_is_or_refused_in_one_sentence(name, size):
+    if (name, size) in {("concat", (2, 3)), ("relative_key", 0)}:
+        assert parameters_of(DECLARING[name], 4, 4, size)
+        return
+    message = rf"^{name}: attention_size must be [^.]+, got [^.]*(\.5)?\.$"
+    with pytest.raises(ValueError, match=message):
+        parameters_of(DECLARING[name], 4, 4, size)
+
+
+@pytest.mark.parametrize("name", sorted(DECLARING.keys() - {"cosine"}))
+def test_a_depth_that_parameters_need_is_asked_for(name):
+    message = rf"^{name}: its parameters need to know query_depth; give a number\.$"
+    with pytest.raises(ValueError, match=message):
+        parameters_of(DECLARING[name], attention_size=3)

@@ -1,9 +1,11 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import attend
+from attention_jax import attend, masks
 from attention_jax.masks import (
     EMPTY,
     FULL,
@@ -25,6 +27,7 @@ from attention_jax.masks import (
     sparse_fixed,
     sparse_strided,
 )
+from tests.contract import examples
 from tests.oracle import assert_sound, states_of
 
 KEY = jax.random.key(0)
@@ -324,3 +327,57 @@ def test_every_pattern_draws_itself():
         example = getattr(patterns, name)
         assert "█" in example.__doc__ or ".to_dense(" in example.__doc__, name
     assert str(Strided(3)).splitlines()[:2] == ["Strided(stride=3)", "█··█··█··█··"]
+
+
+def arguments(mask):
+    """Return what a mask was made of, by the names of its constructor."""
+    return {
+        field.name: getattr(mask, field.name) for field in dataclasses.fields(mask) if field.init
+    }
+
+
+@pytest.mark.parametrize("name", examples.MASKS)
+def test_every_argument_of_a_mask_counts(name):
+    """What is given is kept: the same again makes an equal mask, another value one that differs."""
+    mask = masks.as_mask(examples.mask_example(name, 1, 2, 4, 4).mask)
+    given = arguments(mask)
+    assert type(mask)(**given) == mask
+    for field, value in given.items():
+        assert type(mask)(**{**given, field: other(value)}) != mask
+
+
+def other(value):
+    """Return another value of the same kind."""
+    if isinstance(value, masks.Mask):
+        return ~value
+    if isinstance(value, tuple):
+        return value[::-1]
+    if value is None:
+        return np.array(1)
+    if callable(value):
+        return masks.Full()
+    if isinstance(value, int):
+        return 0 if value == 1 else value + 1
+    return ~value if value.dtype == np.bool_ else value + 1
+
+
+def test_the_heads_of_a_mask_are_numbered_by_itself():
+    with pytest.raises(TypeError, match="head"):
+        masks.Heads([masks.Causal()], head=5)
+
+
+COUNTS = {
+    "sparse_strided": (masks.sparse_strided(3), 3 + 1 + 5),  # 19 18 17, itself, 14 11 8 5 2
+    "sparse_fixed": (masks.sparse_fixed(3), 3 + 6),  # 18 19 20, and the last of each block before
+    "longformer": (masks.longformer(6, tokens=2), 6 + 1 + 2),
+    "Window": (masks.Window(3, 1), 3 + 1 + 1),
+    "Dilated": (masks.Dilated(2, 1, dilation=3), 2 + 1 + 1),
+    "Chunked": (masks.Chunked(3, before=2), 3 * (1 + 2)),
+    "Strided": (masks.Strided(4) & masks.Causal(), 6),  # 20 16 12 8 4 0
+    "Prefix": (masks.Prefix(5), 5),
+}
+
+
+@pytest.mark.parametrize(("mask", "count"), COUNTS.values(), ids=COUNTS)
+def test_a_query_attends_to_as_many_keys_as_the_docstring_says(mask, count):
+    assert mask.to_dense(40)[20].sum() == count

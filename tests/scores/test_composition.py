@@ -1,10 +1,12 @@
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import attend, bind, masks, scores
+from attention_jax import ShapeError, attend, bind, masks, per_head, scores
 from attention_jax.scores import (
     Separated,
     composition,
@@ -192,3 +194,65 @@ def test_finished_and_mapped_extend_any_score():
     assert_same(negated, lambda q, k: -(q @ k.T))
     doubled = mapped(dot, jax.tree_util.Partial(lambda x: 2.0 * x), identity)
     assert_same(doubled, scaled(dot, 2.0))
+
+
+def negated(logits):
+    return -logits
+
+
+COMPOSITIONS = {
+    "separate": separate,
+    "scaled": lambda score: scaled(score, 0.5),
+    "scaled by a whole number": lambda score: scaled(score, 2),
+    "scaled by an array": lambda score: scaled(score, np.float32(0.5)),
+    "soft_capped": lambda score: soft_capped(score, jnp.float32(2.0)),
+    "projected": lambda score: projected(score, LEFT, RIGHT),
+    "row_normalized": lambda score: row_normalized(score, key=False),
+    "finished": lambda score: finished(score, bind(negated)),
+    "mapped": lambda score: mapped(score, bind(unit_rows), identity),
+    "several": lambda score: scaled(soft_capped(projected(score, LEFT), 2.0), 3.0),
+}
+
+
+@pytest.mark.parametrize("compose", COMPOSITIONS.values(), ids=COMPOSITIONS)
+def test_a_score_with_parameters_for_each_head_composes(compose):
+    depths = {COMPOSITIONS["projected"]: (3, 3), COMPOSITIONS["several"]: (3, 4)}
+    weights = normal(6, 2, *depths.get(compose, (4, 4)))
+    composed = compose(per_head(bind(scores.bilinear, weight=weights)))
+    x = normal(7, 1, 5, 2, 4)
+    both = attend(x, x, x, score=composed)
+    for n in range(2):
+        head = x[:, :, n : n + 1]
+        alone = attend(head, head, head, score=compose(bind(scores.bilinear, weight=weights[n])))
+        np.testing.assert_allclose(both[:, :, n : n + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_every_composition_takes_a_score_of_heads():
+    tested = {"separate", "scaled", "soft_capped", "projected", "row_normalized"}
+    signatures = {name: inspect.signature(getattr(scores, name)) for name in scores.__all__}
+    made_of_scores = {name for name, of in signatures.items() if "score" in of.parameters}
+    assert made_of_scores - {"positional"} == tested
+
+
+def test_a_positional_score_of_heads_composes():
+    slopes = jnp.array([0.5, 2.0])
+    x = normal(8, 1, 5, 2, 4)
+    both = attend(x, x, x, score=scaled(per_head(bind(penalized, slope=slopes)), 0.5))
+    for n in range(2):
+        head = x[:, :, n : n + 1]
+        alone = attend(head, head, head, score=scaled(bind(penalized, slope=slopes[n]), 0.5))
+        np.testing.assert_allclose(both[:, :, n : n + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_score_of_heads_without_parameters_composes():
+    x = normal(9, 1, 5, 2, 4)
+    expected = attend(x, x, x, score=scaled(dot, 2))
+    np.testing.assert_array_equal(attend(x, x, x, score=scaled(per_head(dot), 2)), expected)
+
+
+def test_parameters_of_heads_that_differ_in_number_are_refused():
+    score = bind(scores.low_rank_bilinear, query_weight=np.ones((2, 4, 3)), key_weight=LEFT)
+    with pytest.raises(
+        ShapeError, match=r"same leading axis N, got the shapes \(4, 3\), \(2, 4, 3\)"
+    ):
+        scaled(per_head(score), 0.5)
