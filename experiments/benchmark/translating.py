@@ -22,14 +22,14 @@ from flax import nnx
 from experiments.benchmark.measure import Program
 from experiments.benchmark.programs import HAS_TORCH
 from experiments.benchmark.suites import Comparison, Group
-from experiments.translate import learning, task
-from experiments.translate.budget import sizes_of
+from experiments.translate import train_step
 from experiments.translate.command_line import parse
+from experiments.translate.compile import Placement, compile_all
 from experiments.translate.config import Config
-from experiments.translate.devices import Placement
+from experiments.translate.data import Task, load_task
 from experiments.translate.model import Sizes
-from experiments.translate.programs import compile_all
-from experiments.translate.task import Task
+from experiments.translate.prepare import Run, sizes_of
+from experiments.translate.train_step import Batches
 
 MULTI30K = pathlib.Path(__file__).parents[1] / "configs" / "multi30k_de_en.flags"
 QUICK = ("--width=4", "--batch_size=4", "--buckets=1", "--train_size=60", "--steps=25")
@@ -64,15 +64,15 @@ def learner_of(score: str, config: Config) -> Learner:
 def in_jax(learner: Learner) -> Train:
     """Return the training that the program does, compiled."""
     score, sizes, config, given = learner
-    state = learning.initial_state(score, sizes, config)
+    state = train_step.initial_state(score, sizes, config)
     placement = Placement(config.batch_size)
-    state, arrays = jax.device_put((state, given.arrays), placement.everywhere)
-    shapes = given.training, given.most_words, (), given.longest
-    programs = compile_all(score, sizes, config, placement, state, *shapes)
+    state, arrays = jax.device_put((state, given.arrays), placement.replicated)
+    programs = compile_all(score, Run(config, given, {score: sizes}), state, evaluate=False)
 
     def train(chunks: range) -> np.ndarray:
         nonlocal state
-        state, losses = programs.train(state, arrays, given.order[chunks], given.rows[chunks])
+        batches = Batches(arrays, given.order[chunks], given.rows[chunks])
+        state, losses = programs.train(state, batches)
         return jax.device_get(losses)
 
     return train
@@ -85,7 +85,7 @@ def in_torch(learner: Learner) -> Train:
     from experiments.benchmark.torch_translator import Trainer, choose_threads
 
     score, sizes, config, given = learner
-    drawn = nnx.to_pure_dict(learning.initial_state(score, sizes, config).parameters)
+    drawn = nnx.to_pure_dict(train_step.initial_state(score, sizes, config).parameters)
 
     def trainer(seed: int) -> Trainer:
         parameters = jax.tree.map(lambda x: x[seed], drawn)
@@ -164,7 +164,7 @@ def _program(build: Callable[[Learner], Train], score: str, config: Config) -> P
     return Program(turn, jit=False)
 
 
-_read = functools.cache(task.read)
+_read = functools.cache(load_task)
 
 
 def write_synthetic(folder: pathlib.Path, pairs: int = PAIRS) -> None:

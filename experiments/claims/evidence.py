@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from experiments.statistics import compare, interval
-from experiments.translate.learning import quick_options
+from experiments.translate.train_step import quick_options
 
 # A value for each draw or seed.
 Values = Sequence[float]

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.translate.learning import quick_options
+from experiments.translate.train_step import quick_options
 
 Array = jax.Array
 

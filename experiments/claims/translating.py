@@ -25,9 +25,8 @@ from experiments.data import load
 from experiments.data.batches import pad
 from experiments.data.corpus import Pair
 from experiments.data.vocabulary import BOS, PAD, Vocabulary
-from experiments.translate import decoding
-from experiments.translate.learning import token_losses
-from experiments.translate.model import Sizes, Translator
+from experiments.translate import decode
+from experiments.translate.model import Sizes, Translator, token_losses
 
 Array = jax.Array
 SCORES = ("dot", "scaled_dot", "additive")
@@ -95,7 +94,7 @@ def recurrent(given: Material, score: str, attention_size: int = WIDTH) -> Model
         logits, _ = model(*pairs)
         return jnp.sum(token_losses(logits, pairs[1].T)) / jnp.sum(pairs[1] != PAD)
 
-    return Model(arm_of(build, loss), build, functools.partial(decoding.greedy, graph_of(build)))
+    return Model(arm_of(build, loss), build, functools.partial(decode.greedy, graph_of(build)))
 
 
 def transformer(given: Material, heads: int, **options: Any) -> Model:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from experiments.translate import exits
-from experiments.translate.command_line import parse
+from experiments.translate.command_line import parse, run_program
 from experiments.translate.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code: see `exits.run`."""
-    return exits.run("translate", arguments, parse, _do)
+    """Run the program and return its exit code: see `command_line.run_program`."""
+    return run_program("translate", arguments, parse, _do)
 
 
 def _do(config: Config) -> None:
-    from experiments.translate.run import run
+    # Importing JAX takes a second; the help text and a mistyped flag do not wait for it.
+    from experiments.translate.run import train_and_report
     from experiments.translate.use import use
 
-    (run if config.mode == "train" else use)(config)
+    (train_and_report if config.mode == "train" else use)(config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: absl flags made from the fields of `Config`, and a help text to read."""
+"""The command line: absl flags made from the fields of `Config`, the help text, and exit codes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
-from experiments.command_line import read
-from experiments.translate import kept
+from experiments import command_line
+from experiments.command_line import Options, complain
+from experiments.translate import workdir
 from experiments.translate.config import Config
 
 _SUMMARY = """\
@@ -53,12 +54,12 @@ def parse(arguments: Sequence[str]) -> Config:
     ('dot', 'none')
     """
     values = defined(dataclasses.fields(Config))
-    read("translate", values, arguments, help_text)
+    command_line.read("translate", values, arguments, help_text)
     names = Config.__dataclass_fields__
-    given = {name: _python(values[name].value) for name in names if values[name].present}
+    given = {name: workdir.from_json(values[name].value) for name in names if values[name].present}
     config = Config(**given)
     config.check()
-    return config if config.mode == "train" else kept.configured(config, given)
+    return config if config.mode == "train" else workdir.trained_config(config, given)
 
 
 def help_text(
@@ -100,8 +101,37 @@ def defined(
     return values
 
 
-def _python(value: typing.Any) -> typing.Any:
-    return tuple(value) if isinstance(value, list) else value
+def run_program(
+    program: str,
+    arguments: Sequence[str] | None,
+    parse: Callable[[Sequence[str]], Options],
+    do: Callable[[Options], typing.Any],
+) -> int:
+    """Run a program that trains, print one sentence for any failure, and return its exit code.
+
+    0: done. 1: training diverged or a file could not be written. 2: the request cannot be met.
+    130 or 143: interrupted by SIGINT or SIGTERM.
+    """
+
+    def done(options: Options) -> int:
+        # Importing JAX takes a second; the help text and a mistyped flag do not wait for it.
+        from experiments.translate.train import Diverged, Interrupted
+
+        try:
+            do(options)
+        except Diverged as error:
+            return complain(program, error, 1)
+        except OSError as error:
+            reason = command_line.reason(error)
+            return complain(program, f"{reason}; what was saved before is kept.", 1)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            where = f" after {stop}" if str(stop) else ""
+            code = stop.code if isinstance(stop, Interrupted) else 130
+            sentence = f"interrupted{where}; the same command goes on from there."
+            return complain(program, sentence, code)
+        return 0
+
+    return command_line.run(program, arguments, parse, done)
 
 
 def _shown(default: object) -> str:

@@ -1,108 +1,112 @@
-"""What a set of pairs says about the translators of one mechanism, seed by seed."""
+"""Evaluate the translators of one mechanism on a set of pairs, seed by seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments import metrics
-from experiments.data.batches import Buckets, bucket, choose_widths, rounded_up, sweep
-from experiments.data.corpus import Corpus, Links, Pair
+from experiments.data.batches import sweep
+from experiments.data.corpus import Links, Pair
 from experiments.data.vocabulary import EOS, PAD
-from experiments.translate.programs import Programs
+from experiments.translate.compile import Programs
+from experiments.translate.data import Examples
 
 Words = tuple[str, ...]
 Weights = np.ndarray
 
-# Every shape is compiled twice, and evaluation is short.
-_SHAPES = 2
+
+class Trained(NamedTuple):
+    """Trained translators, one for each seed on axis 0 of the parameters, and their programs."""
+
+    parameters: Any
+    programs: Programs
+
+    @property
+    def num_seeds(self) -> int:
+        """The number of translators."""
+        return jax.tree.leaves(self.parameters)[0].shape[0]
 
 
-class Examples(NamedTuple):
-    """Pairs, encoded and sorted into buckets."""
+class Evaluation(NamedTuple):
+    """The result of an evaluation.
 
-    pairs: Sequence[Pair]
-    buckets: Buckets
-    corpus: Corpus
-
-
-def examples(
-    sets: Mapping[str, Sequence[Pair]], corpus: Corpus, batch_size: int, multiple: int = 1
-) -> dict[str, Examples]:
-    """Sort sets of pairs into buckets of a few shapes that all of them share.
-
-    Each width is a multiple of `multiple`, so that sets that come later find shapes compiled.
+    Attributes:
+      measured: of each metric a value for each seed; None where it cannot be measured.
+      translations: of each seed all translations.
+      weights: [T, S] of each pair, of the first seed.
     """
-    vocabularies = corpus.source_vocabulary, corpus.target_vocabulary
-    pairs = [pair for pairs in sets.values() for pair in pairs]
-    lengths = np.array([(len(pair.source) + 1, len(pair.target) + 1) for pair in pairs])
-    chosen = choose_widths(lengths, _SHAPES)
-    widths = tuple((rounded_up(s, multiple), rounded_up(t, multiple)) for s, t in chosen)
-    return {
-        name: Examples(
-            pairs, bucket(pairs, *vocabularies, batch_size=batch_size, widths=widths), corpus
-        )
-        for name, pairs in sets.items()
+
+    measured: dict[str, list[float] | None]
+    translations: list[list[Words]]
+    weights: list[Weights]
+
+
+def evaluate(score: str, trained: Trained, examples: Examples) -> Evaluation:
+    """Translate a set of pairs and read its references, and measure both."""
+    found = translations(trained, examples)
+    links, weights = attended(trained, examples)
+    measured = {
+        **quality(found, examples.pairs),
+        "loss": losses(trained, examples),
+        **alignment(links if score != "none" else [], examples.pairs),
     }
+    return Evaluation(measured, found, weights)
 
 
-def losses(programs: Programs, parameters: Any, given: Examples) -> list[float]:
-    """Cross-entropy of a target token, end symbol included, in nats, for each seed."""
-    tokens = sum(int((held.target != PAD).sum()) for held in given.buckets.members)
-    return (-log_probabilities(programs, parameters, given).sum(axis=1) / tokens).tolist()
+def losses(trained: Trained, examples: Examples) -> list[float]:
+    """Return the cross-entropy of a target token, end symbol included, in nats, for each seed."""
+    tokens = sum(int((held.target != PAD).sum()) for held in examples.buckets.members)
+    return (-log_probabilities(trained, examples).sum(axis=1) / tokens).tolist()
 
 
-def log_probabilities(programs: Programs, parameters: Any, given: Examples) -> np.ndarray:
-    """The log-probability of each target, end symbol included, [N, pairs]."""
-    pending = [(at, real, loss) for at, real, loss, _ in _forced(programs, parameters, given)]
-    seeds = jax.tree.leaves(parameters)[0].shape[0]
-    found = np.zeros((seeds, len(given.pairs)))
+def log_probabilities(trained: Trained, examples: Examples) -> np.ndarray:
+    """Return the log-probability of each target, end symbol included, [N, pairs]."""
+    pending = [(at, real, loss) for at, real, loss, _ in _forced(trained, examples)]
+    found = np.zeros((trained.num_seeds, len(examples.pairs)))
     for index, real, loss in pending:
         found[:, index] = -np.asarray(loss, np.float64)[:, real]
     return found
 
 
 def translations(
-    programs: Programs, parameters: Any, given: Examples, *, greedy: bool = False
+    trained: Trained, examples: Examples, *, greedy: bool = False
 ) -> list[list[Words]]:
-    """Translations of all pairs, in their order, for each seed."""
-    decode = programs.greedy if greedy else programs.search
+    """Return the translations of all pairs, in their order, for each seed."""
+    decode = trained.programs.greedy if greedy else trained.programs.search
     pending = []
-    for number, rows, real in sweep(given.buckets, programs.batch_size):
-        held = given.buckets.members[number]
+    for number, rows, real in sweep(examples.buckets, trained.programs.batch_size):
+        held = examples.buckets.members[number]
         source = held.source[rows]
-        words = decode[source.shape[1]](parameters, source)
+        words = decode[source.shape[1]](trained.parameters, source)
         pending.append((held.index[rows[real]], real, words))
-    seeds = jax.tree.leaves(parameters)[0].shape[0]
-    found: list[list[Words]] = [[()] * len(given.pairs) for _ in range(seeds)]
+    found: list[list[Words]] = [[()] * len(examples.pairs) for _ in range(trained.num_seeds)]
     for index, real, words in pending:
         for seed, sentences in enumerate(np.asarray(words)[:, real].tolist()):
             for position, sentence in zip(index.tolist(), sentences, strict=True):
-                # What was cut off ends in padding only if it is full of words.
+                # A translation that was cut off has no end symbol.
                 ended = sentence if EOS in sentence else [*sentence, EOS]
-                found[seed][position] = given.corpus.target_vocabulary.decode(ended)
+                found[seed][position] = examples.corpus.target_vocabulary.decode(ended)
     return found
 
 
-def attended(
-    programs: Programs, parameters: Any, given: Examples
-) -> tuple[list[list[Links]], list[Weights]]:
-    """The links that attention shows when it reads the references, and its weights.
+def attended(trained: Trained, examples: Examples) -> tuple[list[list[Links]], list[Weights]]:
+    """Return the links and the weights of attention when it reads the references.
 
     Returns:
       For each seed the links of all pairs; and of the first seed all weights [T, S].
     """
     links: list[list[Links]] = []
-    weights: list[Weights] = [np.zeros((0, 0), np.float32)] * len(given.pairs)
-    for index, real, _, batch in _forced(programs, parameters, given):
+    weights: list[Weights] = [np.zeros((0, 0), np.float32)] * len(examples.pairs)
+    for index, real, _, batch in _forced(trained, examples):
         arrays = np.asarray(batch)[:, real]
-        links = links or [[frozenset()] * len(given.pairs) for _ in arrays]
+        links = links or [[frozenset()] * len(examples.pairs) for _ in arrays]
         for row, position in enumerate(index.tolist()):
-            pair = given.pairs[position]
+            pair = examples.pairs[position]
             lengths = len(pair.source), len(pair.target)
             for seed, array in enumerate(arrays if pair.sure is not None else ()):
                 links[seed][position] = metrics.links(array[row], *lengths)
@@ -111,7 +115,7 @@ def attended(
 
 
 def quality(hypotheses: list[list[Words]], pairs: Sequence[Pair]) -> dict[str, list[float]]:
-    """Exact match, token accuracy, BLEU and chrF for each seed, all in 0..100."""
+    """Return exact match, token accuracy, BLEU and chrF for each seed, all in 0..100."""
     references = [pair.target for pair in pairs]
     return {
         "exact_match": [100 * metrics.exact_match(h, references) for h in hypotheses],
@@ -122,7 +126,7 @@ def quality(hypotheses: list[list[Words]], pairs: Sequence[Pair]) -> dict[str, l
 
 
 def alignment(links: list[list[Links]], pairs: Sequence[Pair]) -> dict[str, list[float] | None]:
-    """Alignment error rate and the links found by class, for each seed in 0..100.
+    """Return the alignment error rate and the links found by class, for each seed in 0..100.
 
     None without gold alignments, or without attention.
     """
@@ -136,11 +140,15 @@ def alignment(links: list[list[Links]], pairs: Sequence[Pair]) -> dict[str, list
     }
 
 
-def _forced(programs: Programs, parameters: Any, given: Examples):
-    """Yield of every batch which pairs are in which rows, losses [N, B], weights [N, B, T, S]."""
-    for number, rows, real in sweep(given.buckets, programs.batch_size):
-        held = given.buckets.members[number]
+def _forced(trained: Trained, examples: Examples):
+    """Yield of every batch: indices of pairs, their rows, losses [N, B], weights [N, B, T, S]."""
+    for number, rows, real in sweep(examples.buckets, trained.programs.batch_size):
+        held = examples.buckets.members[number]
         source = held.source[rows]
         target = np.where(real[:, None], held.target[rows], PAD)
         width = source.shape[1], target.shape[1]
-        yield held.index[rows[real]], real, *programs.force[width](parameters, source, target)
+        yield (
+            held.index[rows[real]],
+            real,
+            *trained.programs.force[width](trained.parameters, source, target),
+        )

@@ -1,7 +1,8 @@
-"""What is compared: a name of the command line as a score that declares its parameters."""
+"""Mechanisms: names of the command line as scores that declare their parameters."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -44,18 +45,18 @@ def score_of(
     tied: bool = False,
     normed: bool = False,
 ) -> Any:
-    """Return the score behind a name, with projections where it declares none of its own.
+    """Return the score of a name, with projections if it declares none of its own.
 
-    Their matrices are drawn alike (Glorot and Bengio 2010), whatever the paper of the score
-    says: the score is to be the only difference.
+    All matrices are drawn alike (Glorot and Bengio 2010), whatever the paper of the score says,
+    so that the score is the only difference.
 
     Args:
-      name: of a score, or the control `uniform`, which has nothing to tie and to norm.
-      query_depth: of what asks.
-      key_depth: of what is asked.
+      name: of a score, or the control `uniform`, which has no projections.
+      query_depth: of queries.
+      key_depth: of keys.
       attention_size: of the projections.
       tied: let query and key share their projection.
-      normed: bring the rows that the score is asked about to unit mean square.
+      normed: normalize queries and keys of the score to unit mean square.
 
     Raises:
       UsageError: the name is a path that cannot be imported, or there is nothing to tie.
@@ -76,7 +77,7 @@ def score_of(
 
 
 def score_of_head(name: str, depth: int) -> Any:
-    """Return the score behind a name for queries and keys of a depth, projected already.
+    """Return the score of a name for queries and keys that are projected already.
 
     Raises:
       UsageError: the name is a path that cannot be imported.
@@ -89,26 +90,20 @@ def score_of_head(name: str, depth: int) -> Any:
 
 
 def check(name: str, make: Callable[[], Any], depth: int, attention_size: int) -> None:
-    """Refuse what is no score, without computing anything.
+    """Refuse what is not a score; nothing is computed.
 
     Args:
       name: from the command line.
-      make: returns the score behind it.
+      make: returns the score of that name.
       depth: of queries and keys.
       attention_size: see `score_of`.
 
     Raises:
-      UsageError: there is nothing behind the name, or it does not return logits [T, S].
+      UsageError: the name cannot be imported, or does not return logits [T, S].
     """
-
-    def asked(query: Array, key: Array) -> Any:
-        score = make()
-        declared = parameters_of(score, depth, depth, attention_size)
-        return bind_parameters(score, initialize(jax.random.key(0), declared))(query, key)
-
     query, key = (jax.ShapeDtypeStruct((length, depth), jnp.float32) for length in (2, 4))
     try:
-        found = jax.eval_shape(asked, query, key)
+        found = jax.eval_shape(functools.partial(_initialized, make, attention_size), query, key)
     except UsageError:
         raise
     except Exception as error:  # of any kind, because the function may be anything
@@ -124,22 +119,31 @@ def check(name: str, make: Callable[[], Any], depth: int, attention_size: int) -
     )
 
 
+def _initialized(make: Callable[[], Any], attention_size: int, query: Array, key: Array) -> Any:
+    """Return the logits of a score with its initial parameters."""
+    score, depth = make(), query.shape[-1]
+    declared = parameters_of(score, depth, depth, attention_size)
+    return bind_parameters(score, initialize(jax.random.key(0), declared))(query, key)
+
+
 def between_projections(score: Any, query_depth: int, key_depth: int, attention_size: int) -> Any:
-    """Ask a score about learned projections: score(q P, k Q), P [Hq, A] and Q [Hk, A].
+    """Apply a score to learned projections: score(q P, k Q), P [Hq, A] and Q [Hk, A].
 
     A score without weights of its own then has as many as `additive`, and the same freedom
     (Britz et al. 2017 compare both in this form).
     """
 
-    def asked(query: Array, key: Array, query_matrix: Array, key_matrix: Array, **own: Any):
+    def with_projections(
+        query: Array, key: Array, query_matrix: Array, key_matrix: Array, **own: Any
+    ) -> Array:
         return separated(query_matrix, key_matrix, **own)(query, key)
 
-    @rule(asked, "separation")
+    @rule(with_projections, "separation")
     def separated(query_matrix: Array, key_matrix: Array, **own: Any) -> Separated:
         return projected(bind_parameters(score, own), query_matrix, key_matrix)
 
     return learned(
-        asked,
+        with_projections,
         query_matrix=Parameter((query_depth, attention_size), _GLOROT),
         key_matrix=Parameter((key_depth, attention_size), _GLOROT),
         **parameters_of(score, attention_size, attention_size, attention_size),
@@ -147,21 +151,23 @@ def between_projections(score: Any, query_depth: int, key_depth: int, attention_
 
 
 def between_norms(score: Any, query_depth: int, key_depth: int, attention_size: int) -> Any:
-    """Ask a score about rows of unit mean square, times learned gains: score(norm(q), norm(k)).
+    """Apply a score to rows of unit mean square, times learned gains: score(norm(q), norm(k)).
 
     Henry et al. 2020; Zhang and Sennrich 2019 (the norm).
     """
 
-    def asked(query: Array, key: Array, query_gain: Array, key_gain: Array, **own: Any):
+    def with_norms(
+        query: Array, key: Array, query_gain: Array, key_gain: Array, **own: Any
+    ) -> Array:
         return separated(query_gain, key_gain, **own)(query, key)
 
-    @rule(asked, "separation")
+    @rule(with_norms, "separation")
     def separated(query_gain: Array, key_gain: Array, **own: Any) -> Separated:
         norms = (Partial(root_mean_square_normed, gain=gain) for gain in (query_gain, key_gain))
         return mapped(bind_parameters(score, own), *norms)
 
     return learned(
-        asked,
+        with_norms,
         query_gain=Parameter((query_depth,), initializers.ones),
         key_gain=Parameter((key_depth,), initializers.ones),
         **parameters_of(score, query_depth, key_depth, attention_size),
@@ -175,26 +181,28 @@ def root_mean_square_normed(x: Array, gain: Array) -> Array:
 
 
 def with_tied_projections(name: str, score: Any) -> Any:
-    """Let query and key share one projection: score(q P, k P).
+    """Share one projection between query and key: score(q P, k P).
 
     Raises:
       UsageError: the score has no two projections of one shape.
     """
     own = score.parameters
-    for first, second in (("query_matrix", "key_matrix"), ("query_weight", "key_weight")):
-        if {first, second} <= set(own) and len(own[first].shape) == 2:
+    for of_query, of_key in (("query_matrix", "key_matrix"), ("query_weight", "key_weight")):
+        if {of_query, of_key} <= set(own) and len(own[of_query].shape) == 2:
             break
     else:
         raise UsageError(f"--projections=tied: {name} has no two projections to tie.")
+    shared = {of_key: of_query}
 
-    def asked(query: Array, key: Array, **kept: Any):
+    def tied(query: Array, key: Array, **kept: Any):
         return separated(**kept)(query, key)
 
-    @rule(asked, "separation")
+    @rule(tied, "separation")
     def separated(**kept: Any) -> Separated:
-        return separate(bind_parameters(score, {**kept, second: kept[first]}))
+        copied = {name: kept[other] for name, other in shared.items()}
+        return separate(bind_parameters(score, kept | copied))
 
-    return learned(asked, **{name: own[name] for name in own if name != second})
+    return learned(tied, **{name: own[name] for name in own if name != of_key})
 
 
 def _drawn_alike(parameter: Parameter) -> Parameter:

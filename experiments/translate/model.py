@@ -25,6 +25,8 @@ from experiments.data.vocabulary import BOS, PAD
 from experiments.translate.mechanisms import score_of
 
 Array = jax.Array
+Graph = Any
+"""The structure of a translator without its parameters, as `nnx.split` returns it."""
 
 
 class Sizes(NamedTuple):
@@ -97,10 +99,10 @@ def gated(state: Array, inputs: Array, share: Array) -> Array:
     return update * state + (1 - update) * jnp.tanh(candidate + reset * memory)
 
 
-def orthogonal_gates(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+def orthogonal_gates(rng: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Draw an orthogonal matrix for each of three gates: [..., D, 3 D]."""
     *leading, depth, _ = shape
-    gates = initializers.orthogonal()(key, (*leading, 3, depth, depth), dtype)
+    gates = initializers.orthogonal()(rng, (*leading, 3, depth, depth), dtype)
     return jnp.moveaxis(gates, -3, -2).reshape(shape)
 
 
@@ -111,6 +113,18 @@ def keeping_products(step: Callable[..., Any]) -> Callable[..., Any]:
     state with every word, above all.
     """
     return jax.checkpoint(step, policy=jax.checkpoint_policies.dots_saveable)
+
+
+def token_losses(logits: Array, words: Array, smoothing: float = 0.0) -> Array:
+    """Cross-entropy [...] of logits [..., W] with words [...], zero for padding.
+
+    The target distribution has 1 - smoothing on the right word and spreads the rest evenly
+    over all words (Szegedy et al. 2016, section 7).
+    """
+    right = jnp.take_along_axis(logits, words[..., None], axis=-1)[..., 0]
+    expected = (1 - smoothing) * right + smoothing * jnp.mean(logits, axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - expected
+    return jnp.where(words == PAD, 0.0, losses)
 
 
 class Encoder(nnx.Module):
@@ -223,27 +237,27 @@ class Translator(nnx.Module):
         self.decoder = Decoder(score, sizes, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
-    def encode(self, source: Array, dropout_key: Array | None = None) -> Memory:
+    def encode(self, source: Array, dropout_rng: Array | None = None) -> Memory:
         """Read a batch of sources [B, S]."""
         mask = source != PAD
-        embedded = self._dropped(self.encoder.embedding(source.T), dropout_key, 0)
+        embedded = self._dropped(self.encoder.embedding(source.T), dropout_rng, 0)
         return self.decoder.remember(*self.encoder(embedded, mask.T), mask)
 
     def __call__(
         self,
         source: Array,
         target: Array,
-        dropout_key: Array | None = None,
+        dropout_rng: Array | None = None,
         where: Array | None = None,
     ) -> tuple[Array, Array]:
         """Return logits [T, B, W] and weights [T, B, S], each target word given those before it.
 
         With indices `where` [n] of T x B, logits of these words alone: [n, W].
         """
-        memory = self.encode(source, dropout_key)
+        memory = self.encode(source, dropout_rng)
         begin = jnp.full_like(target[:, :1], BOS)
         previous = jnp.concatenate([begin, target[:, :-1]], axis=1).T
-        embedded = self._dropped(self.decoder.embedding(previous), dropout_key, 1)
+        embedded = self._dropped(self.decoder.embedding(previous), dropout_rng, 1)
 
         def step(carry: Carry, gates: Array) -> tuple[Carry, tuple[Array, Array, Array]]:
             carry, context, weights = self.decoder.step(carry, gates, memory)
@@ -252,7 +266,7 @@ class Translator(nnx.Module):
         gates = self.decoder.inputs(embedded)
         _, (states, contexts, weights) = jax.lax.scan(keeping_products(step), memory.carry, gates)
         units = self.decoder.read(*(rows_at(x, where) for x in (states, contexts, embedded)))
-        units = self._dropped(units, dropout_key, 2, target.T.shape, where)
+        units = self._dropped(units, dropout_rng, 2, target.T.shape, where)
         return self.decoder.output(units), weights
 
     def start(self, memory: Memory, longest: int) -> Carry:
@@ -270,7 +284,7 @@ class Translator(nnx.Module):
     def _dropped(
         self,
         x: Array,
-        key: Array | None,
+        rng: Array | None,
         place: int,
         positions: tuple[int, ...] | None = None,
         where: Array | None = None,
@@ -279,8 +293,8 @@ class Translator(nnx.Module):
 
         Drawn for all positions, so that what is dropped does not depend on which are asked for.
         """
-        if key is None or self.dropout.rate == 0:
+        if rng is None or self.dropout.rate == 0:
             return x
         everywhere = jnp.ones((*(positions or x.shape[:-1]), x.shape[-1]), x.dtype)
-        key = jax.random.fold_in(key, place)
-        return x * rows_at(self.dropout(everywhere, deterministic=False, rngs=key), where)
+        rng = jax.random.fold_in(rng, place)
+        return x * rows_at(self.dropout(everywhere, deterministic=False, rngs=rng), where)

@@ -1,38 +1,144 @@
-"""results.json: means, intervals and comparisons over seeds, from what was measured."""
+"""What was measured after training: an outcome of each mechanism, and results.json of the run.
+
+Reports are made from these records alone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments import metrics, statistics
-from experiments.translate.config import Config
-from experiments.translate.task import Task
-from experiments.translate.workdir import Record
+from experiments.command_line import UsageError
+from experiments.data.corpus import Pair
+from experiments.translate import evaluate
+from experiments.translate.evaluate import Trained
+from experiments.translate.prepare import Run
+from experiments.translate.table import COMPARED
+from experiments.translate.train_step import count_parameters
+from experiments.translate.workdir import Record, write_text
 
-# Of the first two mechanisms these are compared: is there a difference, and was one faster? Not of
-# all pairs: of five scores these were 40 tests, with which fewer than 11 seeds can show nothing.
-COMPARED = {
-    "exact_match": "exact match on test (%)",
-    "bleu": "BLEU on test",
-    "valid_loss": "validation loss",
-    "mean_exact_match": "mean exact match over training (%)",
-}
+# Numbers of sentences whose weights are drawn, and whose translations are shown.
+_PICTURED, _SAMPLED = 3, 6
+# Source lengths and largest target length of sentences that are drawn.
+_READABLE, _TALLEST = range(6, 15), 20
+# Exact match in percent that counts as reached.
+_REACHED = 90.0
 
 
-def summarize(config: Config, task: Task, outcomes: Sequence[Record], host: Record) -> Record:
+def measure(score: str, run: Run, trained: Trained) -> Record:
+    """Evaluate all sets, and write the translations of the test set to the folder of the run."""
+    outcome: Record = {
+        "score": score,
+        "parameters": count_parameters(score, run.sizes[score]),
+        "sizes": run.sizes[score]._asdict(),
+        "compile_seconds": round(trained.programs.seconds, 2),
+        "sets": {},
+    }
+    for name, examples in run.task.sets.items():
+        measured, found, weights = evaluate.evaluate(score, trained, examples)
+        outcome["sets"][name] = measured
+        if name == "test":
+            pairs = examples.pairs
+            sampled = zip(pairs[:_SAMPLED], found[0], strict=False)
+            outcome["samples"] = [_sample(pair, words) for pair, words in sampled]
+            outcome["pictures"] = [_picture(pairs[i], weights[i]) for i in pictured(pairs)]
+            _write_translations(run.folder / "translations", score, found)
+    return outcome
+
+
+def read_outcome(path: Path) -> Record:
+    """Return the outcome of a mechanism from its file.
+
+    Raises:
+      UsageError: the file is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UsageError(
+            f"{path} is damaged; delete it, and the same command measures again what was trained."
+        ) from None
+
+
+def speed(records: list[Record]) -> dict[str, Any]:
+    """Compute from the log how fast training was, and when it reached 90% exact match.
+
+    Returns:
+      Tokens per second of all seeds together, the seconds of training, and for each seed the
+      first validated step with at least 90% (None if there is none) and the mean exact match
+      over all validations, the area under the learning curve.
+    """
+    rounds = [record for record in records if "tokens" in record]
+    seconds = sum(record["seconds"] for record in rounds)
+    validated = [record for record in records if "exact_match" in record]
+    exact = np.array([record["exact_match"] for record in validated])
+    steps = [record["step"] for record in validated]
+    reached = [np.flatnonzero(of_seed >= _REACHED) for of_seed in exact.T]
+    return {
+        "train_seconds": round(seconds, 2),
+        "tokens_per_second": sum(record["tokens"] for record in rounds) / seconds,
+        "steps_to_90": [steps[at[0]] if len(at) else None for at in reached],
+        "mean_exact_match": exact.mean(axis=0).tolist(),
+    }
+
+
+def pictured(pairs: Sequence[Pair]) -> list[int]:
+    """Choose sentences to draw: of readable length, those with the most reordering."""
+
+    def crossings(pair: Pair) -> int:
+        order = [source for _, source in sorted((j, i) for i, j in pair.sure or ())]
+        return sum(a > b for n, a in enumerate(order) for b in order[n + 1 :])
+
+    def is_readable(pair: Pair) -> bool:
+        return len(pair.source) in _READABLE and len(pair.target) <= _TALLEST
+
+    readable = [i for i, pair in enumerate(pairs) if is_readable(pair)] or range(len(pairs))
+    return sorted(readable, key=lambda i: (-crossings(pairs[i]), i))[:_PICTURED]
+
+
+def _sample(pair: Pair, translation: tuple[str, ...]) -> Record:
+    words = {"source": pair.source, "target": pair.target, "translation": translation}
+    return {name: list(sentence) for name, sentence in words.items()}
+
+
+def _picture(pair: Pair, weights: np.ndarray) -> Record:
+    return {
+        "source": list(pair.source),
+        "target": list(pair.target),
+        "weights": np.round(weights.astype(float), 4).tolist(),
+        "gold": (
+            None
+            if pair.sure is None or pair.possible is None
+            else metrics.pharaoh(pair.sure, pair.possible)
+        ),
+    }
+
+
+def _write_translations(folder: Path, score: str, found: list[list[tuple[str, ...]]]) -> None:
+    folder.mkdir(exist_ok=True)
+    for seed, sentences in enumerate(found):
+        text = "".join(" ".join(words) + "\n" for words in sentences)
+        write_text(folder / f"{score}.seed{seed}.txt", text)
+
+
+def summarize(run: Run, outcomes: Sequence[Record], environment: Record) -> Record:
     """Collect everything that table, figures and report show."""
-    corpus = task.corpus
+    config, corpus = run.config, run.task.corpus
     mechanisms = [_mechanism(outcome) for outcome in outcomes]
     return {
         "config": config.identity,
-        "environment": host,
+        "environment": environment,
         "data": {
             "name": corpus.name,
             "pairs": {"train": len(corpus.train)}
-            | {name: len(given.pairs) for name, given in task.sets.items()},
+            | {name: len(examples.pairs) for name, examples in run.task.sets.items()},
             "source_words": len(corpus.source_vocabulary),
             "target_words": len(corpus.target_vocabulary),
             "notices": list(corpus.notices),
@@ -44,7 +150,7 @@ def summarize(config: Config, task: Task, outcomes: Sequence[Record], host: Reco
 
 
 def signatures(lowercase: bool, at_spaces: bool) -> dict[str, str]:
-    """Return sacrebleu's signatures of scores on text of a run, which cuts all sets alike.
+    """Return sacrebleu's signatures for text of a run, which tokenizes all sets alike.
 
     Args:
       lowercase: as the run has it.
@@ -54,7 +160,7 @@ def signatures(lowercase: bool, at_spaces: bool) -> dict[str, str]:
 
 
 def measured(outcome: Record) -> dict[str, Any]:
-    """Return what was measured of a mechanism by name: a value of each seed, or None."""
+    """Return all metrics of a mechanism by name: a value of each seed, or None."""
     test, valid = outcome["sets"]["test"], outcome["sets"]["valid"]
     return {
         "valid_loss": valid["loss"],

@@ -5,96 +5,78 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
-
 from experiments import terminal
 from experiments.command_line import show
-from experiments.translate import (
-    figures,
-    fitting,
-    history,
-    kept,
-    outcome,
-    report,
-    results,
-    table,
-    task,
-    train,
-    workdir,
-)
-from experiments.translate.budget import sizes_of
+from experiments.translate import figures, report, results, table, workdir
+from experiments.translate.compile import Placement
 from experiments.translate.config import Config
-from experiments.translate.devices import Placement
-from experiments.translate.learning import count_parameters
-from experiments.translate.model import Sizes
-from experiments.translate.workdir import Log, Record
+from experiments.translate.data import save_tokenizer
+from experiments.translate.prepare import Run, check_fits, prepare
+from experiments.translate.train import train
+from experiments.translate.train_step import count_parameters
+from experiments.translate.workdir import Record
 
 
-def run(config: Config) -> Path:
-    """Do what is left to do of a run, and return the path of its report.
+def train_and_report(config: Config) -> Path:
+    """Do the remaining work of a run, and return the path of its report.
 
     Raises:
       UsageError: the data or the folder cannot be used.
-      Diverged: a loss is not a number any more.
-      Interrupted: the run was asked to stop; the same call goes on.
+      Diverged: a loss or a parameter is not finite.
+      Interrupted: the run was stopped; the same call resumes it.
     """
     console = terminal.console()
     workdir.check(config)
-    given = task.read(config)
-    vocabularies = given.corpus.source_vocabulary, given.corpus.target_vocabulary
-    sizes = sizes_of(config, *map(len, vocabularies))
-    for score, size in sizes.items():
-        fitting.check(score, size, config, given)
+    run = prepare(config, console)
+    for score in run.sizes:
+        check_fits(score, run)
     with workdir.opened(config) as folder:
-        kept.write(folder, given.corpus, given.longest, config)
-        _describe(console, config, given, sizes)
-        outcomes = [
-            outcome_of(score, sizes[score], config, given, folder, console) for score in sizes
-        ]
-        host = json.loads((folder / "config.json").read_text(encoding="utf-8"))["environment"]
-        summary = results.summarize(config, given, outcomes, host)
+        save_tokenizer(folder, run.task.corpus, run.task.longest, config)
+        describe(run)
+        outcomes = [train_and_measure(score, run) for score in run.sizes]
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        summary = results.summarize(run, outcomes, stored["environment"])
         workdir.write_json(folder / "results.json", summary)
-        log = Log(folder / "metrics.jsonl")
-        histories = {score: history.read(log, score) for score in sizes}
-        names = figures.draw_all(outcomes, histories, folder / "figures")
+        log = {score: run.log.complete_records(score) for score in run.sizes}
+        names = figures.draw_all(outcomes, log, folder / "figures")
         path = report.write(summary, outcomes, names, folder)
     table.show(console, summary)
     show(path.absolute())
     return path
 
 
-def outcome_of(
-    score: str, sizes: Sizes, config: Config, given: task.Task, folder: Path, console: Console
-) -> Record:
-    """Train and measure one mechanism, or read what was measured before."""
-    path, log = folder / "outcomes" / f"{score}.json", Log(folder / "metrics.jsonl")
+def train_and_measure(score: str, run: Run) -> Record:
+    """Train and measure one mechanism, or read its outcome if it has one."""
+    path = run.outcome(score)
     if path.exists():
-        history.read(log, score)
-        return outcome.read(path)
-    trained = train.train(score, sizes, config, given, folder, console)
-    speed = outcome.speed(history.read(log, score))
-    with console.status(f"{score}: evaluating"):
-        measured = outcome.measure(score, sizes, trained, given, folder)
-    measured |= speed
+        run.log.complete_records(score)
+        return results.read_outcome(path)
+    trained = train(score, run)
+    speed = results.speed(run.log.complete_records(score))
+    with run.console.status(f"{score}: evaluating"):
+        outcome = results.measure(score, run, trained)
+    outcome |= speed
     path.parent.mkdir(exist_ok=True)
-    workdir.write_json(path, measured)
-    return measured
+    workdir.write_json(path, outcome)
+    return outcome
 
 
-def _describe(console: Console, config: Config, given: task.Task, sizes: dict[str, Sizes]) -> None:
-    corpus = given.corpus
+def describe(run: Run) -> None:
+    """Print the data, the sizes and the folder of a run."""
+    corpus = run.task.corpus
     parameters = ", ".join(
-        f"{score} {count_parameters(score, size):,}" for score, size in sizes.items()
+        f"{score} {count_parameters(score, size):,}" for score, size in run.sizes.items()
     )
-    pairs = {"train": len(corpus.train)} | {n: len(s.pairs) for n, s in given.sets.items()}
+    pairs = {"train": len(corpus.train)}
+    pairs |= {name: len(examples.pairs) for name, examples in run.task.sets.items()}
     lines = [
         f"{corpus.name}: {', '.join(f'{count:,} {name}' for name, count in pairs.items())} pairs, "
         f"{len(corpus.source_vocabulary):,} and {len(corpus.target_vocabulary):,} words",
         *corpus.notices,
         f"parameters: {parameters}",
-        f"folder: {config.directory}",
+        f"folder: {run.folder}",
     ]
-    if (count := len(Placement(config.batch_size).devices)) > 1:
+    if (count := len(Placement(run.config.batch_size).devices)) > 1:
         lines.append(f"each batch on {count} devices")
     for line in lines:
-        console.print(line, soft_wrap=True)
+        run.console.print(line, soft_wrap=True)

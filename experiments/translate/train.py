@@ -1,169 +1,239 @@
-"""Training the translators of one mechanism, from the start or from where it was left."""
+"""Train the translators of one mechanism, from the start or from the last checkpoint."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import math
+import signal
+import threading
 import time
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from experiments import metrics
-from experiments.translate import evaluate, history
-from experiments.translate.checkpoints import Checkpoints
-from experiments.translate.config import Config
-from experiments.translate.devices import Placement
-from experiments.translate.interrupts import Interrupted, listening
-from experiments.translate.learning import State, initial_state
-from experiments.translate.model import Sizes
-from experiments.translate.programs import Programs, compile_all
-from experiments.translate.progress import Meter
-from experiments.translate.task import Task
-from experiments.translate.workdir import Log
+from experiments.translate import evaluate
+from experiments.translate.compile import Placement, Programs, compile_all
+from experiments.translate.evaluate import Trained
+from experiments.translate.prepare import Run
+from experiments.translate.train_step import Batches, State, initial_state
+from experiments.translate.workdir import ROUND
 
 
 class Diverged(Exception):  # noqa: N818  the caller reports it as a sentence
     """A loss or a parameter became NaN or infinite."""
 
 
-class Trained(NamedTuple):
-    """Translators at the end of their training, one for each seed, and what runs them."""
+class Interrupted(Exception):  # noqa: N818  it is not an error
+    """The run was stopped by a signal; `code` is the shell's exit code for it."""
 
-    parameters: Any
-    programs: Programs
+    def __init__(self, where: str, number: int):
+        super().__init__(where)
+        self.code = 128 + number
 
 
-def train(
-    score: str, sizes: Sizes, config: Config, task: Task, folder: Path, console: Console
-) -> Trained:
-    """Train all seeds of one mechanism; what was done before in `folder` is not done again.
+class Listener:
+    """Remembers the first signal; the second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.heard: int | None = None
+
+    def hear(self, number: int, frame: Any) -> None:
+        del frame
+        if self.heard is not None:
+            raise KeyboardInterrupt
+        self.heard = number
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Listener]:
+    """Defer SIGINT and SIGTERM to the listener; in other threads than the main one do nothing."""
+    listener = Listener()
+    if threading.current_thread() is not threading.main_thread():
+        yield listener
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, listener.hear) for number in numbers]
+    try:
+        yield listener
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class ProgressMeter:
+    """Shows step, loss, exact match, tokens per second and the time left of one training.
+
+    A bar in a terminal, a line after each validation elsewhere.
+    """
+
+    def __init__(self, console: Console, name: str, done: int, total: int):
+        self.console, self.name, self.first, self.total = console, name, done, total
+        self.start = time.perf_counter()
+        self.exact = "-"
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task(name, total=total, completed=done, text="compiling")
+
+    def __enter__(self) -> ProgressMeter:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def begin(self) -> None:
+        """Start the clock after compilation."""
+        self.start = time.perf_counter()
+
+    def trained(self, step: int, loss: float, speed: float) -> None:
+        """Show the step and the loss of a round of steps."""
+        text = f"loss {loss:.3f}  exact {self.exact}  {speed / 1000:.0f}k tokens/s"
+        self.bar.update(self.task, completed=step, text=text)
+
+    def evaluated(self, step: int, loss: float, exact: float, speed: float) -> None:
+        """Show a validation; outside of a terminal print a line."""
+        self.exact = f"{exact:.1f}%"
+        if self.console.is_terminal:
+            return
+        passed = time.perf_counter() - self.start
+        left = passed / max(1, step - self.first) * (self.total - step)
+        self.console.print(
+            f"{self.name}: step {step}/{self.total}, valid loss {loss:.3f}, exact match "
+            f"{exact:.1f}%, {speed / 1000:.0f}k tokens/s, {left:.0f} s left",
+            soft_wrap=True,
+        )
+
+
+def train(score: str, run: Run) -> Trained:
+    """Train all seeds of one mechanism, from the last checkpoint of the run if there is one.
 
     Raises:
-      Diverged: a loss is not a number any more.
+      Diverged: a loss or a parameter is not finite.
       Interrupted: SIGINT or SIGTERM came; everything up to the last step is saved.
-      UsageError: a checkpoint cannot be saved, or what was measured before it is lost.
+      UsageError: a checkpoint cannot be saved, or the log before it is lost.
     """
-    log = Log(folder / "metrics.jsonl")
-    checkpoints = Checkpoints(folder / "checkpoints" / score)
-    state = initial_state(score, sizes, config)
+    checkpoints = run.checkpoints(score)
+    state = initial_state(score, run.sizes[score], run.config)
     restored = checkpoints.restore(state)
     for sentence in checkpoints.damaged:
-        console.print(sentence, soft_wrap=True)
+        run.console.print(sentence, soft_wrap=True)
     step, state = restored or (0, state)
     if step:
-        history.read(log, score, needed=[history.ROUND])
-    placement = Placement(config.batch_size)
-    state, arrays = jax.device_put((state, task.arrays), placement.everywhere)
-    task = dataclasses.replace(task, arrays=arrays)
-    log.rewind(score, step)
-    with Meter(console, score, step, config.steps) as meter:
-        shapes = (task.training, task.most_words, task.widths, task.longest)
-        programs = compile_all(score, sizes, config, placement, state, *shapes)
+        run.log.complete_records(score, needed=[ROUND])
+    placement = Placement(run.config.batch_size)
+    state, arrays = jax.device_put((state, run.task.arrays), placement.replicated)
+    run.log.rewind(score, step)
+    with ProgressMeter(run.console, score, step, run.config.steps) as meter:
+        programs = compile_all(score, run, state)
         meter.begin()
-        state = _remaining_steps(
-            score, config, task, programs, step, state, log, checkpoints, meter
-        )
+        state = _Trainer(score, run, programs, meter).train(step, state, arrays)
     return Trained(state.parameters, programs)
 
 
-def _remaining_steps(
-    score: str,
-    config: Config,
-    task: Task,
-    programs: Programs,
-    step: int,
-    state: State,
-    log: Log,
-    checkpoints: Checkpoints,
-    meter: Meter,
-) -> State:
-    saved, saved_at = step, time.monotonic()
-    with listening() as listener:
-        while step < config.steps:
-            chunks = slice(step // config.chunk, (step + config.round) // config.chunk)
-            start = time.perf_counter()
-            taken = task.arrays, task.order[chunks], task.rows[chunks]
-            state, found = programs.train(state, *taken)
-            values = jax.device_get(found)
-            seconds = time.perf_counter() - start
-            _check_finite(score, step, values, saved, checkpoints)
-            step += config.round
-            tokens = int(task.tokens[chunks].sum())
-            log.append(
-                {
-                    "score": score,
-                    "step": step,
-                    "train_loss": _rounded(values.mean(axis=0)),
-                    "tokens": tokens,
-                    "seconds": round(seconds, 6),
-                }
-            )
-            meter.trained(step, float(values.mean()), tokens / seconds)
-            if step % config.evaluate_every == 0 or step == config.steps:
-                record = _validate(programs, state, task)
-                _check_validation(score, step, record["valid_loss"], saved, checkpoints)
-                log.append({"score": score, "step": step, **record})
-                loss, exact = (
-                    float(np.mean(record[name])) for name in ("valid_loss", "exact_match")
-                )
-                meter.evaluated(step, loss, exact, tokens / seconds)
-            due = time.monotonic() - saved_at >= config.checkpoint_seconds
-            if due or step == config.steps or listener.heard:
-                _check_parameters(score, step, state, saved, checkpoints)
-                checkpoints.save(step, state)
-                saved, saved_at = step, time.monotonic()
-            if listener.heard:
-                raise Interrupted(f"step {step} of {score}", listener.heard)
-    return state
+class _Trainer:
+    """The training of one mechanism after compilation: rounds, validations and checkpoints."""
 
+    def __init__(self, score: str, run: Run, programs: Programs, meter: ProgressMeter):
+        self.score, self.run, self.programs, self.meter = score, run, programs, meter
+        self.checkpoints = run.checkpoints(score)
+        self.saved, self.saved_at = 0, time.monotonic()
 
-def _validate(programs: Programs, state: State, task: Task) -> dict[str, Any]:
-    given = task.sets["valid"]
-    found = evaluate.translations(programs, state.parameters, given, greedy=True)
-    references = [pair.target for pair in given.pairs]
-    return {
-        "valid_loss": _rounded(evaluate.losses(programs, state.parameters, given)),
-        "exact_match": _rounded([100 * metrics.exact_match(h, references) for h in found]),
-    }
+    def train(self, step: int, state: State, arrays: Any) -> State:
+        """Take the remaining steps."""
+        config, self.saved = self.run.config, step
+        with listening() as listener:
+            while step < config.steps:
+                state, speed = self._take_round(step, state, arrays)
+                step += config.round
+                if step % config.evaluate_every == 0 or step == config.steps:
+                    self._validate(step, state, speed)
+                due = time.monotonic() - self.saved_at >= config.checkpoint_seconds
+                if due or step == config.steps or listener.heard:
+                    self._save(step, state)
+                if listener.heard:
+                    raise Interrupted(f"step {step} of {self.score}", listener.heard)
+        return state
 
+    def _take_round(self, step: int, state: State, arrays: Any) -> tuple[State, float]:
+        """Take the steps up to the next synchronisation; return the state and tokens/s."""
+        config, task = self.run.config, self.run.task
+        chunks = slice(step // config.chunk, (step + config.round) // config.chunk)
+        start = time.perf_counter()
+        batches = Batches(arrays, task.order[chunks], task.rows[chunks])
+        state, losses = self.programs.train(state, batches)
+        losses = jax.device_get(losses)
+        seconds = time.perf_counter() - start
+        self._check_losses(step, losses)
+        step += config.round
+        tokens = int(task.tokens[chunks].sum())
+        self.run.log.append(
+            {
+                "score": self.score,
+                "step": step,
+                "train_loss": _rounded(losses.mean(axis=0)),
+                "tokens": tokens,
+                "seconds": round(seconds, 6),
+            }
+        )
+        self.meter.trained(step, float(losses.mean()), tokens / seconds)
+        return state, tokens / seconds
 
-def _check_finite(
-    score: str, step: int, values: np.ndarray, saved: int, checkpoints: Checkpoints
-) -> None:
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        at, seed = bad[0].tolist()
-        what = f"the loss of step {step + at + 1} is {values[at, seed]}"
-        raise Diverged(_sentence(score, seed, what, saved, checkpoints))
+    def _validate(self, step: int, state: State, speed: float) -> None:
+        trained = Trained(state.parameters, self.programs)
+        examples = self.run.task.sets["valid"]
+        found = evaluate.translations(trained, examples, greedy=True)
+        references = [pair.target for pair in examples.pairs]
+        losses = _rounded(evaluate.losses(trained, examples))
+        exact = _rounded([100 * metrics.exact_match(h, references) for h in found])
+        self._check_validation(step, losses)
+        record = {"valid_loss": losses, "exact_match": exact}
+        self.run.log.append({"score": self.score, "step": step, **record})
+        self.meter.evaluated(step, float(np.mean(losses)), float(np.mean(exact)), speed)
 
+    def _save(self, step: int, state: State) -> None:
+        self._check_parameters(step, state)
+        self.checkpoints.save(step, state)
+        self.saved, self.saved_at = step, time.monotonic()
 
-def _check_validation(
-    score: str, step: int, losses: list[float], saved: int, checkpoints: Checkpoints
-) -> None:
-    for seed, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            what = f"the validation loss after step {step} is {loss}"
-            raise Diverged(_sentence(score, seed, what, saved, checkpoints))
+    def _check_losses(self, step: int, losses: np.ndarray) -> None:
+        bad = np.argwhere(~np.isfinite(losses))
+        if len(bad):
+            at, seed = bad[0].tolist()
+            raise self._diverged(seed, f"the loss of step {step + at + 1} is {losses[at, seed]}")
 
+    def _check_validation(self, step: int, losses: list[float]) -> None:
+        for seed, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise self._diverged(seed, f"the validation loss after step {step} is {loss}")
 
-def _check_parameters(
-    score: str, step: int, state: State, saved: int, checkpoints: Checkpoints
-) -> None:
-    """Refuse to save what the next step could only turn into more of the same."""
-    leaves = jax.device_get(jax.tree.leaves(state.parameters))
-    finite = np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves], axis=0)
-    if not finite.all():
-        what = f"parameters are not finite after step {step}"
-        raise Diverged(_sentence(score, int(np.argmin(finite)), what, saved, checkpoints))
+    def _check_parameters(self, step: int, state: State) -> None:
+        """Refuse to save parameters from which training cannot recover."""
+        leaves = jax.device_get(jax.tree.leaves(state.parameters))
+        finite = np.all([np.isfinite(x).reshape(len(x), -1).all(1) for x in leaves], axis=0)
+        if not finite.all():
+            seed = int(np.argmin(finite))
+            raise self._diverged(seed, f"parameters are not finite after step {step}")
 
-
-def _sentence(score: str, seed: int, what: str, saved: int, checkpoints: Checkpoints) -> str:
-    kept = f"the checkpoint of step {saved} in {checkpoints.folder}" if saved else "no step"
-    return f"{score}, seed {seed}: {what}; {kept} is kept. A lower --learning_rate may help."
+    def _diverged(self, seed: int, what: str) -> Diverged:
+        kept = "no step is"
+        if self.saved:
+            kept = f"the checkpoint of step {self.saved} in {self.checkpoints.folder} is"
+        return Diverged(
+            f"{self.score}, seed {seed}: {what}; {kept} kept. A lower --learning_rate may help."
+        )
 
 
 def _rounded(values: Any) -> list[float]:

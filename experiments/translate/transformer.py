@@ -83,7 +83,7 @@ class TransformerTranslator(nnx.Module):
             rngs=rngs,
         )
         self.layers, self.dropout = sizes.layers, dropout
-        # Keys for dropout come with each call, so that parameters are all there is to keep.
+        # Random keys for dropout come with each call: parameters are the only state.
         self._drop_by(None)
 
     def encode(self, source: Array) -> Memory:
@@ -96,7 +96,7 @@ class TransformerTranslator(nnx.Module):
         self,
         source: Array,
         target: Array,
-        dropout_key: Array | None = None,
+        dropout_rng: Array | None = None,
         where: Array | None = None,
     ) -> tuple[Array, Array]:
         """Return logits [T, B, W] and weights [T, B, S], each target word given those before it.
@@ -106,14 +106,14 @@ class TransformerTranslator(nnx.Module):
         The weights are the mean of all heads of the last layer but one, whose heads come nearest
         to an alignment (Garg et al. 2019, section 4.1).
         """
-        self._drop_by(dropout_key)
+        self._drop_by(dropout_rng)
         begin = jnp.full_like(target[:, :1], BOS)
         previous = jnp.concatenate([begin, target[:, :-1]], axis=1)
         written, weights = self.model.write(
             source,
             previous,
             Lengths(_lengths(source)),
-            deterministic=dropout_key is None,
+            deterministic=dropout_rng is None,
             return_weights=True,
         )
         looked = weights[max(self.layers - 2, 0)].cross_attention.mean(axis=1)
@@ -131,12 +131,12 @@ class TransformerTranslator(nnx.Module):
         )
         return carry, logits[:, 0]
 
-    def _drop_by(self, key: Array | None) -> None:
-        """Give each layer that drops something its own key."""
+    def _drop_by(self, rng: Array | None) -> None:
+        """Give each layer with dropout its own random stream."""
         modules = (module for _, module in nnx.iter_modules(self.model) if self.dropout)
         layers = [m for m in modules if isinstance(m, (nnx.Dropout, MultiHeadAttention))]
         for number, layer in enumerate(layers):
-            own = None if key is None else jax.random.fold_in(key, number)
+            own = None if rng is None else jax.random.fold_in(rng, number)
             layer.rngs = nnx.data(None if own is None else nnx.RngStream(own, tag="dropout"))
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what was measured in it, and how it is written to."""
+"""The folder of a run: its configuration, its lock, its log, and how files are written to it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,34 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.command_line import UsageError
+from experiments.translate.config import SWEPT, Config, group_of
 
 Record = dict[str, Any]
+
+
+# The fields that a training log needs: one written after every round of steps, one after every
+# validation.
+ROUND, VALIDATION = "tokens", "exact_match"
+
+# What a run that was killed at once leaves behind.
+_FIRST = (".lock", "config.json.unfinished")
+
+# Orbax takes a path with these for a glob pattern.
+_GLOB = re.compile(r"[*?\[]")
+
+# Groups of flags that may differ from those of the training.
+_FREE = ("Decoding", "Output", "After training")
+
+# What to do about a damaged file.
+_LOST = "restore it from a copy, or train again in another --workdir."
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sacrebleu")
 
 
 class Owner(Protocol):
@@ -29,20 +49,12 @@ class Owner(Protocol):
 
     @property
     def identity(self) -> Record:
-        """What may not change from one command in the folder to the next, as JSON has it."""
+        """The values, as in JSON, that must be the same for every command in the folder."""
         ...
 
 
-# What a run that was killed at once leaves behind.
-_FIRST = (".lock", "config.json.unfinished")
-
-_PATTERN = re.compile(r"[*?\[]")
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sacrebleu")
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or as it was before."""
+    """Write a file atomically: a crash leaves the old content or the new, never a part."""
     unfinished = unfinished_of(path)
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -52,25 +64,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def unfinished_of(path: Path) -> Path:
-    """Return the file that a text is written to before it takes its place."""
+    """Return the temporary file that `write_text` renames to the path."""
     return path.with_name(f"{path.name}.unfinished")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, as a whole or not at all."""
+    """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def check(owner: Owner) -> None:
-    """Refuse a folder that is not its owner's, before anything is computed or written.
+    """Refuse a folder that the owner cannot use, before anything is computed or written.
 
     Raises:
-      UsageError: it holds another run or other files, or cannot be written to; or Orbax would
-        take its path for a pattern of paths, and leave its checkpoints unfinished.
+      UsageError: it holds another run or other files, cannot be written to, or has a character
+        in its path that Orbax takes for a glob pattern.
     """
     folder = owner.directory
     hint = "give another --workdir."
-    if found := _PATTERN.search(str(folder.absolute())):
+    if found := _GLOB.search(str(folder.absolute())):
         raise UsageError(
             f"--workdir {folder.absolute()} has a {found[0]} in its path, but checkpoints can be "
             f"saved only in a path without *, ? and [; {hint}"
@@ -102,12 +114,111 @@ def check(owner: Owner) -> None:
         )
 
 
-@contextlib.contextmanager
-def opened(owner: Owner) -> Iterator[Path]:
-    """Create the folder, keep other processes out of it, and write whose it is.
+def trained_config(config: Config, given: Mapping[str, Any]) -> Config:
+    """Return the configuration of the run in the folder of `config`, updated by given flags.
+
+    Its scores are the given ones, or else all with a checkpoint: an interrupted run has not
+    trained all of them, and a run of a sweep trains only the last one.
+
+    Args:
+      config: from the command line alone.
+      given: the fields that the command line names.
 
     Raises:
-      UsageError: it cannot be written to, or another process is at work in it.
+      UsageError: there is no run, a given flag contradicts it, or two sets are to be evaluated.
+    """
+    if config.mode == "evaluate" and "split" in given and given.get("input"):
+        raise UsageError("--split and --input both say what to evaluate on; leave one of them out.")
+    held = _stored_config(config.directory)
+    names = Config.__dataclass_fields__
+    trained = {name: from_json(value) for name, value in held.items() if name in names}
+    for name, value in given.items():
+        if name == "scores":
+            for score in value:
+                if score not in trained["scores"]:
+                    raise UsageError(
+                        f"--scores: {config.directory} holds no {score}, only "
+                        f"{', '.join(trained['scores'])}."
+                    )
+        elif not _is_free(name) and value != trained.get(name, names[name].default):
+            raise UsageError(
+                f"--{name} is {shown(value)}, but the run in {config.directory} has "
+                f"{shown(trained.get(name, names[name].default))}; leave it out."
+            )
+    if "scores" not in given:
+        scores = trained["scores"]
+        begun = tuple(name for name in scores if has_checkpoint(config.directory, name))
+        trained["scores"] = begun or scores
+    free = {name: value for name, value in given.items() if name == "scores" or _is_free(name)}
+    found = Config(**{**trained, **free, "workdir": str(config.directory)})
+    found.check()
+    return found
+
+
+def run_scores(folder: Path) -> tuple[str, ...]:
+    """Return all scores of the run in a folder, trained or not.
+
+    Raises:
+      UsageError: there is no run.
+    """
+    return tuple(_stored_config(folder)["scores"])
+
+
+def has_checkpoint(folder: Path, score: str) -> bool:
+    """Whether a score of the run in a folder has a checkpoint."""
+    return any((folder / "checkpoints" / score).glob("*.seal"))
+
+
+def _stored_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    held = read_json(path, folder, _LOST).get("config")
+    if isinstance(held, dict) and held.get("scores") == SWEPT:
+        raise UsageError(
+            f"--workdir {folder} holds a sweep, which is no run; give one of the folders in "
+            f"{folder / 'runs'}."
+        )
+    if not isinstance(held, dict) or not isinstance(held.get("scores"), list):
+        raise UsageError(f"{path} is damaged; {_LOST}")
+    return held
+
+
+def _is_free(name: str) -> bool:
+    return group_of(name) in _FREE
+
+
+def read_json(path: Path, folder: Path, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file of a run.
+
+    Args:
+      path: of the file.
+      folder: of the run.
+      remedy: what to do about a damaged file, the end of the error message.
+
+    Raises:
+      UsageError: the file is missing or damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UsageError(
+            f"--workdir {folder} holds no run that can translate ({path.name} is missing); train "
+            "one first, or give another."
+        ) from None
+    except (OSError, ValueError, TypeError):
+        raise UsageError(f"{path} is damaged; {remedy}") from None
+
+
+def from_json(value: Any) -> Any:
+    """Return a field of `Config` from its value in JSON, where tuples are lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def opened(owner: Owner) -> Iterator[Path]:
+    """Create the folder, lock it against other processes, and write config.json.
+
+    Raises:
+      UsageError: it cannot be written to, or another process has locked it.
     """
     folder = owner.directory
     try:
@@ -132,7 +243,7 @@ def opened(owner: Owner) -> Iterator[Path]:
 
 
 def environment() -> Record:
-    """Return what else a result depends on: versions, device and revision of the code."""
+    """Return the versions, the device and the revision of the code that a result depends on."""
     import jax
 
     return {
@@ -162,7 +273,7 @@ class Log:
     def __init__(self, path: Path):
         self.path = path
 
-    def read(self, score: str) -> list[Record]:
+    def records(self, score: str) -> list[Record]:
         """Return the records of one mechanism, without a last line that was cut off.
 
         Raises:
@@ -170,13 +281,30 @@ class Log:
         """
         return [record for record in self._all() if record["score"] == score]
 
+    def complete_records(
+        self, score: str, needed: Sequence[str] = (ROUND, VALIDATION)
+    ) -> list[Record]:
+        """Return the records of one mechanism that was trained.
+
+        Args:
+          score: the mechanism.
+          needed: fields, each of which at least one record must have.
+
+        Raises:
+          UsageError: no record has one of these fields, because the file was lost.
+        """
+        records = self.records(score)
+        if not all(any(name in record for record in records) for name in needed):
+            raise UsageError(f"{self.path} lacks the measurements of training {score}; {_LOST}")
+        return records
+
     def append(self, record: Record) -> None:
         """Add a record at the end."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def rewind(self, score: str, step: int) -> None:
-        """Drop what one mechanism measured after a step, to measure it again.
+        """Drop the records of one mechanism after a step, which will be written again.
 
         Raises:
           UsageError: a line but the last is no record.

@@ -13,15 +13,15 @@ from rich.console import Console
 
 from experiments import terminal
 from experiments.command_line import show
-from experiments.translate import fitting, kept, outcome, task, workdir
 from experiments.translate import results as of_run
-from experiments.translate.budget import sizes_of
+from experiments.translate import workdir
 from experiments.translate.config import Config, group_of
-from experiments.translate.model import Sizes
-from experiments.translate.run import outcome_of
+from experiments.translate.data import Task, check_data, load_task, save_tokenizer
+from experiments.translate.prepare import Run, check_fits, prepare
+from experiments.translate.run import train_and_measure
 from experiments.translate.train import Diverged
 from experiments.translate.workdir import Record
-from experiments.translate_sweep import figures, results, table, tidy
+from experiments.translate_sweep import figures, results, table
 from experiments.translate_sweep.config import RATE, Cell, Sweep
 
 # Fields outside of the group "Data" that what is learned depends on.
@@ -29,28 +29,28 @@ _OF_TASK = ("seeds", "steps", "batch_size", "buckets", "evaluate_every")
 _KEPT = ("parameters", "sizes", "compile_seconds", "train_seconds", "tokens_per_second")
 
 
-def run(sweep: Sweep) -> Path:
-    """Do what is left to do of a sweep, and return the path of its results.
+def run_sweep(sweep: Sweep) -> Path:
+    """Do the remaining runs of a sweep, and return the path of its results.
 
     Raises:
       UsageError: the data or the folder cannot be used.
-      Interrupted: the sweep was asked to stop; the same call goes on.
+      Interrupted: the sweep was stopped; the same call resumes it.
     """
     console = terminal.console()
     workdir.check(sweep)
     cells = list(sweep.cells())
     _check(cells)
-    given = _task(cells[0].config)
+    task = _task(cells[0].config)
     with workdir.opened(sweep) as folder:
         records = _do_all(cells, console)
         summary = results.summarize(sweep, records)
         summary |= {
             "environment": json.loads((folder / "config.json").read_text("utf-8"))["environment"],
-            "signatures": of_run.signatures(sweep.base.lowercase, given.corpus.at_spaces),
-            "pairs": {name: len(of_set.pairs) for name, of_set in given.sets.items()},
+            "signatures": of_run.signatures(sweep.base.lowercase, task.corpus.at_spaces),
+            "pairs": {name: len(of_set.pairs) for name, of_set in task.sets.items()},
         }
-        others = tidy.others(folder, records)
-        workdir.write_text(folder / "sweep.csv", tidy.table(summary, records, others))
+        others = table.other_rows(folder, records)
+        workdir.write_text(folder / "sweep.csv", table.csv_table(summary, records, others))
         workdir.write_json(folder / "results.json", summary)
         figures.draw_all(summary, folder / "figures")
     table.show(console, summary)
@@ -60,7 +60,7 @@ def run(sweep: Sweep) -> Path:
 
 
 def _check(cells: list[Cell]) -> None:
-    """Refuse at once what would otherwise end the sweep when some of its runs are done.
+    """Check all runs before the first one starts.
 
     Raises:
       UsageError: the data, a score or a folder of any run cannot be used.
@@ -71,15 +71,14 @@ def _check(cells: list[Cell]) -> None:
         of_task[_config_of_task(cell.config)].append(cell)
     for together in of_task.values():
         for cell in together:
-            given = _task(cell.config)
-            kept.check_data(cell.config.directory, given.corpus)
-            # With another learning rate the sizes are the same.
+            check_data(cell.config.directory, _task(cell.config).corpus)
+            # The sizes do not depend on the learning rate.
             if cell.rate == cells[0].rate:
-                fitting.check(cell.score, _sizes(cell, given), cell.config, given)
+                check_fits(cell.score, _run(cell))
 
 
 def _do_all(cells: list[Cell], console: Console) -> list[Record]:
-    before = [_found(cell) for cell in cells]
+    before = [_outcome(cell) for cell in cells]
     missing = before.count(None)
     counted = f"{len(cells)} runs, {len(cells) - missing} of them done before"
     console.print(counted, soft_wrap=True)
@@ -99,15 +98,15 @@ def _do_all(cells: list[Cell], console: Console) -> list[Record]:
     return records
 
 
-def _found(cell: Cell) -> Record | None:
-    """Read what a run came to, if it is over: what was measured, or why it diverged."""
+def _outcome(cell: Cell) -> Record | None:
+    """Return the outcome of a run that is done: what was measured, or why it diverged."""
     folder = cell.config.directory
     measured, diverged = _files(cell)
     if diverged.exists():
-        return {"folder": str(folder), **outcome.read(diverged)}
+        return {"folder": str(folder), **of_run.read_outcome(diverged)}
     if not measured.exists():
         return None
-    found = outcome.read(measured)
+    found = of_run.read_outcome(measured)
     kept_of_it = {name: found[name] for name in _KEPT}
     return {"folder": str(folder), **kept_of_it, "metrics": of_run.measured(found)}
 
@@ -118,34 +117,32 @@ def _files(cell: Cell) -> tuple[Path, Path]:
 
 
 def _done(cell: Cell, console: Console) -> Record:
-    """Do a run, or the rest of one that was interrupted."""
-    # Where there is no bar to show, a line for every validation would be too many.
+    """Do a run, or what remains of an interrupted one."""
+    # Outside of a terminal a line for every validation would be too much.
     quiet = console if console.is_terminal else Console(quiet=True)
-    given = _task(cell.config)
-    sizes = _sizes(cell, given)
+    run = _run(cell, quiet)
     workdir.check(cell.config)
     with workdir.opened(cell.config) as folder:
-        kept.write(folder, given.corpus, given.longest, cell.config)
+        save_tokenizer(folder, run.task.corpus, run.task.longest, cell.config)
         try:
-            outcome_of(cell.score, sizes, cell.config, given, folder, quiet)
+            train_and_measure(cell.score, run)
         except Diverged as error:
             _, diverged = _files(cell)
             workdir.write_json(diverged, {"diverged": str(error)})
         finally:
             jax.clear_caches()
-    found = _found(cell)
+    found = _outcome(cell)
     assert found is not None
     return found
 
 
-def _sizes(cell: Cell, given: task.Task) -> Sizes:
-    vocabularies = given.corpus.source_vocabulary, given.corpus.target_vocabulary
-    return sizes_of(cell.config, *map(len, vocabularies))[cell.score]
+def _run(cell: Cell, console: Console | None = None) -> Run:
+    return prepare(cell.config, console, _task)
 
 
-def _task(config: Config) -> task.Task:
-    """Read what a run learns; runs that learn the same and follow each other share it."""
-    return _read(_config_of_task(config))
+def _task(config: Config) -> Task:
+    """Load the data of a run; successive runs with the same data share them."""
+    return _loaded(_config_of_task(config))
 
 
 def _config_of_task(config: Config) -> Config:
@@ -154,8 +151,8 @@ def _config_of_task(config: Config) -> Config:
 
 
 @functools.lru_cache(maxsize=1)
-def _read(config: Config) -> task.Task:
-    return task.read(config)
+def _loaded(config: Config) -> Task:
+    return load_task(config)
 
 
 def _said(found: Record) -> str:

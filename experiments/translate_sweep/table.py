@@ -1,8 +1,14 @@
-"""A sweep in the terminal: the scores at each point, how they differ, and what that says."""
+"""A sweep as tables: scores and differences in the terminal, and all runs of its folder as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -11,7 +17,11 @@ from rich.table import Table
 from experiments.terminal import two_lines
 from experiments.translate import table as of_run
 from experiments.translate.workdir import Record
-from experiments.translate_sweep.config import RATE
+from experiments.translate_sweep.config import LISTED, RATE
+
+_SECONDS = ("compile_seconds", "train_seconds")
+
+Row = dict[str, Any]
 
 
 def show(console: Console, results: Record) -> None:
@@ -77,3 +87,80 @@ def _comparisons(results: Record) -> Table:
         pair = f"{found['first']} - {found['second']}"
         table.add_row(pair, *point, *of_run.difference(found, results))
     return table
+
+
+def other_rows(folder: Path, records: Sequence[Record]) -> list[Row]:
+    """Return the rows of sweep.csv for runs that are not among these records."""
+    path = folder / "sweep.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("folder")]
+    now = {Path(record["folder"]).name for record in records}
+    names = {Path(row["folder"]).name for row in rows} - now
+    fields = {name: _fields(folder / "runs" / name) for name in names}
+    return [
+        {**row, **found, "chosen": "false"}
+        for row in rows
+        if (found := fields.get(Path(row["folder"]).name))
+    ]
+
+
+def _fields(run: Path) -> Row:
+    """Return the fields of a run that may be swept; nothing if the run is gone."""
+    try:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
+        return {name: config[name] for name in LISTED}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def csv_table(results: Record, records: Sequence[Record], earlier: Sequence[Row] = ()) -> str:
+    """Return a CSV table with a row for every score, point, learning rate and seed.
+
+    Args:
+      results: from `results.summarize`.
+      records: of all runs, as passed to it.
+      earlier: rows of other runs, which are not in the results.
+    """
+    rows = [*_csv_rows(results, records), *earlier]
+    listed = [name for name in LISTED if name != RATE]
+    axes = [name for name in listed if name in results["axes"] or _differs(name, rows)]
+    first = ("score", *axes, RATE, "seed", "chosen", "diverged", "parameters")
+    last = (*_SECONDS, "folder")
+    measured = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in measured if name and name not in (*first, *last, *LISTED)]
+    text = io.StringIO()
+    written = csv.DictWriter(
+        text, (*first, *names, *last), extrasaction="ignore", lineterminator="\n"
+    )
+    written.writeheader()
+    written.writerows(rows)
+    return text.getvalue()
+
+
+def _csv_rows(results: Record, records: Sequence[Record]) -> list[Row]:
+    chosen = {mechanism["folder"] for mechanism in results["mechanisms"]}
+    shared = {name: results["config"][name] for name in LISTED}
+    return [
+        _csv_row(record, seed, shared, chosen)
+        for record in records
+        for seed in range(results["config"]["seeds"])
+    ]
+
+
+def _csv_row(record: Record, seed: int, shared: Row, chosen: set[str]) -> Row:
+    metrics = record.get("metrics", {}).items()
+    return {
+        **shared,
+        **record["point"],
+        **{name: record.get(name) for name in ("score", RATE, "parameters", "folder", *_SECONDS)},
+        "seed": seed,
+        "chosen": str(record["folder"] in chosen).lower(),
+        "diverged": str("diverged" in record).lower(),
+        **{name: None if values is None else values[seed] for name, values in metrics},
+    }
+
+
+def _differs(name: str, rows: Sequence[Row]) -> bool:
+    return any(row[name] != rows[0][name] for row in rows)

@@ -11,10 +11,10 @@ from experiments.benchmark import measure, translating
 from experiments.benchmark.measure import Program, compared
 from experiments.benchmark.run import _number, _row
 from experiments.benchmark.suites import Comparison
-from experiments.translate import learning
+from experiments.translate import train_step
 from experiments.translate.command_line import parse
-from experiments.translate.learning import graph_of, initial_state
 from experiments.translate.model import Sizes
+from experiments.translate.train_step import graph_of, initial_state
 
 SIZES = Sizes(11, 13, width=8, attention_size=6, readout_size=4)
 SOURCE = [[4, 5, 6, 2, 0, 0], [7, 8, 9, 10, 4, 2], [2, 0, 0, 0, 0, 0]]
@@ -42,7 +42,7 @@ def pair(request, torch):
     ours = nnx.merge(graph_of(request.param, SIZES)[0], parameters)
     peer = Translator(request.param, SIZES)
     peer.load_state_dict(weights_like(nnx.to_pure_dict(parameters)))
-    return ours, peer, learning.count_parameters(request.param, SIZES)
+    return ours, peer, train_step.count_parameters(request.param, SIZES)
 
 
 def test_both_have_as_many_parameters(pair):

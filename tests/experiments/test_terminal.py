@@ -8,6 +8,7 @@ from rich.table import Table
 from experiments import terminal
 from experiments.translate import run
 from experiments.translate.config import Config
+from experiments.translate.prepare import Run
 
 NAMED = "runs/br[/x] [bold]:smile: 12"
 
@@ -37,7 +38,7 @@ def test_a_run_names_its_data_as_they_are_named(name, capsys):
         name=name, train=(), source_vocabulary=(), target_vocabulary=(), notices=()
     )
     task = types.SimpleNamespace(corpus=corpus, sets={})
-    run._describe(terminal.console(), Config(data=name), task, {})
+    run.describe(Run(Config(data=name), task, {}))
     printed = capsys.readouterr().out
     assert printed.startswith(f"{name}: 0 train pairs")
     assert f"folder: {Config(data=name).directory}\n" in printed

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from experiments.command_line import UsageError
-from experiments.translate import alignments
 from experiments.translate.config import Config
+from experiments.translate.use import check_alignments, write_alignments
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def check(tmp_path, monkeypatch):
 
     def checked(path, **given):
         config = Config(mode="translate", workdir="run", alignments=str(path))
-        alignments.check(Config(**{**vars(config), "input": "sentences", **given}))
+        check_alignments(Config(**{**vars(config), "input": "sentences", **given}))
 
     return checked
 
@@ -84,7 +84,7 @@ def test_what_a_link_points_to_is_written(tmp_path):
         (tmp_path / f"to-{name}").symlink_to(name)
     (tmp_path / "there").write_text("before")
     for name in ("there", "missing"):
-        alignments.write(tmp_path / f"to-{name}", ["0-0", "", "1-0"])
+        write_alignments(tmp_path / f"to-{name}", ["0-0", "", "1-0"])
         assert (tmp_path / f"to-{name}").is_symlink()
         assert (tmp_path / name).read_text() == "0-0\n\n1-0\n"
 
@@ -94,10 +94,10 @@ def test_a_pipe_is_written_into_and_stays_one(check, tmp_path):
     os.mkfifo(path)
     check(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    alignments.write(path, ["0-0"])
+    write_alignments(path, ["0-0"])
     assert os.read(reader, 99) == b"0-0\n"
     os.close(reader)
     assert path.is_fifo()
     check(os.devnull)
-    alignments.write(tmp_path / os.devnull, ["0-0"])
+    write_alignments(tmp_path / os.devnull, ["0-0"])
     assert not os.path.isfile(os.devnull)

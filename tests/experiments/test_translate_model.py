@@ -14,17 +14,17 @@ from attention_jax.base.parameters import bind_parameters, initialize
 from attention_jax.nnx import DecoderAttention
 from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
-from experiments.translate import budget, decoding
+from experiments.translate import decode
 from experiments.translate.config import CONTROLS, SCORES, Config
-from experiments.translate.learning import (
+from experiments.translate.mechanisms import between_projections, score_of
+from experiments.translate.model import Sizes, Translator, gated, token_losses
+from experiments.translate.prepare import matched
+from experiments.translate.train_step import (
     count_parameters,
     graph_of,
     optimizer_of,
     quick_options,
-    token_losses,
 )
-from experiments.translate.mechanisms import between_projections, score_of
-from experiments.translate.model import Sizes, Translator, gated
 
 SIZES = Sizes(source_words=11, target_words=13, width=6, attention_size=5, readout_size=6)
 SOURCE = jnp.array([[4, 5, 6, 7, EOS], [8, 9, EOS, PAD, PAD]], jnp.int32)
@@ -205,7 +205,7 @@ def test_greedy_chooses_the_best_word_again_and_again():
     translate = forward(graph)
     of_seeds = [draw("scaled_dot", seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_seeds)
-    found = quick(functools.partial(decoding.greedy, graph, longest))(stacked, SOURCE)
+    found = quick(functools.partial(decode.greedy, graph, longest))(stacked, SOURCE)
     for seed, parameters in enumerate(of_seeds):
         words = np.full((2, longest), PAD, np.int32)
         for position in range(longest):
@@ -222,14 +222,14 @@ def test_greedy_stops_at_the_end_of_every_sentence(graph, parameters):
     assert bias is not None
     bias[...] = bias[...].at[EOS].set(100.0)
     stacked = jax.tree.map(lambda leaf: leaf[None], nnx.state(translator, nnx.Param))
-    found = quick(functools.partial(decoding.greedy, graph, 9))(stacked, SOURCE)
+    found = quick(functools.partial(decode.greedy, graph, 9))(stacked, SOURCE)
     np.testing.assert_array_equal(found, [[[EOS] + [PAD] * 8] * 2])
 
 
 @pytest.mark.slow
 def test_forced_losses_are_those_of_the_model(graph, parameters, translate):
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), parameters)
-    losses, weights = quick(functools.partial(decoding.force, graph))(stacked, SOURCE, TARGET)
+    losses, weights = quick(functools.partial(decode.force, graph))(stacked, SOURCE, TARGET)
     logits, expected = translate(SOURCE, TARGET)
     np.testing.assert_allclose(losses, [token_losses(logits, TARGET.T).sum(axis=0)] * 2, rtol=1e-4)
     np.testing.assert_allclose(weights[1], expected.swapaxes(0, 1), atol=1e-5)
@@ -271,7 +271,7 @@ def test_a_score_of_ones_own_is_named_by_its_path():
 def test_matched_translators_have_equally_many_parameters(score):
     sizes = Sizes(source_words=114, target_words=159, width=64, attention_size=64, readout_size=64)
     wanted = count_parameters("additive", sizes)
-    found = count_parameters(score, budget.matched(score, sizes, wanted))
+    found = count_parameters(score, matched(score, sizes, wanted))
     assert abs(found / wanted - 1) <= 0.01
 
 

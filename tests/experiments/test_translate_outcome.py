@@ -1,7 +1,7 @@
 """Which sentences are drawn, and how fast a mechanism learned."""
 
 from experiments.data.corpus import Pair
-from experiments.translate.outcome import pictured, speed
+from experiments.translate.results import pictured, speed
 
 
 def pair(source, target, *links):

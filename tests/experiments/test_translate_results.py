@@ -1,6 +1,7 @@
 """What a run says of its numbers: differences no louder than p, and what BLEU was taken of."""
 
 import types
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from experiments.metrics import CLASSES
 from experiments.statistics import holm, sign_flip_p_value
 from experiments.translate import report, results
 from experiments.translate.config import Config
+from experiments.translate.prepare import Run
 
 HIGH = [90.0, 91.0, 92.0, 90.0, 91.0, 92.0, 93.0, 90.0]
 LOW = [40.0, 42.0, 41.0, 44.0, 40.0, 41.0, 42.0, 45.0]
@@ -44,8 +46,8 @@ def summary(config, outcomes, at_spaces=True):
         at_spaces=at_spaces,
     )
     sets = {"test": types.SimpleNamespace(pairs=pairs)}
-    task = types.SimpleNamespace(corpus=corpus, sets=sets)
-    return results.summarize(config, task, outcomes, {})
+    task: Any = types.SimpleNamespace(corpus=corpus, sets=sets)
+    return results.summarize(Run(config, task, {}), outcomes, {})
 
 
 def test_all_metrics_of_a_run_are_corrected_together():

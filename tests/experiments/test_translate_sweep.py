@@ -14,7 +14,7 @@ from experiments.command_line import UsageError
 from experiments.statistics import holm, sign_flip_p_value
 from experiments.translate.config import Config
 from experiments.translate.table import COLUMNS
-from experiments.translate_sweep import results, table, tidy
+from experiments.translate_sweep import results, table
 from experiments.translate_sweep.command_line import parse
 from experiments.translate_sweep.config import LISTED
 
@@ -212,7 +212,7 @@ def test_the_tidy_table_has_a_row_for_every_run_and_seed():
     points = [{"width": 4}, {"width": 8}]
     records = [record("dot", point, 0.1, 1.0, (7.0, 9.0)) for point in points]
     records += [diverged("dot", point, 0.2) for point in points]
-    text = tidy.table(results.summarize(sweep, records), records)
+    text = table.csv_table(results.summarize(sweep, records), records)
     rows = list(csv.DictReader(io.StringIO(text)))
     assert [(r["width"], r["learning_rate"], r["seed"], r["chosen"], r["bleu"]) for r in rows] == [
         ("4", "0.1", "0", "true", "7.0"),

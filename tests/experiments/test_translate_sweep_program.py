@@ -9,8 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.translate.interrupts import Interrupted
-from experiments.translate.train import Diverged
+from experiments.translate.train import Diverged, Interrupted
 from experiments.translate.workdir import write_json
 from experiments.translate_sweep import run
 from experiments.translate_sweep.__main__ import main
@@ -44,8 +43,8 @@ def trained(monkeypatch):
     """Runs that train nothing: what they were asked for; rates above one diverge."""
     asked = []
 
-    def outcome_of(score, sizes, config, given, folder, console):
-        del given, console
+    def train_and_measure(score, run):
+        config, sizes, folder = run.config, run.sizes[score], run.folder
         asked.append((score, sizes.attention_size, config.learning_rate))
         if config.learning_rate > 1:
             raise Diverged(f"{score}, seed 0: the loss of step 1 is nan; no step is kept.")
@@ -69,7 +68,7 @@ def trained(monkeypatch):
             },
         )
 
-    monkeypatch.setattr(run, "outcome_of", outcome_of)
+    monkeypatch.setattr(run, "train_and_measure", train_and_measure)
     return asked
 
 
@@ -129,15 +128,15 @@ def test_the_tidy_table_keeps_the_runs_of_other_commands(sweep, trained, tmp_pat
 
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_goes_on_where_it_was(sweep, trained, capsys, monkeypatch):
-    kept = run.outcome_of
+    unstopped = run.train_and_measure
 
     def stopped(score, *rest):
         if score == "dot":
             raise Interrupted("step 5 of dot", 15)
-        return kept(score, *rest)
+        return unstopped(score, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "outcome_of", stopped)
+        patch.setattr(run, "train_and_measure", stopped)
         assert sweep("--seeds=1") == 143
     assert capsys.readouterr().err == (
         "translate_sweep: interrupted after step 5 of dot; the same command goes on from there.\n"
@@ -216,7 +215,7 @@ def test_a_sweep_goes_on_with_the_data_it_began_with_alone(sweep, trained, tmp_p
     flags = (f"--data={table}", "--seeds=1", "--min_count=1")
     assert sweep(*flags, "--scores=dot") == 0
     table.write_text("".join(f"a{n} b\tc{n} e\n" for n in range(200)))
-    run._read.cache_clear()  # as a new process begins
+    run._loaded.cache_clear()  # as a new process begins
     capsys.readouterr()
     assert sweep(*flags, "--scores=dot,additive") == 2
     error = capsys.readouterr().err

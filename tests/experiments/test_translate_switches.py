@@ -12,9 +12,9 @@ from attention_jax.base.parameters import bind_parameters, initialize
 from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate.command_line import parse
-from experiments.translate.learning import count_parameters, graph_of, quick_options
 from experiments.translate.mechanisms import score_of
 from experiments.translate.model import Sizes
+from experiments.translate.train_step import count_parameters, graph_of, quick_options
 
 SIZES = Sizes(source_words=11, target_words=13, width=6, attention_size=5, readout_size=6)
 SOURCE = jnp.array([[4, 5, 6, 7, EOS], [8, 9, EOS, PAD, PAD]], jnp.int32)

@@ -11,19 +11,19 @@ from flax import nnx
 
 from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
-from experiments.translate import budget, decoding
+from experiments.translate import decode
 from experiments.translate.__main__ import main
 from experiments.translate.command_line import parse
 from experiments.translate.config import Config
-from experiments.translate.learning import (
+from experiments.translate.model import Sizes, token_losses
+from experiments.translate.prepare import matched
+from experiments.translate.train_step import (
     count_parameters,
     graph_of,
     initial_state,
     quick_options,
-    token_losses,
     words_of,
 )
-from experiments.translate.model import Sizes
 
 SIZES = Sizes(
     source_words=11,
@@ -176,12 +176,12 @@ def test_step_by_step_is_the_whole(positions):
 @pytest.mark.slow
 def test_a_beam_of_one_is_greedy_and_a_larger_one_is_not():
     graph, parameters = drawn("scaled_dot", seeds=(2,))
-    greedy = quick(functools.partial(decoding.greedy, graph, 6))(parameters, SOURCE)
-    one = quick(functools.partial(decoding.beam, graph, 6, 1, 0.6))(parameters, SOURCE)
+    greedy = quick(functools.partial(decode.greedy, graph, 6))(parameters, SOURCE)
+    one = quick(functools.partial(decode.beam, graph, 6, 1, 0.6))(parameters, SOURCE)
     np.testing.assert_array_equal(one, greedy)
-    several = quick(functools.partial(decoding.beam, graph, 6, 4, 0.0))(parameters, SOURCE)
+    several = quick(functools.partial(decode.beam, graph, 6, 4, 0.0))(parameters, SOURCE)
     losses = [
-        quick(functools.partial(decoding.force, graph))(parameters, SOURCE, found[0])[0][0]
+        quick(functools.partial(decode.force, graph))(parameters, SOURCE, found[0])[0][0]
         for found in (greedy, several)
     ]
     assert jnp.all(losses[1] <= losses[0] + 1e-4)
@@ -194,7 +194,7 @@ def test_matched_transformers_have_equally_many_parameters(score):
         width=64, attention_size=16, readout_size=256, heads=4, positions="rotary"
     )
     wanted = count_parameters("scaled_dot", sizes)
-    found = count_parameters(score, budget.matched(score, sizes, wanted))
+    found = count_parameters(score, matched(score, sizes, wanted))
     assert abs(found / wanted - 1) <= 0.01
 
 

@@ -18,14 +18,16 @@ from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
 from experiments.data.vocabulary import Vocabulary
 from experiments.metrics import signatures
-from experiments.translate import evaluation, workdir
+from experiments.translate import workdir
 from experiments.translate.command_line import parse
 from experiments.translate.config import Config
-from experiments.translate.interaction import alignment, converse
-from experiments.translate.kept import Languages
-from experiments.translate.learning import graph_of, initial_state
+from experiments.translate.data import Tokenizer
+from experiments.translate.evaluate import evaluate
 from experiments.translate.model import Sizes
-from experiments.translate.use import Translators, load
+from experiments.translate.table import EVALUATION_COLUMNS
+from experiments.translate.train_step import graph_of, initial_state
+from experiments.translate.translators import Translators, alignment, converse, load
+from experiments.translate.use import report_evaluation
 from experiments.translate_sweep.config import Sweep
 
 
@@ -161,9 +163,10 @@ def test_evaluations_of_other_sets_or_decodings_keep_their_own_files(done, ask, 
 def test_evaluations_of_other_scores_share_a_file(tmp_path, capsys):
     def report(step, *scores):
         config = Config(seeds=2, scores=scores, workdir=str(tmp_path))
-        columns = {name: [float(step), 0.0] for name, _, _ in evaluation.COLUMNS}
+        columns = {name: [float(step), 0.0] for name, _, _ in EVALUATION_COLUMNS}
         records = [{"score": score, "step": step, **columns} for score in scores]
-        path = evaluation.report(config, "test", 3, signatures(), records)
+        about = {"set": "test", "pairs": 3, "signatures": signatures()}
+        path = report_evaluation(config, about, records)
         assert ("none" in capsys.readouterr().out) == ("none" in scores)
         return path, json.loads(path.read_text("utf-8"))
 
@@ -223,7 +226,7 @@ def test_a_second_sentence_of_like_length_compiles_nothing(done):
 def endless(done):
     """A translator that always says the same word and never ends, trained on few words."""
     translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).only(0)
-    logits = jnp.zeros(len(translators.languages.target)).at[-1].set(1e3)
+    logits = jnp.zeros(len(translators.tokenizer.target)).at[-1].set(1e3)
     parameters = translators.parameters
     parameters["decoder"]["output"]["bias"][...] = logits[None]
     return translators._replace(compiled={}, parameters=parameters)
@@ -233,7 +236,7 @@ def endless(done):
 @pytest.mark.parametrize("beam_size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_translation_is_cut_off_by_the_length_of_its_sentence_alone(endless, beam_size):
     translators = endless._replace(config=dataclasses.replace(endless.config, beam_size=beam_size))
-    longest = translators.languages.longest
+    longest = translators.tokenizer.longest
     found = translators.translations([("one",), longest * ("two",), ("five",)])
     assert [len(words) for words in found] == [longest, 2 * longest, longest]
     assert translators.limit(3 * longest * ("two",)) == 8 * longest
@@ -241,9 +244,9 @@ def test_a_translation_is_cut_off_by_the_length_of_its_sentence_alone(endless, b
 
 @pytest.mark.slow
 def test_an_evaluation_cuts_off_where_training_did(endless):
-    longest = endless.languages.longest
+    longest = endless.tokenizer.longest
     pairs = [Pair(longest * ("two",), ("two",)), Pair(("one",), ("one",))]
-    found = endless.asked(functools.partial(evaluation.of_set, "dot"), pairs)
+    found = endless.asked(functools.partial(evaluate, "dot"), pairs)
     assert [len(words) for words in found.translations[0]] == [longest, longest]
 
 
@@ -253,10 +256,10 @@ def nearsighted():
     config = Config(scores=("location",), seeds=1)
     words = Vocabulary(["a", "b"])
     sizes = Sizes(len(words), len(words), width=4, attention_size=5, readout_size=4)
-    languages = Languages(words, words, longest=6, at_spaces=True, lowercase=False)
+    tokenizer = Tokenizer(words, words, longest=6, at_spaces=True, lowercase=False)
     parameters = initial_state("location", sizes, config).parameters
     graph, _ = graph_of("location", sizes)
-    return Translators("location", config, languages, parameters, graph, 0, {})
+    return Translators("location", config, tokenizer, parameters, graph, 0, {})
 
 
 TOO_LONG = (

@@ -5,8 +5,8 @@ import pytest
 
 from attention_jax.base.parameters import Parameter, learned
 from experiments.command_line import UsageError
-from experiments.translate import budget
 from experiments.translate.config import Config
+from experiments.translate.prepare import sizes_of
 
 
 def halved_dot(query, key):
@@ -41,7 +41,7 @@ weighted_dot = learned(
 def test_what_is_no_score_is_refused(model, name, sentence):
     config = Config(scores=("dot", name), model=model, width=8)
     with pytest.raises(UsageError) as error:
-        budget.sizes_of(config, 9, 9)
+        sizes_of(config, 9, 9)
     depth = 8 if model == "bigru" else 2
     told = str(error.value)
     assert told.startswith(
@@ -55,7 +55,7 @@ def test_what_is_no_score_is_refused(model, name, sentence):
 def test_a_score_of_the_users_own_has_sizes(name, switches):
     name = f"{__name__}.{name}"
     config = Config(scores=(name,), width=8, attention_size=4, **switches)
-    assert budget.sizes_of(config, 9, 9)[name].width == 8
+    assert sizes_of(config, 9, 9)[name].width == 8
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_score_of_the_users_own_has_sizes(name, switches):
 )
 def test_what_cannot_be_imported(name, reason):
     with pytest.raises(UsageError) as error:
-        budget.sizes_of(Config(scores=(name,)), 9, 9)
+        sizes_of(Config(scores=(name,)), 9, 9)
     assert str(error.value) == f"--scores: {name} cannot be imported: {reason}."
 
 
@@ -75,7 +75,7 @@ def test_a_module_that_fails_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "failing_module.py").write_text("raise ValueError('first\\nsecond')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UsageError) as error:
-        budget.sizes_of(Config(scores=("failing_module.score",)), 9, 9)
+        sizes_of(Config(scores=("failing_module.score",)), 9, 9)
     assert str(error.value) == (
         "--scores: failing_module.score cannot be imported: ValueError: first."
     )

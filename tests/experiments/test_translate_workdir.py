@@ -7,8 +7,8 @@ import pytest
 
 from experiments.command_line import UsageError
 from experiments.data import Sizes, load
-from experiments.translate import history, kept
 from experiments.translate.config import Config
+from experiments.translate.data import load_tokenizer, save_tokenizer
 from experiments.translate.workdir import Log
 
 LINES = {"en": "a b\n" * 3 + "b a\nc a\nc b\n", "de": "x y\n" * 3 + "y x\nz x\nz y\n"}
@@ -26,7 +26,7 @@ def begun(tmp_path):
 
     def go_on():
         config = Config(data=str(data), min_count=1)
-        kept.write(run, load(str(data), min_count=1), 9, config)
+        save_tokenizer(run, load(str(data), min_count=1), 9, config)
 
     go_on()
     return run, data, go_on
@@ -79,7 +79,7 @@ def test_a_damaged_record_of_the_data(begun):
 
 def test_generated_data_need_no_record(tmp_path):
     corpus = load("copy", sizes=Sizes(train=9, valid=1, test=1))
-    kept.write(tmp_path, corpus, 9, Config(data="copy"))
+    save_tokenizer(tmp_path, corpus, 9, Config(data="copy"))
     assert [path.name for path in tmp_path.iterdir()] == ["vocabularies.json"]
 
 
@@ -89,7 +89,7 @@ def test_damaged_vocabularies_are_written_anew_and_others_are_refused(begun):
     before = path.read_text("utf-8")
     for damaged in (before[: len(before) // 2], "", "[]", "{}"):
         path.write_text(damaged)
-        assert sentence(lambda: kept.read(run)) == (
+        assert sentence(lambda: load_tokenizer(run)) == (
             f"{path} is damaged; the run's command writes it anew."
         )
         go_on()
@@ -167,9 +167,9 @@ def test_a_damaged_line_of_the_log(damaged, tmp_path):
     whole = b'{"score": "dot", "step": 1}\n'
     log.path.write_bytes(whole + damaged + b"\n" + whole)
     said = f"{log.path} line 2 is damaged; delete that line, and the same command goes on."
-    assert sentence(lambda: log.read("dot")) == sentence(lambda: log.rewind("dot", 1)) == said
+    assert sentence(lambda: log.records("dot")) == sentence(lambda: log.rewind("dot", 1)) == said
     log.path.write_bytes(whole + damaged)
-    assert log.read("dot") == [{"score": "dot", "step": 1}]
+    assert log.records("dot") == [{"score": "dot", "step": 1}]
 
 
 @pytest.mark.slow
@@ -178,8 +178,8 @@ def test_a_log_that_was_lost_is_told_before_anything_is_done(copied):
     (folder / "metrics.jsonl").unlink()
     before = content(folder)
     said = (
-        f"{folder}/metrics.jsonl does not hold what the training of dot measured; restore it from "
-        "a copy, or train again in another --workdir."
+        f"{folder}/metrics.jsonl lacks the measurements of training dot; restore it from a copy, "
+        "or train again in another --workdir."
     )
     assert command() == (2, said)
     assert content(folder) == before
@@ -192,6 +192,8 @@ def test_a_log_that_was_lost_is_told_before_anything_is_done(copied):
 def test_a_log_needs_steps_and_validations(held, tmp_path):
     log = Log(tmp_path / "metrics.jsonl")
     log.append({"score": "dot", "step": 1, held: 1})
-    assert sentence(lambda: history.read(log, "dot")).startswith(f"{log.path} does not hold what ")
+    assert sentence(lambda: log.complete_records("dot")).startswith(
+        f"{log.path} lacks the measurements of "
+    )
     log.append({"score": "dot", "step": 2, "tokens": 1, "exact_match": [1.0]})
-    assert len(history.read(log, "dot")) == 2
+    assert len(log.complete_records("dot")) == 2

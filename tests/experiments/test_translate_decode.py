@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from experiments.data.vocabulary import BOS, EOS, PAD
-from experiments.translate import decoding
-from experiments.translate.beam import length_penalty, search
+from experiments.translate import decode
 from experiments.translate.config import UP_TO_TEN
-from experiments.translate.learning import graph_of, quick_options
+from experiments.translate.decode import length_penalty, search
 from experiments.translate.model import Sizes
+from experiments.translate.train_step import graph_of, quick_options
 
 WORDS, LONGEST = 5, 3
 
@@ -138,7 +138,7 @@ def test_the_largest_penalty_still_ranks():
 def test_a_translator_finds_its_most_probable_translations(query):
     graph, parameters = drawn(query)
     everything = [padded(words) for words in outputs()]
-    best = quick(functools.partial(decoding.beam, graph, LONGEST, len(everything), 0.0))
+    best = quick(functools.partial(decode.beam, graph, LONGEST, len(everything), 0.0))
     found = best(parameters, SOURCE)
     target = jnp.asarray(everything, jnp.int32)
     counts = np.array([[n < len(words) for n in range(LONGEST)] for words in outputs()]).T
@@ -158,6 +158,6 @@ def test_a_translator_finds_its_most_probable_translations(query):
 @pytest.mark.slow
 def test_a_beam_of_one_is_greedy():
     graph, parameters = drawn("previous")
-    greedy = quick(functools.partial(decoding.greedy, graph, 7))(parameters, SOURCE)
-    one = quick(functools.partial(decoding.beam, graph, 7, 1, 0.6))(parameters, SOURCE)
+    greedy = quick(functools.partial(decode.greedy, graph, 7))(parameters, SOURCE)
+    one = quick(functools.partial(decode.beam, graph, 7, 1, 0.6))(parameters, SOURCE)
     np.testing.assert_array_equal(one, greedy)

@@ -1,8 +1,8 @@
-"""Training as a pure function: some steps of all seeds of one mechanism, in one call.
+"""Training as a pure function: several steps of all seeds of one mechanism in one call.
 
 Every seed has its own parameters, optimizer state, order of batches and dropout, on a leading
 axis N over which the step is vectorised. All of them follow from seed and step alone, so that
-a run that was interrupted goes on exactly as if it had not been.
+an interrupted run resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from flax import nnx
 
 from experiments.data.vocabulary import PAD
 from experiments.translate.config import Config
-from experiments.translate.model import Sizes, Translator
+from experiments.translate.model import Graph, Sizes, Translator, token_losses
 from experiments.translate.transformer import TransformerTranslator
 
 Array = jax.Array
-Graph = Any
 
 _MANY_PARAMETERS = 2**20
 
 
 class State(NamedTuple):
-    """Where training stands: the number of steps taken, and parameters and optimizer per seed."""
+    """The state of training: the number of steps taken, and parameters and moments per seed."""
 
     step: Array
     parameters: Any
@@ -45,10 +44,8 @@ def graph_of(
     score: str, sizes: Sizes, dropout: float = 0.0, dtype: Any = None
 ) -> tuple[Graph, Any]:
     """Return the structure of a translator, and the shapes of its parameters."""
-    abstract = nnx.eval_shape(
-        lambda: translator_of(score, sizes, dropout, dtype=dtype, rngs=nnx.Rngs(0))
-    )
-    return nnx.split(abstract, nnx.Param)
+    build = functools.partial(translator_of, score, sizes, dropout, dtype=dtype)
+    return nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))), nnx.Param)
 
 
 def count_parameters(score: str, sizes: Sizes) -> int:
@@ -77,9 +74,9 @@ def optimizer_of(config: Config) -> optax.GradientTransformation:
 
 
 def as_one_vector_if_small(update: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Show all parameters to an optimizer as one vector: one fused update instead of many.
+    """Give an optimizer all parameters as one vector: one fused update instead of many.
 
-    Not where there are many of them: copying them together would take longer than it saves.
+    Large models are left as they are: concatenating them would take longer than it saves.
     """
 
     def chosen(tree: Any) -> optax.GradientTransformation:
@@ -89,10 +86,10 @@ def as_one_vector_if_small(update: optax.GradientTransformation) -> optax.Gradie
     def init(params: Any) -> Any:
         return chosen(params).init(params)
 
-    def updated(updates: Any, state: Any, params: Any = None) -> Any:
+    def apply(updates: Any, state: Any, params: Any = None) -> Any:
         return chosen(updates).update(updates, state, params)
 
-    return optax.GradientTransformation(init, updated)
+    return optax.GradientTransformation(init, apply)
 
 
 def quick_options(effort: int) -> dict[str, int]:
@@ -104,7 +101,7 @@ def quick_options(effort: int) -> dict[str, int]:
 def initial_state(score: str, sizes: Sizes, config: Config) -> State:
     """Draw the parameters of every seed."""
     draw = functools.partial(_drawn, score, sizes, config)
-    # It runs once, so that the time to optimize it is lost.
+    # It runs once: compiling it with little effort is faster.
     return jax.jit(draw, compiler_options=quick_options(0))()
 
 
@@ -114,34 +111,24 @@ def abstract_state(score: str, sizes: Sizes, config: Config) -> State:
 
 
 def _drawn(score: str, sizes: Sizes, config: Config) -> State:
-    def one_seed(seed: Array) -> tuple[Any, Any]:
-        rngs = nnx.Rngs(jax.random.key(seed))
-        translator = translator_of(score, sizes, config.dropout, rngs=rngs)
-        parameters = nnx.state(translator, nnx.Param)
-        return parameters, optimizer_of(config).init(parameters)
-
-    # One seed after the other: on few processors, several batched QR decompositions at once, of
-    # which orthogonal weights are made, can wait for each other for ever (jaxlib 0.10).
+    # One seed after the other: batched QR decompositions, which draw orthogonal weights, can
+    # deadlock on few processors (jaxlib 0.10).
+    one_seed = functools.partial(_drawn_seed, score, sizes, config)
     parameters, optimizer = jax.lax.map(one_seed, jnp.arange(config.seeds))
     return State(jnp.int32(0), parameters, optimizer)
 
 
-def token_losses(logits: Array, words: Array, smoothing: float = 0.0) -> Array:
-    """Cross-entropy [...] of logits [..., W] with words [...], zero for padding.
-
-    The wanted distribution has 1 - smoothing on the right word and spreads the rest evenly
-    over all words (Szegedy et al. 2016, section 7).
-    """
-    right = jnp.take_along_axis(logits, words[..., None], axis=-1)[..., 0]
-    wanted = (1 - smoothing) * right + smoothing * jnp.mean(logits, axis=-1)
-    losses = jax.nn.logsumexp(logits, axis=-1) - wanted
-    return jnp.where(words == PAD, 0.0, losses)
+def _drawn_seed(score: str, sizes: Sizes, config: Config, seed: Array) -> tuple[Any, Any]:
+    rngs = nnx.Rngs(jax.random.key(seed))
+    translator = translator_of(score, sizes, config.dropout, rngs=rngs)
+    parameters = nnx.state(translator, nnx.Param)
+    return parameters, optimizer_of(config).init(parameters)
 
 
-def words_of(target: Array, most_words: int | None) -> tuple[Array, Array | None]:
-    """Return the words of target [B, T] without padding, [n], and their indices of T x B, [n].
+def words_of(target: Array, max_words: int | None) -> tuple[Array, Array | None]:
+    """Return the words of target [B, T] without padding, [n], and their indices in T x B, [n].
 
-    If there are fewer than n = most_words, the last are padding; with None, all positions are
+    With fewer words than n = max_words the last are padding; with None all positions are
     returned, words [T, B], without indices.
 
     >>> words, where = words_of(jnp.array([[5, 2, 0], [6, 7, 2]]), 6)
@@ -149,15 +136,15 @@ def words_of(target: Array, most_words: int | None) -> tuple[Array, Array | None
     ([5, 6, 2, 7, 2, 0], [0, 1, 2, 3, 5, 6])
     """
     words = target.T
-    if most_words is None:
+    if max_words is None:
         return words, None
     words = words.ravel()
-    where = jnp.nonzero(words != PAD, size=most_words, fill_value=words.size)[0]
+    where = jnp.nonzero(words != PAD, size=max_words, fill_value=words.size)[0]
     return words.at[where].get(mode="fill", fill_value=PAD), where
 
 
 def over_seeds(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Apply a function to every seed, on axis 0 of all that it takes and returns.
+    """Map a function over seeds, axis 0 of all arguments and results.
 
     A single seed is not vectorised: the product of two matrices is faster than that of two
     batches of one matrix each.
@@ -172,73 +159,104 @@ def over_seeds(function: Callable[..., Any]) -> Callable[..., Any]:
     return of_every_seed
 
 
+class Batches(NamedTuple):
+    """The batches of some chunks of steps; each chunk takes its batches from one bucket.
+
+    The leaves are arrays, or their shapes or shardings.
+
+    Attributes:
+      pairs: of each bucket all sentences, source [rows, S] and target [rows, T].
+      order: the bucket of each chunk, [c].
+      rows: the rows of each batch, [c, N, n, B].
+    """
+
+    pairs: Any
+    order: Any
+    rows: Any
+
+
 def train(
     graph: Graph,
     config: Config,
-    most_words: Sequence[int | None],
+    max_words: Sequence[int | None],
     state: State,
-    pairs: Sequence[tuple[Array, Array]],
-    order: Array,
-    rows: Array,
+    batches: Batches,
 ) -> tuple[State, Array]:
-    """Take c chunks of n steps with every seed; a chunk takes its batches from one bucket.
+    """Take c chunks of n steps with every seed.
 
     Args:
       graph: from `graph_of`.
       config: of the run.
-      most_words: of each bucket, no batch of it has more target words; or None. See `words_of`.
+      max_words: of each bucket, an upper bound on the target words of a batch, or None: see
+        `words_of`.
       state: with leading axis N of seeds.
-      pairs: of each bucket all sentences, source [rows, S] and target [rows, T].
-      order: the bucket of each chunk, [c].
-      rows: which to take in each step, [c, N, n, B].
+      batches: for every step of every seed.
 
     Returns:
       The new state, and the mean loss of a token in every step, [c n, N].
     """
-    # One program for all buckets makes calls few: each gets fresh memory, page by page.
+    # One program for all buckets keeps calls few: each gets fresh memory, page by page.
     chunks = [
-        functools.partial(_take_steps, graph, config, most, *both)
-        for most, both in zip(most_words, pairs, strict=True)
+        functools.partial(_take_chunk, graph, config, _Bucket(*pairs, max_words=most))
+        for most, pairs in zip(max_words, batches.pairs, strict=True)
     ]
 
     def chunk(state: State, taken: tuple[Array, Array]) -> tuple[State, Array]:
         bucket, rows = taken
         return jax.lax.switch(bucket, chunks, state, rows)
 
-    state, losses = jax.lax.scan(chunk, state, (order, rows))
+    state, losses = jax.lax.scan(chunk, state, (batches.order, batches.rows))
     return state, losses.reshape(-1, losses.shape[-1])
 
 
-def _take_steps(
-    graph: Graph,
-    config: Config,
-    most_words: int | None,
-    source: Array,
-    target: Array,
-    state: State,
-    rows: Array,
+class _Bucket(NamedTuple):
+    """Source [rows, S], target [rows, T], and an upper bound on a batch's target words."""
+
+    source: Array
+    target: Array
+    max_words: int | None
+
+
+def _take_chunk(
+    graph: Graph, config: Config, bucket: _Bucket, state: State, rows: Array
 ) -> tuple[State, Array]:
     """Take n steps on rows [N, n, B] of one bucket."""
-    optimizer = optimizer_of(config)
-
-    def loss(parameters: Any, source: Array, target: Array, key: Array) -> Array:
-        parameters = jax.tree.map(lambda x: x.astype(config.dtype), parameters)
-        words, where = words_of(target, most_words)
-        logits, _ = nnx.merge(graph, parameters)(source, target, key, where)
-        losses = token_losses(logits.astype(jnp.float32), words, config.label_smoothing)
-        return jnp.sum(losses) / jnp.sum(words != PAD, dtype=losses.dtype)
-
-    def one_seed(step: Array, seed: Array, parameters: Any, moments: Any, rows: Array) -> Any:
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        value, gradient = jax.value_and_grad(loss)(parameters, source[rows], target[rows], key)
-        updates, moments = optimizer.update(gradient, moments, parameters)
-        return optax.apply_updates(parameters, updates), moments, value
-
+    loss = functools.partial(_loss, graph, config, bucket)
+    take_step = functools.partial(_take_step, loss, optimizer_of(config))
     seeds = jnp.arange(rows.shape[0])
 
     def one_step(state: State, rows: Array) -> tuple[State, Array]:
-        every_seed = over_seeds(functools.partial(one_seed, state.step))
-        parameters, moments, losses = every_seed(seeds, state.parameters, state.optimizer, rows)
+        every_seed = over_seeds(functools.partial(take_step, state.step))
+        learned = state.parameters, state.optimizer
+        (parameters, moments), losses = every_seed(seeds, learned, rows)
         return State(state.step + 1, parameters, moments), losses
 
     return jax.lax.scan(one_step, state, rows.swapaxes(0, 1))
+
+
+def _take_step(
+    loss: Callable[..., Array],
+    optimizer: optax.GradientTransformation,
+    step: Array,
+    seed: Array,
+    learned: tuple[Any, Any],
+    rows: Array,
+) -> tuple[tuple[Any, Any], Array]:
+    """Update parameters and moments of one seed on rows [B]; return them and the loss."""
+    parameters, moments = learned
+    rng = jax.random.fold_in(jax.random.key(seed), step)
+    value, gradient = jax.value_and_grad(loss)(parameters, rows, rng)
+    updates, moments = optimizer.update(gradient, moments, parameters)
+    return (optax.apply_updates(parameters, updates), moments), value
+
+
+def _loss(
+    graph: Graph, config: Config, bucket: _Bucket, parameters: Any, rows: Array, rng: Array
+) -> Array:
+    """Return the mean loss of a target token of a batch."""
+    parameters = jax.tree.map(lambda x: x.astype(config.dtype), parameters)
+    source, target = bucket.source[rows], bucket.target[rows]
+    words, where = words_of(target, bucket.max_words)
+    logits, _ = nnx.merge(graph, parameters)(source, target, rng, where)
+    losses = token_losses(logits.astype(jnp.float32), words, config.label_smoothing)
+    return jnp.sum(losses) / jnp.sum(words != PAD, dtype=losses.dtype)

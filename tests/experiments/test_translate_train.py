@@ -143,8 +143,8 @@ def test_what_is_no_number_stops_the_run_and_the_last_checkpoint_is_kept(
     checkpoints.save(2000, grown)
     reason = "the loss of step 2001 is (nan|inf)"
     if what == "parameters":
-        monkeypatch.setattr(train, "_check_finite", lambda *_: None)
-        monkeypatch.setattr(train, "_check_validation", lambda *_: None)
+        monkeypatch.setattr(train._Trainer, "_check_losses", lambda *_: None)
+        monkeypatch.setattr(train._Trainer, "_check_validation", lambda *_: None)
         reason = r"parameters are not finite after step \d+"
     assert translate(*flags, f"--workdir={folder}", "--checkpoint_seconds=0") == 1
     printed = capsys.readouterr()

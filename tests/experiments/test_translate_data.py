@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from experiments.data.vocabulary import PAD
-from experiments.translate import task
+from experiments.translate import run
 from experiments.translate.config import Config
+from experiments.translate.data import load_task
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_harmless_differences_give_the_same_task(change, tmp_path):
     for name, content in (("plain", PAIRS.encode()), ("changed", change(PAIRS))):
         (tmp_path / f"{name}.tsv").write_bytes(content)
         config = Config(data=f"{tmp_path}/{name}.tsv", batch_size=2, min_count=1, steps=25)
-        tasks.append(task.read(config))
+        tasks.append(load_task(config))
     first, second = tasks
     for ours, theirs in zip(first.training.members, second.training.members, strict=True):
         assert ours.source.tolist() == theirs.source.tolist()
@@ -87,13 +88,13 @@ def test_harmless_differences_give_the_same_task(change, tmp_path):
 
 
 def test_no_batch_has_more_words_than_are_read_out():
-    given = task.read(Config(data="copy", train_size=900, steps=50, batch_size=12, seeds=2))
-    most = [0] * len(given.most_words)
+    given = load_task(Config(data="copy", train_size=900, steps=50, batch_size=12, seeds=2))
+    most = [0] * len(given.max_words)
     for bucket, rows in zip(given.order, given.rows, strict=True):
         words = np.asarray(given.arrays[bucket][1])[rows] != PAD
         most[bucket] = max(most[bucket], words.sum(axis=(2, 3)).max())
     slots = [12 * width for _, width in given.training.widths]
-    for found, bound, held in zip(most, given.most_words, slots, strict=True):
+    for found, bound, held in zip(most, given.max_words, slots, strict=True):
         assert found <= bound <= min(found + 31, held)
 
 
@@ -144,10 +145,10 @@ def test_a_folder_in_which_no_checkpoint_could_be_saved(name, tmp_path, capsys, 
 
 
 def test_a_disk_that_is_full(monkeypatch, tmp_path, capsys, translate):
-    def full(config):
+    def full(config, console):
         raise OSError(28, "No space left on device", f"{config.workdir}/metrics.jsonl")
 
-    monkeypatch.setattr(task, "read", full)
+    monkeypatch.setattr(run, "prepare", full)
     assert translate(f"--workdir={tmp_path}/run") == 1
     assert capsys.readouterr().err == (
         f"translate: {tmp_path}/run/metrics.jsonl: No space left on device; what was saved before "

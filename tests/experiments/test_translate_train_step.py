@@ -14,11 +14,12 @@ import pytest
 
 from experiments.command_line import UsageError
 from experiments.data.vocabulary import EOS, PAD
-from experiments.translate import devices, learning
+from experiments.translate import train_step
 from experiments.translate.command_line import parse
+from experiments.translate.compile import num_devices
 from experiments.translate.config import Config
-from experiments.translate.learning import quick_options
 from experiments.translate.model import Sizes
+from experiments.translate.train_step import Batches, quick_options
 
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes(source_words=9, target_words=9, width=8, attention_size=8, readout_size=8)
@@ -38,21 +39,22 @@ FLAGS = (
 )
 
 
-def training(dtype, sizes=SIZES, most_words=None, seeds=2):
+def training(dtype, sizes=SIZES, max_words=None, seeds=2):
     """Four steps of training, compiled or not, and what they are applied to."""
     config = Config(seeds=seeds, steps=4, batch_size=3, dtype=dtype, learning_rate=1e-3)
-    graph, _ = learning.graph_of("additive", sizes, dtype=dtype)
+    graph, _ = train_step.graph_of("additive", sizes, dtype=dtype)
     random = np.random.default_rng(0)
     words = random.integers(4, 9, size=(2, 6, 5))
     words[..., -1] = EOS
     words[1, ::2, 3:] = EOS, PAD
     source, target = jnp.asarray(words, jnp.int32)
     rows = jnp.asarray(random.integers(0, 6, size=(2, 4, 3)), jnp.int32)[:seeds]
-    train = functools.partial(learning.train, graph, config, [most_words])
+    train = functools.partial(train_step.train, graph, config, [max_words])
     compiled = jax.jit(train, compiler_options=quick_options(0))
-    shapes = learning.abstract_state("additive", sizes, config)
-    drawn = functools.partial(learning.initial_state, "additive", sizes, config)
-    return compiled, shapes, drawn, ([(source, target)], jnp.zeros(1, jnp.int32), rows[None])
+    shapes = train_step.abstract_state("additive", sizes, config)
+    drawn = functools.partial(train_step.initial_state, "additive", sizes, config)
+    batches = Batches([(source, target)], jnp.zeros(1, jnp.int32), rows[None])
+    return compiled, shapes, drawn, batches
 
 
 TRANSFORMER = SIZES._replace(
@@ -66,7 +68,7 @@ def test_products_are_computed_in_bfloat16(sizes):
     for dtype in ("bfloat16", "float32"):
         with jax.numpy_dtype_promotion("standard"):  # optax and flax rely on it
             train, state, _, batch = training(dtype, sizes)
-            lines = train.lower(state, *batch).as_text().splitlines()
+            lines = train.lower(state, batch).as_text().splitlines()
         products = [line for line in lines if "dot_general" in line]
         rounded = sum("bf16" in line for line in products)
         assert rounded > len(products) / 2 if dtype == "bfloat16" else rounded == 0
@@ -79,7 +81,7 @@ def test_what_is_kept_is_float32_and_near_to_what_float32_gives(sizes):
     for dtype in ("bfloat16", "float32"):
         with jax.numpy_dtype_promotion("standard"):
             train, _, drawn, batch = training(dtype, sizes)
-            found.append(train(drawn(), *batch))
+            found.append(train(drawn(), batch))
     (state, losses), (plain, expected) = found
     for leaf in jax.tree.leaves((state.parameters, losses)):
         assert leaf.dtype == jnp.float32
@@ -93,10 +95,10 @@ def test_what_is_kept_is_float32_and_near_to_what_float32_gives(sizes):
 @pytest.mark.parametrize("sizes", [SIZES, pytest.param(TRANSFORMER, marks=pytest.mark.slow)])
 def test_padding_that_is_left_out_changes_nothing(sizes):
     found = []
-    for most_words in (None, 14):
+    for max_words in (None, 14):
         with jax.numpy_dtype_promotion("standard"):
-            train, _, drawn, batch = training("float32", sizes, most_words, seeds=1)
-            found.append(train(drawn(), *batch))
+            train, _, drawn, batch = training("float32", sizes, max_words, seeds=1)
+            found.append(train(drawn(), batch))
     (state, losses), (other, again) = found
     np.testing.assert_allclose(again, losses, rtol=1e-5)
     for left, right in zip(*map(jax.tree.leaves, (other, state)), strict=True):
@@ -109,7 +111,7 @@ def test_a_seed_alone_learns_what_it_learns_among_others():
     for seeds in (1, 2):
         with jax.numpy_dtype_promotion("standard"):
             train, _, drawn, batch = training("float32", seeds=seeds)
-            found.append(train(drawn(), *batch))
+            found.append(train(drawn(), batch))
     (alone, losses), (among, both) = found
     np.testing.assert_allclose(losses[:, 0], both[:, 0], rtol=1e-5)
     parameters = (alone.parameters, among.parameters)
@@ -123,22 +125,22 @@ def test_each_chunk_takes_its_batches_from_its_bucket():
     with jax.numpy_dtype_promotion("standard"):
         _, _, drawn, ([(source, target)], _, rows) = training("float32", seeds=1)
         config = Config(seeds=1, steps=8, batch_size=3, learning_rate=1e-3)
-        graph, _ = learning.graph_of("additive", SIZES)
-        train = functools.partial(learning.train, graph, config, [None, None])
+        graph, _ = train_step.graph_of("additive", SIZES)
+        train = functools.partial(train_step.train, graph, config, [None, None])
         compiled = jax.jit(train, compiler_options=quick_options(0))
         buckets, rows = [(source, target), (source[::-1], target)], jnp.tile(rows, (2, 1, 1, 1))
         order = jnp.array([1, 0], jnp.int32)
-        _, losses = compiled(drawn(), buckets, order, rows)
-        _, exchanged = compiled(drawn(), buckets[::-1], order[::-1], rows)
-        _, others = compiled(drawn(), buckets, order[::-1], rows)
+        _, losses = compiled(drawn(), Batches(buckets, order, rows))
+        _, exchanged = compiled(drawn(), Batches(buckets[::-1], order[::-1], rows))
+        _, others = compiled(drawn(), Batches(buckets, order[::-1], rows))
     assert losses.shape == (8, 1)
     np.testing.assert_array_equal(exchanged, losses)
     assert (others != losses).all()
 
 
 def test_a_batch_is_spread_over_as_many_devices_as_divide_it():
-    assert [devices.count(batch, 8) for batch in (64, 12, 7, 1, 9)] == [8, 6, 7, 1, 3]
-    assert devices.count(64, 1) == 1
+    assert [num_devices(batch, 8) for batch in (64, 12, 7, 1, 9)] == [8, 6, 7, 1, 3]
+    assert num_devices(64, 1) == 1
 
 
 def test_a_type_that_is_not_there():

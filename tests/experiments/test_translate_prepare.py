@@ -6,17 +6,14 @@ import pytest
 
 from attention_jax.base.checks import ShapeError
 from experiments.command_line import UsageError
-from experiments.translate import budget, fitting, task
 from experiments.translate.config import Config
+from experiments.translate.prepare import check_fits, prepare
 
 SMALL = {"data": "copy", "train_size": 90, "valid_size": 9, "test_size": 9, "batch_size": 16}
 
 
 def check(score, **options):
-    config = Config(**SMALL, width=8, **options)
-    given = task.read(config)
-    vocabularies = given.corpus.source_vocabulary, given.corpus.target_vocabulary
-    fitting.check(score, budget.sizes_of(config, *map(len, vocabularies))[score], config, given)
+    check_fits(score, prepare(Config(**SMALL, width=8, **options)))
 
 
 def refused(score, **options):

@@ -1,0 +1,259 @@
+"""The data of a run: bucketed arrays, the batches of every step, and the vocabularies it saves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.command_line import UsageError
+from experiments.data import DataError, Sizes, load
+from experiments.data.batches import Buckets, bucket, choose_widths, rounded_up, schedule
+from experiments.data.corpus import Corpus, Pair
+from experiments.data.text import cut, detokenize
+from experiments.data.vocabulary import PAD, Vocabulary
+from experiments.translate.config import Config
+from experiments.translate.workdir import read_json, write_json
+
+Array = jax.Array
+
+# Widths for evaluation: every shape is compiled twice, and evaluation is short.
+_EVALUATION_WIDTHS = 2
+# Numbers of target words that are read out are rounded up to a multiple of this.
+_WORDS_MULTIPLE = 32
+
+_VOCABULARIES = "vocabularies.json"
+_HASHES = "data.json"
+_WRITTEN_ANEW = "the run's command writes it anew."
+
+
+class Examples(NamedTuple):
+    """Pairs, encoded and sorted into buckets."""
+
+    pairs: Sequence[Pair]
+    buckets: Buckets
+    corpus: Corpus
+
+
+def bucketed(
+    sets: Mapping[str, Sequence[Pair]], corpus: Corpus, batch_size: int, multiple: int = 1
+) -> dict[str, Examples]:
+    """Sort sets of pairs into buckets of a few shapes that all sets share.
+
+    Each width is a multiple of `multiple`, so that later sets need no new compilation.
+    """
+    vocabularies = corpus.source_vocabulary, corpus.target_vocabulary
+    lengths = np.array(
+        [(len(p.source) + 1, len(p.target) + 1) for pairs in sets.values() for p in pairs]
+    )
+    chosen = choose_widths(lengths, _EVALUATION_WIDTHS)
+    widths = tuple((rounded_up(s, multiple), rounded_up(t, multiple)) for s, t in chosen)
+    found = {}
+    for name, pairs in sets.items():
+        buckets = bucket(pairs, *vocabularies, batch_size=batch_size, widths=widths)
+        found[name] = Examples(pairs, buckets, corpus)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A corpus as buckets of arrays, and the batch of every seed in every step.
+
+    Attributes:
+      corpus: the pairs as words, and the vocabularies.
+      training: the training pairs in buckets.
+      arrays: of each bucket, source [rows, S] and target [rows, T].
+      order: the bucket of each chunk of steps, [c].
+      rows: the rows of each batch, [c, seeds, steps, B].
+      tokens: words and end symbols in each chunk, both sides and all seeds, [c].
+      max_words: of each bucket, an upper bound on the target words of a batch, EOS included.
+      sets: the validation and test sets by name.
+    """
+
+    corpus: Corpus
+    training: Buckets
+    arrays: tuple[tuple[Array, Array], ...]
+    order: np.ndarray
+    rows: np.ndarray
+    tokens: np.ndarray
+    max_words: tuple[int, ...]
+    sets: Mapping[str, Examples]
+
+    @property
+    def widths(self) -> tuple[tuple[int, int], ...]:
+        """All shapes (S, T) that are evaluated."""
+        widths = (width for given in self.sets.values() for width in given.buckets.widths)
+        return tuple(dict.fromkeys(widths))
+
+    @property
+    def longest(self) -> int:
+        """Words after which a translation is cut off: 1.5 times the longest target in training."""
+        return 3 * max(target for _, target in self.training.widths) // 2
+
+
+def load_task(config: Config) -> Task:
+    """Load the corpus, sort it into buckets, and draw the batches of all steps.
+
+    Raises:
+      UsageError: the data cannot be used as asked.
+    """
+    try:
+        corpus = load(
+            config.data,
+            source=config.source,
+            target=config.target,
+            sizes=Sizes(config.train_size, config.valid_size, config.test_size),
+            seed=config.data_seed,
+            max_length=config.max_length,
+            min_count=config.min_count,
+            max_vocabulary=config.max_vocabulary,
+            lowercase=config.lowercase,
+        )
+        training = bucket(
+            corpus.train,
+            corpus.source_vocabulary,
+            corpus.target_vocabulary,
+            batch_size=config.batch_size,
+            count=config.buckets,
+        )
+        schedules = [
+            schedule(training, config.steps, config.batch_size, seed, chunk=config.chunk)
+            for seed in range(config.seeds)
+        ]
+    except DataError as error:
+        raise UsageError(str(error)) from None
+    order = schedules[0].bucket
+    rows = np.stack([of_seed.rows for of_seed in schedules], axis=1)
+    words = [(b.target != PAD).sum(1) for b in training.members]
+    lengths = [(b.source != PAD).sum(1) + w for b, w in zip(training.members, words, strict=True)]
+    tokens = [lengths[number][taken].sum() for number, taken in zip(order, rows, strict=True)]
+    # Rounded up, so that few shapes are compiled, but to no more than all positions.
+    max_words = (rounded_up(most, _WORDS_MULTIPLE) for most in _max_words(words, order, rows))
+    positions = (config.batch_size * width for _, width in training.widths)
+    sets = {"valid": corpus.valid, "test": corpus.test, **corpus.extra}
+    return Task(
+        corpus=corpus,
+        training=training,
+        arrays=tuple((jnp.asarray(b.source), jnp.asarray(b.target)) for b in training.members),
+        order=order,
+        rows=rows,
+        tokens=np.array(tokens),
+        max_words=tuple(map(min, max_words, positions)),
+        sets=bucketed(sets, corpus, config.batch_size),
+    )
+
+
+def _max_words(words: list[np.ndarray], order: np.ndarray, rows: np.ndarray) -> list[int]:
+    """Find the most target words of any batch of each bucket, given those of each of its rows."""
+    most = [1] * len(words)
+    for number, taken in zip(order, rows, strict=True):
+        most[number] = max(most[number], int(words[number][taken].sum(axis=-1).max()))
+    return most
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """How a run turns text into words and back.
+
+    Attributes:
+      source: vocabulary of the source side.
+      target: vocabulary of the target side.
+      longest: words after which a translation is cut off.
+      at_spaces: split at spaces only, as in text with gold alignments, which count its words.
+      lowercase: whether text is lower-cased.
+    """
+
+    source: Vocabulary
+    target: Vocabulary
+    longest: int
+    at_spaces: bool
+    lowercase: bool
+
+    def words(self, text: str) -> tuple[str, ...]:
+        """Split a sentence into words as in training."""
+        return cut(text, self.at_spaces, self.lowercase)
+
+    def text(self, words: tuple[str, ...]) -> str:
+        """Join words to a line of text."""
+        return " ".join(words) if self.at_spaces else detokenize(words)
+
+    def corpus(self, name: str, pairs: tuple[Pair, ...] = ()) -> Corpus:
+        """Return a corpus with these vocabularies and the pairs as its test set."""
+        return Corpus(name, (), (), pairs, self.source, self.target)
+
+
+def save_tokenizer(folder: Path, corpus: Corpus, longest: int, config: Config) -> None:
+    """Write the vocabularies of a run and the hashes of its data files to its folder, once.
+
+    Raises:
+      UsageError: the run began with other data.
+    """
+    check_data(folder, corpus)
+    path = folder / _VOCABULARIES
+    # A run that began without hashes may have begun with other data: add none later.
+    if corpus.files and not path.exists() and not (folder / _HASHES).exists():
+        write_json(folder / _HASHES, dict(corpus.files))
+    tokenizer = Tokenizer(
+        source=corpus.source_vocabulary,
+        target=corpus.target_vocabulary,
+        longest=longest,
+        at_spaces=corpus.at_spaces,
+        lowercase=config.lowercase,
+    )
+    try:
+        held = load_tokenizer(folder)
+    except UsageError:
+        vocabularies = {side: getattr(tokenizer, side).to_json() for side in ("source", "target")}
+        words = {side: json.loads(text) for side, text in vocabularies.items()}
+        write_json(path, {**vars(tokenizer), **words})
+        return
+    if held != tokenizer:
+        raise UsageError(
+            f"{path} does not hold the words of --data={config.data}, so that the run began with "
+            "others; restore them or give another --workdir."
+        )
+
+
+def check_data(folder: Path, corpus: Corpus) -> None:
+    """Refuse a corpus whose files have changed since the run in a folder began.
+
+    Raises:
+      UsageError: a file has changed, is gone or is new.
+    """
+    path = folder / _HASHES
+    if not path.exists():
+        return
+    try:
+        held = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UsageError(
+            f"{path} is damaged; delete it if the data are those that the run began with."
+        ) from None
+    for name in {**held, **corpus.files}:
+        if held.get(name) != corpus.files.get(name):
+            what = "is new" if name not in held else "has changed"
+            what = what if name in corpus.files else "is gone"
+            raise UsageError(
+                f"{name} {what} since the run in {folder} began; restore the data as they were or "
+                "give another --workdir."
+            )
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a run from its folder.
+
+    Raises:
+      UsageError: its file is missing or damaged.
+    """
+    record = read_json(folder / _VOCABULARIES, folder, _WRITTEN_ANEW)
+    try:
+        sides = {side: Vocabulary(record[side]) for side in ("source", "target")}
+        return Tokenizer(**{**record, **sides})
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{folder / _VOCABULARIES} is damaged; {_WRITTEN_ANEW}") from None

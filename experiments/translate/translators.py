@@ -1,0 +1,220 @@
+"""The trained translators of one score: load them, ask them, and converse with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TextIO, TypeVar
+
+import jax
+import numpy as np
+
+from attention_jax.base.checks import ShapeError
+from experiments.command_line import UsageError
+from experiments.data.corpus import Pair
+from experiments.data.vocabulary import Vocabulary
+from experiments.translate import evaluate, workdir
+from experiments.translate.checkpoints import Checkpoints
+from experiments.translate.compile import Programs, compile_when_called
+from experiments.translate.config import Config
+from experiments.translate.data import Examples, Tokenizer, bucketed, load_tokenizer
+from experiments.translate.evaluate import Trained, Weights, Words
+from experiments.translate.prepare import reason, sizes_of
+from experiments.translate.train_step import abstract_state, graph_of
+
+Found = TypeVar("Found")
+
+# Widths are rounded up to a multiple, so that sentences of similar length share a program.
+_MULTIPLE = 8
+_PROMPT = "> "
+# The least weight of a source word that is shown.
+_SHOWN = 0.1
+
+
+class Translators(NamedTuple):
+    """The trained translators of one score.
+
+    Attributes:
+      score: that they attend with.
+      config: of their run, and how to decode.
+      tokenizer: from text to words and back.
+      parameters: with an axis of seeds.
+      graph: their structure.
+      step: of their checkpoint.
+      compiled: programs by longest translation and batch size, so that none is compiled twice.
+    """
+
+    score: str
+    config: Config
+    tokenizer: Tokenizer
+    parameters: Any
+    graph: Any
+    step: int
+    compiled: dict[tuple[int, int], Programs]
+
+    def limit(self, sentence: Words) -> int:
+        """Return the number of words after which the translation of a sentence is cut off.
+
+        It is that of training, doubled until it is 1.5 times the length of the sentence: it
+        depends on the sentence alone, and has few values, each of which is compiled.
+        """
+        limit = self.tokenizer.longest
+        while limit < 3 * len(sentence) // 2:
+            limit *= 2
+        return limit
+
+    def programs(self, longest: int, count: int) -> Programs:
+        """Return programs for `count` sentences that cut translations off after `longest` words."""
+        key = longest, min(self.config.batch_size, count)
+        if key not in self.compiled:
+            self.compiled[key] = compile_when_called(self.graph, self.config, *key)
+        return self.compiled[key]
+
+    def translations(self, sentences: Sequence[Words]) -> list[Words]:
+        """Translate sentences with the first translator."""
+        found: list[Words] = [()] * len(sentences)
+        limits = [self.limit(words) for words in sentences]
+        for limit in sorted(set(limits)):
+            numbers = [number for number, own in enumerate(limits) if own == limit]
+            pairs = [Pair(sentences[number], ()) for number in numbers]
+            of_seeds = self.asked(evaluate.translations, pairs, limit)
+            for number, words in zip(numbers, of_seeds[0], strict=True):
+                found[number] = words
+        return found
+
+    def weights(self, pairs: Sequence[Pair]) -> list[Weights]:
+        """Return the weights [T, S] with which the first translator reads pairs, EOS included."""
+        return self.asked(evaluate.attended, pairs)[1]
+
+    def log_probabilities(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Return the log-probability of each target to the first translator."""
+        return self.asked(evaluate.log_probabilities, pairs)[0]
+
+    def asked(
+        self,
+        ask: Callable[[Trained, Examples], Found],
+        pairs: Sequence[Pair],
+        longest: int | None = None,
+    ) -> Found:
+        """Return what `ask` finds for pairs of sentences.
+
+        Translations are cut off after `longest` words, or as in training.
+
+        Raises:
+          UsageError: the score cannot take the longest of them.
+        """
+        trained = Trained(
+            self.parameters, self.programs(longest or self.tokenizer.longest, len(pairs))
+        )
+        try:
+            return ask(trained, self._examples(pairs, trained, _MULTIPLE))
+        except ShapeError:
+            pass  # The score may take the sentences, but not as much padding.
+        try:
+            return ask(trained, self._examples(pairs, trained, 1))
+        except ShapeError as error:
+            words = max(len(pair.source) for pair in pairs)
+            raise UsageError(
+                f"{self.score} does not reach over a sentence of {words} words: "
+                f"{reason(error)}; leave it out, or train with a larger --attention_size."
+            ) from None
+
+    def _examples(self, pairs: Sequence[Pair], trained: Trained, multiple: int) -> Examples:
+        corpus = self.tokenizer.corpus("input", tuple(pairs))
+        size = trained.programs.batch_size
+        return bucketed({"input": pairs}, corpus, size, multiple)["input"]
+
+    def only(self, seed: int) -> Translators:
+        """Return the translator of one seed alone."""
+        return self._replace(parameters=jax.tree.map(lambda x: x[seed][None], self.parameters))
+
+
+def load(score: str, config: Config) -> Translators:
+    """Load the translators of a score from the last good checkpoint of a run.
+
+    Raises:
+      UsageError: there is none.
+    """
+    folder = config.directory
+    tokenizer = load_tokenizer(folder)
+    # Sizes may be matched to the first score of the run: all scores of the run are needed.
+    every = dataclasses.replace(config, scores=workdir.run_scores(folder))
+    sizes = sizes_of(every, len(tokenizer.source), len(tokenizer.target))[score]
+    graph, _ = graph_of(score, sizes)
+    checkpoints = Checkpoints(folder / "checkpoints" / score)
+    like = abstract_state(score, sizes, config)
+    restored = checkpoints.restore(like, tidy=False)
+    for sentence in checkpoints.damaged:
+        tell(sentence)
+    if restored is None:
+        raise UsageError(f"{checkpoints.folder} holds no checkpoint; train the run first.")
+    step, state = restored
+    if step < config.steps:
+        tell(f"{score}: the checkpoint is of step {step} of {config.steps}.")
+    return Translators(score, config, tokenizer, state.parameters, graph, step, {})
+
+
+def converse(translators: Translators, questions: TextIO, answers: TextIO) -> None:
+    """Translate each line as it comes, until the end of the input or Ctrl-C."""
+    print("One sentence a line; an empty one leaves.", file=answers)
+    while True:
+        answers.write(_PROMPT)
+        answers.flush()
+        try:
+            line = questions.readline()
+        except KeyboardInterrupt:
+            line = ""
+        except UnicodeDecodeError:
+            print("This is not UTF-8.", file=answers)
+            continue
+        words = translators.tokenizer.words(line)
+        if not words:
+            print(file=answers)
+            return
+        try:
+            lines = answer(translators, words)
+        except UsageError as error:
+            lines = [str(error)]
+        for text in lines:
+            print(text, file=answers)
+
+
+def answer(translators: Translators, words: tuple[str, ...]) -> list[str]:
+    """Return the translation of a sentence, and the source words that each word attends to."""
+    tokenizer = translators.tokenizer
+    (found,) = translators.translations([words])
+    lines = [tokenizer.text(found)]
+    unread = unknown(words, tokenizer.source)
+    if unread:
+        lines.append(f"  read as <unk>: {' '.join(unread)}")
+    if translators.score != "none" and found:
+        (weights,) = translators.weights([Pair(words, found)])
+        lines += alignment(words, found, weights)
+    return lines
+
+
+def alignment(source: Sequence[str], target: Sequence[str], weights: np.ndarray) -> list[str]:
+    """Return a line for each target word: the source words with at least a tenth of the weight.
+
+    >>> alignment(("red", "dog"), ("Hund",), np.array([[0.04, 0.85, 0.11], [0.0, 0.0, 1.0]]))
+    ['  Hund  dog 85%  <eos> 11%']
+    """
+    names = [*source, "<eos>"]
+    widest = max(map(len, target))
+    lines = []
+    for word, row in zip(target, weights, strict=False):
+        order = np.argsort(-row, kind="stable")
+        seen = [f"{names[i]} {row[i]:.0%}" for i in order if row[i] >= _SHOWN]
+        lines.append("  ".join(["", word.ljust(widest), *seen]))
+    return lines
+
+
+def unknown(words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
+    """Return the words of a sentence that are not in a vocabulary, each of them once."""
+    return [word for word in dict.fromkeys(words) if word not in vocabulary]
+
+
+def tell(sentence: str) -> None:
+    """Print a sentence on standard error."""
+    print(f"translate: {sentence}", file=sys.stderr)
