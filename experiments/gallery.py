@@ -113,7 +113,7 @@ def masks_of(length: int) -> dict[str, Callable[[], Any]]:
         "sparse_strided": lambda: masks.sparse_strided(step),
         "sparse_fixed": lambda: masks.sparse_fixed(step),
         "longformer": lambda: masks.longformer(4, tokens=1),
-        "bigbird": lambda: masks.bigbird(key, length, 2, global_blocks=1, random=1),
+        "bigbird": lambda: masks.bigbird(key, length, 2, num_global=1, num_random=1),
         "longformer_dilated": lambda: masks.longformer(4, dilation=[1, 2]).of(head=1),
         "edges": lambda: masks.edges(ring, length),
         "swin": lambda: masks.swin(*grid, window),

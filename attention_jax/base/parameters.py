@@ -22,9 +22,9 @@ Array = jax.Array
 Initializer = Callable[..., Array]
 
 
-def luong_uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+def luong_uniform(rng: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
     """Draw from [-0.1, 0.1] (Luong, Pham and Manning 2015, section 4.1)."""
-    return jax.random.uniform(key, shape, dtype, minval=-0.1, maxval=0.1)
+    return jax.random.uniform(rng, shape, dtype, minval=-0.1, maxval=0.1)
 
 
 @functools.cache
@@ -45,12 +45,12 @@ class Parameter(ByValue):
     shape: tuple[int, ...]
     initializer: Initializer
 
-    def create(self, key: Array, dtype: Any = jnp.float32, num_heads: int | None = None) -> Array:
+    def create(self, rng: Array, dtype: Any = jnp.float32, num_heads: int | None = None) -> Array:
         """Draw the parameter, [*shape], or one for each head, [N, *shape]."""
         if num_heads is None:
-            return self.initializer(key, self.shape, dtype)
-        keys = jax.random.split(key, num_heads)
-        return jax.vmap(lambda key: self.initializer(key, self.shape, dtype))(keys)
+            return self.initializer(rng, self.shape, dtype)
+        rngs = jax.random.split(rng, num_heads)
+        return jax.vmap(lambda rng: self.initializer(rng, self.shape, dtype))(rngs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,7 +154,7 @@ def bind_parameters(function: Any, values: Mapping[str, Any], heads: bool = Fals
 
 
 def initialize(
-    key: Array, declared: Any, dtype: Any = jnp.float32, num_heads: int | None = None
+    rng: Array, declared: Any, dtype: Any = jnp.float32, num_heads: int | None = None
 ) -> Any:
     """Draw every declared parameter.
 
@@ -164,9 +164,9 @@ def initialize(
     (4, 6)
     """
     leaves, structure = jax.tree.flatten(declared)
-    keys = jax.random.split(key, max(len(leaves), 1))
+    rngs = jax.random.split(rng, max(len(leaves), 1))
     return structure.unflatten(
-        [leaf.create(key, dtype, num_heads) for leaf, key in zip(leaves, keys, strict=False)]
+        [leaf.create(rng, dtype, num_heads) for leaf, rng in zip(leaves, rngs, strict=False)]
     )
 
 

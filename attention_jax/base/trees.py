@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,13 +60,13 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*examples)
     result = jax.tree.structure(shape)
+    return functools.partial(_evaluate, closed.jaxpr, result, len(examples)), closed.consts
 
-    def converted(*arguments: Any) -> Any:
-        own = jax.tree.leaves(arguments[: len(examples)])
-        values = list(arguments[len(examples) :])
-        return jax.tree.unflatten(result, jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, values))(*own))
 
-    return converted, closed.consts
+def _evaluate(jaxpr: Any, result: Any, number: int, *arguments: Any) -> Any:
+    """Evaluate a jaxpr on its own first `number` arguments and the values it closes over."""
+    own, values = jax.tree.leaves(arguments[:number]), list(arguments[number:])
+    return jax.tree.unflatten(result, jaxpr_as_fun(ClosedJaxpr(jaxpr, values))(*own))
 
 
 def varying_like(tree: Any, *like: Any) -> Any:

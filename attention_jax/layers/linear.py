@@ -56,7 +56,7 @@ class LinearLayer(NamedTuple):
         heads = self.projections.heads(query, memory, positions=positions)
         sizes = {"B": query.shape[0], "N": heads[0].shape[2]}
         sizes |= {"T": query.shape[1], "S": heads[1].shape[1]}
-        found = padding.read(
+        found = padding.from_mask(
             self.projections.name,
             mask,
             sizes,

@@ -1,9 +1,9 @@
 """Feature maps: phi(q) . phi(k) stands for the kernel that weighs a pair in linear attention.
 
 A feature map is a function `phi(x [T, H]) -> [T, M]` of one head's rows; its parameters are
-further arguments, bound with `bind`. It is positive where its kernel shall be normalised, and
-`identity` says that it is not. Features may be large or tiny: `scaled` takes a factor out of each
-row, by logarithms where the map carries a rule for that, so that no sum over keys overflows.
+further arguments, bound with `bind`. Its kernel must be positive to be normalised; `identity`
+declares that its own is not. Features may be large or tiny: `split_scale` takes a factor out of
+each row, by logarithms where the map carries a rule for that, so that no sum over keys overflows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attention_jax.base.parameters import Parameter, one_size, require_depths
 from attention_jax.base.typing import at_least_float32
 
 __all__ = [
-    "Scaled",
+    "ScaledFeatures",
     "elu_plus_one",
     "exponential",
     "from_logarithm",
@@ -28,7 +28,7 @@ __all__ = [
     "identity",
     "is_signed",
     "relu",
-    "scaled",
+    "split_scale",
     "squared",
     "taylor",
 ]
@@ -40,7 +40,7 @@ Array = jax.Array
 _LOWEST = -40.0
 
 
-class Scaled(NamedTuple):
+class ScaledFeatures(NamedTuple):
     """Features of rows as phi(x) = features exp(log_scale), features [T, M] and log_scale [T].
 
     A row without features has the scale -inf. The scale is a constant to derivatives.
@@ -50,35 +50,38 @@ class Scaled(NamedTuple):
     log_scale: Array
 
 
-def scaled(feature_map: Any, x: Array) -> Scaled:
+def split_scale(feature_map: Any, x: Array) -> ScaledFeatures:
     """Take the largest magnitude out of every row of features.
 
     Args:
-      feature_map: bound to its parameters; with a rule "scaled" it says itself how.
+      feature_map: bound to its parameters; with a rule "split_scale" it says itself how.
       x: [T, H].
 
     Returns:
       Features [T, M] of at most one, and the logarithm of what they are to be multiplied with.
 
-    >>> scaled(elu_plus_one, jnp.array([[1.0, 3.0]]))
-    Scaled(features=Array([[0.5, 1. ]], dtype=float32), log_scale=Array([1.3862944], dtype=float32))
+    >>> split_scale(elu_plus_one, jnp.array([[1.0, 3.0]]))
+    ScaledFeatures(features=Array([[0.5, 1. ]], dtype=float32),
+                   log_scale=Array([1.3862944], dtype=float32))
     """
-    split = ask(as_pytree(feature_map), "scaled")
+    split = ask(as_pytree(feature_map), "split_scale")
     if split is not None:
         return split(x)
     features = feature_map(x)
     largest = lax.stop_gradient(jnp.max(jnp.abs(features), axis=-1))
-    return Scaled(features / jnp.where(largest > 0, largest, 1.0)[:, None], jnp.log(largest))
+    return ScaledFeatures(
+        features / jnp.where(largest > 0, largest, 1.0)[:, None], jnp.log(largest)
+    )
 
 
-def from_logarithm(log_features: Array) -> Scaled:
+def from_logarithm(log_features: Array) -> ScaledFeatures:
     """Return exp of logarithms [T, M] that may be far from zero, as features and their scale.
 
     >>> from_logarithm(jnp.array([[1000.0, 1000.0]])).features
     Array([[1., 1.]], dtype=float32)
     """
     highest = lax.stop_gradient(jnp.max(log_features, axis=-1))
-    return Scaled(jnp.exp(jnp.maximum(log_features - highest[:, None], _LOWEST)), highest)
+    return ScaledFeatures(jnp.exp(jnp.maximum(log_features - highest[:, None], _LOWEST)), highest)
 
 
 def is_signed(feature_map: Any) -> bool:
@@ -220,17 +223,17 @@ def _wide(x: Array) -> Array:
     return x.astype(at_least_float32(x.dtype))
 
 
-@rule(exponential, "scaled")
+@rule(exponential, "split_scale")
 def _() -> Any:
     return from_logarithm
 
 
-@rule(hedgehog, "scaled")
+@rule(hedgehog, "split_scale")
 def _(weight: Array, bias: Array) -> Any:
     return bind(_scaled_hedgehog, weight=weight, bias=bias)
 
 
-def _scaled_hedgehog(x: Array, weight: Array, bias: Array) -> Scaled:
+def _scaled_hedgehog(x: Array, weight: Array, bias: Array) -> ScaledFeatures:
     return from_logarithm(_log_hedgehog(x, weight, bias))
 
 
@@ -250,5 +253,5 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
     }
 
 
-def _eye(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+def _eye(rng: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
     return jnp.eye(*shape, dtype=dtype)

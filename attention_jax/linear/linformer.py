@@ -88,7 +88,7 @@ def linformer_attention(
             f"{key_projection.shape} and {value_projection.shape}."
         )
 
-    found = padding.read(
+    found = padding.from_mask(
         name, mask, sizes, causal=False, reason="each projected key mixes all positions"
     )
     there = found.query & jnp.any(found.key, axis=1, keepdims=True)
@@ -105,14 +105,14 @@ def linformer_attention(
     return context.astype(value.dtype)
 
 
-def random_projection(key: Array, rank: int, length: int, dtype: Any = jnp.float32) -> Array:
+def random_projection(rng: Array, rank: int, length: int, dtype: Any = jnp.float32) -> Array:
     r"""A fixed projection with entries N(0, 1 / R): E^T E is the identity on average.
 
     For weights p and values v of S rows, p^T E^T E v is p . v on average, with a mean squared
     error of (|p|^2 |v|^2 + (p . v)^2) / R.
 
     Args:
-      key: a `jax.random` key.
+      rng: a `jax.random` key.
       rank: R.
       length: S.
       dtype: of the result.
@@ -129,7 +129,7 @@ def random_projection(key: Array, rank: int, length: int, dtype: Any = jnp.float
     (3, 9)
     """
     _check_rank("random_projection", rank, length)
-    return jax.random.normal(key, (rank, length), dtype) * rank**-0.5
+    return jax.random.normal(rng, (rank, length), dtype) * rank**-0.5
 
 
 def mean_pooling(rank: int, length: int, dtype: Any = jnp.float32) -> Array:

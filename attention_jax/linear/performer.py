@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from attention_jax.base import checks
 from attention_jax.base.binding import as_pytree, ask, rule
-from attention_jax.linear.feature_maps import Scaled, from_logarithm
+from attention_jax.linear.feature_maps import ScaledFeatures, from_logarithm
 
 __all__ = ["hyperbolic", "positive", "random_features", "trigonometric", "variance"]
 
@@ -27,7 +27,7 @@ Array = jax.Array
 
 
 def random_features(
-    key: Array, num_features: int, depth: int, *, orthogonal: bool = True, dtype: Any = jnp.float32
+    rng: Array, num_features: int, depth: int, *, orthogonal: bool = True, dtype: Any = jnp.float32
 ) -> Array:
     r"""Draw the directions w_1 ... w_M of random features, each w ~ N(0, I).
 
@@ -36,7 +36,7 @@ def random_features(
     they err less.
 
     Args:
-      key: a `jax.random` key; the directions depend on nothing else.
+      rng: a `jax.random` key; the directions depend on nothing else.
       num_features: M.
       depth: H.
       orthogonal: False draws independent directions.
@@ -54,7 +54,7 @@ def random_features(
     (6, 4)
     """
     checks.at_least("random_features", 1, num_features=num_features, depth=depth)
-    of_rotation, of_length = jax.random.split(key)
+    of_rotation, of_length = jax.random.split(rng)
     gaussian = jax.random.normal(of_length, (num_features, depth), dtype)
     if not orthogonal:
         return gaussian
@@ -184,11 +184,12 @@ def _log_hyperbolic(x: Array, projection: Array) -> Array:
     return both - half_square[:, None] - math.log(2 * len(projection)) / 2
 
 
-def _scaled_trigonometric(x: Array, projection: Array) -> Scaled:
+def _scaled_trigonometric(x: Array, projection: Array) -> ScaledFeatures:
     projected, half_square = _parts(x, projection)
     waves = jnp.concatenate([jnp.cos(projected), jnp.sin(projected)], axis=1)
     scale = jax.lax.stop_gradient(half_square)
-    return Scaled(waves * jnp.exp(half_square - scale)[:, None] * len(projection) ** -0.5, scale)
+    features = waves * jnp.exp(half_square - scale)[:, None] * len(projection) ** -0.5
+    return ScaledFeatures(features, scale)
 
 
 def _parts(x: Array, projection: Array) -> tuple[Array, Array]:
@@ -198,17 +199,17 @@ def _parts(x: Array, projection: Array) -> tuple[Array, Array]:
     return x @ jnp.asarray(projection, x.dtype).T, jnp.sum(x**2, axis=1) / 2
 
 
-@rule(positive, "scaled")
+@rule(positive, "split_scale")
 def _(projection: Array) -> Any:
     return lambda x: from_logarithm(_log_positive(x, projection))
 
 
-@rule(hyperbolic, "scaled")
+@rule(hyperbolic, "split_scale")
 def _(projection: Array) -> Any:
     return lambda x: from_logarithm(_log_hyperbolic(x, projection))
 
 
-@rule(trigonometric, "scaled")
+@rule(trigonometric, "split_scale")
 def _(projection: Array) -> Any:
     return lambda x: _scaled_trigonometric(x, projection)
 

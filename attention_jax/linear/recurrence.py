@@ -1,7 +1,7 @@
 """The running sums of linear attention: of one key head, and lifted over heads and examples.
 
 No sum overflows and no later key changes an earlier context: the sums are kept at the largest
-scale of the keys so far (`feature_maps.scaled`), and each row of a chunk has its own.
+scale of the keys so far (`feature_maps.split_scale`), and each row of a chunk has its own.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from attention_jax.base.finite import finite_rows
 from attention_jax.base.trees import varying_like
 from attention_jax.implementations.lifting import aligned
 from attention_jax.implementations.online import finite_or_zero
-from attention_jax.linear.feature_maps import scaled
+from attention_jax.linear.feature_maps import split_scale
 from attention_jax.masks.intervals import indices
 
 Array = jax.Array
 
 
-class Sums(NamedTuple):
-    """Sums over keys, values [B, K, M, V + 1] times exp(log_scale [B, K]).
+class KeySums(NamedTuple):
+    """Sums over keys: values [B, K, M, V + 1] times exp(log_scale [B, K]).
 
     The last column is the normalizer, the sum of features; the scale is -inf before any key.
     `poison` [B, K] is NaN after a key or value that held NaN or Inf, and joins every context.
@@ -46,10 +46,10 @@ class _Tokens(NamedTuple):
     poison: Array
 
 
-def read_out(query: Array, sums: Sums, feature_map: Any, normalize: bool) -> Array:
+def read_out(query: Array, sums: KeySums, feature_map: Any, normalize: bool) -> Array:
     """Attend from queries [B, T, N, H] to all keys that were summed."""
 
-    def of_head(feature_map: Any, query: Array, sums: Sums) -> Array:
+    def of_head(feature_map: Any, query: Array, sums: KeySums) -> Array:
         features, query_scale, poison = _query_features(feature_map, query)
         found = features @ sums.values
         highest = jnp.broadcast_to(sums.log_scale, query.shape[1:2])
@@ -59,11 +59,11 @@ def read_out(query: Array, sums: Sums, feature_map: Any, normalize: bool) -> Arr
     return _ungrouped(_over_heads(of_head, feature_map, query, sums))
 
 
-def extended(sums: Sums, key: Array, value: Array, present: Array, feature_map: Any) -> Sums:
+def extended(sums: KeySums, key: Array, value: Array, present: Array, feature_map: Any) -> KeySums:
     """Add the keys [B, S, K, H] and values [B, S, K, V] that are present [B, S]."""
 
-    def of_head(feature_map: Any, tokens: _Tokens, sums: Sums) -> Sums:
-        features, log_scale = scaled(feature_map, tokens.key)
+    def of_head(feature_map: Any, tokens: _Tokens, sums: KeySums) -> KeySums:
+        features, log_scale = split_scale(feature_map, tokens.key)
         log_scale = jnp.where(tokens.present, log_scale, -jnp.inf)
         return _absorb(sums, features, log_scale, tokens)
 
@@ -76,11 +76,11 @@ def scanned(
     key: Array,
     value: Array,
     present: Array,
-    sums: Sums,
+    sums: KeySums,
     feature_map: Any,
     normalize: bool,
     chunk_size: int,
-) -> tuple[Array, Sums]:
+) -> tuple[Array, KeySums]:
     """Attend causally where query i stands with key i; [B, T, N, V] and the next sums."""
     dtype, length = sums.values.dtype, query.shape[1]
     chunk_size = max(min(chunk_size, length), 1)
@@ -101,36 +101,17 @@ def _scan(
     feature_map: Any,
     query: Array,
     tokens: _Tokens,
-    sums: Sums,
+    sums: KeySums,
     *,
     normalize: bool,
     chunk_size: int,
-) -> tuple[Array, Sums]:
+) -> tuple[Array, KeySums]:
     """Scan one key head: queries [G, T, H] -> contexts [G, T, V], and the sums after T keys.
 
     The derivative keeps the sums before each chunk, T / C of M x V numbers, and recomputes the
     rest: it is linear in T, and JAX derives it again and maps it.
     """
-
-    @jax.checkpoint
-    def step(sums: Sums, chunk: tuple[Array, _Tokens]) -> tuple[Sums, Array]:
-        query, tokens = chunk
-        query_features, query_scale, query_poison = _query_features(feature_map, query)
-        features, log_scale = scaled(feature_map, tokens.key)
-        log_scale = jnp.where(tokens.present, log_scale, -jnp.inf)
-
-        # The largest scale up to each row: a later key has no part in what an earlier row sums.
-        highest = jnp.maximum(lax.cummax(log_scale), sums.log_scale)
-        base = finite_or_zero(highest)
-        i, j = indices(chunk_size)[:, None], indices(chunk_size)[None, :]
-        decay = jnp.exp(jnp.where(i >= j, log_scale[None, :] - base[:, None], -jnp.inf))
-        within = (query_features @ features.T) * decay[None]
-        before = jnp.exp(sums.log_scale - base)[None, :, None]
-        found = within @ tokens.value + before * (query_features @ sums.values)
-
-        poison = query_poison + (sums.poison + jnp.cumsum(tokens.poison))[None, :]
-        context = _context(found, query_scale, highest, poison, normalize)
-        return _absorb(sums, features, log_scale, tokens), context
+    step = jax.checkpoint(functools.partial(_step, feature_map, normalize))
 
     def chunks(x: Array, axis: int = 0) -> Array:
         count = x.shape[axis] // chunk_size
@@ -142,20 +123,43 @@ def _scan(
     return jnp.moveaxis(contexts, 0, 1).reshape(*query.shape[:2], contexts.shape[-1]), sums
 
 
-def _absorb(sums: Sums, features: Array, log_scale: Array, tokens: _Tokens) -> Sums:
+def _step(
+    feature_map: Any, normalize: bool, sums: KeySums, chunk: tuple[Array, _Tokens]
+) -> tuple[KeySums, Array]:
+    """Attend within one chunk of C keys and to the sums before it; queries [G, C, H]."""
+    query, tokens = chunk
+    query_features, query_scale, query_poison = _query_features(feature_map, query)
+    features, log_scale = split_scale(feature_map, tokens.key)
+    log_scale = jnp.where(tokens.present, log_scale, -jnp.inf)
+
+    # The largest scale up to each row: a later key has no part in what an earlier row sums.
+    highest = jnp.maximum(lax.cummax(log_scale), sums.log_scale)
+    base = finite_or_zero(highest)
+    i, j = indices(len(log_scale))[:, None], indices(len(log_scale))[None, :]
+    decay = jnp.exp(jnp.where(i >= j, log_scale[None, :] - base[:, None], -jnp.inf))
+    within = (query_features @ features.T) * decay[None]
+    before = jnp.exp(sums.log_scale - base)[None, :, None]
+    found = within @ tokens.value + before * (query_features @ sums.values)
+
+    poison = query_poison + (sums.poison + jnp.cumsum(tokens.poison))[None, :]
+    context = _context(found, query_scale, highest, poison, normalize)
+    return _absorb(sums, features, log_scale, tokens), context
+
+
+def _absorb(sums: KeySums, features: Array, log_scale: Array, tokens: _Tokens) -> KeySums:
     """Add keys to the sums of one head, which are kept at the largest scale so far."""
     highest = jnp.max(log_scale, initial=-jnp.inf)
     highest = jnp.maximum(highest, sums.log_scale)
     base = finite_or_zero(highest)
     added = (features * jnp.exp(log_scale - base)[:, None]).T @ tokens.value
     values = jnp.exp(sums.log_scale - base) * sums.values + added
-    return Sums(values, highest, sums.poison + jnp.sum(tokens.poison))
+    return KeySums(values, highest, sums.poison + jnp.sum(tokens.poison))
 
 
 def _query_features(feature_map: Any, query: Array) -> tuple[Array, Array, Array]:
     """Return features [G, T, M] of queries [G, T, H], their scale and poison [G, T]."""
     query, poison = finite_rows(query)
-    features, log_scale = jax.vmap(functools.partial(scaled, feature_map))(query)
+    features, log_scale = jax.vmap(functools.partial(split_scale, feature_map))(query)
     return features, log_scale, poison
 
 

@@ -19,7 +19,7 @@ from attention_jax.base import checks
 from attention_jax.base.binding import PerHead
 from attention_jax.base.typing import at_least_float32
 from attention_jax.linear.feature_maps import elu_plus_one, is_signed
-from attention_jax.linear.recurrence import Sums, extended, padded, read_out, scanned
+from attention_jax.linear.recurrence import KeySums, extended, padded, read_out, scanned
 from attention_jax.masks import padding
 from attention_jax.masks.intervals import indices
 
@@ -37,7 +37,7 @@ class LinearState(NamedTuple):
     Its size never grows, and every example has its own length.
     """
 
-    sums: Sums
+    sums: KeySums
     length: Array
 
 
@@ -88,7 +88,7 @@ def linear_attention(
     sizes = _sizes(name, query, key, value)
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     _check_options(name, feature_map, normalize, chunk_size)
-    found = padding.read(name, mask, sizes, causal=True, reason=_SHARED)
+    found = padding.from_mask(name, mask, sizes, causal=True, reason=_SHARED)
     sums = _empty(sizes["B"], key, value, feature_map)
     query = jnp.where(found.query[:, :, None, None], query, 0.0)
     if found.causal is None:
@@ -134,7 +134,9 @@ def init(
     num_features = _num_features(feature_map, key_depth, dtype)
     values = jnp.zeros((batch, num_key_heads, num_features, value_depth + 1), dtype)
     nothing = jnp.full((batch, num_key_heads), -jnp.inf, dtype)
-    return LinearState(Sums(values, nothing, jnp.zeros_like(nothing)), jnp.zeros(batch, jnp.int32))
+    return LinearState(
+        KeySums(values, nothing, jnp.zeros_like(nothing)), jnp.zeros(batch, jnp.int32)
+    )
 
 
 def decode(
@@ -183,7 +185,7 @@ def decode(
     _check_options("decode", feature_map, normalize, chunk_size)
     _check_state("decode", state, key, value, feature_map)
     starts = (state.length, state.length)
-    found = padding.read("decode", mask, sizes, causal=True, reason=_SHARED, starts=starts)
+    found = padding.from_mask("decode", mask, sizes, causal=True, reason=_SHARED, starts=starts)
     if found.causal != 0:
         raise ValueError(
             "decode: the mask must be masks.Causal() with offset 0, or that and padding joined by "
@@ -306,6 +308,6 @@ def _num_features(feature_map: Any, depth: int, dtype: Any) -> int:
     return shape[1]
 
 
-def _empty(batch: int, key: Array, value: Array, feature_map: Any) -> Sums:
+def _empty(batch: int, key: Array, value: Array, feature_map: Any) -> KeySums:
     sizes = (batch, key.shape[2], key.shape[3], value.shape[3])
     return init(*sizes, feature_map=feature_map, dtype=key.dtype).sums

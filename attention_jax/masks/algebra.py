@@ -102,7 +102,7 @@ class Mask(ByValue):
                [2, 1]], dtype=int8)
         """
         _check_one_head(self)
-        return intervals.read(
+        return intervals.classify(
             self,
             intervals.tile_intervals(query_length, query_size, axis=0),
             intervals.tile_intervals(key_length, key_size, axis=1),

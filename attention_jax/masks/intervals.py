@@ -344,7 +344,7 @@ def judge_untraced(predicate: Callable[..., Any], q_idx: Any, kv_idx: Any) -> An
     return Truth(np.int8(PARTIAL)) if is_traced else answer
 
 
-def read(predicate: Callable[..., Any], q_idx: Interval, kv_idx: Interval) -> Any:
+def classify(predicate: Callable[..., Any], q_idx: Interval, kv_idx: Interval) -> Any:
     """Answer EMPTY, PARTIAL or FULL for the grid of tiles `q_idx [nq, 1]` x `kv_idx [1, nk]`."""
     grid = np.broadcast_shapes(np.shape(q_idx.low), np.shape(kv_idx.low))
     state = judge(predicate, q_idx, kv_idx).state

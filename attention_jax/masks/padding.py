@@ -6,6 +6,7 @@ over time it can leave out the future. Any other mask names pairs, and is refuse
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class Padding(NamedTuple):
     causal: int | None
 
 
-def read(
+def from_mask(
     operation: str,
     mask: Any,
     sizes: dict[str, int],
@@ -56,18 +57,11 @@ def read(
       ValueError: a mask of another kind.
       ShapeError: lengths or an array that do not fit.
 
-    >>> found = read("f", Lengths(2), dict(B=1, N=1, T=1, S=3), causal=False, reason="")
+    >>> found = from_mask("f", Lengths(2), dict(B=1, N=1, T=1, S=3), causal=False, reason="")
     >>> found.key, found.causal
     (Array([[ True,  True, False]], dtype=bool), None)
     """
-
-    def refused(what: str) -> ValueError:
-        allowed = "masks.Lengths, arrays over the keys alone" + ", masks.Causal" * causal
-        return ValueError(
-            f"{operation}: {what} cannot be honoured, because {reason}; it takes {allowed} and "
-            "these joined by &, and attend takes any mask."
-        )
-
+    refused = functools.partial(_refused, operation, reason, causal)
     query_at, key_at = (
         jnp.reshape(start, (-1, 1)) + indices(sizes[axis])[None, :]
         for axis, start in zip("TS", starts or (0, 0), strict=True)
@@ -93,6 +87,14 @@ def read(
         query, key = _rows(part, query_at, key_at)
         padding = padding._replace(query=padding.query & query, key=padding.key & key)
     return padding
+
+
+def _refused(operation: str, reason: str, causal: bool, what: str) -> ValueError:
+    allowed = "masks.Lengths, arrays over the keys alone" + ", masks.Causal" * causal
+    return ValueError(
+        f"{operation}: {what} cannot be honoured, because {reason}; it takes {allowed} and "
+        "these joined by &, and attend takes any mask."
+    )
 
 
 def refuse(operation: str, options: dict[str, Any], *known: str) -> None:

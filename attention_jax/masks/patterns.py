@@ -22,7 +22,7 @@ from attention_jax.base.checks import at_least
 from attention_jax.masks.algebra import Full, Mask, as_mask
 from attention_jax.masks.common import Causal, Window, signed
 from attention_jax.masks.graphs import Edges, edges
-from attention_jax.masks.intervals import Interval, Lookup, Unknown, judge
+from attention_jax.masks.intervals import Interval, Lookup, Unknown, indices, judge
 
 __all__ = [
     "Block",
@@ -248,50 +248,54 @@ def _is_whole_number(tokens: Any) -> bool:
 
 
 def random_blocks(
-    key: Array,
+    rng: Array,
     length: int,
     size: int,
-    count: int,
+    num_blocks: int,
     avoiding: Any = None,
-    heads: int | None = None,
+    num_heads: int | None = None,
 ) -> Block:
-    """Let every block of queries attend to `count` blocks of keys, drawn without replacement.
+    """Let each block of queries attend to `num_blocks` blocks of keys, drawn without replacement.
 
     Args:
-      key: a `jax.random` key; the blocks depend on it and on nothing else.
+      rng: a `jax.random` key; the blocks depend on it and on nothing else.
       length: of the sequence; it may end within a block.
       size: tokens a block.
-      count: blocks drawn for each block of queries; fewer where fewer are left.
+      num_blocks: drawn for each block of queries; fewer where fewer are left.
       avoiding: a mask over blocks; what it allows is not drawn again.
-      heads: draw anew for each of N heads; None draws once for all.
+      num_heads: N, to draw anew for each head; None draws once for all.
 
     Raises:
       ValueError: a length or size below 1, or a negative count.
 
     Zaheer et al. 2020, section 2 ("random attention").
 
-    >>> mask = random_blocks(jax.random.key(0), 8, size=2, count=1, avoiding=Causal())
+    >>> mask = random_blocks(jax.random.key(0), 8, size=2, num_blocks=1, avoiding=Causal())
     >>> mask.to_dense(8).sum(axis=1)  # the last block has no other left
     Array([2, 2, 2, 2, 2, 2, 0, 0], dtype=int32)
     """
     at_least("random_blocks", 1, length=length, size=size)
-    at_least("random_blocks", 0, count=count)
-    number = -(-length // size)
+    at_least("random_blocks", 0, num_blocks=num_blocks)
+    total = -(-length // size)
     taken = ~Full() if avoiding is None else as_mask(avoiding)
-    blocks = jnp.arange(number, dtype=jnp.int32)
+    draw = functools.partial(_draw_blocks, taken=taken, total=total, count=min(num_blocks, total))
+    if num_heads is None:
+        return Block(Edges(draw(rng)), size)
+    return Block(Edges(jax.vmap(draw)(jax.random.split(rng, num_heads))[None]), size)
 
-    def of_row(row: tuple[Array, Array]) -> Array:
-        noise = jax.random.uniform(row[0], (number,))
-        noise = jnp.where(taken(row[1][None, None], blocks[None, :])[0], -1.0, noise)
-        largest, drawn = jax.lax.top_k(noise, min(count, number))
-        return jnp.where(largest < 0, -1, drawn)
 
-    def of_head(key: Array) -> Array:
-        return jax.lax.map(of_row, (jax.random.split(key, number), blocks))
+def _draw_blocks(rng: Array, taken: Mask, total: int, count: int) -> Array:
+    """Draw blocks of keys for each block of queries, [total, count]; -1 where fewer are left."""
+    of_row = functools.partial(_draw_row, taken=taken, total=total, count=count)
+    return jax.lax.map(of_row, (jax.random.split(rng, total), indices(total)))
 
-    if heads is None:
-        return Block(Edges(of_head(key)), size)
-    return Block(Edges(jax.vmap(of_head)(jax.random.split(key, heads))[None]), size)
+
+def _draw_row(row: tuple[Array, Array], taken: Mask, total: int, count: int) -> Array:
+    rng, block = row
+    noise = jax.random.uniform(rng, (total,))
+    noise = jnp.where(taken(block[None, None], indices(total)[None, :])[0], -1.0, noise)
+    largest, drawn = jax.lax.top_k(noise, count)
+    return jnp.where(largest < 0, -1, drawn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,38 +405,38 @@ def longformer(window: int, tokens: Any = 0, dilation: int | Sequence[int] = 1) 
 
 
 def bigbird(
-    key: Array,
+    rng: Array,
     length: int,
     size: int = 64,
     window: int = 3,
-    global_blocks: int = 2,
-    random: int = 3,
-    heads: int | None = None,
+    num_global: int = 2,
+    num_random: int = 3,
+    num_heads: int | None = None,
 ) -> Mask:
-    """Blocks: `window` around the query's own, the first `global_blocks`, and `random` others.
+    """Blocks: `window` around the query's own, the first `num_global`, and `num_random` others.
 
     No random block is one of the window or a global one, so no key counts twice, and random ones
     come from anywhere in the sequence. Of short sequences with few blocks, all are attended.
 
     Args:
-      key: a `jax.random` key for the random blocks.
+      rng: a `jax.random` key for the random blocks.
       length: of the sequence.
       size: tokens a block.
       window: odd; blocks of the window, the query's own included.
-      global_blocks: blocks that attend to all and are attended by all.
-      random: random blocks for each block of queries.
-      heads: draw the random blocks anew for each of N heads; None draws once for all.
+      num_global: blocks that attend to all and are attended by all.
+      num_random: random blocks for each block of queries.
+      num_heads: N, to draw the random blocks anew for each head; None draws once for all.
 
     Raises:
       ValueError: an even window, a size below 1, or a negative number of blocks.
 
     Zaheer et al. 2020, section 2 (the internal construction, "BigBird-ITC").
 
-    >>> mask = bigbird(jax.random.key(0), 8, size=1, global_blocks=1, random=1)
+    >>> mask = bigbird(jax.random.key(0), 8, size=1, num_global=1, num_random=1)
     >>> mask.to_dense(8).sum(axis=1)  # window 3, global 1, random 1; the first is global
     Array([8, 4, 5, 5, 5, 5, 5, 4], dtype=int32)
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"bigbird: window must be odd and 1 or more blocks, got {window}.")
-    near = Window(window // 2, window // 2) | GlobalTokens(global_blocks)
-    return Block(near, size) | random_blocks(key, length, size, random, near, heads)
+    near = Window(window // 2, window // 2) | GlobalTokens(num_global)
+    return Block(near, size) | random_blocks(rng, length, size, num_random, near, num_heads)

@@ -6,6 +6,7 @@ into what concerns one row and what concerns a pair.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -251,14 +252,23 @@ def _deep_pairs(
     activation: Any,
 ) -> Array:
     """Run the layers above the first, one query row at a time: S x A numbers, not T x S x A."""
+    of_row = functools.partial(
+        _logits_of_row, key=key, layers=(weights, biases), value=value, activation=activation
+    )
+    return jax.lax.map(jax.checkpoint(of_row), query)
 
-    def logits_of_row(row: Array) -> Array:
-        hidden = activation(row[None, :] + key)
-        for weight, bias in zip(weights, biases, strict=True):
-            hidden = activation(hidden @ weight + bias[None, :])
-        return hidden @ value
 
-    return jax.lax.map(jax.checkpoint(logits_of_row), query)
+def _logits_of_row(
+    row: Array,
+    key: Array,
+    layers: tuple[Sequence[Array], Sequence[Array]],
+    value: Array,
+    activation: Any,
+) -> Array:
+    hidden = activation(row[None, :] + key)
+    for weight, bias in zip(*layers, strict=True):
+        hidden = activation(hidden @ weight + bias[None, :])
+    return hidden @ value
 
 
 def _project_upper(query: Array, weight: Array) -> Array:

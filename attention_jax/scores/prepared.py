@@ -7,6 +7,8 @@ has few queries, and returns their weights.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +18,11 @@ from attention_jax import masks
 from attention_jax.base import checks
 from attention_jax.base.binding import as_pytree
 from attention_jax.base.finite import finite_rows
+from attention_jax.base.typing import Normalizer
 from attention_jax.masks import algebra, batch_axes
+from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import softmax
-from attention_jax.scores.composition import separate
+from attention_jax.scores.composition import Separated, separate
 
 Array = jax.Array
 
@@ -102,17 +106,26 @@ def read(
     normalizer = _cast(normalizer, dtype)
     query, query_poison = finite_rows(query.astype(dtype))
     mask_arrays, mask_axes, mask_of = _by_example(mask, sizes)
-    q_idx, kv_idx = (jnp.arange(sizes[axis], dtype=jnp.int32) for axis in "TS")
-
-    def one_example(query: Array, poison: Array, source: Source, arrays: Any) -> Any:
-        logits = parts.paired(parts.query_map(query), source.key, q_idx, kv_idx)
-        logits = logits + poison[:, None] + source.poison[None, :]
-        allowed = mask_of(arrays)(q_idx[:, None], kv_idx[None, :])
-        weights = normalizer(logits, jnp.broadcast_to(allowed, logits.shape))
-        return weights @ source.value, weights
-
-    lifted = jax.vmap(one_example, in_axes=(0, 0, 0, mask_axes))
+    of_example = functools.partial(_attend_example, parts, normalizer, mask_of)
+    lifted = jax.vmap(of_example, in_axes=(0, 0, 0, mask_axes))
     return lifted(query, query_poison, source, mask_arrays)
+
+
+def _attend_example(
+    parts: Separated,
+    normalizer: Normalizer,
+    mask_of: Callable[[list[Any]], masks.Mask],
+    query: Array,
+    poison: Array,
+    source: Source,
+    mask_arrays: list[Any],
+) -> tuple[Array, Array]:
+    q_idx, kv_idx = indices(query.shape[0]), indices(source.key.shape[0])
+    logits = parts.paired(parts.query_map(query), source.key, q_idx, kv_idx)
+    logits = logits + poison[:, None] + source.poison[None, :]
+    allowed = mask_of(mask_arrays)(q_idx[:, None], kv_idx[None, :])
+    weights = normalizer(logits, jnp.broadcast_to(allowed, logits.shape))
+    return weights @ source.value, weights
 
 
 def _by_example(mask: Any, sizes: dict[str, int]) -> tuple[list[Any], list[int | None], Any]:

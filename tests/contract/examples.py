@@ -224,14 +224,14 @@ def _edges(rng, batch, heads, query_length, key_length):
 
 def _random_blocks(rng, batch, heads, query_length, key_length):
     key = jax.random.key(int(rng.integers(99)))
-    mask = masks.random_blocks(key, 8, size=2, count=2, heads=heads)
+    mask = masks.random_blocks(key, 8, size=2, num_blocks=2, num_heads=heads)
     drawn = np.asarray(mask.mask.neighbors)[0]
     return MaskExample(mask, lambda b, n, i, j: j // 2 in drawn[n, i // 2])
 
 
 def _bigbird(rng, batch, heads, query_length, key_length):
     key = jax.random.key(int(rng.integers(99)))
-    mask = masks.bigbird(key, 8, size=1, window=3, global_blocks=1, random=2)
+    mask = masks.bigbird(key, 8, size=1, window=3, num_global=1, num_random=2)
     drawn = np.asarray(masks.random_blocks(key, 8, 1, 2, NEAR).mask.neighbors)
     return MaskExample(mask, lambda b, n, i, j: abs(i - j) <= 1 or 0 in (i, j) or j in drawn[i])
 

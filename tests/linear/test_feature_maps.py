@@ -11,7 +11,7 @@ import pytest
 from attention_jax import bind
 from attention_jax.base.parameters import bind_parameters, initialize, parameters_of
 from attention_jax.linear import feature_maps, performer
-from attention_jax.linear.feature_maps import scaled
+from attention_jax.linear.feature_maps import split_scale
 
 DEPTH = 4
 
@@ -82,7 +82,7 @@ def test_kernels():
 @pytest.mark.parametrize("name", MAPS)
 def test_scaled_features_are_the_features(name):
     x, phi = normal(5, DEPTH), MAPS[name]
-    features, log_scale = scaled(phi, x)
+    features, log_scale = split_scale(phi, x)
     np.testing.assert_allclose(features * jnp.exp(log_scale)[:, None], phi(x), rtol=1e-5)
     assert np.max(np.abs(features)) <= 1 + 1e-6
     weights = normal(*features.shape)
@@ -91,7 +91,7 @@ def test_scaled_features_are_the_features(name):
         return jnp.sum(weights * function(x))
 
     def rescaled(x):
-        features, log_scale = scaled(phi, x)
+        features, log_scale = split_scale(phi, x)
         return features * jnp.exp(log_scale)[:, None]
 
     expected = jax.grad(functools.partial(total, phi))(x)
@@ -103,14 +103,14 @@ def test_scaled_features_are_the_features(name):
 @pytest.mark.parametrize("name", sorted(LOGARITHMIC))
 def test_far_from_zero_the_scale_is_in_the_logarithm(name):
     x = 1000.0 * normal(5, DEPTH)
-    features, log_scale = scaled(MAPS[name], x)
+    features, log_scale = split_scale(MAPS[name], x)
     chex.assert_tree_all_finite((features, log_scale))
     np.testing.assert_array_equal(features.max(axis=1), 1.0)
     assert np.all(features > 0)
 
 
 def test_a_row_without_features_has_no_scale():
-    features, log_scale = scaled(bind(feature_maps.relu, epsilon=0.0), -jnp.ones((1, 3)))
+    features, log_scale = split_scale(bind(feature_maps.relu, epsilon=0.0), -jnp.ones((1, 3)))
     np.testing.assert_array_equal(features, 0.0)
     np.testing.assert_array_equal(log_scale, -jnp.inf)
 

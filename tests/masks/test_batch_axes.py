@@ -135,7 +135,7 @@ def test_axes_of_size_one_are_dropped_from_the_mask_itself():
             "(2, 1); build the mask for this length.",
         ),
         (
-            random_blocks(jax.random.key(0), 2, size=2, count=1) | Causal(),
+            random_blocks(jax.random.key(0), 2, size=2, num_blocks=1) | Causal(),
             "f: Edges.neighbors must hold an entry for each of the T = 3 blocks of 2 positions, "
             "got shape (1, 1); build the mask for this length.",
         ),

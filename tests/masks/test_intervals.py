@@ -236,14 +236,14 @@ def test_tile_intervals_cover_the_sequence_without_overlap(length, size):
 def test_a_predicate_that_cannot_be_read_counts_as_partial(predicate):
     rows, columns = (intervals.tile_intervals(4, 2, axis) for axis in (0, 1))
     np.testing.assert_array_equal(
-        intervals.read(predicate, rows, columns), np.full((2, 2), PARTIAL)
+        intervals.classify(predicate, rows, columns), np.full((2, 2), PARTIAL)
     )
 
 
 @pytest.mark.parametrize("constant", [True, False, np.True_])
 def test_a_constant_predicate(constant):
     rows, columns = (intervals.tile_intervals(4, 2, axis) for axis in (0, 1))
-    state = intervals.read(lambda q_idx, kv_idx: constant, rows, columns)
+    state = intervals.classify(lambda q_idx, kv_idx: constant, rows, columns)
     np.testing.assert_array_equal(state, np.full((2, 2), FULL if constant else EMPTY))
 
 

@@ -12,7 +12,7 @@ SIZES = {"B": 2, "N": 3, "T": 3, "S": 4}
 
 
 def read(mask, causal=True):
-    return padding.read("f", mask, SIZES, causal=causal, reason="it is a test")
+    return padding.from_mask("f", mask, SIZES, causal=causal, reason="it is a test")
 
 
 KEYS = np.array([[True, True, False, False], [False, True, True, True]])

@@ -125,7 +125,7 @@ def test_every_empty_tile_is_found(mask, sizes):
         (lambda length: longformer(128), 3),
         (lambda length: longformer(128, dilation=2), 5),
         (lambda length: Chunked(64, before=1) & Causal(), 2),
-        (lambda length: bigbird(KEY, length, size=64, global_blocks=0), 6),
+        (lambda length: bigbird(KEY, length, size=64, num_global=0), 6),
     ],
 )
 def test_live_tiles_are_proportional_to_what_is_attended(pattern, of_row):
@@ -162,14 +162,14 @@ def test_random_blocks_repeat_neither_window_nor_global_blocks(blocks, size):
     """Also where there are fewer blocks than are asked for, and a last block that is short."""
     near = Window(1, 1) | GlobalTokens(1)
     length = blocks * size - (size > 1)
-    drawn = random_blocks(KEY, length, size, count=3, avoiding=near)
+    drawn = random_blocks(KEY, length, size, num_blocks=3, avoiding=near)
     listed = np.asarray(drawn.mask.neighbors)
     allowed = np.asarray(near.to_dense(blocks))
     for query, row in enumerate(listed):
         found = row[row >= 0]
         assert len(set(found)) == len(found) == min(3, (~allowed[query]).sum())
         assert not allowed[query, found].any()
-    whole = bigbird(KEY, length, size=size, global_blocks=1).to_dense(length)
+    whole = bigbird(KEY, length, size=size, num_global=1).to_dense(length)
     both = Block(near, size).to_dense(length) & drawn.to_dense(length)
     assert whole.shape == (length, length) and not both.any()
 
@@ -177,9 +177,9 @@ def test_random_blocks_repeat_neither_window_nor_global_blocks(blocks, size):
 def test_random_blocks_come_from_anywhere_with_equal_chance():
     blocks, draws = 64, 200
     keys = jax.random.split(KEY, draws)
-    rows = jax.jit(jax.vmap(lambda key: random_blocks(key, blocks, 1, count=3).mask.neighbors))(
-        keys
-    )
+    rows = jax.jit(
+        jax.vmap(lambda key: random_blocks(key, blocks, 1, num_blocks=3).mask.neighbors)
+    )(keys)
     counts = np.bincount(np.asarray(rows).ravel(), minlength=blocks)
     expected = draws * 3
     assert counts.sum() == expected * blocks
@@ -188,7 +188,7 @@ def test_random_blocks_come_from_anywhere_with_equal_chance():
 
 def test_random_blocks_reach_beyond_the_first_1024_tokens():
     """Three quarters of 4096 tokens are beyond, for the first rows of blocks and for the last."""
-    listed = np.asarray(random_blocks(KEY, 4096, size=64, count=16).mask.neighbors)
+    listed = np.asarray(random_blocks(KEY, 4096, size=64, num_blocks=16).mask.neighbors)
     beyond = (listed >= 1024 // 64).mean(axis=1)
     assert listed.shape == (64, 16)
     assert (beyond > 0.4).all() and abs(beyond.mean() - 0.75) < 0.05
@@ -230,8 +230,8 @@ def inputs(heads, length):
         ),
         (longformer(4, tokens=1, dilation=[1, 2, 3]), lambda n: longformer(4, 1, dilation=n + 1)),
         (
-            bigbird(KEY, 13, size=2, random=1, heads=3),
-            lambda n: bigbird(KEY, 13, size=2, random=1, heads=3).of(head=n),
+            bigbird(KEY, 13, size=2, num_random=1, num_heads=3),
+            lambda n: bigbird(KEY, 13, size=2, num_random=1, num_heads=3).of(head=n),
         ),
     ],
     ids=["heads", "composed heads", "dilated heads", "random heads"],
@@ -269,7 +269,7 @@ def test_sizes_may_be_of_any_integer_type(build, kind):
 
 @pytest.mark.slow
 def test_random_blocks_differ_between_heads():
-    mask = random_blocks(KEY, 64, 2, count=2, heads=2)
+    mask = random_blocks(KEY, 64, 2, num_blocks=2, num_heads=2)
     assert (mask.of(head=0).to_dense(64) != mask.of(head=1).to_dense(64)).any()
 
 
@@ -307,7 +307,10 @@ def test_random_blocks_differ_between_heads():
             "bigbird: window must be odd and 1 or more blocks, got 2.",
         ),
         (lambda: bigbird(KEY, 64, size=0), "Block: size must be 1 or more, got 0."),
-        (lambda: bigbird(KEY, 64, random=-1), "random_blocks: count must be 0 or more, got -1."),
+        (
+            lambda: bigbird(KEY, 64, num_random=-1),
+            "random_blocks: num_blocks must be 0 or more, got -1.",
+        ),
         (lambda: random_blocks(KEY, 0, 4, 1), "random_blocks: length must be 1 or more, got 0."),
         (
             lambda: Heads([Causal(), Full()]).to_dense(4),
