@@ -10,9 +10,10 @@
 from attention_jax import base, diagnostics, linear, masks, normalizers, positions, scores
 from attention_jax.attention import attend, explain
 from attention_jax.base import Parameter, ShapeError, bind, learned, per_head
-from attention_jax.implementations.merging import merge
+from attention_jax.implementations import Attended, merge
 
 __all__ = [
+    "Attended",
     "Parameter",
     "ShapeError",
     "attend",

@@ -6,24 +6,23 @@ import functools
 from typing import Any
 
 import jax
-import jax.core
-import jax.numpy as jnp
-import numpy as np
 
 from attention_jax import masks
-from attention_jax.base import checks
-from attention_jax.base.typing import at_least_float32
+from attention_jax.base.binding import PerHead
+from attention_jax.base.typing import Bias, Normalizer, Predicate, Score
 from attention_jax.implementations import choice, cudnn
+from attention_jax.implementations.choice import IMPLEMENTATIONS
 from attention_jax.implementations.dense import dense
+from attention_jax.implementations.head import SAVED, Attended, Head
+from attention_jax.implementations.lifting import lift
 from attention_jax.implementations.tiled import tiled
-from attention_jax.masks import algebra
-from attention_jax.normalizers import Exponential, softmax, streaming
-from attention_jax.request import KeyOfExample, Operands, function_of
+from attention_jax.normalizers import softmax
+from attention_jax.request import Operand, Request, heads, operands
 from attention_jax.scores import scaled_dot
 
-Array = jax.Array
+__all__ = ["IMPLEMENTATIONS", "attend", "explain"]
 
-IMPLEMENTATIONS = ("dense", "tiled", "cudnn")
+Array = jax.Array
 
 
 def attend(
@@ -31,10 +30,10 @@ def attend(
     key: Array,
     value: Array,
     *,
-    score: Any = scaled_dot,
-    mask: Any = None,
-    bias: Any = None,
-    normalizer: Any = softmax,
+    score: Score | PerHead = scaled_dot,
+    mask: masks.Mask | Predicate | Array | None = None,
+    bias: Bias | PerHead | Array | None = None,
+    normalizer: Normalizer | PerHead = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     implementation: str | None = None,
@@ -71,13 +70,14 @@ def attend(
         better; -inf for a query that may attend to nothing.
 
     Returns:
-      Context [B, T, N, V] in the dtype of `value`; a tuple with what else was asked for, in the
-      order weights, log-sum-exp.
+      Context [B, T, N, V] in the dtype of `value`; with `return_weights` or `return_logsumexp`
+      an `Attended`, the named tuple (context, weights, logsumexp) with None for what was not
+      asked for.
 
     Raises:
       ShapeError: operands that do not fit each other.
       ValueError: an argument out of range, or something the implementation cannot do.
-      TypeError: what is no array, function or mask where one belongs.
+      TypeError: an argument of the wrong type.
 
     Vaswani et al. 2017, equation 1, for a general score; Bahdanau, Cho and Bengio 2015.
 
@@ -85,41 +85,23 @@ def attend(
     >>> attend(x, x[:, :, :2], x[:, :, :2], mask=masks.Causal()).shape
     (2, 5, 4, 8)
     """
-    sizes = _sizes(query, key, value)
-    query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    _check_dropout(dropout_rate, dropout_key)
-    mask = algebra.with_int32(algebra.as_mask(mask))
-    name, tile = _resolve(
-        sizes,
-        query.dtype,
-        score,
-        mask,
-        bias,
-        normalizer,
-        dropout_rate,
-        implementation,
-        tile_sizes,
-        return_weights,
-        return_logsumexp,
+    request = Request.of(
+        query,
+        key,
+        value,
+        score=score,
+        mask=mask,
+        bias=bias,
+        normalizer=normalizer,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        implementation=implementation,
+        tile_sizes=tile_sizes,
+        return_weights=return_weights,
+        return_logsumexp=return_logsumexp,
     )
-    if name == "cudnn":
-        return cudnn.attend(query, key, value, score, mask)
-
-    operands = _operands(
-        sizes, query, key, value, score, mask, bias, normalizer, dropout_rate, dropout_key
-    )
-    if name == "dense":
-        context, weights, logsumexp = operands.run(dense, return_weights, sequential="")
-    else:
-        of_head = functools.partial(tiled, query_size=tile[0], key_size=tile[1])
-        sequential = choice.sequential_axes(operands.mask_axes)
-        context, weights, logsumexp = operands.run(of_head, False, sequential)
-    returned: list[Any] = [context.astype(value.dtype)]
-    if return_weights:
-        returned.append(weights)
-    if return_logsumexp and logsumexp is not None:
-        returned.append(logsumexp)
-    return tuple(returned) if len(returned) > 1 else returned[0]
+    attended = _attended(request)
+    return attended if return_weights or return_logsumexp else attended.context
 
 
 def explain(
@@ -127,10 +109,10 @@ def explain(
     key: Any,
     value: Any,
     *,
-    score: Any = scaled_dot,
-    mask: Any = None,
-    bias: Any = None,
-    normalizer: Any = softmax,
+    score: Score | PerHead = scaled_dot,
+    mask: masks.Mask | Predicate | Array | None = None,
+    bias: Bias | PerHead | Array | None = None,
+    normalizer: Normalizer | PerHead = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     implementation: str | None = None,
@@ -148,160 +130,66 @@ def explain(
     >>> found.implementation, found.empty, found.partial, found.full
     ('tiled', 28, 8, 28)
     """
-    sizes: dict[str, int] = {}
-    jax.eval_shape(lambda *operands: sizes.update(_sizes(*operands)), query, key, value)
-    _check_dropout(dropout_rate, dropout_key)
-    mask = algebra.with_int32(algebra.as_mask(mask))
-    name, tile = _resolve(
-        sizes,
-        query.dtype,
-        score,
-        mask,
-        bias,
-        normalizer,
-        dropout_rate,
-        implementation,
-        tile_sizes,
-        return_weights,
-        return_logsumexp,
+    request_of = functools.partial(
+        Request.of,
+        score=score,
+        mask=mask,
+        bias=bias,
+        normalizer=normalizer,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        implementation=implementation,
+        tile_sizes=tile_sizes,
+        return_weights=return_weights,
+        return_logsumexp=return_logsumexp,
     )
-
-    def check(query: Array, key: Array, value: Array) -> None:
-        _operands(
-            sizes, query, key, value, score, mask, bias, normalizer, dropout_rate, dropout_key
-        )
-
-    jax.eval_shape(check, query, key, value)
-    itemsize = at_least_float32(query.dtype).itemsize
-    return choice.describe(name, mask, sizes, tile, itemsize)
+    return jax.eval_shape(functools.partial(_explained, request_of), query, key, value)
 
 
-def _sizes(query: Any, key: Any, value: Any) -> dict[str, int]:
-    checks.floating("attend", query=query, key=key, value=value)
-    letters = {"query": (query, "BTNQ"), "key": (key, "BSKH"), "value": (value, "BSKV")}
-    sizes = checks.axes("attend", **letters)
-    checks.at_least("attend", 1, **{"query heads N": sizes["N"]})
-    checks.multiple("attend", "query heads N", sizes["N"], "key heads K", sizes["K"])
-    return sizes
+def _attended(request: Request) -> Attended:
+    """Choose an implementation and run it over all heads and examples."""
+    name = choice.choose(request)
+    if name == "cudnn":
+        return Attended(cudnn.attend(request))
+    given = operands(request)
+    of_head, sequential = dense, ""
+    if name == "tiled":
+        of_head = functools.partial(tiled, plan=choice.plan_for(request))
+        sequential = choice.sequential_axes(given["mask"].axes)
+    wanted = request.return_weights, request.return_logsumexp
+    one_head = functools.partial(_one_head, of_head, given, wanted)
+    axes = [letters for operand in given.values() for letters in operand.axes]
+    letters: Any = [x.replace("N", heads(request)) for x in ("BTN", "BN", "BTN")]
+    letters = Attended(*letters)
+    lifted = lift(one_head, axes, letters, f"B{heads(request)}", sequential, SAVED)
+    attended = lifted(*(leaf for operand in given.values() for leaf in operand.leaves))
+    context, weights, logsumexp = jax.tree.map(
+        functools.partial(_ungrouped, request),
+        attended,
+        jax.tree.broadcast(letters, attended),
+    )
+    return Attended(context.astype(request.value.dtype), weights, logsumexp)
 
 
-def _operands(
-    sizes: dict[str, int],
-    query: Array,
-    key: Array,
-    value: Array,
-    score: Any,
-    mask: masks.Mask,
-    bias: Any,
-    normalizer: Any,
-    dropout_rate: float,
-    dropout_key: Array | None,
-) -> Operands:
-    """Collect the operands, each checked against the others."""
-    operands = Operands(sizes, at_least_float32(query.dtype))
-    operands.add("query", query, "BTN")
-    operands.add("key", key, "BSK")
-    operands.add("value", value, "BSK")
-    operands.add_score(score)
-    operands.add_mask(mask)
-    operands.add_bias(bias)
-    operands.add_normalizer(normalizer)
-    operands.add_dropout(dropout_rate, dropout_key)
-    return operands
+def _explained(request_of: Any, query: Array, key: Array, value: Array) -> choice.Choice:
+    request = request_of(query, key, value)
+    found = choice.describe(request)
+    operands(request)  # refuses what does not fit
+    return found
 
 
-def _resolve(
-    sizes: dict[str, int],
-    dtype: Any,
-    score: Any,
-    mask: masks.Mask,
-    bias: Any,
-    normalizer: Any,
-    dropout_rate: float,
-    implementation: str | None,
-    tile_sizes: tuple[int, int] | None,
-    return_weights: bool,
-    return_logsumexp: bool,
-) -> tuple[str, tuple[int, int]]:
-    """Return the implementation that runs and its tile; refuse what was asked for in vain."""
-    how = streaming(function_of(normalizer))
-    if return_logsumexp and not isinstance(how, Exponential):
-        raise ValueError(
-            "attend: return_logsumexp needs a softmax normalizer; this one has no log-sum-exp."
-        )
-    lacks = {
-        "dense": None,
-        "tiled": _tiled_lacks(how, return_weights),
-        "cudnn": cudnn.lacks(
-            sizes,
-            dtype,
-            score,
-            mask,
-            bias,
-            normalizer,
-            dropout_rate,
-            return_weights or return_logsumexp,
-        ),
-    }
-    if implementation is not None and implementation not in lacks:
-        raise ValueError(
-            f"attend: implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got "
-            f"{implementation!r}."
-        )
-    if implementation is not None and lacks[implementation]:
-        raise ValueError(f"attend: implementation {implementation!r} {lacks[implementation]}")
-    if implementation is None:
-        implementation = choice.choose(sizes, able=[n for n in lacks if not lacks[n]])
-    if tile_sizes is not None and not _are_tile_sizes(tile_sizes):
-        raise ValueError(
-            f"attend: tile_sizes must be two positive numbers, got {tile_sizes}; give how many "
-            "queries and how many keys, as integers."
-        )
-    if tile_sizes is None:
-        return implementation, choice.choose_tile(mask, sizes)
-    longest = max(sizes["T"], 1), max(sizes["S"], 1)
-    return implementation, (min(tile_sizes[0], longest[0]), min(tile_sizes[1], longest[1]))
+def _one_head(
+    of_head: Any, given: dict[str, Operand], wanted: tuple[bool, bool], *leaves: Any
+) -> Attended:
+    """Run an implementation on the arrays of one head, and leave out what is not wanted."""
+    rest = iter(leaves)
+    built = {name: part.build([next(rest) for _ in part.leaves]) for name, part in given.items()}
+    context, weights, logsumexp = of_head(Head(**built))
+    return Attended(context, weights if wanted[0] else None, logsumexp if wanted[1] else None)
 
 
-def _are_tile_sizes(sizes: Any) -> bool:
-    is_pair = isinstance(sizes, tuple | list) and len(sizes) == 2
-    return is_pair and all(isinstance(size, int | np.integer) and size > 0 for size in sizes)
-
-
-def _tiled_lacks(how: Any, return_weights: bool) -> str | None:
-    if return_weights:
-        return "never holds the weights; use implementation='dense' to look at them."
-    if how is None:
-        return (
-            "cannot stream this normalizer, which needs a whole row of logits; use "
-            "implementation='dense'."
-        )
-    return None
-
-
-def _check_dropout(rate: float, key: Any) -> None:
-    key = key.key if isinstance(key, KeyOfExample) else key
-    if isinstance(rate, jax.core.Tracer):
-        raise TypeError(
-            "attend: dropout_rate must be a number that is known while tracing, got one known only "
-            "inside jit; name it in static_argnames."
-        )
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"attend: dropout_rate must be in [0, 1), got {rate}.")
-    if rate and key is None:
-        raise ValueError(
-            f"attend: dropout_rate {rate} needs a dropout_key; give a jax.random key, or rate 0."
-        )
-    if rate and not _is_one_key(key):
-        is_array = hasattr(key, "dtype")
-        got = f"{key.dtype} of shape {key.shape}" if is_array else type(key).__name__
-        raise ValueError(f"attend: dropout_key must be one jax.random key, got {got}.")
-
-
-def _is_one_key(key: Any) -> bool:
-    """Tell whether it is a key of `jax.random.key`, or the words of one of `PRNGKey`."""
-    if not hasattr(key, "dtype"):
-        return False
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key.ndim == 0
-    return key.dtype == jnp.uint32 and key.ndim == 1
+def _ungrouped(request: Request, x: Array, letters: str) -> Array:
+    """Join the axes K and G to N."""
+    axis = letters.index("K")
+    end = axis + len(heads(request))
+    return x.reshape(x.shape[:axis] + (request.sizes["N"],) + x.shape[end:])

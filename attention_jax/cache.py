@@ -27,7 +27,7 @@ from attention_jax.base import checks
 from attention_jax.base.binding import PerHead, as_pytree
 from attention_jax.masks import batch_axes
 from attention_jax.masks.intervals import Lookup, indices, judge
-from attention_jax.request import KeyOfExample, as_bias
+from attention_jax.request import DropoutKey, as_bias
 from attention_jax.scores import separate
 from attention_jax.scores.composition import is_positional, positional
 
@@ -274,7 +274,7 @@ def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any)
         heads = [x[None] if "N" in axes else x for x, axes in zip(arrays, letters, strict=True)]
         alone = view._replace(key=view.key[None], value=view.value[None])
         bias = shared_bias if own_bias is None else own_bias[None]
-        key = None if dropout_key is None else KeyOfExample(dropout_key, number)
+        key = None if dropout_key is None else DropoutKey(dropout_key, number)
         own = {"bias": bias, "dropout_key": key}
         result = _attend(query[None], alone, structure.unflatten(heads), **own, **options)
         return jax.tree.map(lambda x: x[0], result)

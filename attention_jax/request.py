@@ -1,27 +1,145 @@
-"""The operands of `attend`, from arrays with heads to what one head is given."""
+"""The arguments of `attend`: one record, checked once, and its operands as arrays of all heads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
-from attention_jax import masks
 from attention_jax.base import checks
 from attention_jax.base.binding import PerHead, as_pytree, unbound
 from attention_jax.base.parameters import Learned
-from attention_jax.implementations.head import SAVED, Head, Result
-from attention_jax.implementations.lifting import lift
-from attention_jax.masks import batch_axes
+from attention_jax.base.typing import Bias, Normalizer, Score, at_least_float32
+from attention_jax.masks import Mask, algebra, batch_axes
 from attention_jax.masks.intervals import indices
-from attention_jax.normalizers import streaming
+from attention_jax.normalizers import Elementwise, Exponential, streaming
 from attention_jax.scores import separate
 from attention_jax.scores.composition import finished, is_positional
 
 Array = jax.Array
+
+
+class DropoutKey(NamedTuple):
+    """A `jax.random` key for a part of a batch that begins with the example `first_example`."""
+
+    rng: Any
+    first_example: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The arguments of `attend`, checked against each other, and their sizes by axis letter."""
+
+    query: Array
+    key: Array
+    value: Array
+    score: Score | PerHead
+    mask: Mask
+    bias: Bias | PerHead | Array | None
+    normalizer: Normalizer | PerHead
+    dropout_key: Array | DropoutKey | None
+    dropout_rate: float = dataclasses.field(metadata={"static": True})
+    implementation: str | None = dataclasses.field(metadata={"static": True})
+    tile_sizes: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
+    return_weights: bool = dataclasses.field(metadata={"static": True})
+    return_logsumexp: bool = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, query: Any, key: Any, value: Any, **options: Any) -> Request:
+        """Check the arguments of `attend`, but for what has to be traced to be known.
+
+        Raises:
+          ShapeError, ValueError, TypeError: as `attend`.
+        """
+        _check_arrays(query, key, value)
+        _check_dropout(options["dropout_rate"], options["dropout_key"])
+        _check_tile_sizes(options["tile_sizes"])
+        if not options["dropout_rate"]:
+            options["dropout_key"] = None
+        if options["tile_sizes"] is not None:
+            options["tile_sizes"] = tuple(map(int, options["tile_sizes"]))
+        for name in ("score", "normalizer"):
+            options[name] = _as_function(name, options[name])
+        options["mask"] = algebra.with_int32(algebra.as_mask(options["mask"]))
+        options["bias"] = as_bias(options["bias"])
+        request = cls(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), **options)
+        if request.return_logsumexp and not isinstance(request.streaming, Exponential):
+            raise ValueError(
+                "attend: return_logsumexp needs a softmax normalizer; this one has no log-sum-exp."
+            )
+        return request
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """The size behind each letter: B T S N K, Q of a query, H of a key, V of a value."""
+        letters = {
+            "query": (self.query, "BTNQ"),
+            "key": (self.key, "BSKH"),
+            "value": (self.value, "BSKV"),
+        }
+        return checks.axes("attend", **letters)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype to compute in."""
+        return at_least_float32(self.query.dtype)
+
+    @property
+    def groups(self) -> int:
+        """The number of query heads that share a key head, G."""
+        return self.sizes["N"] // self.sizes["K"]
+
+    @property
+    def streaming(self) -> Exponential | Elementwise | None:
+        """How the normalizer is computed tile by tile."""
+        return streaming(function_of(self.normalizer))
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """The numbers of queries and keys, [T, S]."""
+        return self.sizes["T"], self.sizes["S"]
+
+
+class Operand(NamedTuple):
+    """One operand of `attend` for all heads: its arrays, and the letters of their leading axes.
+
+    `build` makes of the arrays of one head what an implementation is given.
+    """
+
+    leaves: list[Any]
+    axes: list[str]
+    structure: Any
+    finish: Callable[[Any], Any]
+
+    def build(self, leaves: Sequence[Any]) -> Any:
+        """Return the operand of one head, from its arrays."""
+        return self.finish(jax.tree.unflatten(self.structure, leaves))
+
+
+def operands(request: Request) -> dict[str, Operand]:
+    """Return every operand by its name in `Head`, each checked against the others.
+
+    Raises:
+      ShapeError, TypeError: as `attend`.
+    """
+    return {
+        "query": _operand(request, request.query, ["BTN"]),
+        "key": _operand(request, request.key, ["BSK"]),
+        "value": _operand(request, request.value, ["BSK"]),
+        "score": _score(request),
+        "mask": _operand(request, *batch_axes.of_mask("attend", request.mask, request.sizes)),
+        "bias": _bias(request),
+        "normalizer": _normalizer(request),
+        "dropout": _dropout(request),
+    }
 
 
 def function_of(function: Any) -> Any:
@@ -30,209 +148,249 @@ def function_of(function: Any) -> Any:
 
 
 def as_bias(bias: Any) -> Any:
-    """Return a bias as it is, where it is a function, and numbers as an array.
+    """Return a bias as a function that is a pytree, or numbers as an array.
 
     Raises:
-      TypeError: a bias whose parameters are declared and not there.
+      TypeError: a bias that is declared for a module, or that waits for its parameters.
 
     >>> as_bias([[1.0, 2.0]]).shape
     (1, 2)
     """
-    _refuse_declared("bias", bias)
-    return bias if bias is None or callable(function_of(bias)) else jnp.asarray(bias)
+    if bias is None or (not callable(function_of(bias)) and not isinstance(bias, Learned)):
+        return bias if bias is None else jnp.asarray(bias)
+    return _as_function("bias", bias)
 
 
-def _refuse_declared(name: str, function: Any) -> None:
-    """Refuse a function whose parameters are declared for a module to create."""
+def _as_function(name: str, function: Any) -> Any:
+    """Return a score, bias or normalizer as a pytree; refuse one without its parameters."""
     if isinstance(function, Learned):
         names = ", ".join(function.parameters)
         raise TypeError(
             f"attend: {name} still waits for {names}, which modules create; give it to a module, "
             "or bind its function to arrays."
         )
-
-
-class KeyOfExample(NamedTuple):
-    """A dropout key for a part of a batch that begins with the example `number`."""
-
-    key: Any
-    number: Any
-
-
-class Operands:
-    """Collects the operands of `attend`, each as leaves with the letters of their axes."""
-
-    def __init__(self, sizes: dict[str, int], dtype: Any):
-        self.sizes, self.dtype = sizes, dtype
-        self.groups = sizes["N"] // sizes["K"]
-        self.heads = "KG" if self.groups > 1 else "K"
-        self.leaves: list[Array] = []
-        self.axes: list[str] = []
-        self.mask_axes: list[str] = []
-        self.rebuild: dict[str, Callable[[list[Array]], Any]] = {}
-
-    def add(self, name: str, leaf: Any, letters: str) -> None:
-        """Add one array whose axes begin with `letters`; N is split into K and G."""
-        self.add_tree(name, leaf, lambda _: letters)
-
-    def add_tree(self, name: str, tree: Any, letters_of: Callable[[Any], str]) -> None:
-        leaves, structure = jax.tree.flatten(tree)
-        start = len(self.leaves)
-        for leaf in leaves:
-            letters = letters_of(leaf)
-            self.leaves.append(self._grouped(self._cast(leaf), letters))
-            self.axes.append(letters.replace("N", self.heads))
-        stop = len(self.leaves)
-        self.rebuild[name] = lambda arrays: jax.tree.unflatten(structure, arrays[start:stop])
-
-    def add_function(self, name: str, function: Any, read: Callable[[Any], Any]) -> None:
-        """Add a bound score, bias or normalizer, the same for all heads or one slice for each."""
-        _refuse_declared(name, function)
-        if not callable(function_of(function)):
-            example = {"score": "scores.scaled_dot", "normalizer": "normalizers.softmax"}[name]
-            raise TypeError(
-                f"attend: {name} must be a function such as {example}, got {function!r}."
-            )
-        heads = isinstance(function, PerHead)
-        if heads:
-            for leaf in jax.tree.leaves(function):
-                if jnp.shape(leaf)[:1] != (self.sizes["N"],):
-                    raise checks.ShapeError(
-                        f"attend: every parameter of a per_head {name} must have axis 0 of size "
-                        f"N = {self.sizes['N']}, got shape {jnp.shape(leaf)}."
-                    )
-        bound = as_pytree(function_of(function))
-        waiting = [] if is_positional(bound) else unbound(bound)
-        if waiting:
-            raise TypeError(
-                f"attend: {name} still waits for {', '.join(waiting)}; give them with "
-                f"bind({name}, {waiting[0]}=...)."
-            )
-        self.add_tree(name, bound, lambda _: "N" if heads else "")
-        build = self.rebuild[name]
-        self.rebuild[name] = lambda arrays: read(build(arrays))
-
-    def add_score(self, score: Any) -> None:
-        """Add the score, and ask it for its logits' shape, so that its own checks speak first."""
-        self.add_function("score", score, separate)
-        bound = self._of_one_head(score)
-        rows = (
-            jax.ShapeDtypeStruct((self.sizes[length], self.sizes[depth]), self.dtype)
-            for length, depth in ("TQ", "SH")
+    bare = function_of(function)
+    if not callable(bare):
+        example = {"score": "scores.scaled_dot", "normalizer": "normalizers.softmax"}[name]
+        raise TypeError(f"attend: {name} must be a function such as {example}, got {function!r}.")
+    bound = as_pytree(bare)
+    waiting = [] if is_positional(bound) else unbound(bound)
+    if waiting:
+        raise TypeError(
+            f"attend: {name} still waits for {', '.join(waiting)}; give them with "
+            f"bind({name}, {waiting[0]}=...)."
         )
-        read = separate(bound) if is_positional(bound) else bound
-        logits = jax.eval_shape(lambda query, key: read(query, key), *rows)
-        expected = (self.sizes["T"], self.sizes["S"])
-        if jnp.shape(logits) != expected:
+    return PerHead(bound) if isinstance(function, PerHead) else bound
+
+
+def _check_arrays(query: Any, key: Any, value: Any) -> None:
+    checks.floating("attend", query=query, key=key, value=value)
+    letters = {"query": (query, "BTNQ"), "key": (key, "BSKH"), "value": (value, "BSKV")}
+    sizes = checks.axes("attend", **letters)
+    checks.at_least("attend", 1, **{"query heads N": sizes["N"]})
+    checks.multiple("attend", "query heads N", sizes["N"], "key heads K", sizes["K"])
+
+
+def _check_tile_sizes(sizes: Any) -> None:
+    is_pair = isinstance(sizes, tuple | list) and len(sizes) == 2
+    if sizes is None or (
+        is_pair and all(isinstance(size, int | np.integer) and size > 0 for size in sizes)
+    ):
+        return
+    raise ValueError(
+        f"attend: tile_sizes must be two positive numbers, got {sizes}; give how many "
+        "queries and how many keys, as integers."
+    )
+
+
+def _check_dropout(rate: float, rng: Any) -> None:
+    rng = rng.rng if isinstance(rng, DropoutKey) else rng
+    if isinstance(rate, jax.core.Tracer):
+        raise TypeError(
+            "attend: dropout_rate must be a number that is known while tracing, got one known only "
+            "inside jit; name it in static_argnames."
+        )
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"attend: dropout_rate must be in [0, 1), got {rate}.")
+    if rate and rng is None:
+        raise ValueError(
+            f"attend: dropout_rate {rate} needs a dropout_key; give a jax.random key, or rate 0."
+        )
+    if rate and not _is_one_rng(rng):
+        is_array = hasattr(rng, "dtype")
+        got = f"{rng.dtype} of shape {rng.shape}" if is_array else type(rng).__name__
+        raise ValueError(f"attend: dropout_key must be one jax.random key, got {got}.")
+
+
+def _is_one_rng(rng: Any) -> bool:
+    """Tell whether it is one key of `jax.random.key`, or the words of one of `PRNGKey`."""
+    if not hasattr(rng, "dtype"):
+        return False
+    if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        return rng.ndim == 0
+    return rng.dtype == jnp.uint32 and rng.ndim == 1
+
+
+def _operand(
+    request: Request, tree: Any, letters: list[str], finish: Callable[[Any], Any] | None = None
+) -> Operand:
+    """Cast floating-point leaves, and split axis N into K and G where key heads are shared."""
+    leaves, structure = jax.tree.flatten(tree)
+    grouped = [
+        _grouped(request, cast(leaf, request.dtype), axes)
+        for leaf, axes in zip(leaves, letters, strict=True)
+    ]
+    axes = [one.replace("N", heads(request)) for one in letters]
+    return Operand(grouped, axes, structure, finish or _as_is)
+
+
+def _function(
+    request: Request, name: str, function: Any, finish: Callable[[Any], Any] | None = None
+) -> Operand:
+    """Return a bound function as an operand: the same for all heads, or one slice for each."""
+    leaves = jax.tree.leaves(function)
+    if not isinstance(function, PerHead):
+        return _operand(request, function, [""] * len(leaves), finish)
+    for leaf in leaves:
+        if jnp.shape(leaf)[:1] != (request.sizes["N"],):
             raise checks.ShapeError(
-                f"attend: score must return logits [T, S] = {expected}, got shape "
-                f"{jnp.shape(logits)}."
+                f"attend: every parameter of a per_head {name} must have axis 0 of size "
+                f"N = {request.sizes['N']}, got shape {jnp.shape(leaf)}."
             )
-        if logits.dtype != self.dtype:
-            build = self.rebuild["score"]
-            cast = Partial(lambda logits: logits.astype(self.dtype))
-            self.rebuild["score"] = lambda arrays: finished(build(arrays), cast)
+    return _operand(request, function.function, ["N"] * len(leaves), finish)
 
-    def add_normalizer(self, normalizer: Any) -> None:
-        """Add the normalizer, and ask one that is the user's own for the shape of its weights."""
-        self.add_function("normalizer", normalizer, as_pytree)
-        if streaming(function_of(normalizer)) is not None:
-            return
-        bound = self._of_one_head(normalizer)
-        expected = (self.sizes["T"], self.sizes["S"])
-        logits, allowed = (jax.ShapeDtypeStruct(expected, of) for of in (self.dtype, bool))
-        refusal = (
-            f"attend: normalizer must map (logits, allowed), both [T, S] = {expected}, to weights "
-            "[T, S], as normalizers.softmax does"
+
+def _score(request: Request) -> Operand:
+    """Ask the score for the shape of its logits, so that its own checks speak first."""
+    bound = _of_first_head(request, request.score)
+    rows = (
+        jax.ShapeDtypeStruct((request.sizes[length], request.sizes[depth]), request.dtype)
+        for length, depth in ("TQ", "SH")
+    )
+    operand = _function(request, "score", request.score, separate)
+    logits = _shape_of(separate(bound) if is_positional(bound) else bound, *rows)
+    if jnp.shape(logits) != request.pairs:
+        raise checks.ShapeError(
+            f"attend: score must return logits [T, S] = {request.pairs}, got shape "
+            f"{jnp.shape(logits)}."
         )
-        try:
-            weights = jax.eval_shape(lambda *given: bound(*given), logits, allowed)
-        except TypeError as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
-            raise TypeError(f"{refusal}; this one fails: {reason}.") from error
-        if jnp.shape(weights) != expected:
-            raise checks.ShapeError(f"{refusal}; this one returns shape {jnp.shape(weights)}.")
+    if logits.dtype == request.dtype:
+        return operand
+    return operand._replace(finish=functools.partial(_separate_and_cast, dtype=request.dtype))
 
-    def add_mask(self, mask: masks.Mask) -> None:
-        mask, letters = batch_axes.of_mask("attend", mask, self.sizes)
-        self.mask_axes = [axes.replace("N", self.heads) for axes in letters]
-        of_next_leaf = iter(letters)
-        self.add_tree("mask", mask, lambda _: next(of_next_leaf))
 
-    def add_bias(self, bias: Any) -> None:
-        bias = as_bias(bias)
-        if bias is None:
-            self.rebuild["bias"] = lambda _: None
-        elif callable(function_of(bias)):
-            self.add_function("bias", bias, lambda bound: bound)
-            self._check_bias(bias)
-        else:
-            self.add("bias", *batch_axes.of_array("attend: bias", bias, self.sizes))
+def _normalizer(request: Request) -> Operand:
+    """Ask a normalizer that is the user's own for the shape of its weights."""
+    operand = _function(request, "normalizer", request.normalizer)
+    if request.streaming is not None:
+        return operand
+    bound = _of_first_head(request, request.normalizer)
+    logits, allowed = (jax.ShapeDtypeStruct(request.pairs, of) for of in (request.dtype, bool))
+    refusal = (
+        f"attend: normalizer must map (logits, allowed), both [T, S] = {request.pairs}, to weights "
+        "[T, S], as normalizers.softmax does"
+    )
+    try:
+        weights = _shape_of(bound, logits, allowed)
+    except TypeError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise TypeError(f"{refusal}; this one fails: {reason}.") from error
+    if jnp.shape(weights) != request.pairs:
+        raise checks.ShapeError(f"{refusal}; this one returns shape {jnp.shape(weights)}.")
+    return operand
 
-    def _check_bias(self, bias: Any) -> None:
-        """Ask a bias for its shape, of all pairs and of one: it is to answer for any tile."""
-        bound = self._of_one_head(bias)
-        for expected in ((self.sizes["T"], self.sizes["S"]), (1, 1)):
-            q_idx, kv_idx = (
-                jax.ShapeDtypeStruct(shape, jnp.int32)
-                for shape in ((expected[0], 1), (1, expected[1]))
+
+def _bias(request: Request) -> Operand:
+    if request.bias is None:
+        return _operand(request, None, [])
+    if not callable(function_of(request.bias)):
+        array, letters = batch_axes.of_array("attend: bias", request.bias, request.sizes)
+        return _operand(request, array, [letters])
+    operand = _function(request, "bias", request.bias)
+    bound = _of_first_head(request, request.bias)
+    for expected in (request.pairs, (1, 1)):  # a bias is to answer for any tile
+        q_idx, kv_idx = (
+            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((expected[0], 1), (1, expected[1]))
+        )
+        shape = jnp.shape(_shape_of(bound, q_idx, kv_idx))
+        padded = (1,) * (2 - len(shape)) + shape
+        if len(shape) > 2 or any(
+            got not in (1, full) for got, full in zip(padded, expected, strict=True)
+        ):
+            raise checks.ShapeError(
+                "attend: bias must return numbers that broadcast to its indices [T, S] = "
+                f"{expected}, got shape {shape}."
             )
-            shape = jnp.shape(jax.eval_shape(lambda *pair: bound(*pair), q_idx, kv_idx))
-            padded = (1,) * (2 - len(shape)) + shape
-            if len(shape) > 2 or any(
-                got not in (1, full) for got, full in zip(padded, expected, strict=True)
-            ):
-                raise checks.ShapeError(
-                    "attend: bias must return numbers that broadcast to its indices [T, S] = "
-                    f"{expected}, got shape {shape}."
-                )
+    return operand
 
-    def add_dropout(self, rate: float, key: Any) -> None:
-        if not rate:
-            self.rebuild["dropout"] = lambda _: None
-            return
-        batch, heads = self.sizes["B"], self.sizes["N"]
-        key, first = key if isinstance(key, KeyOfExample) else (key, 0)
-        numbers = indices(batch * heads) + first * heads
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
-        words = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
-        self.add("dropout", words.reshape(batch, heads, 2), "BN")
-        build = self.rebuild["dropout"]
-        self.rebuild["dropout"] = lambda arrays: (build(arrays), jnp.float32(rate))
 
-    def run(
-        self, implementation: Callable[[Head], Result], want_weights: bool, sequential: str
-    ) -> Result:
-        """Run an implementation of one head over all heads and examples."""
+def _dropout(request: Request) -> Operand:
+    """Draw the two words of each example and head that decide which of its pairs are kept."""
+    if not request.dropout_rate:
+        return _operand(request, None, [])
+    batch, num_heads = request.sizes["B"], request.sizes["N"]
+    rng: Any = request.dropout_key
+    first = 0
+    if isinstance(rng, DropoutKey):
+        rng, first = rng
+    numbers = indices(batch * num_heads) + first * num_heads
+    rngs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, numbers)
+    words = jax.vmap(_two_words)(rngs).reshape(batch, num_heads, 2)
+    return _operand(request, words, ["BN"], functools.partial(_with_rate, request.dropout_rate))
 
-        def one_head(*arrays: Array) -> tuple[Array | None, ...]:
-            head = Head(**{name: build(list(arrays)) for name, build in self.rebuild.items()})
-            result = implementation(head)
-            return tuple(result if want_weights else result._replace(weights=None))
 
-        axes = tuple(letters.replace("N", self.heads) for letters in ("BTN", "BN", "BTN"))
-        lifted = lift(one_head, self.axes, axes, f"B{self.heads}", sequential, SAVED)
-        results = lifted(*self.leaves)
-        return Result(*jax.tree.map(self._ungrouped, results, jax.tree.broadcast(axes, results)))
+def heads(request: Request) -> str:
+    """Return the letters that stand for the axis N: K, and G where key heads are shared."""
+    return "KG" if request.groups > 1 else "K"
 
-    def _of_one_head(self, function: Any) -> Any:
-        """Return a bound function as the first head has it."""
-        bound = as_pytree(function_of(function))
-        if isinstance(function, PerHead):
-            bound = jax.tree.map(lambda leaf: leaf[0], bound)
-        return jax.tree.map(self._cast, bound)
 
-    def _ungrouped(self, x: Array, letters: str) -> Array:
-        axis = letters.index("K")
-        return x.reshape(x.shape[:axis] + (self.sizes["N"],) + x.shape[axis + len(self.heads) :])
+def cast(leaf: Any, dtype: Any) -> Any:
+    """Return floating-point numbers in the dtype to compute in, and others as they are."""
+    is_floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return jnp.asarray(leaf, dtype) if is_floating else leaf
 
-    def _grouped(self, leaf: Array, letters: str) -> Array:
-        if "N" not in letters or self.groups == 1:
-            return leaf
-        axis = letters.index("N")
-        heads = (self.sizes["K"], self.groups)
-        return leaf.reshape(leaf.shape[:axis] + heads + leaf.shape[axis + 1 :])
 
-    def _cast(self, leaf: Any) -> Any:
-        is_floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return jnp.asarray(leaf, self.dtype) if is_floating else leaf
+def _grouped(request: Request, leaf: Any, letters: str) -> Any:
+    if "N" not in letters or request.groups == 1:
+        return leaf
+    axis = letters.index("N")
+    return leaf.reshape(
+        leaf.shape[:axis] + (request.sizes["K"], request.groups) + leaf.shape[axis + 1 :]
+    )
+
+
+def _of_first_head(request: Request, function: Any) -> Any:
+    """Return a bound function with the parameters of the first head."""
+    bound = function_of(function)
+    if isinstance(function, PerHead):
+        bound = jax.tree.map(_first, bound)
+    return jax.tree.map(functools.partial(cast, dtype=request.dtype), bound)
+
+
+def _shape_of(function: Callable[..., Any], *examples: Any) -> Any:
+    """Return the shape of a result, without a cache: what the function closes over may change."""
+    return jax.eval_shape(lambda *arguments: function(*arguments), *examples)
+
+
+def _as_is(operand: Any) -> Any:
+    return operand
+
+
+def _first(leaf: Any) -> Any:
+    return leaf[0]
+
+
+def _two_words(rng: Array) -> Array:
+    return jax.random.bits(rng, (2,), jnp.uint32)
+
+
+def _with_rate(rate: float, words: Array) -> tuple[Array, Array]:
+    return words, jnp.float32(rate)
+
+
+def _separate_and_cast(score: Any, dtype: Any) -> Any:
+    return finished(separate(score), Partial(functools.partial(_cast_logits, dtype=dtype)))
+
+
+def _cast_logits(logits: Array, dtype: Any) -> Array:
+    return logits.astype(dtype)

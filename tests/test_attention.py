@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from attention_jax import attention, bind, explain, masks, normalizers, per_head, positions, scores
+from attention_jax import (
+    Attended,
+    attention,
+    bind,
+    explain,
+    masks,
+    normalizers,
+    per_head,
+    positions,
+    scores,
+)
 from attention_jax.base.parameters import Parameter, learned
 from attention_jax.linear import linear_attention
 from attention_jax.masks import Causal, Full, GlobalTokens, Lengths, Prefix, Segment, Shift, Window
@@ -137,8 +147,8 @@ def test_a_score_with_parameters_per_head(implementation):
 def test_a_normalizer_with_parameters_per_head():
     sinks = np.array([-1.0, 0.0, 1.0, 2.0])
     normalizer = per_head(bind(normalizers.softmax_with_sink, sink=sinks))
-    _, weights = attend(QUERY, KEY, VALUE, normalizer=normalizer, return_weights=True)
-    _, logsumexp = attend(QUERY, KEY, VALUE, return_logsumexp=True)
+    weights = attend(QUERY, KEY, VALUE, normalizer=normalizer, return_weights=True).weights
+    logsumexp = attend(QUERY, KEY, VALUE, return_logsumexp=True).logsumexp
     total = jnp.exp(logsumexp)
     share = total / (total + jnp.exp(jnp.asarray(sinks, jnp.float32))[None, None, :])
     is_close(weights.sum(axis=-1), share.swapaxes(1, 2))
@@ -168,7 +178,7 @@ def test_odd_lengths(queries, keys, implementation):
 )
 def test_nothing_in_nothing_out(sizes, implementation):
     query, key, value = operands(**sizes)
-    context, logsumexp = attend(
+    context, _, logsumexp = attend(
         query, key, value, mask=Causal(), **implementation, return_logsumexp=True
     )
     assert context.shape == (query.shape[0], query.shape[1], N, V)
@@ -217,7 +227,8 @@ def test_empty_rows_give_zeros_and_zero_gradients(implementation):
     np.testing.assert_array_equal(gradients[2][:, 2], 0.0)
     chex.assert_tree_all_finite(gradients)
 
-    _, logsumexp = attend(QUERY, KEY, VALUE, mask=mask, **implementation, return_logsumexp=True)
+    found = attend(QUERY, KEY, VALUE, mask=mask, **implementation, return_logsumexp=True)
+    logsumexp = found.logsumexp
     assert (logsumexp[:, [0, 3]] == -jnp.inf).all() and jnp.isfinite(logsumexp[:, 1:3]).all()
 
 
@@ -263,7 +274,7 @@ def test_poison_that_is_attended_shows(where, implementation):
 def test_dtypes(dtype, implementation, x64):
     """Output in the dtype of the value, statistics in float32 or better, as is the accuracy."""
     inputs = operands(1, 7, 129, 2, 1, dtype=dtype)
-    context, logsumexp = attend(*inputs, **implementation, return_logsumexp=True)
+    context, _, logsumexp = attend(*inputs, **implementation, return_logsumexp=True)
     assert context.dtype == dtype
     assert logsumexp.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
     exact, _ = oracle.attention(*inputs, scaled_dot)
@@ -290,10 +301,10 @@ def test_huge_logits(dtype, implementation):
             return_logsumexp=True,
         )
 
-    (context, logsumexp), pullback = jax.vjp(attended, query, key, value)
+    (context, _, logsumexp), pullback = jax.vjp(attended, query, key, value)
     np.testing.assert_array_equal(context, [[[[1.0]]]])
     np.testing.assert_array_equal(logsumexp, [[[4e4]]])
-    gradients = pullback((jnp.ones_like(context), jnp.ones_like(logsumexp)))
+    gradients = pullback(Attended(jnp.ones_like(context), logsumexp=jnp.ones_like(logsumexp)))
     np.testing.assert_array_equal(gradients[2].ravel(), [1.0, 0.0, 0.0])
     np.testing.assert_array_equal(gradients[0].ravel(), [100.0] * 4)
 
@@ -389,11 +400,11 @@ DROPPED = {"dropout_rate": RATE, "dropout_key": jax.random.key(0)}
 @functools.partial(jax.jit, static_argnames="dropout_rate")
 def keep_factors(query, key, value, dropout_rate, dropout_key):
     """Return what dropout multiplied each weight by."""
-    _, weights = attend(query, key, value, return_weights=True)
-    _, dropped = attend(
+    weights = attend(query, key, value, return_weights=True).weights
+    dropped = attend(
         query, key, value, dropout_rate=dropout_rate, dropout_key=dropout_key, return_weights=True
     )
-    return dropped / weights
+    return dropped.weights / weights
 
 
 def test_dropout_keeps_the_share_it_should():
@@ -651,8 +662,8 @@ def test_a_score_in_another_dtype_is_computed_in_that_of_the_inputs(implementati
 
     narrow = (x.astype(jnp.float32) for x in (QUERY, KEY, VALUE))
     found = attend(*narrow, score=wide, **implementation, return_logsumexp=True)
-    assert [x.dtype for x in found] == [jnp.float32, jnp.float32]
-    is_close(found[0], oracle.attention(QUERY, KEY, VALUE, scaled_dot)[0])
+    assert [found.context.dtype, found.logsumexp.dtype] == [jnp.float32, jnp.float32]
+    is_close(found.context, oracle.attention(QUERY, KEY, VALUE, scaled_dot)[0])
 
 
 def test_an_unknown_implementation_is_refused_by_name():

@@ -225,11 +225,11 @@ def test_dropout_is_that_of_the_full_pass_and_differs_between_examples():
     same = jnp.ones((2, 5, 2, 4))
     for dropout_key in (jax.random.key(1), jax.random.PRNGKey(1)):
         options = {"dropout_rate": 0.5, "dropout_key": dropout_key, "return_weights": True}
-        _, full = attend(same, same, same, mask=masks.Causal(), **options)
+        full = attend(same, same, same, mask=masks.Causal(), **options).weights
         assert np.any(full[0] != full[1])
         for ragged in (False, True):
             _, view = cache.extend(cache.init(2, 5, 2, 4, ragged=ragged), same, same)
-            _, weights = cache.attend_cached(same, view, mask=masks.Causal(), **options)
+            weights = cache.attend_cached(same, view, mask=masks.Causal(), **options).weights
             chex.assert_trees_all_close(weights, full, atol=1e-6)
 
 

@@ -1,5 +1,6 @@
-"""The ways to compute one head of attention; none imports another."""
+"""The ways to compute one head of attention, which of them runs, and its map over all heads."""
 
+from attention_jax.implementations.head import Attended
 from attention_jax.implementations.merging import merge
 
-__all__ = ["merge"]
+__all__ = ["Attended", "merge"]

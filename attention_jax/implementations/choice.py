@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import numpy as np
 
-from attention_jax.implementations.tiles import TOGETHER_PAIRS, Plan, make_plan, make_visits
+from attention_jax.implementations import cudnn
+from attention_jax.implementations.tiles import TOGETHER_PAIRS, Plan, make_plan
 from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
+from attention_jax.request import Request
+
+IMPLEMENTATIONS = ("dense", "tiled", "cudnn")
 
 DENSE_PAIRS = 256 * 256
 """At and below this many pairs T x S of a head, None picks "dense": the whole plane is one tile."""
@@ -24,9 +27,10 @@ CANDIDATES = {
 cache."""
 
 VISIT_PAIRS = 95_000
-"""What visiting a tile costs beside its pairs, counted in pairs (fitted on a 2-core CPU)."""
+"""The cost of visiting a tile beyond that of its pairs, in pairs (fitted on a 2-core CPU)."""
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What would run for one head; `str()` says it in a few lines.
@@ -38,7 +42,7 @@ class Choice:
       empty, partial, full: number of tiles of each kind of one head; for a mask that is known
         only inside `jit`, PARTIAL counts those that cannot be ruled out while tracing.
       flops: floating-point operations of the two matrix products, all heads, forward.
-      bytes: memory of temporaries beside inputs and outputs, forward.
+      bytes: memory of temporaries beyond inputs and outputs, forward.
     """
 
     implementation: str
@@ -59,93 +63,120 @@ class Choice:
         )
 
 
-def choose(sizes: dict[str, int], able: list[str]) -> str:
-    """Return what None stands for, among the implementations that are able.
+def choose(request: Request) -> str:
+    """Return the implementation that runs, whose name is one of IMPLEMENTATIONS.
 
-    "dense" where all pairs of a head fit in one tile or nothing else is able; "cudnn" before
-    "tiled".
+    None stands for "dense" where all pairs of a head fit in one tile or nothing else is able;
+    "cudnn" comes before "tiled".
+
+    Raises:
+      ValueError: an unknown name, or one that cannot do what is asked.
     """
-    if sizes["T"] * sizes["S"] <= DENSE_PAIRS:
-        return "dense"
-    return next(name for name in ("cudnn", "tiled", "dense") if name in able)
+    name = request.implementation
+    if name is None:
+        if math.prod(request.pairs) <= DENSE_PAIRS:
+            return "dense"
+        return next(name for name in ("cudnn", "tiled", "dense") if lacks(name, request) is None)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attend: implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got "
+            f"{name!r}."
+        )
+    reason = lacks(name, request)
+    if reason is not None:
+        raise ValueError(f"attend: implementation {name!r} {reason}")
+    return name
 
 
-def choose_tile(mask: Mask, sizes: dict[str, int], platform: str | None = None) -> tuple[int, int]:
-    """Return the tile for which pairs and visits together cost least."""
-    rows, columns = CANDIDATES.get(platform or jax.default_backend(), CANDIDATES["default"])
-    query_length, key_length = max(sizes["T"], 1), max(sizes["S"], 1)
-    known = _of_every_example(mask, sizes)
-    is_known = not any(isinstance(leaf, Unknown) for leaf in jax.tree.leaves(known))
+def lacks(name: str, request: Request) -> str | None:
+    """Say what an implementation cannot do of what is asked, or None if it can do all of it."""
+    if name == "cudnn":
+        return cudnn.lacks(request)
+    if name == "tiled" and request.return_weights:
+        return "never holds the weights; use implementation='dense' to look at them."
+    if name == "tiled" and request.streaming is None:
+        return (
+            "cannot stream this normalizer, which needs a whole row of logits; use "
+            "implementation='dense'."
+        )
+    return None
 
-    tiles = {
-        (min(row, query_length), min(column, key_length)) for row in rows for column in columns
-    }
-    chosen, least, certain = (0, 0), math.inf, 0
+
+def plan_for(request: Request, platform: str | None = None) -> Plan:
+    """Return the tiles to visit: of the size that is asked for, or for which they cost least."""
+    mask, is_static = _known(request.mask, request.sizes)
+    pairs = max(request.sizes["T"], 1), max(request.sizes["S"], 1)
+    if request.tile_sizes is not None:
+        return make_plan(mask, pairs, _clipped(request.tile_sizes, pairs), is_static)
+    return _cheapest_plan(mask, pairs, is_static, platform or jax.default_backend())
+
+
+def _cheapest_plan(mask: Mask, pairs: tuple[int, int], is_static: bool, platform: str) -> Plan:
+    """Return the plan whose pairs and visits together cost least."""
+    rows, columns = CANDIDATES.get(platform, CANDIDATES["default"])
+    tiles = {_clipped((row, column), pairs) for row in rows for column in columns}
+    chosen, least, certain = None, math.inf, 0
     for tile in sorted(tiles, key=math.prod, reverse=True):
         # No plan visits fewer pairs than those of FULL tiles, nor more of them at a visit.
         if certain * (1 + VISIT_PAIRS / max(math.prod(tile), *TOGETHER_PAIRS.values())) >= least:
             continue
-        plan = make_plan(known, query_length, key_length, *tile)
+        plan = make_plan(mask, pairs, tile, is_static)
         if len(plan.starts) * math.prod(tile) >= least:  # whatever its visits cost
             continue
-        cost = _cost(plan, query_length, tile, is_known)
+        cost = _cost(plan)
         if cost < least:
-            chosen, least = tile, cost
+            chosen, least = plan, cost
         full = plan.starts[plan.states == FULL]
-        ends = np.minimum(full + tile, (query_length, key_length))
+        ends = np.minimum(full + tile, pairs)
         certain = max(certain, np.prod(ends - full, axis=1).sum())
+    assert chosen is not None  # the first costs less than infinity
     return chosen
 
 
-def _cost(plan: Plan, query_length: int, tile: tuple[int, int], is_known: bool) -> int:
+def _cost(plan: Plan) -> int:
     """Return what the visits of a plan cost, counted in pairs.
 
     Tiles of one group are visited many at a time for the price of one; of several groups some
     are, and are not counted so; those of a mask that only run time knows are visited one by one.
     """
-    groups = make_visits(plan, query_length, *tile)
-    visits = len(groups[0].queries) if is_known and len(groups) == 1 else len(plan.starts)
-    return len(plan.starts) * math.prod(tile) + visits * VISIT_PAIRS
+    is_one_group = plan.is_static and len(plan.visits) == 1
+    visits = len(plan.visits[0].queries) if is_one_group else len(plan.starts)
+    return len(plan.starts) * math.prod(plan.tile) + visits * VISIT_PAIRS
 
 
-def describe(
-    implementation: str, mask: Mask, sizes: dict[str, int], tile: tuple[int, int], itemsize: int
-) -> Choice:
+def describe(request: Request) -> Choice:
     """Count tiles, operations and bytes of what would run."""
+    name, sizes = choose(request), request.sizes
     heads = sizes["B"] * sizes["N"]
-    depth = sizes["Q"] + sizes["V"]
-    query_length, key_length = sizes["T"], sizes["S"]
-    if implementation == "dense":
-        tile = (max(query_length, 1), max(key_length, 1))
-    plan = make_plan(_of_every_example(mask, sizes), query_length, key_length, *tile)
+    query_length, key_length = request.pairs
+    if name == "dense":
+        whole = max(query_length, 1), max(key_length, 1)
+        plan = plan_for(dataclasses.replace(request, tile_sizes=whole))
+        visited = grid = 1 if all(request.pairs) else 0
+    else:
+        plan = plan_for(request)
+        visited = len(plan.starts)
+        grid = -(-query_length // plan.tile[0]) * -(-key_length // plan.tile[1])
     partial, full = (int((plan.states == state).sum()) for state in (PARTIAL, FULL))
-    grid = -(-query_length // tile[0]) * -(-key_length // tile[1])
-    visited = grid if implementation == "dense" else partial + full
-    pairs = visited * tile[0] * tile[1]
+    pairs = visited * math.prod(plan.tile)
     held = (
         2 * heads * pairs
-        if implementation == "dense"
-        else 2 * _largest_visit(plan, query_length, tile) + heads * query_length * (sizes["V"] + 1)
+        if name == "dense"
+        else 2 * plan.largest_visit * plan.tile[1] + heads * query_length * (sizes["V"] + 1)
     )
     return Choice(
-        implementation,
+        name,
         heads,
-        tile,
+        plan.tile,
         grid - partial - full,
         partial,
         full,
-        flops=2 * heads * pairs * depth,
-        bytes=held * itemsize,
+        flops=2 * heads * pairs * (sizes["Q"] + sizes["V"]),
+        bytes=held * request.dtype.itemsize,
     )
 
 
-def _largest_visit(plan: Plan, query_length: int, tile: tuple[int, int]) -> int:
-    """Return how many pairs are held at once."""
-    visits = make_visits(plan, query_length, *tile)
-    return max((one.height for one in visits), default=0) * tile[1]
-
-
-def sequential_axes(mask_axes: Any) -> str:
+def sequential_axes(mask_axes: list[str]) -> str:
     """Return the axes to loop over instead of vectorising.
 
     On CPU all: one head at a time keeps its tiles in cache. Elsewhere those along which a mask
@@ -156,9 +187,24 @@ def sequential_axes(mask_axes: Any) -> str:
     return "".join(letter for letter in "BKG" if any(letter in axes for axes in mask_axes))
 
 
-def _of_every_example(mask: Mask, sizes: dict[str, int]) -> Mask:
-    """Return the mask as far as it is known while tracing and the same for all examples."""
+def _clipped(tile: tuple[int, int], pairs: tuple[int, int]) -> tuple[int, int]:
+    return min(tile[0], pairs[0]), min(tile[1], pairs[1])
+
+
+def _known(mask: Mask, sizes: dict[str, int]) -> tuple[Mask, bool]:
+    """Return the mask as far as it is known while tracing and the same for all examples and heads.
+
+    And whether that is the whole mask. Arrays of JAX count as known at run time.
+    """
     mask, letters = batch_axes.of_mask("attend", mask, sizes)
-    leaves, structure = jax.tree.flatten(mask.static())
-    known = [Unknown() if axes else leaf for axes, leaf in zip(letters, leaves, strict=True)]
-    return structure.unflatten(known)
+    shared, known = (_of_all(part, letters) for part in (mask, mask.static()))
+    is_static = not any(letters) and isinstance(shared.tiles(1, 1, 1, 1), np.ndarray)
+    return known, is_static
+
+
+def _of_all(mask: Mask, letters: list[str]) -> Mask:
+    """Return the mask without the arrays that differ between examples or heads."""
+    leaves, structure = jax.tree.flatten(mask)
+    return structure.unflatten(
+        [Unknown() if axes else leaf for axes, leaf in zip(letters, leaves, strict=True)]
+    )

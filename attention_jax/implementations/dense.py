@@ -8,12 +8,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from attention_jax.base.finite import finite_rows
-from attention_jax.implementations.head import Head, Result, kept
+from attention_jax.implementations.head import Attended, Head, kept
 from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import Exponential, log_normalizer, streaming
 
 
-def dense(head: Head) -> Result:
+def dense(head: Head) -> Attended:
     """Attend with all T x S logits and weights held at once."""
     query, query_poison = finite_rows(head.query)
     key, key_poison = finite_rows(head.key)
@@ -35,4 +35,4 @@ def dense(head: Head) -> Result:
 
     how = streaming(head.normalizer)
     logsumexp = log_normalizer(logits, allowed, how.sink) if isinstance(how, Exponential) else None
-    return Result(used @ value, used, logsumexp)
+    return Attended(used @ value, used, logsumexp)

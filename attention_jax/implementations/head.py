@@ -1,9 +1,4 @@
-"""What every implementation of one head is given, and what it gives back.
-
-`Head` holds the operands of one head after `attend` has checked, cast and lifted them; the two
-functions here are the parts that the oracle and the fast implementations must agree on to the
-bit: which entries of the input are usable, and which pairs dropout keeps.
-"""
+"""What an implementation of one head is given and returns, and which pairs dropout keeps."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
+from attention_jax.base.typing import Bias, Normalizer
 from attention_jax.masks import Mask
 from attention_jax.scores import Separated
 
@@ -35,23 +31,31 @@ class Head(NamedTuple):
     value: Array
     score: Separated
     mask: Mask
-    bias: Any
-    normalizer: Any
-    dropout: Any
+    bias: Bias | Array | None
+    normalizer: Normalizer
+    dropout: tuple[Array, Array] | None
 
 
-class Result(NamedTuple):
-    """The context [T, V] of one head, and its weights [T, S] and log-sum-exp [T] where known."""
+class Attended(NamedTuple):
+    """What attention returns where more than the context is asked for; None is not there.
+
+    Attributes:
+      context: [B, T, N, V].
+      weights: [B, N, T, S], after dropout.
+      logsumexp: log of the softmax normalizer, [B, T, N]; -inf where nothing may be attended.
+
+    Of one head: [T, V], [T, S] and [T].
+    """
 
     context: Array
-    weights: Array | None
-    logsumexp: Array | None
+    weights: Array | None = None
+    logsumexp: Array | None = None
 
 
 def kept(dropout: tuple[Array, Array], q_idx: Array, kv_idx: Array, dtype: Any) -> Array:
     """Return the factor of each pair: 0 where dropped, 1 / (1 - rate) where kept.
 
-    A hash of (key, head, q_idx, kv_idx) alone (Threefry-2x32, Salmon et al. 2011), so the size of
+    A hash of (words, q_idx, kv_idx) alone (Threefry-2x32, Salmon et al. 2011), so the size of
     a tile does not change the answer.
     """
     words, rate = dropout

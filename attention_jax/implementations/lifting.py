@@ -1,7 +1,8 @@
-"""From one head to [B, N]: which axes of each operand are mapped, and how."""
+"""Map a function of one head over examples and heads: which axes of each operand, and how."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,49 +48,98 @@ def lift(
            [0, 1],
            [0, 2]], dtype=int32)
     """
+    return _Lifted(function, axes, result_axes, order, sequential, saved)
 
-    def lifted(*arguments: Any) -> Any:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Lifted:
+    """See `lift`."""
+
+    function: Callable[..., Any]
+    axes: Sequence[str]
+    result_axes: Any
+    order: str
+    sequential: str
+    saved: Sequence[str]
+
+    def __call__(self, *arguments: Any) -> Any:
         sizes = {
             letter: size
-            for letters, argument in zip(axes, arguments, strict=True)
+            for letters, argument in zip(self.axes, arguments, strict=True)
             for letter, size in zip(letters, jnp.shape(argument), strict=False)
         }
-        is_empty = any(sizes[letter] == 0 for letter in order)  # a loop could not even be traced
-        alone = sequential if not is_empty else ""
-        looped = [x for x in order if x in alone and not _is_sharded(x, axes, arguments)]
-        vectorised = [letter for letter in order if letter not in looped]
-        one = function
+        is_empty = any(sizes[letter] == 0 for letter in self.order)  # no loop could be traced
+        sequential = "" if is_empty else self.sequential
+        looped = [
+            letter
+            for letter in self.order
+            if letter in sequential and not _is_sharded(letter, self.axes, arguments)
+        ]
+        vectorised = [letter for letter in self.order if letter not in looped]
+        one = self.function
         for n, letter in reversed(list(enumerate(vectorised))):
             position = functools.partial(_position, letter, gone={*looped, *vectorised[:n]})
-            one = jax.vmap(one, [position(x) for x in axes], jax.tree.map(position, result_axes))
-        alike = aligned(arguments, axes, order)
+            mapped = [position(letters) for letters in self.axes]
+            one = jax.vmap(one, mapped, jax.tree.map(position, self.result_axes))
+        alike = aligned(arguments, self.axes, self.order)
         if not looped:
             return one(*alike)
-        return _looped(one, alike, axes, result_axes, {x: sizes[x] for x in looped}, saved)
+        return self.looped(one, alike, {letter: sizes[letter] for letter in looped})
 
-    return lifted
+    def looped(
+        self, function: Callable[..., Any], arguments: Sequence[Any], sizes: dict[str, int]
+    ) -> Any:
+        """Loop over the axes in `sizes`, reading and writing each head in place.
+
+        To have the loop split and stack its operands would move the heads outermost, and so copy
+        all of them first: for a sparse mask that costs as much as attention itself.
+        """
+        policy = jax.checkpoint_policies.save_only_these_names(*self.saved)
+        at = functools.partial(_at, function, [*zip(arguments, self.axes, strict=True)])
+        # Traced once, although it is also asked for the shapes it returns.
+        at = jax.jit(jax.checkpoint(at, policy=policy, prevent_cse=False))
+        heads = dict(zip(sizes, np.indices(tuple(sizes.values()), np.int32), strict=True))
+        heads = jax.tree.map(np.ravel, heads)
+        one = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads))
+        letters = jax.tree.broadcast(self.result_axes, one)
+        results = jax.tree.map(functools.partial(_zeros, sizes=sizes), one, letters)
+        return lax.scan(functools.partial(_step, at, letters), results, heads)[0]
+
+
+def _at(
+    function: Callable[..., Any], arguments: list[tuple[Any, str]], where: dict[str, Any]
+) -> Any:
+    """Apply a function to the parts of its arguments at one place."""
+    return function(*(_read(argument, letters, where) for argument, letters in arguments))
+
+
+def _step(
+    at: Callable[..., Any], letters: Any, results: Any, where: dict[str, Any]
+) -> tuple[Any, None]:
+    write = functools.partial(_write, where=where)
+    return jax.tree.map(write, results, at(where), letters), None
 
 
 def aligned(arguments: Sequence[Any], axes: Sequence[str], order: str) -> list[Any]:
-    """Split what is whole as others are split along the axes in `order`; `vmap` wants them alike.
+    """Reshard arguments along the axes in `order` to match the sharded ones, as `vmap` requires.
 
-    Only an explicit mesh says what is split; without one the arguments are returned as they are.
+    Only an explicit mesh shards; without one the arguments are returned as they are.
     """
     split: dict[str, Any] = {}
     for letters, argument in zip(axes, arguments, strict=True):
         for letter, part in zip(letters, _parts(argument), strict=False):
             if letter in order and part is not None:
                 split.setdefault(letter, part)
+    return [_resharded(*pair, split) for pair in zip(arguments, axes, strict=True)]
 
-    def as_others(argument: Any, letters: str) -> Any:
-        parts = _parts(argument)
-        wanted = [
-            part if part is not None else split.get(letter)
-            for letter, part in zip(letters.ljust(len(parts)), parts, strict=False)
-        ]
-        return jax.reshard(argument, PartitionSpec(*wanted)) if wanted != parts else argument
 
-    return [as_others(*pair) for pair in zip(arguments, axes, strict=True)]
+def _resharded(argument: Any, letters: str, split: dict[str, Any]) -> Any:
+    parts = _parts(argument)
+    wanted = [
+        part if part is not None else split.get(letter)
+        for letter, part in zip(letters.ljust(len(parts)), parts, strict=False)
+    ]
+    return jax.reshard(argument, PartitionSpec(*wanted)) if wanted != parts else argument
 
 
 def _is_sharded(letter: str, axes: Sequence[str], arguments: Sequence[Any]) -> bool:
@@ -110,38 +160,6 @@ def _position(letter: str, letters: str, gone: set[str]) -> int | None:
     return left.index(letter) if letter in left else None
 
 
-def _looped(
-    function: Callable[..., Any],
-    arguments: Sequence[Any],
-    axes: Sequence[str],
-    result_axes: Any,
-    sizes: dict[str, int],
-    saved: Sequence[str],
-) -> Any:
-    """Loop over the axes in `sizes`, reading and writing each head where it stands.
-
-    To have the loop split and stack its operands would move the heads outermost, and so copy all
-    of them first: for a sparse mask that costs as much as attention itself.
-    """
-    policy = jax.checkpoint_policies.save_only_these_names(*saved)
-
-    @jax.jit  # so that it is traced once, although it is also asked for the shapes it returns
-    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
-    def at(where: dict[str, Any]) -> Any:
-        return function(*(_read(*pair, where) for pair in zip(arguments, axes, strict=True)))
-
-    def step(results: Any, where: dict[str, Any]) -> tuple[Any, None]:
-        write = functools.partial(_write, where=where)
-        return jax.tree.map(write, results, at(where), letters), None
-
-    heads = dict(zip(sizes, np.indices(tuple(sizes.values()), np.int32), strict=True))
-    heads = jax.tree.map(np.ravel, heads)
-    one = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads))
-    letters = jax.tree.broadcast(result_axes, one)
-    results = jax.tree.map(functools.partial(_zeros, sizes=sizes), one, letters)
-    return lax.scan(step, results, heads)[0]
-
-
 def _read(whole: Any, letters: str, where: dict[str, Any]) -> Any:
     mapped = [axis for axis, letter in enumerate(letters) if letter in where]
     if not mapped:
@@ -160,7 +178,7 @@ def _write(whole: Array, part: Array, letters: str, where: dict[str, Any]) -> Ar
 
 
 def _zeros(part: Any, letters: str, sizes: dict[str, int]) -> Array:
-    """Return zeros for all heads; over a mesh they vary and are sharded as the parts are."""
+    """Return zeros for all heads, which vary over a mesh and are sharded as the parts are."""
     rest = iter(part.shape)
     front = [sizes[letter] if letter in sizes else next(rest) for letter in letters]
     zeros = jnp.zeros_like(part, shape=(*front, *rest))

@@ -8,38 +8,37 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.base import checks
+from attention_jax.implementations.head import Attended
 
-Array = jax.Array
 
-
-def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
+def merge(*parts: Attended) -> Attended:
     r"""Join attention over disjoint blocks of keys into attention over all of them.
 
     With o^a, L^a over block a:  L = log sum_a exp(L^a),  o = sum_a exp(L^a - L) o^a.
 
     Args:
-      *parts: for each block the pair context [B, T, N, V] and log-sum-exp [B, T, N] that `attend`
-        returns with `return_logsumexp=True`; the same leading axes, whatever they are.
+      *parts: for each block what `attend` returns with `return_logsumexp=True`: the context
+        [B, T, N, V] and the log-sum-exp [B, T, N]; the same leading axes, whatever they are.
 
     Returns:
       Context and log-sum-exp over all keys; zeros and -inf where every block was empty.
 
     Raises:
       ShapeError: a log-sum-exp that does not fit its context, or parts that do not fit each other.
-      ValueError: no part.
+      ValueError: no part, or one without log-sum-exp.
 
     Dao et al. 2022, section 3.1 (the decomposition of softmax over blocks).
 
     >>> from attention_jax import attend
     >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
     >>> halves = [attend(x, k, k, return_logsumexp=True) for k in (x[:, :3], x[:, 3:])]
-    >>> bool(jnp.allclose(merge(*halves)[0], attend(x, x, x), atol=1e-6))
+    >>> bool(jnp.allclose(merge(*halves).context, attend(x, x, x), atol=1e-6))
     True
     """
     if not parts:
-        raise ValueError("merge: give at least one part, a pair (context, log-sum-exp), got none.")
-    expected = parts[0][0].shape
-    for context, logsumexp in parts:
+        raise ValueError("merge: give at least one part, got none.")
+    expected = parts[0].context.shape
+    for context, logsumexp in map(_known, parts):
         if context.shape != expected:
             raise checks.ShapeError(
                 f"merge: the context of every part must have the shape of the first, {expected}, "
@@ -53,8 +52,15 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
     return reduce(_merge_two, parts)
 
 
-def _merge_two(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-    (context_a, log_a), (context_b, log_b) = first, second
+def _known(part: Attended) -> tuple[jax.Array, jax.Array]:
+    """Return context and log-sum-exp of a part."""
+    if part.logsumexp is None:
+        raise ValueError("merge: a part has no log-sum-exp; attend with return_logsumexp=True.")
+    return part.context, part.logsumexp
+
+
+def _merge_two(first: Attended, second: Attended) -> Attended:
+    (context_a, log_a), (context_b, log_b) = _known(first), _known(second)
     empty = jnp.isneginf(log_a) & jnp.isneginf(log_b)
     log_a_safe, log_b_safe = (jnp.where(empty, 0.0, log) for log in (log_a, log_b))
     total = jnp.logaddexp(log_a_safe, log_b_safe)
@@ -63,4 +69,4 @@ def _merge_two(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple
         context_a.astype(total.dtype) * share_a[..., None]
         + context_b.astype(total.dtype) * share_b[..., None]
     )
-    return context.astype(context_a.dtype), jnp.where(empty, -jnp.inf, total)
+    return Attended(context.astype(context_a.dtype), logsumexp=jnp.where(empty, -jnp.inf, total))

@@ -51,7 +51,7 @@ class Tile(NamedTuple):
         return weights if self.keep is None else weights * self.keep
 
 
-class Sums(NamedTuple):
+class RunningSums(NamedTuple):
     """Largest logit [bt], sum of exponentials [bt] and context [bt, V] so far.
 
     For a normalizer without sum, `total` holds the poison of the rows.
@@ -62,20 +62,20 @@ class Sums(NamedTuple):
     context: Array
 
     @classmethod
-    def start(cls, rows: int, depth: int, dtype: jnp.dtype) -> Sums:
+    def start(cls, rows: int, depth: int, dtype: jnp.dtype) -> RunningSums:
         """Return the sums over no keys."""
         maximum = jnp.full(rows, -jnp.inf, dtype)
         return cls(maximum, jnp.zeros(rows, dtype), jnp.zeros((rows, depth), dtype))
 
 
-def accumulate(how: Exponential | Elementwise, sums: Sums, tile: Tile) -> Sums:
+def accumulate(how: Exponential | Elementwise, sums: RunningSums, tile: Tile) -> RunningSums:
     """Add a tile to the sums."""
     if isinstance(how, Elementwise):
         weights = how.function(tile.hidden(masked=0.0))
         if tile.allowed is not None:
             weights = jnp.where(tile.allowed, weights, 0.0)
         context = sums.context + times(tile.used(weights), tile.value)
-        return Sums(sums.maximum, sums.total + tile.row_poison(), context)
+        return RunningSums(sums.maximum, sums.total + tile.row_poison(), context)
 
     logits = tile.hidden(masked=-jnp.inf)
     maximum = jnp.maximum(sums.maximum, jnp.max(logits, axis=1))
@@ -84,10 +84,10 @@ def accumulate(how: Exponential | Elementwise, sums: Sums, tile: Tile) -> Sums:
     weights = tile.exponentials(logits, base)
     total = sums.total * shrink + jnp.sum(weights, axis=1)
     context = sums.context * shrink[:, None] + times(tile.used(weights), tile.value)
-    return Sums(maximum, total, context)
+    return RunningSums(maximum, total, context)
 
 
-def finished(how: Exponential | Elementwise, sums: Sums) -> tuple[Array, Array]:
+def finished(how: Exponential | Elementwise, sums: RunningSums) -> tuple[Array, Array]:
     """Return context [bt, V] and log-sum-exp [bt]; for a normalizer without sum, the poison."""
     if isinstance(how, Elementwise):
         return sums.context + sums.total[:, None], sums.total

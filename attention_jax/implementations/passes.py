@@ -1,10 +1,12 @@
-"""A pass over tiles: how the loop over visits goes, whatever is found at each."""
+"""A pass over tiles: the loop over visits, whatever is computed at each."""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,79 +19,120 @@ from attention_jax.masks.intervals import indices
 Array = jax.Array
 
 
-class Pass(NamedTuple):
-    """What is done at a visit.
+class Pass(abc.ABC):
+    """What is computed at a visit, and how it is added up.
 
-    `read(sums, i, rows)` takes what is needed of the rows from query i on, and `write(sums, i,
-    found)` puts back what was found. `slice(operands, i, j, rows)` returns the operands of a tile,
-    of which `of_tile(masked, *operands, read, i, j)` finds it; `nothing(*operands, read, i, j)`,
-    of a tile that turns out to be EMPTY at run time. A pass that `is_transposed` is a scan of
-    fixed length, whatever the tiles, and keeps nothing from inside a step.
+    `operands` are those of all tiles. A pass that `is_transposed` is a scan of fixed length,
+    whatever the tiles, and keeps nothing from inside a step.
     """
 
     operands: tuple[Any, ...]
-    slice: Callable[..., Any]
-    read: Callable[..., Any]
-    of_tile: Callable[..., Any]
-    nothing: Callable[..., Any]
-    write: Callable[..., Any]
     is_transposed: bool
 
+    @abc.abstractmethod
+    def slice(self, operands: Any, i: Any, j: Any, rows: int) -> Any:
+        """Return the operands of the tile with the queries i to i + rows and the first key j."""
 
-def over_visits(what: Pass, groups: list[Visits], states: Array | None, sums: Any) -> Any:
-    """Fold over the visits of all groups.
+    @abc.abstractmethod
+    def read(self, sums: Any, i: Any, rows: int) -> Any:
+        """Return what a visit needs of the sums over the rows from query i on."""
 
-    `states [n]` tells what the tiles are where only run time knows: the masked and the unmasked
-    visit and the one that finds nothing are then branches, and there is one group, or none.
+    @abc.abstractmethod
+    def of_tile(self, masked: bool, *tile: Any) -> Any:
+        """Compute a tile, given its operands, what was read, and its first query and key."""
+
+    @abc.abstractmethod
+    def of_empty_tile(self, *tile: Any) -> Any:
+        """Return the same for a tile that turns out to be EMPTY at run time."""
+
+    @abc.abstractmethod
+    def write(self, sums: Any, i: Any, computed: Any) -> Any:
+        """Add what was computed of the rows from query i on to the sums."""
+
+
+def over_visits(each: Pass, groups: list[Visits], states: Array | None, sums: Any) -> Any:
+    """Fold a pass over the visits of all groups.
+
+    `states [n]` tells what the tiles are where only run time knows: masked, unmasked and EMPTY
+    tiles are then branches, and there is one group, or none.
     """
-    masked, unmasked = (functools.partial(what.of_tile, masked) for masked in (True, False))
     if states is None:
         for visits in groups:
-            branch = masked if visits.masked else unmasked
-            sums = _fold(what, visits, None, lambda _, branch=branch: branch, sums)
+            branch = functools.partial(each.of_tile, visits.masked)
+            sums = _fold(_Fold(each, visits, functools.partial(_the_only, branch)), None, sums)
         return sums
     branches = [
-        jax.checkpoint(branch, prevent_cse=False) for branch in (what.nothing, masked, unmasked)
+        jax.checkpoint(branch, prevent_cse=False)
+        for branch in (
+            each.of_empty_tile,
+            functools.partial(each.of_tile, True),
+            functools.partial(each.of_tile, False),
+        )
     ]
-
-    def switch(state: Array) -> Callable[..., Any]:
-        return lambda *operands: lax.switch(_joint(state), branches, *operands)
-
     for visits in groups:
-        sums = _fold(what, visits, states.astype(jnp.int32), switch, sums)
+        fold = _Fold(each, visits, functools.partial(_switch, branches))
+        sums = _fold(fold, states.astype(jnp.int32), sums)
     return sums
 
 
-def _fold(what: Pass, visits: Visits, states: Any, choose: Callable[..., Any], sums: Any) -> Any:
-    """Fold over the visits of a group; `choose(state)` is the branch that a tile takes."""
-    rows, together = visits.rows, visits.together
-    # Transposed, a tile has operations enough that do not wait for each other.
-    lanes = -(-visits.lanes // 2) if what.is_transposed else visits.lanes
+def _the_only(branch: Callable[..., Any], state: None, *tile: Any) -> Any:
+    return branch(*tile)
 
-    def below_each_other(*lanes: Array) -> Array:
-        return jnp.concatenate(lanes).reshape(visits.height, *lanes[0].shape[2:])
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(sums: Any, where: Any) -> tuple[Any, None]:
+def _switch(branches: list[Callable[..., Any]], state: Array, *tile: Any) -> Any:
+    return lax.switch(_joint(state), branches, *tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fold:
+    """The visits of one group; `compute(state, *tile)` computes a tile in that state."""
+
+    each: Pass
+    visits: Visits
+    compute: Callable[..., Any]
+
+    @property
+    def lanes(self) -> int:
+        """How many independent batches the tiles of a visit are computed in."""
+        # Transposed, a tile has operations enough that do not wait for each other.
+        return -(-self.visits.lanes // 2) if self.each.is_transposed else self.visits.lanes
+
+    def step(self, sums: Any, where: Any) -> tuple[Any, None]:
+        """Make one visit: of one tile, or of several below each other."""
         i, j, state = where
-
-        def visit(read: Any, i: Any, j: Any) -> Any:
-            tile = (what.slice(operands, i, j, rows) for operands in what.operands)
-            return choose(state)(*tile, read, i, j)
-
-        read = what.read(sums, i, visits.height)
+        rows, together = self.visits.rows, self.visits.together
+        read = self.each.read(sums, i, self.visits.height)
         if together == 1:
-            return what.write(sums, i, visit(read, i, j[0])), None
-        many = lanes, together // lanes
+            return self.each.write(sums, i, self.tile(state, read, i, j[0])), None
+        many = self.lanes, together // self.lanes
         read = jax.tree.map(lambda x: x.reshape(*many, rows, *x.shape[1:]), read)
-        each = read, (i + rows * indices(together)).reshape(many), j.reshape(many)
-        lane = [jax.vmap(visit)(*jax.tree.map(lambda x, n=n: x[n], each)) for n in range(lanes)]
-        return what.write(sums, i, jax.tree.map(below_each_other, *lane)), None
+        operands = read, (i + rows * indices(together)).reshape(many), j.reshape(many)
+        computed = [
+            jax.vmap(functools.partial(self.tile, state))(*_nth(operands, lane))
+            for lane in range(self.lanes)
+        ]
+        return self.each.write(sums, i, jax.tree.map(self.stacked, *computed)), None
 
-    where = visits.queries, visits.keys, states
-    if states is None or what.is_transposed:
+    def tile(self, state: Any, read: Any, i: Any, j: Any) -> Any:
+        """Compute the tile whose first query is i and first key j."""
+        tile = (self.each.slice(x, i, j, self.visits.rows) for x in self.each.operands)
+        return self.compute(state, *tile, read, i, j)
+
+    def stacked(self, *lanes: Array) -> Array:
+        """Put the rows of all tiles below each other."""
+        return jnp.concatenate(lanes).reshape(self.visits.height, *lanes[0].shape[2:])
+
+
+def _fold(fold: _Fold, states: Array | None, sums: Any) -> Any:
+    where = fold.visits.queries, fold.visits.keys, states
+    step = jax.checkpoint(fold.step, prevent_cse=False)
+    if states is None or fold.each.is_transposed:
         return lax.scan(step, sums, where)[0]
-    return _over_live(lambda sums, where: step(sums, where)[0], sums, where)
+    return _over_live(step, sums, where)
+
+
+def _nth(tree: Any, n: int) -> Any:
+    return jax.tree.map(lambda x: x[n], tree)
 
 
 def _over_live(step: Callable[..., Any], sums: Any, where: Any) -> Any:
@@ -97,17 +140,19 @@ def _over_live(step: Callable[..., Any], sums: Any, where: Any) -> Any:
     where = jax.tree.map(jnp.asarray, where)
     is_empty = _for_all(where[-1] == EMPTY)
     order = jnp.argsort(is_empty, stable=True)
-
-    def body(n: Any, sums: Any) -> Any:
-        at = functools.partial(lax.dynamic_index_in_dim, index=order[n], keepdims=False)
-        return step(sums, jax.tree.map(at, where))
-
+    body = functools.partial(_nth_live, step, (order, where))
     return lax.fori_loop(0, jnp.sum(~is_empty), body, sums)
+
+
+def _nth_live(step: Callable[..., Any], ordered: tuple[Array, Any], n: Any, sums: Any) -> Any:
+    order, where = ordered
+    at = functools.partial(lax.dynamic_index_in_dim, index=order[n], keepdims=False)
+    return step(sums, jax.tree.map(at, where))[0]
 
 
 @jax.custom_batching.custom_vmap
 def _for_all(is_empty: Array) -> Array:
-    """Return what is empty; for a batch what is for all, so that one loop in one order does."""
+    """Return what is empty; for a batch what is empty for all, so that all share one loop."""
     return is_empty
 
 

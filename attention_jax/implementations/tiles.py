@@ -1,61 +1,44 @@
-"""Which tiles of the T x S plane are worked on, and in what order.
+"""Which tiles of the T x S plane are visited, and in what order.
 
-From the interval reading of the mask: EMPTY tiles are never visited, FULL tiles are visited
-without the mask (but for those that `group` joins to a PARTIAL one), PARTIAL ones with it. What
-is known while tracing shapes the program itself; what is known only inside `jit` (segments,
-lengths) decides at run time, on the same program.
+The mask, evaluated on intervals of indices, says what each tile is: EMPTY tiles are never visited,
+FULL tiles are visited without the mask (but for those that `group` joins to a PARTIAL one), PARTIAL
+ones with it. What is known while tracing shapes the program itself; what is known only inside `jit`
+(segments, lengths) decides at run time, in the same program.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.masks import EMPTY, FULL, PARTIAL, Mask
+from attention_jax.masks import EMPTY, FULL, PARTIAL, Lengths, Mask
 
 TOGETHER_PAIRS = {"cpu": 2**19}
-"""Tiles that are visited together have about so many pairs."""
+"""Tiles that are visited together have about this many pairs."""
 
 LARGE_PAIRS = 2**18
-"""A tile of so many pairs gains nothing from others beside it, only from those below it."""
+"""From this many pairs on, a tile is joined to those below it only, not visited beside others."""
 
 MOST_TOGETHER = 8
-"""So many rows of tiles are visited together at most."""
+"""At most this many rows of tiles are visited together."""
 
 LANES = 4
-"""Tiles that are visited together are so many operations beside each other where they are low.
+"""Low tiles that are visited together are computed as this many independent batches.
 
 XLA's CPU runtime computes a batch of products of few rows on one core, but several batches at
-once; it lets another core help only where many operations are ready.
+once; another core helps only where many operations are ready.
 """
 
 LOW_ROWS, LOW_PAIRS = 256, 2**14
-"""Tiles of fewer rows are low; of fewer pairs they are not worth operations of their own."""
+"""Tiles of fewer rows are low; tiles of fewer pairs are computed as one batch."""
 
 FRACTIONS = (3, 4)
 """A tile begins at a multiple of its width divided by the first of these that divides it."""
-
-
-class Plan(NamedTuple):
-    """The tiles to visit.
-
-    `starts [n, 2]` holds the first query and the first key of every tile that may be live, row by
-    row, and is always known while tracing. `states [n]` says what each is: a NumPy array where
-    the mask is known while tracing, else a JAX array. Together they reach up to `key_length`,
-    beyond the last key where that is no multiple of what tiles begin at.
-    """
-
-    starts: np.ndarray
-    states: Any
-    key_length: int
-
-    @property
-    def is_static(self) -> bool:
-        """Whether the whole plan is known while tracing."""
-        return isinstance(self.states, np.ndarray)
 
 
 class Visits(NamedTuple):
@@ -78,22 +61,104 @@ class Visits(NamedTuple):
         return self.rows * self.together
 
 
-def make_visits(plan: Plan, query_length: int, query_size: int, key_size: int) -> list[Visits]:
-    """Return in which groups the tiles of a plan are visited."""
-    if not plan.is_static:
-        visits = Visits(True, query_size, 1, plan.starts[:, 0], plan.starts[:, 1:])
-        return [visits] if len(plan.starts) else []
-    rows = -(-query_length // query_size)
-    pairs = TOGETHER_PAIRS.get(jax.default_backend(), 0)
-    many = min(pairs / (query_size * key_size), rows, MOST_TOGETHER)
-    tall = 2 ** int(np.log2(max(1, many)))
-    groups = group(plan, query_size, tall, 1 if query_size * key_size >= LARGE_PAIRS else tall)
-    if query_size >= LOW_ROWS or query_size * key_size < LOW_PAIRS:
-        return groups
-    return [visits._replace(lanes=min(LANES, visits.together)) for visits in groups]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The tiles to visit, each `tile` = [bt, bk] queries by keys.
+
+    Attributes:
+      pairs: the numbers of queries and keys, [T, S].
+      tile: [bt, bk].
+      unit: the first key of a tile is a multiple of this.
+      starts: [n, 2], the first query and the first key of every tile that may be live, by row.
+      states: [n], what each tile is, as far as that is known while tracing.
+      covered: the tiles reach up to this key, beyond the last where S is no multiple of `unit`.
+      is_static: whether `states` is the whole truth; if not, `states_of` asks the mask at run time.
+    """
+
+    pairs: tuple[int, int]
+    tile: tuple[int, int]
+    unit: int
+    starts: np.ndarray
+    states: np.ndarray
+    covered: int
+    is_static: bool
+
+    def within(self, mask: Mask) -> Mask:
+        """Return the mask without keys beyond the last."""
+        return mask & Lengths(self.pairs[1]) if self.covered > self.pairs[1] else mask
+
+    def states_of(self, mask: Mask) -> Any:
+        """Return what each tile is, [n]: an array of NumPy where the mask is known, else of JAX."""
+        rows, units = (self.starts // (self.tile[0], self.unit)).T
+        per_tile = self.tile[1] // self.unit
+        grid = self.pairs[0], self.covered, self.tile[0]
+        if not (units % per_tile).any():
+            states = self.within(mask).tiles(*grid, self.tile[1])
+            return states[rows, units // per_tile]
+        states = self.within(mask).tiles(*grid, self.unit)
+        states = states[rows[:, None], units[:, None] + np.arange(per_tile)]
+        module = np if isinstance(states, np.ndarray) else jnp
+        least, most = states.min(axis=1), states.max(axis=1)
+        return module.where(least == most, least, module.asarray(PARTIAL, states.dtype))
+
+    @functools.cached_property
+    def visits(self) -> list[Visits]:
+        """The groups in which the tiles are visited."""
+        if not self.is_static:
+            visits = Visits(True, self.tile[0], 1, self.starts[:, 0], self.starts[:, 1:])
+            return [visits] if len(self.starts) else []
+        pairs = self.tile[0] * self.tile[1]
+        rows = -(-self.pairs[0] // self.tile[0])
+        many = min(TOGETHER_PAIRS.get(jax.default_backend(), 0) / pairs, rows, MOST_TOGETHER)
+        tall = 2 ** int(np.log2(max(1, many)))
+        groups = group(self, tall, 1 if pairs >= LARGE_PAIRS else tall)
+        if self.tile[0] >= LOW_ROWS or pairs < LOW_PAIRS:
+            return groups
+        return [visits._replace(lanes=min(LANES, visits.together)) for visits in groups]
+
+    @property
+    def largest_visit(self) -> int:
+        """How many queries are visited at once at most."""
+        return max((visits.height for visits in self.visits), default=self.tile[0])
 
 
-def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]:
+def make_plan(
+    mask: Mask, pairs: tuple[int, int], tile: tuple[int, int], is_static: bool = True
+) -> Plan:
+    """Cover what may be live of each row of tiles by as few tiles as possible.
+
+    Rows of tiles lie on a grid; within a row a tile begins where it is needed, to a fraction of
+    its width, so that a band of keys is covered by one tile and not by the two that it touches.
+
+    Args:
+      mask: as far as it is known while tracing (`Mask.static`).
+      pairs: the numbers of queries and keys, [T, S].
+      tile: queries and keys of a tile, [bt, bk].
+      is_static: whether the whole mask is known while tracing.
+    """
+    per_tile = next((parts for parts in FRACTIONS if tile[1] % parts == 0), 1)
+    unit = tile[1] // per_tile
+    live = np.asarray(mask.tiles(*pairs, tile[0], unit)) != EMPTY
+    rows, units = _cover(live, per_tile)
+    if units.min(initial=0) < 0:  # whole tiles do not fit
+        live = np.pad(live, ((0, 0), (0, -live.shape[1] % per_tile)))
+        rows, units = _cover(live, per_tile)
+    starts = np.stack([rows * tile[0], units * unit], axis=1).astype(np.int32)
+    covered = live.shape[1] * unit
+    states = np.zeros(len(starts), np.int8)
+    plan = Plan(pairs, tile, unit, starts, states, covered, is_static)
+    return dataclasses.replace(plan, states=np.asarray(plan.states_of(mask)))
+
+
+class _Tiles(NamedTuple):
+    """Tiles by their row, their first key, and whether they are FULL, [n] each."""
+
+    row: np.ndarray
+    key: np.ndarray
+    full: np.ndarray
+
+
+def group(plan: Plan, tall: int, together: int) -> list[Visits]:
     """Make few large visits of many small tiles, for a plan that is known while tracing.
 
     Tiles below each other in `tall` rows of tiles become one where one of them is FULL, with the
@@ -101,18 +166,63 @@ def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]
     as many tiles of one kind as all of `together` rows have are visited at once, with keys of
     their own.
     """
-    row, key, full = plan.starts[:, 0] // query_size, plan.starts[:, 1], plan.states == FULL
-    wide = np.max(key, initial=0) + 1
+    rows = plan.tile[0]
+    tiles = _Tiles(plan.starts[:, 0] // rows, plan.starts[:, 1], plan.states == FULL)
+    masked, unmasked, rest = _columns(tiles, tall)
+    at_once, keys, alone = _side_by_side(rest, together)
+    masks = (False, True)
+    groups = [
+        *(
+            Visits(mask, tall * rows, 1, of.row * tall, of.key)
+            for mask, of in zip(masks, (unmasked, masked), strict=True)
+        ),
+        *(
+            Visits(mask, rows, together, at_once.row[of] * together, keys[of])
+            for mask, of in zip(masks, (at_once.full, ~at_once.full), strict=True)
+        ),
+        *(
+            Visits(mask, rows, 1, alone.row[of], alone.key[of])
+            for mask, of in zip(masks, (alone.full, ~alone.full), strict=True)
+        ),
+    ]
+    return [
+        visits._replace(
+            queries=(visits.queries * rows).astype(np.int32),
+            keys=visits.keys.astype(np.int32).reshape(-1, visits.together),
+        )
+        for visits in groups
+        if len(visits.queries)
+    ]
+
+
+def _columns(tiles: _Tiles, tall: int) -> tuple[_Tiles, _Tiles, _Tiles]:
+    """Join the tiles of `tall` rows that have the same keys, if all are there and one is FULL.
+
+    Returns those with a PARTIAL one among them, those without, both by rows of columns; and what
+    is left.
+    """
+    wide = np.max(tiles.key, initial=0) + 1
     column, inverse, height = np.unique(
-        row // tall * wide + key, return_inverse=True, return_counts=True
+        tiles.row // tall * wide + tiles.key, return_inverse=True, return_counts=True
     )
-    of_full = np.bincount(inverse, full, len(column))
-    is_tall = (height == tall) & (of_full > 0)
-    with_mask = of_full[is_tall] < tall
-    column = column[is_tall]
-    rest = ~is_tall[inverse]
-    order = np.lexsort((full[rest], row[rest]))
-    row, key, full = row[rest][order], key[rest][order], full[rest][order]
+    of_full = np.bincount(inverse, tiles.full, len(column))
+    is_column = (height == tall) & (of_full > 0)
+    joined = _Tiles(column // wide, column % wide, of_full == tall)
+    return (
+        _Tiles(*(x[is_column & ~joined.full] for x in joined)),
+        _Tiles(*(x[is_column & joined.full] for x in joined)),
+        _Tiles(*(x[~is_column[inverse]] for x in tiles)),
+    )
+
+
+def _side_by_side(tiles: _Tiles, together: int) -> tuple[_Tiles, np.ndarray, _Tiles]:
+    """Visit the n-th FULL tiles of `together` rows at once, and so the n-th PARTIAL ones.
+
+    Returns the visits (by rows of visits) with their keys [n, together], and what is left.
+    """
+    wide = np.max(tiles.key, initial=0) + 1
+    order = np.lexsort((tiles.full, tiles.row))
+    row, key, full = (x[order] for x in tiles)
     number = np.arange(len(row)) - np.searchsorted(2 * row + full, 2 * row + full)
     visit, place, many = np.unique(
         (row // together * 2 + full) * wide + number, return_inverse=True, return_counts=True
@@ -120,66 +230,20 @@ def group(plan: Plan, query_size: int, tall: int, together: int) -> list[Visits]
     keys = np.zeros((len(visit), together), int)
     keys[place, row % together] = key
     at_once, alone = many == together, many[place] < together
-    first, is_full = visit // wide // 2 * together, visit // wide % 2 == 1
-    found = [
-        *(
-            Visits(masked, tall * query_size, 1, column[of] // wide * tall, column[of] % wide)
-            for masked, of in ((False, ~with_mask), (True, with_mask))
-        ),
-        *(
-            Visits(masked, query_size, together, first[of], keys[of])
-            for masked, of in ((False, at_once & is_full), (True, at_once & ~is_full))
-        ),
-        *(
-            Visits(masked, query_size, 1, row[of], key[of])
-            for masked, of in ((False, alone & full), (True, alone & ~full))
-        ),
-    ]
-    return [
-        visits._replace(
-            queries=(visits.queries * query_size).astype(np.int32),
-            keys=visits.keys.astype(np.int32).reshape(-1, visits.together),
-        )
-        for visits in found
-        if len(visits.queries)
-    ]
-
-
-def make_plan(
-    mask: Mask, query_length: int, key_length: int, query_size: int, key_size: int
-) -> Plan:
-    """Cover what may be live of each row of tiles by as few tiles as possible.
-
-    Rows of tiles lie on a grid; within a row a tile begins where it is needed, to a fraction of
-    its width, so that a band of keys is covered by one tile and not by the two that it touches.
-    """
-    per_tile = next((parts for parts in FRACTIONS if key_size % parts == 0), 1)
-    unit = key_size // per_tile
-    grid = (query_length, key_length, query_size, unit)
-    live = np.asarray(mask.static().tiles(*grid)) != EMPTY
-    rows, units = _cover(live, per_tile)
-    if units.min(initial=0) < 0:  # whole tiles do not fit
-        live = np.pad(live, ((0, 0), (0, -live.shape[1] % per_tile)))
-        rows, units = _cover(live, per_tile)
-    covered = live.shape[1] * unit
-    starts = np.stack([rows * query_size, units * unit], axis=1).astype(np.int32)
-    if not (units % per_tile).any():
-        states = mask.tiles(query_length, covered, query_size, key_size)
-        return Plan(starts, states[rows, units // per_tile], covered)
-    states = mask.tiles(query_length, covered, query_size, unit)
-    states = states[rows[:, None], units[:, None] + np.arange(per_tile)]
-    numpy = np if isinstance(states, np.ndarray) else jnp
-    least, most = states.min(axis=1), states.max(axis=1)
-    partial = numpy.asarray(PARTIAL, states.dtype)
-    return Plan(starts, numpy.where(least == most, least, partial), covered)
+    visits = _Tiles(visit // wide // 2, keys[:, 0], visit // wide % 2 == 1)
+    return (
+        _Tiles(*(x[at_once] for x in visits)),
+        keys[at_once],
+        _Tiles(*(x[alone] for x in (row, key, full))),
+    )
 
 
 def _cover(live: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Cover the live cells of every row by the fewest intervals of one width, none overlapping.
 
     Returns the row and the first cell of each. The first interval begins at the first live cell,
-    the next at the first that is left; then those that stick out at the end are pushed back, and
-    push back those before them; where there is no room, to before the first cell.
+    the next at the first live cell that is not covered; then those that stick out at the end are
+    pushed back, and push back those before them, before the first cell where there is no room.
     """
     rows, cells = live.shape
     following = np.full((rows, cells + 1), cells)  # the first live cell from here on

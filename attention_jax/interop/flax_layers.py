@@ -155,7 +155,7 @@ def attention_fn(
         if dropout_rate and not deterministic:
             dropout = _dropout(dropout_rate, dropout_rng, broadcast_dropout)
         if module is not None:
-            _, weights = attend_with(return_weights=True)
+            weights = attend_with(return_weights=True).weights
             _sow(module, weights.astype(dtype).reshape(*batch, *pairs))
         context = attend_with(**dropout)
         return context.reshape(*batch, *context.shape[1:])

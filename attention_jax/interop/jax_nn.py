@@ -136,8 +136,7 @@ def dot_product_attention(
         found = jax.tree.map(lambda x: x[0], found)
     if not return_residual:
         return found
-    context, logsumexp = found
-    return context, jax.lax.stop_gradient(logsumexp)
+    return found.context, jax.lax.stop_gradient(found.logsumexp)
 
 
 def _handed_over(*operands: Any, implementation: str, **options: Any) -> Any:

@@ -57,7 +57,7 @@ class MultiHead(NamedTuple):
             implementation=self.implementation,
             return_weights=return_weights,
         )
-        context, weights = result if return_weights else (result, None)
+        context, weights = result[:2] if return_weights else (result, None)
         return self.projections.join(context), weights
 
     def decode(
@@ -119,5 +119,5 @@ class MultiHead(NamedTuple):
             implementation=self.implementation,
             return_weights=return_weights,
         )
-        context, *weights = result if return_weights else (result,)
+        context, *weights = result[:2] if return_weights else (result,)
         return self.projections.join(context), *weights

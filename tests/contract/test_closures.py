@@ -151,7 +151,7 @@ def test_gradient_of_values_without_features():
     def gradient_of(implementation):
         def loss(x):
             tiles = TILE if implementation == "tiled" else None
-            _, logsumexp = attend(
+            attended = attend(
                 x,
                 x,
                 x[..., :0],
@@ -159,7 +159,7 @@ def test_gradient_of_values_without_features():
                 tile_sizes=tiles,
                 return_logsumexp=True,
             )
-            return jnp.sum(jnp.sin(logsumexp))
+            return jnp.sum(jnp.sin(attended.logsumexp))
 
         return jax.grad(loss)(x)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_jax import masks
-from attention_jax.implementations import choice, tiles
+from attention_jax import explain, masks
+from attention_jax.implementations import tiles
 
 lengths = st.integers(1, 700)
 bands = st.builds(masks.Window, st.integers(0, 300), st.integers(0, 300))
@@ -34,12 +34,12 @@ some = st.one_of(
 def test_visits_meet_every_live_pair_once(mask, query_length, key_length, sizes, tall, together):
     query_size, key_size = sizes
     within = mask & masks.Lengths(key_length)
-    plan = tiles.make_plan(within, query_length, key_length, query_size, key_size)
-    visits = tiles.group(plan, query_size, tall, together)
+    plan = tiles.make_plan(within, (query_length, key_length), sizes)
+    visits = tiles.group(plan, tall, together)
 
     rows = -(-query_length // (query_size * 8)) * query_size * 8
-    met = np.zeros((rows, plan.key_length), int)
-    unmasked = np.zeros((rows, plan.key_length), bool)
+    met = np.zeros((rows, plan.covered), int)
+    unmasked = np.zeros((rows, plan.covered), bool)
     for group in visits:
         for first, keys in zip(group.queries, group.keys, strict=True):
             for place, key in enumerate(keys):
@@ -57,7 +57,7 @@ def test_visits_meet_every_live_pair_once(mask, query_length, key_length, sizes,
     assert (met[inside][allowed] == 1).all()
     assert allowed[unmasked[inside]].all()
     assert not unmasked[:query_length, key_length:].any()
-    assert key_length <= plan.key_length < key_length + key_size
+    assert key_length <= plan.covered < key_length + key_size
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,7 @@ def test_visits_meet_every_live_pair_once(mask, query_length, key_length, sizes,
 )
 def test_few_large_visits_on_cpu(mask, sizes, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    plan = tiles.make_plan(mask, 2048, 2048, *sizes)
-    found = tiles.make_visits(plan, 2048, *sizes)
+    found = tiles.make_plan(mask, (2048, 2048), sizes).visits
     assert [(v.masked, v.rows, v.together, len(v.queries), v.lanes) for v in found] == expected
 
 
@@ -93,18 +92,16 @@ def test_few_large_visits_on_cpu(mask, sizes, expected, monkeypatch):
 )
 def test_tiles_that_are_visited_one_by_one_are_large(mask, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    sizes = {"B": 1, "N": 2, "K": 2, "G": 1, "T": 4096, "S": 4096, "Q": 64, "V": 64}
-    found = []
 
-    def choose(ids):
-        found.append(choice.choose_tile(mask(ids), sizes))
+    def choose(x, ids):
+        return explain(x, x, x, mask=mask(ids))
 
-    jax.eval_shape(choose, jax.ShapeDtypeStruct((4096,), jnp.int32))
-    assert found == [expected]
+    x = jax.ShapeDtypeStruct((1, 4096, 2, 64), jnp.float32)
+    found = jax.eval_shape(choose, x, jax.ShapeDtypeStruct((4096,), jnp.int32))
+    assert found.tile == expected
 
 
 def test_elsewhere_every_tile_is_a_visit(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    plan = tiles.make_plan(masks.Full(), 1024, 1024, 256, 256)
-    (found,) = tiles.make_visits(plan, 1024, 256, 256)
+    (found,) = tiles.make_plan(masks.Full(), (1024, 1024), (256, 256)).visits
     assert (found.masked, found.rows, found.together, len(found.queries)) == (False, 256, 1, 16)

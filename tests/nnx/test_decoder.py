@@ -40,7 +40,7 @@ def test_equals_attend_with_the_same_bound_score(score):
     module = DecoderAttention(score, 8, 8, 5, rngs=nnx.Rngs(0))
     mask = masks.Lengths(jnp.array([7, 0, 3]))
     context, weights = module(states, memory, mask)
-    expected, expected_weights = attend(
+    expected = attend(
         states[:, :, None],
         memory[:, :, None],
         memory[:, :, None],
@@ -48,8 +48,8 @@ def test_equals_attend_with_the_same_bound_score(score):
         mask=mask,
         return_weights=True,
     )
-    chex.assert_trees_all_close(context, expected[:, :, 0], atol=1e-5)
-    chex.assert_trees_all_close(weights, expected_weights[:, 0], atol=1e-5)
+    chex.assert_trees_all_close(context, expected.context[:, :, 0], atol=1e-5)
+    chex.assert_trees_all_close(weights, expected.weights[:, 0], atol=1e-5)
     assert not np.any(context[1]) and not np.any(weights[1])
 
 
@@ -127,14 +127,14 @@ def test_a_mask_of_any_numbers_is_the_mask_of_attend(make):
     mask = first & masks.Lengths(make([5, 3, 7])) & masks.Prefix(make([6]))
     with jax.enable_x64(make is not jnp.asarray):
         context, weights = module(state, memory, mask & table)
-        expected, expected_weights = attend(
+        expected = attend(
             *(x[:, :, None] for x in (state[:, None], memory, memory)),
             score=module.score(),
             mask=mask & table[:, None],
             return_weights=True,
         )
-    chex.assert_trees_all_close(context, expected[:, 0, 0], atol=1e-6)
-    chex.assert_trees_all_close(weights, expected_weights[:, 0, 0], atol=1e-6)
+    chex.assert_trees_all_close(context, expected.context[:, 0, 0], atol=1e-6)
+    chex.assert_trees_all_close(weights, expected.weights[:, 0, 0], atol=1e-6)
 
 
 def test_a_mask_of_another_length_is_refused():

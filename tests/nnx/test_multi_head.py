@@ -83,14 +83,14 @@ def test_any_score_equals_attention_of_each_head_alone(score, share_score):
     for n in range(4):
         mine = values if share_score else jax.tree.map(lambda leaf, n=n: leaf[n], values)
         head = functools.partial(score, **mine)
-        _, alone = attend(
+        alone = attend(
             query[:, :, n : n + 1],
             key[:, :, n // 2 : n // 2 + 1],
             value[:, :, n // 2 : n // 2 + 1],
             score=head,
             return_weights=True,
         )
-        chex.assert_trees_all_close(weights[:, n : n + 1], alone, atol=1e-5)
+        chex.assert_trees_all_close(weights[:, n : n + 1], alone.weights, atol=1e-5)
     context = jnp.einsum("bnts,bsnv->btnv", weights, jnp.repeat(value, 2, axis=2))
     chex.assert_trees_all_close(output, module.out(context), atol=1e-5)
 
@@ -184,9 +184,9 @@ def test_masks_of_every_kind_and_empty_rows():
     ):
         output, weights = module(x, mask=mask, return_weights=True)
         query, (key, value) = projected(module, x)
-        expected, expected_weights = attend(query, key, value, mask=mask, return_weights=True)
-        chex.assert_trees_all_close(weights, expected_weights, atol=1e-6)
-        chex.assert_trees_all_close(output, module.out(expected), atol=1e-6)
+        expected = attend(query, key, value, mask=mask, return_weights=True)
+        chex.assert_trees_all_close(weights, expected.weights, atol=1e-6)
+        chex.assert_trees_all_close(output, module.out(expected.context), atol=1e-6)
     assert not np.any(module(x, mask=masks.Lengths(jnp.array([5, 0])))[1])
 
 

@@ -167,7 +167,7 @@ def test_a_positional_score_composes_and_attends():
     expected = 2.0 * penalized(QUERY @ LEFT, KEY @ RIGHT, jnp.arange(5), jnp.arange(7))
     score = scaled(projected(penalized, LEFT, RIGHT), 2.0)
     chex.assert_trees_all_close(score(QUERY, KEY), expected, rtol=1e-5, atol=1e-5)
-    _, logsumexp = attend(
+    attended = attend(
         QUERY[None, :, None],
         KEY[None, :, None],
         KEY[None, :, None],
@@ -176,7 +176,7 @@ def test_a_positional_score_composes_and_attends():
         return_logsumexp=True,
     )
     expected = jax.nn.logsumexp(expected, axis=1)
-    chex.assert_trees_all_close(logsumexp[0, :, 0], expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(attended.logsumexp[0, :, 0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_separated_is_a_pytree_that_learns():

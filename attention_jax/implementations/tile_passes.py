@@ -1,0 +1,322 @@
+"""The two passes of tiled attention: the forward sums, and their tangent.
+
+Both compute one tile at a time: its logits and mask, and from these what it adds to the sums over
+the keys of each query.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attention_jax.base.finite import finite
+from attention_jax.base.matmul import times
+from attention_jax.base.trees import Rest, hoisted, merge_floats, split_floats, varying_like
+from attention_jax.base.typing import Bias, Normalizer
+from attention_jax.implementations import online
+from attention_jax.implementations.head import kept
+from attention_jax.implementations.passes import Pass, over_visits
+from attention_jax.implementations.tiles import Visits
+from attention_jax.masks import Mask
+from attention_jax.masks.intervals import indices
+from attention_jax.normalizers import Elementwise, Exponential, streaming
+from attention_jax.scores import Separated
+from attention_jax.scores.composition import identity
+
+Array = jax.Array
+
+
+class Functions(NamedTuple):
+    """The bound functions of the head; `bias` is None unless it is a function."""
+
+    score: Separated
+    bias: Bias | None
+    normalizer: Normalizer
+
+
+class Operands(NamedTuple):
+    """What the result is differentiated with respect to; of all rows, or of one tile.
+
+    `captured` holds what score and bias close over, by the number of rows of a tile.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Any
+    functions: Functions
+    captured: dict[int, list[Any]]
+
+
+class Given(NamedTuple):
+    """What it is not: mask, states of tiles that only run time knows, dropout, poison.
+
+    `captured` holds what the mask closes over, by the number of rows of a tile.
+    """
+
+    mask: Mask
+    captured: dict[int, list[Any]]
+    states: Any
+    dropout: tuple[Array, Array] | None
+    query_poison: Array
+    key_poison: Array
+
+
+def exponential_or_elementwise(normalizer: Normalizer) -> Exponential | Elementwise:
+    """Return how a normalizer is computed tile by tile.
+
+    Raises:
+      ValueError: it needs a whole row of logits.
+    """
+    how = streaming(normalizer)
+    if how is None:
+        raise ValueError("tiled: this normalizer needs a whole row of logits; use dense.")
+    return how
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiles:
+    """How a tile is computed from operands; holds only what is known while tracing.
+
+    `logits[rows](tile, q_idx, kv_idx, *captured)` are the logits of a tile of so many rows, with
+    what score and bias close over made arguments, so that it has gradients too;
+    `allowed[rows](mask, q_idx, kv_idx, *captured)` is the mask of that tile.
+    """
+
+    key_size: int
+    visits: list[Visits]
+    logits: dict[int, Callable[..., Array]] = dataclasses.field(default_factory=dict)
+    allowed: dict[int, Callable[..., Array]] = dataclasses.field(default_factory=dict)
+
+    def traced(self, operands: Operands, given: Given) -> tuple[Tiles, Operands, Given]:
+        """Trace logits and mask for each height of a tile, and take out what they close over."""
+        kv_idx = indices(self.key_size)
+        logits, captured, allowed, of_mask = {}, {}, {}, {}
+        for rows in sorted({visits.rows for visits in self.visits}):
+            q_idx = indices(rows)
+            tile = self.slice(operands, 0, 0, rows)
+            logits[rows], captured[rows] = hoisted(_logits, tile, q_idx, kv_idx)
+            if any(visits.masked and visits.rows == rows for visits in self.visits):
+                allowed[rows], of_mask[rows] = hoisted(_allowed, given.mask, q_idx, kv_idx)
+        return (
+            dataclasses.replace(self, logits=logits, allowed=allowed),
+            operands._replace(captured=captured),
+            given._replace(captured=of_mask),
+        )
+
+    def slice(self, operands: Operands, i: Any, j: Any, rows: int) -> Operands:
+        """Return the operands of the tile whose first query is i and first key j."""
+        bias = operands.bias
+        if bias is not None:
+            bias = bias if bias.shape[0] == 1 else rows_from(bias, i, rows)
+            bias = bias if bias.shape[1] == 1 else rows_from(bias, j, self.key_size, axis=1)
+        return operands._replace(
+            query=rows_from(operands.query, i, rows),
+            key=rows_from(operands.key, j, self.key_size),
+            value=rows_from(operands.value, j, self.key_size),
+            bias=bias,
+        )
+
+    def compute(self, here: Operands, given: Given, i: Any, j: Any, masked: bool) -> online.Tile:
+        """Return the tile of the operands `here`, whose first query is i and first key j."""
+        rows = here.query.shape[0]
+        q_idx = i + indices(rows)
+        kv_idx = j + indices(self.key_size)
+        pair = q_idx[:, None], kv_idx[None, :]
+        allowed = None
+        if masked:
+            allowed = self.allowed[rows](given.mask, q_idx, kv_idx, *given.captured[rows])
+        usable = _usable(here)
+        return online.Tile(
+            logits=self.logits[rows](
+                usable._replace(captured={}), q_idx, kv_idx, *here.captured[rows]
+            ),
+            value=usable.value,
+            allowed=allowed,
+            keep=None if given.dropout is None else kept(given.dropout, *pair, here.value.dtype),
+            query_poison=rows_from(given.query_poison, i, rows),
+            key_poison=rows_from(given.key_poison, j, self.key_size),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forward(Pass):
+    """Let each tile add to the running sums of its query rows."""
+
+    tiles: Tiles
+    operands: tuple[Operands]
+    given: Given
+    is_transposed = False
+
+    def __call__(self) -> tuple[Array, Array]:
+        """Return context [T, V] and log-sum-exp [T]."""
+        (operands,) = self.operands
+        length, depth = operands.query.shape[0], operands.value.shape[1]
+        start = online.RunningSums.start(length, depth, operands.value.dtype)
+        sums = varying_like(start, operands, self.given.query_poison)
+        sums = over_visits(self, self.tiles.visits, self.given.states, sums)
+        return online.finished(exponential_or_elementwise(operands.functions.normalizer), sums)
+
+    def slice(self, operands: Operands, i: Any, j: Any, rows: int) -> Operands:
+        return self.tiles.slice(operands, i, j, rows)
+
+    def read(self, sums: Any, i: Any, rows: int) -> online.RunningSums:
+        return jax.tree.map(functools.partial(rows_from, start=i, size=rows), sums)
+
+    def of_tile(
+        self, masked: bool, here: Operands, sums: online.RunningSums, i: Any, j: Any
+    ) -> online.RunningSums:
+        tile = self.tiles.compute(here, self.given, i, j, masked)
+        return online.accumulate(exponential_or_elementwise(here.functions.normalizer), sums, tile)
+
+    def of_empty_tile(
+        self, here: Operands, sums: online.RunningSums, *where: Any
+    ) -> online.RunningSums:
+        return sums
+
+    def write(self, sums: Any, i: Any, computed: Any) -> Any:
+        return jax.tree.map(functools.partial(_put, i), sums, computed)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tangent(Pass):
+    """Sum w'_ij over j, and w'_ij v_j + w_ij v'_j, linear in the tangents.
+
+    Each tile is recomputed where its transposition needs it; nothing of it is stored. What
+    has no tangent (`moves` is False) costs nothing; products with zeros are also what XLA's CPU
+    compiler may fuse wrongly.
+    """
+
+    tiles: Tiles
+    operands: tuple[Operands, Operands]
+    given: Given
+    base: Array
+    moves: list[bool]
+    is_transposed = True
+
+    def __call__(self) -> tuple[Array, Array]:
+        """Return both sums, [T] and [T, V]."""
+        sums = self.zeros(self.base)
+        return over_visits(self, self.tiles.visits, self.given.states, sums)
+
+    def slice(self, operands: Operands, i: Any, j: Any, rows: int) -> Operands:
+        return self.tiles.slice(operands, i, j, rows)
+
+    def read(self, sums: Any, i: Any, rows: int) -> Array:
+        return rows_from(self.base, i, rows)
+
+    def of_tile(
+        self, masked: bool, here: Operands, change: Operands, base: Array, i: Any, j: Any
+    ) -> tuple[Array, Array]:
+        floats, rest = split_floats(here)
+        weigh = functools.partial(self.weigh, (floats, rest), (base, i, j), masked)
+        primal, direction = (
+            [x for x, moves in zip(leaves, self.moves, strict=True) if moves]
+            for leaves in (floats, split_floats(change)[0])
+        )
+        value_moves = merge_floats(self.moves, rest).value
+        total, context = self.zeros(base)
+        if sum(self.moves) > value_moves:
+            weights, weights_change, tile = _jvp(weigh, primal, direction)
+            total = jnp.sum(weights_change, axis=1)
+            context = times(tile.used(weights_change), tile.value)
+        else:
+            weights, tile = weigh(primal)
+        if value_moves:
+            value_change = jnp.where(jnp.isfinite(here.value), change.value, 0.0)
+            context = context + times(tile.used(weights), value_change)
+        return total, context
+
+    def weigh(
+        self,
+        here: tuple[list[Array], Rest],
+        where: tuple[Array, Any, Any],
+        masked: bool,
+        moving: list[Array],
+    ) -> tuple[Array, online.Tile]:
+        """Return the weights of a tile and the tile, as a function of what moves."""
+        floats, rest = here
+        base, i, j = where
+        those = iter(moving)
+        leaves = [next(those) if m else x for x, m in zip(floats, self.moves, strict=True)]
+        operands = merge_floats(leaves, rest)
+        tile = self.tiles.compute(operands, self.given, i, j, masked)
+        how = exponential_or_elementwise(operands.functions.normalizer)
+        return online.weights_given(how, tile, base), tile
+
+    def of_empty_tile(
+        self, here: Operands, change: Operands, base: Array, *where: Any
+    ) -> tuple[Array, Array]:
+        return self.zeros(base)
+
+    def zeros(self, base: Array) -> tuple[Array, Array]:
+        """Return sums over no keys for the rows of `base`."""
+        depth = self.operands[0].value.shape[1]
+        zeros = jnp.zeros((base.size, depth), base.dtype)
+        return jnp.zeros_like(base), varying_like(zeros, base)
+
+    def write(self, sums: Any, i: Any, computed: Any) -> Any:
+        return jax.tree.map(functools.partial(_added, i), sums, computed)
+
+
+def rows_from(x: Array, start: Any, size: int, axis: int = 0) -> Array:
+    """Return `size` rows of an array from `start` on."""
+    return lax.dynamic_slice_in_dim(x, start, size, axis, allow_negative_indices=False)
+
+
+def _logits(tile: Operands, q_idx: Array, kv_idx: Array) -> Array:
+    score, bias, _ = tile.functions
+    logits = score.paired(tile.query, tile.key, q_idx, kv_idx)
+    if bias is None and tile.bias is None:
+        return logits
+    added = tile.bias if bias is None else bias(q_idx[:, None], kv_idx[None, :])
+    return logits + jnp.asarray(added, logits.dtype)
+
+
+def _allowed(mask: Mask, q_idx: Array, kv_idx: Array) -> Array:
+    return mask(q_idx[:, None], kv_idx[None, :])
+
+
+def _usable(tile: Operands) -> Operands:
+    """Replace NaN and Inf where no map of the score has done so; see `poison`."""
+    score = tile.functions.score
+    return tile._replace(
+        query=finite(tile.query) if score.query_map.func is identity.func else tile.query,
+        key=finite(tile.key) if score.key_map.func is identity.func else tile.key,
+        value=finite(tile.value),
+    )
+
+
+def _put(i: Any, sums: Array, rows: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(sums, rows, i, 0, allow_negative_indices=False)
+
+
+def _added(i: Any, sums: Array, rows: Array) -> Array:
+    """Add to the rows from query i on.
+
+    As a scatter, whose transposition reads the rows and leaves the sums alone; that of a
+    slice that is read, added to and written back would copy all rows at every tile.
+    """
+    tiles = sums.reshape(len(sums) // len(rows), *rows.shape)
+    which = lax.div(i, jnp.int32(rows.shape[0]))
+    added = tiles.at[which].add(rows, mode="promise_in_bounds", unique_indices=True)
+    return added.reshape(sums.shape)
+
+
+def _jvp(weigh: Callable[..., Any], primal: Any, direction: Any) -> Any:
+    try:
+        return jax.jvp(weigh, (primal,), (direction,), has_aux=True)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "tiled: a score, bias or normalizer has its derivative from jax.custom_vjp, which runs "
+            "backward only, and that of a tile is taken forward and then transposed; define it by "
+            "jax.custom_jvp, or use implementation='dense'."
+        ) from error
