@@ -83,8 +83,10 @@ def parse(arguments: Sequence[str]) -> Options:
     for name, default in defaults.items():
         text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
         flags.DEFINE_string(name, text, "", flag_values=values)
-    given = command_line.read("approximation", values, arguments, lambda: _HELP)
-    given = {name: _read(name, str(given[name]), default) for name, default in defaults.items()}
+    given = command_line.parse_flags("approximation", values, arguments, lambda: _HELP)
+    given = {
+        name: _parse_value(name, str(given[name]), default) for name, default in defaults.items()
+    }
     options = Options(**given)
     if max(options.ranks) > options.length:
         raise UsageError(
@@ -99,8 +101,8 @@ def parse(arguments: Sequence[str]) -> Options:
     return options
 
 
-def _read(name: str, text: str, default: Any) -> Any:
-    """Read the text of a flag as what its default is; numbers have a range, but for the seed."""
+def _parse_value(name: str, text: str, default: Any) -> Any:
+    """Parse the text of a flag as the type of its default; numbers but the seed have a range."""
     if isinstance(default, str):
         return text
     several = isinstance(default, tuple)

@@ -26,10 +26,10 @@ class HelpRequested(Exception):  # noqa: N818  it is no error
     """`--help` was given; the argument is the text to print."""
 
 
-def read(
+def parse_flags(
     program: str, values: flags.FlagValues, arguments: Sequence[str], help: Callable[[], str]
 ) -> dict[str, Any]:
-    """Read the arguments behind a program's name by its flags, and return the value of each.
+    """Parse the arguments behind a program's name and return the value of each flag.
 
     Raises:
       UsageError: an unknown flag, a value of another type, or an argument that is no flag.
@@ -38,7 +38,7 @@ def read(
     >>> values = flags.FlagValues()
     >>> flags.DEFINE_integer("length", 16, "", flag_values=values)
     <absl.flags._flagvalues.FlagHolder ...>
-    >>> read("draw", values, ["--lenght=8"], str)
+    >>> parse_flags("draw", values, ["--lenght=8"], str)
     Traceback (most recent call last):
     experiments.command_line.UsageError: unknown flag --lenght; did you mean --length?
     """

@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> Options:
     flags.DEFINE_integer("length", 16, "", flag_values=values)
     flags.DEFINE_integer("tile", 4, "", flag_values=values)
     flags.DEFINE_string("out", None, "", flag_values=values)
-    given = command_line.read("gallery", values, arguments, lambda: _HELP)
+    given = command_line.parse_flags("gallery", values, arguments, lambda: _HELP)
     only, length, tile = given["only"], given["length"], given["tile"]
     if not only:
         raise UsageError("--only is empty; name at least one mask, or leave it out for all.")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments.command_line import UsageError, check_folder, read
+from experiments.command_line import UsageError, check_folder, parse_flags
 
 SUITES = ("attention", "memory", "compile", "additive", "patterns", "translate")
 
@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str]) -> Options:
     flags.DEFINE_bool("plots", True, "", flag_values=values)
     flags.DEFINE_bool("quick", False, "", flag_values=values)
     flags.DEFINE_string("data", "", "", flag_values=values)
-    given = read("benchmark", values, arguments, lambda: _HELP)
+    given = parse_flags("benchmark", values, arguments, lambda: _HELP)
     return _checked(
         Options(
             suites=tuple(given["suites"]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,8 @@ LENGTHS = (1024, 2048, 4096, 8192)
 PASSES = {"forward pass": lambda function: function, "forward and backward pass": with_gradients}
 HEADS, DEPTH = 2, 64
 WINDOW, BLOCK, GRID_WINDOW, TOKENS = 256, 64, 8, 16
+# The name of a family, and a length.
+Case = tuple[str, int]
 
 
 class Family(NamedTuple):
@@ -110,29 +112,39 @@ def families(scale: int = 1) -> dict[str, Family]:
 def measure(scale: int, repeats: int) -> dict[str, dict[str, list[Point]]]:
     """Measure all families in all passes at all lengths; of one pass, all take turns."""
     chosen, lengths = families(scale), [length // scale for length in LENGTHS]
-    arguments = {length: inputs(Shape(length, HEADS, DEPTH)) for length in lengths}
     cases = {(name, s): chosen[name].mask(s) for name in chosen for s in lengths}
     shares = {
         case: (live_share(m, case[1]), allowed_share(m, case[1])) for case, m in cases.items()
     }
+    found = {}
+    for name, of_pass in PASSES.items():
+        points = _points(of_pass, cases, shares, repeats)
+        found[name] = {family: [points[family, s] for s in lengths] for family in chosen}
+    return found
 
-    def swept(of_pass: Callable[..., Any]) -> dict[str, list[Point]]:
-        calls = {
-            case: compiled(Program(of_pass(_attended(mask)), arguments[case[1]]))
-            for case, mask in cases.items()
-        }
-        costs = take_turns(
-            {case: milliseconds_of(call, arguments[case[1]]) for case, call in calls.items()},
-            repeats,
+
+def _points(
+    of_pass: Callable[..., Any],
+    cases: Mapping[Case, Any],
+    shares: Mapping[Case, tuple[float, float]],
+    repeats: int,
+) -> dict[Case, Point]:
+    """Measure one pass of all cases, each the mask of a family at a length."""
+    arguments = {length: inputs(Shape(length, HEADS, DEPTH)) for _, length in cases}
+    calls = {
+        case: compiled(Program(of_pass(_attended(mask)), arguments[case[1]]))
+        for case, mask in cases.items()
+    }
+    meters = {case: milliseconds_of(call, arguments[case[1]]) for case, call in calls.items()}
+    return {
+        case: Point(
+            case[1],
+            statistics.median(cost.cpu for cost in costs),
+            mebibytes_of(calls[case]),
+            *shares[case],
         )
-
-        def point(case: tuple[str, int]) -> Point:
-            milliseconds = statistics.median(cost.cpu for cost in costs[case])
-            return Point(case[1], milliseconds, mebibytes_of(calls[case]), *shares[case])
-
-        return {name: [point((name, length)) for length in lengths] for name in chosen}
-
-    return {name: swept(of_pass) for name, of_pass in PASSES.items()}
+        for case, costs in take_turns(meters, repeats).items()
+    }
 
 
 def live_share(mask: Any, length: int) -> float:
@@ -152,10 +164,11 @@ def allowed_share(mask: Any, length: int) -> float:
     >>> allowed_share(masks.Causal(), 99)
     0.505...
     """
-    mask, columns = algebra.with_int32(algebra.as_mask(mask)), indices(length)[None, :]
+    mask = algebra.with_int32(algebra.as_mask(mask))
 
     def of_row(row: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.broadcast_to(mask(row[None, None], columns), (1, length)))
+        allowed = mask(row[None, None], indices(length)[None, :])
+        return jnp.sum(jnp.broadcast_to(allowed, (1, length)))
 
     allowed = jax.jit(lambda rows: jax.lax.map(of_row, rows, batch_size=64))(indices(length))
     return int(np.asarray(allowed, np.int64).sum()) / length**2

@@ -143,12 +143,17 @@ def _torch_program(
 
     tokens = [tensor(x.swapaxes(1, 2)) for x in inputs(shape)]
     weights = {name: tensor(x) for name, x in parameters.items()}
-    leaves = [*tokens, *weights.values()]
+    return Program(functools.partial(_run_in_torch, function, tokens, weights, backward), jit=False)
 
-    def call() -> None:
-        with torch.set_grad_enabled(backward):
-            result = function(*tokens, **weights)
-            if backward:
-                torch.autograd.grad(result, leaves, torch.cos(result.detach()))
 
-    return Program(call, jit=False)
+def _run_in_torch(
+    function: Callable[..., Any], tokens: list[Any], weights: dict[str, Any], backward: bool
+) -> None:
+    """Compute a result and, if asked for, the gradients of all arguments."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    with torch.set_grad_enabled(backward):
+        result = function(*tokens, **weights)
+        if backward:
+            leaves = [*tokens, *weights.values()]
+            torch.autograd.grad(result, leaves, torch.cos(result.detach()))

@@ -86,7 +86,7 @@ class Translator(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Return logits [T, B, W] of each target word given those before it."""
-        annotations, state = self.read(source)
+        annotations, state = self.encode(source)
         keys = self.attention.key(annotations)
         hidden = torch.zeros(source.shape).masked_fill_(source == PAD, -torch.inf)
         begin = torch.full_like(target[:, :1], BOS)
@@ -103,7 +103,7 @@ class Translator(nn.Module):
         first, second = self.readout(seen).chunk(2, dim=-1)
         return self.output(self.dropout(torch.maximum(first, second)))
 
-    def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Return annotations [B, S, D] of sources [B, S], and the first state [B, D]."""
         lengths = (source != PAD).sum(dim=1)
         embedded = self.dropout(self.source_words(source.T))

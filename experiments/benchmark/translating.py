@@ -55,8 +55,8 @@ class Learner(NamedTuple):
 
 
 def learner_of(score: str, config: Config) -> Learner:
-    """Read the pairs, and find out what follows from them."""
-    given = _read(config)
+    """Load the pairs and derive the sizes of the translator."""
+    given = _load(config)
     words = given.corpus.source_vocabulary, given.corpus.target_vocabulary
     return Learner(score, sizes_of(config, *map(len, words))[score], config, given)
 
@@ -164,7 +164,7 @@ def _program(build: Callable[[Learner], Train], score: str, config: Config) -> P
     return Program(turn, jit=False)
 
 
-_read = functools.cache(load_task)
+_load = functools.cache(load_task)
 
 
 def write_synthetic(folder: pathlib.Path, pairs: int = PAIRS) -> None:

@@ -11,7 +11,7 @@ from absl import flags
 
 from experiments.claims.claim import SETTINGS, Claim, all_claims, all_themes
 from experiments.claims.workdir import are_verdicts
-from experiments.command_line import UsageError, check_file, read
+from experiments.command_line import UsageError, check_file, parse_flags
 
 _HELP = """\
 Tests what is claimed about additive and multiplicative attention and their relatives: each claim
@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str]) -> Options:
         default: Any = None if field.name == "claims" else field.default
         define: Any = flags.DEFINE_bool if field.name == "list" else flags.DEFINE_string
         define(field.name, default, "", flag_values=values)
-    given = read("claims", values, arguments, help_text)
+    given = parse_flags("claims", values, arguments, help_text)
     given["claims"] = _numbers(given["claims"])
     options = Options(**given)
     _check(options)

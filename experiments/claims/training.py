@@ -100,24 +100,46 @@ def _every_rate_and_seed(
     data: Any,
     test: Any,
 ) -> tuple[Any, Array]:
-    def one(rate: Array, key: Array, parameters: Any) -> tuple[Any, Array]:
-        shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10 + 1, steps + 1)
-        adam = optax.adam(lambda number: rate * shape(number), b2=0.98)
-        optimizer = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), adam))
-
-        def step(state: Any, number: Array) -> Any:
-            parameters, moments = state
-            given = batch(jax.random.fold_in(key, number), data)
-            gradient = jax.grad(arm.loss)(parameters, given)
-            updates, moments = optimizer.update(gradient, moments, parameters)
-            return (optax.apply_updates(parameters, updates), moments), None
-
-        state = parameters, optimizer.init(parameters)
-        (parameters, _), _ = jax.lax.scan(step, state, jnp.arange(steps))
-        return parameters, arm.loss(parameters, test)
-
+    one = functools.partial(_one_rate_and_seed, arm.loss, batch, steps, data)
     of_rate = jax.vmap(one, in_axes=(None, 0, 0))
-    return jax.vmap(of_rate, in_axes=(0, None, None))(rates, seeds, drawn)
+    parameters = jax.vmap(of_rate, in_axes=(0, None, None))(rates, seeds, drawn)
+    of_seed = jax.vmap(lambda own: arm.loss(own, test))
+    return parameters, jax.vmap(of_seed)(parameters)
+
+
+def _one_rate_and_seed(
+    loss: Callable[[Any, Any], Array],
+    batch: Callable[[Array, Any], Any],
+    steps: int,
+    data: Any,
+    rate: Array,
+    key: Array,
+    parameters: Any,
+) -> Any:
+    """Return parameters after all steps of Adam, whose rate is warmed up and annealed."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10 + 1, steps + 1)
+    adam = optax.adam(lambda number: rate * shape(number), b2=0.98)
+    optimizer = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), adam))
+    step = functools.partial(_step, loss, optimizer, batch, data, key)
+    state = parameters, optimizer.init(parameters)
+    (parameters, _), _ = jax.lax.scan(step, state, jnp.arange(steps))
+    return parameters
+
+
+def _step(
+    loss: Callable[[Any, Any], Array],
+    optimizer: optax.GradientTransformation,
+    batch: Callable[[Array, Any], Any],
+    data: Any,
+    key: Array,
+    state: Any,
+    number: Array,
+) -> tuple[Any, None]:
+    parameters, moments = state
+    given = batch(jax.random.fold_in(key, number), data)
+    gradient = jax.grad(loss)(parameters, given)
+    updates, moments = optimizer.update(gradient, moments, parameters)
+    return (optax.apply_updates(parameters, updates), moments), None
 
 
 def arm_of(build: Callable[[nnx.Rngs], Any], loss: Callable[[Any, Any], Array]) -> Arm:

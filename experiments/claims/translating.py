@@ -101,10 +101,11 @@ def transformer(given: Material, heads: int, **options: Any) -> Model:
     """Return a Transformer of one block on either side; options are those of its attention."""
     words = len(given.source_vocabulary), len(given.target_vocabulary)
     attention = functools.partial(MultiHeadAttention, **options)
+    given_options = {"hidden_features": 2 * WIDTH, "norm_first": True, "attention": attention}
+    model = functools.partial(EncoderDecoder, *words, WIDTH, heads, 1, **given_options)
 
     def build(rngs: nnx.Rngs) -> EncoderDecoder:
-        sizes = {"hidden_features": 2 * WIDTH, "norm_first": True}
-        return EncoderDecoder(*words, WIDTH, heads, 1, attention=attention, **sizes, rngs=rngs)
+        return model(rngs=rngs)
 
     def loss(model: EncoderDecoder, pairs: tuple[Array, Array]) -> Array:
         return teacher_forced(model, pairs)[0]
@@ -113,11 +114,8 @@ def transformer(given: Material, heads: int, **options: Any) -> Model:
 
     def translate(longest: int, parameters: Any, source: Array) -> Array:
         begin = jnp.full((len(source), 1), BOS, jnp.int32)
-
-        def of_seed(own: Any) -> Array:
-            return merge(own).generate(source, begin, longest, present(source))
-
-        return jax.vmap(of_seed)(parameters)
+        request = source, begin, longest, present(source)
+        return jax.vmap(lambda own: merge(own).generate(*request))(parameters)
 
     return Model(arm_of(build, loss), build, translate)
 

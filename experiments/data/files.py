@@ -41,7 +41,7 @@ class Reader:
     notices: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
-    def read(self, data: str) -> tuple[Splits, Splits]:
+    def read_splits(self, data: str) -> tuple[Splits, Splits]:
         """The splits that are on disk, by name, and further test sets by name.
 
         Raises:

@@ -63,7 +63,7 @@ def load(
         reader = Reader(source, target, lowercase)
         corpus = assemble(
             data,
-            *reader.read(data),
+            *reader.read_splits(data),
             sizes,
             seed=seed,
             max_length=longest,

@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str]) -> Config:
     ('dot', 'none')
     """
     values = defined(dataclasses.fields(Config))
-    command_line.read("translate", values, arguments, help_text)
+    command_line.parse_flags("translate", values, arguments, help_text)
     names = Config.__dataclass_fields__
     given = {name: workdir.from_json(values[name].value) for name in names if values[name].present}
     config = Config(**given)

@@ -161,7 +161,7 @@ def _pairs_of_file(config: Config, tokenizer: Tokenizer) -> tuple[str, Sequence[
     path = Path(config.input)
     if not path.is_file():
         raise UsageError(f"--input {path} is no file; give a table of pairs, source<TAB>target.")
-    splits, _ = reader.read(str(path))
+    splits, _ = reader.read_splits(str(path))
     for notice in reader.notices:
         tell(notice)
     # Files of one name in two folders are two sets.

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.command_line import UsageError, read
+from experiments.command_line import UsageError, parse_flags
 from experiments.translate import command_line
 from experiments.translate.config import Config
 from experiments.translate_sweep.config import LISTED, Sweep
@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str]) -> Sweep:
         float: _define(flags.FloatParser()),
     }
     values = command_line.defined(_FIELDS, {**command_line.DEFINE, **several})
-    read("translate_sweep", values, arguments, help_text)
+    parse_flags("translate_sweep", values, arguments, help_text)
     given: dict[str, Any] = {
         f.name: values[f.name].value for f in _FIELDS if values[f.name].present
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from experiments.command_line import UsageError, check_file, check_folder, read, run
+from experiments.command_line import UsageError, check_file, check_folder, parse_flags, run
 
 
 def values():
@@ -21,7 +21,7 @@ def values():
 
 def refusal(*arguments):
     with pytest.raises(UsageError) as error:
-        read("program", values(), arguments, str)
+        parse_flags("program", values(), arguments, str)
     return str(error.value)
 
 
@@ -64,7 +64,7 @@ def test_a_file_of_flags_that_includes_itself_is_refused(tmp_path, capsys):
 def test_a_file_of_flags_may_be_included_twice(tmp_path):
     file = tmp_path / "some.flags"
     file.write_text("--seeds=2\n")
-    given = read("program", values(), [f"--flagfile={file}", f"--flagfile={file}"], str)
+    given = parse_flags("program", values(), [f"--flagfile={file}", f"--flagfile={file}"], str)
     assert given["seeds"] == 2 and given["lowercase"] is True
 
 

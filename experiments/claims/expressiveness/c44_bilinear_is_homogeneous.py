@@ -28,18 +28,19 @@ def measure(setting: Setting, key: jax.Array) -> Data:
     rows, depth = setting.pick(tiny=16, quick=128, full=512), 32
     query, memory = jax.random.normal(key, (2, rows, depth))
 
-    def breach(name: str) -> float:
-        score = getattr(scores, name)
-        score = bind_parameters(score, initialize(key, parameters_of(score, depth, depth)))
-        plain = score(query, memory)
-        return max(
-            float(
-                jnp.max(jnp.abs(score(a * query, memory) - a * plain)) / jnp.max(jnp.abs(a * plain))
-            )
-            for a in FACTORS
-        )
+    names = MULTIPLICATIVE + OTHERS
+    return {"breach": {name: _breach(name, query, memory, key) for name in names}}
 
-    return {"breach": {name: breach(name) for name in MULTIPLICATIVE + OTHERS}}
+
+def _breach(name: str, query: jax.Array, memory: jax.Array, rng: jax.Array) -> float:
+    """Return the largest relative error of score(a q, k) = a score(q, k) over all factors a."""
+    score, depths = getattr(scores, name), (query.shape[1], memory.shape[1])
+    score = bind_parameters(score, initialize(rng, parameters_of(score, *depths)))
+    plain = score(query, memory)
+    return max(
+        float(jnp.max(jnp.abs(score(a * query, memory) - a * plain)) / jnp.max(jnp.abs(a * plain)))
+        for a in FACTORS
+    )
 
 
 def verdict(data: Data) -> Verdict:

@@ -24,21 +24,20 @@ DEPTH, SIZE = 8, 8
 
 def measure(setting: Setting, key: jax.Array) -> Data:
     """Measure the distance from additive, and mixed differences for one to three layers."""
-    rows = setting.pick(tiny=8, quick=32, full=128)
+    count = setting.pick(tiny=8, quick=32, full=128)
     with jax.enable_x64(True):
         parts = jax.random.split(key, 6)
-        query, memory = jax.random.normal(parts[0], (2, rows, DEPTH), jnp.float64)
+        rows = jax.random.normal(parts[0], (2, count, DEPTH), jnp.float64)
         sizes = (2 * DEPTH, SIZE, SIZE)
         weights = [
             0.5 * jax.random.normal(k, (size, SIZE), jnp.float64) / size**0.5
             for k, size in zip(parts[1:4], sizes, strict=True)
         ]
-        biases = [jnp.zeros(SIZE)] * len(weights)
         value = jax.random.normal(parts[4], (SIZE,), jnp.float64)
 
         def concat(layers: int, value: jax.Array) -> jax.Array:
-            own = {"weights": weights[:layers], "biases": biases[:layers]}
-            return bind(scores.concat, **own, value=value)(query, memory)
+            own = {"weights": weights[:layers], "biases": [jnp.zeros(SIZE)] * layers}
+            return bind(scores.concat, **own, value=value)(*rows)
 
         def mixed(layers: int) -> float:
             h = jnp.arctanh(concat(layers, jnp.eye(SIZE)[0]))
@@ -46,7 +45,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
             return float(jnp.max(jnp.abs(difference)) / jnp.max(jnp.abs(h)))
 
         halves = {"query_weight": weights[0][:DEPTH], "key_weight": weights[0][DEPTH:]}
-        additive = bind(scores.additive, **halves, value=value, bias=biases[0])(query, memory)
+        additive = bind(scores.additive, **halves, value=value, bias=jnp.zeros(SIZE))(*rows)
         distance = jnp.max(jnp.abs(concat(1, value) - additive)) / jnp.max(jnp.abs(additive))
         return {"distance": float(distance), "mixed": {n: mixed(n) for n in (1, 2, 3)}}
 

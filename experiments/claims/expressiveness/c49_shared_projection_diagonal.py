@@ -12,6 +12,9 @@ interval of some case is below.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -30,21 +33,11 @@ def measure(setting: Setting, key: jax.Array) -> Data:
     """Measure the share of rows by spread of lengths and size of the projection."""
     count = setting.pick(tiny=4, quick=40, full=200)
 
-    def of_draw(key: jax.Array, spread: float, size: int, tied: bool):
-        parts = jax.random.split(key, 3)
-        tokens = jax.random.normal(parts[0], (TOKENS, DEPTH))
-        tokens = tokens * jnp.exp(spread * jax.random.normal(parts[1], (TOKENS, 1)))
-        own = jax.random.normal(parts[2], (2, DEPTH, size)) / DEPTH**0.5
-        score = bind(scores.low_rank_bilinear, query_weight=own[0], key_weight=own[1])
-        score = bind(scores.shared_projection, weight=own[0]) if tied else score
-        logits = score(tokens, tokens)
-        weights = jax.nn.softmax(logits)
-        return jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(TOKENS)), logits, weights
-
     def share(spread: float, size: int, tied: bool) -> list[float]:
-        return draws(lambda k: {"share": of_draw(k, spread, size, tied)[0]}, key, count)["share"]
+        return draws(partial(_share, spread=spread, size=size, tied=tied), key, count)["share"]
 
-    _, logits, weights = of_draw(key, 1.0, 64, True)
+    logits = _logits(key, spread=1.0, size=64, tied=True)
+    weights = jax.nn.softmax(logits)
     asymmetry = {
         name: float(jnp.linalg.norm(x - x.T) / jnp.linalg.norm(x))
         for name, x in (("logits", logits), ("weights", weights))
@@ -59,6 +52,23 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         "asymmetry": asymmetry,
         "example": [[round(float(w), 4) for w in row[:24]] for row in weights[:24]],
     }
+
+
+def _logits(key: jax.Array, *, spread: float, size: int, tied: bool) -> jax.Array:
+    """Draw tokens of different lengths and projections, and return the logits of all pairs."""
+    parts = jax.random.split(key, 3)
+    tokens = jax.random.normal(parts[0], (TOKENS, DEPTH))
+    tokens = tokens * jnp.exp(spread * jax.random.normal(parts[1], (TOKENS, 1)))
+    own = jax.random.normal(parts[2], (2, DEPTH, size)) / DEPTH**0.5
+    score = bind(scores.low_rank_bilinear, query_weight=own[0], key_weight=own[1])
+    score = bind(scores.shared_projection, weight=own[0]) if tied else score
+    return score(tokens, tokens)
+
+
+def _share(key: jax.Array, **options: Any) -> dict[str, jax.Array]:
+    """Return the share of tokens whose largest logit is that of the token itself."""
+    largest = jnp.argmax(_logits(key, **options), axis=1)
+    return {"share": jnp.mean(largest == jnp.arange(TOKENS))}
 
 
 def verdict(data: Data) -> Verdict:

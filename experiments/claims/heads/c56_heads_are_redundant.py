@@ -16,6 +16,7 @@ without a significant change of BLEU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -51,16 +52,9 @@ def measure(setting: Setting, key: jax.Array) -> Data:
             merge(parameters), pairs, return_weights=True
         )
 
-        def without(kind: str, keep: jax.Array) -> jax.Array:
-            def cut(path: Any, leaf: jax.Array) -> jax.Array:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                return leaf * keep[:, None, None] if KINDS[kind] in name else leaf
-
-            left = jax.tree_util.tree_map_with_path(cut, parameters)
-            return translating.teacher_forced(merge(left), pairs)[0]
-
+        loss = partial(_loss, merge, pairs, parameters)
         rises = {
-            kind: diagnostics.head_ablation(partial(without, kind), HEADS) / plain - 1
+            kind: diagnostics.head_ablation(partial(loss, kind), HEADS) / plain - 1
             for kind in KINDS
         }
         across = weights[0].cross_attention
@@ -81,6 +75,19 @@ def redundant(data: Data) -> list[float]:
     of_kinds = zip(*(data[kind] for kind in KINDS), strict=True)
     of_seeds = [[rise for of_kind in seed for rise in of_kind] for seed in of_kinds]
     return [sum(rise < 0.05 for rise in rises) / len(rises) for rises in of_seeds]
+
+
+def _loss(
+    merge: Callable[[Any], Any], pairs: Any, parameters: Any, kind: str, keep: jax.Array
+) -> jax.Array:
+    """Return the loss where each head of one kind of attention is multiplied by `keep` [heads]."""
+
+    def cut(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf * keep[:, None, None] if KINDS[kind] in name else leaf
+
+    left = jax.tree_util.tree_map_with_path(cut, parameters)
+    return translating.teacher_forced(merge(left), pairs)[0]
 
 
 def verdict(data: Data) -> Verdict:

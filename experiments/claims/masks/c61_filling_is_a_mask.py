@@ -33,6 +33,12 @@ def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     return attend(*(x[None, :, None] for x in (query, key, value)), mask=mask)[0, :, 0]
 
 
+def _total(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, attention: Attention
+) -> jax.Array:
+    return jnp.sum(attention(query, key, value, mask))
+
+
 def measure(setting: Setting, key: jax.Array) -> Data:
     """Ask both."""
     rows = jax.random.normal(key, (3, 6, 4))
@@ -48,8 +54,8 @@ def measure(setting: Setting, key: jax.Array) -> Data:
 
     def no_key_leaks(attention: Attention) -> jax.Array:
         memory, seen = rows[1].at[-1].set(jnp.nan), hidden.at[0, 0].set(True)
-        gradient = jax.grad(lambda query: jnp.sum(attention(query, memory, rows[2], seen)))
-        return jnp.all(jnp.isfinite(gradient(rows[0])))
+        gradient = jax.grad(_total)(rows[0], memory, rows[2], seen, attention)
+        return jnp.all(jnp.isfinite(gradient))
 
     def no_weight(attention: Attention) -> jax.Array:
         seen = jnp.tri(6, dtype=bool)

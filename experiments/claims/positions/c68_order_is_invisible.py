@@ -31,28 +31,31 @@ def measure(setting: Setting, key: jax.Array) -> Data:
     """Measure the breach in the three cases."""
     count = setting.pick(tiny=3, quick=30, full=200)
     layers = [MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(n)) for n in range(2)]
-    places = sinusoidal(jnp.arange(LENGTH), WIDTH)[None]
     cases = {"neither": (None, 0.0), "causal mask": (masks.Causal(), 0.0), "sinusoids": (None, 1.0)}
-
-    def output(x: jax.Array, mask, gain: float) -> jax.Array:
-        x = x + gain * places
-        for layer in layers:
-            x = x + layer(x, mask=mask)
-        return x - gain * places
 
     def of_draw(key: jax.Array) -> dict[str, jax.Array]:
         tokens, order = jax.random.split(key)
         x = jax.random.normal(tokens, (1, LENGTH, WIDTH))
         order = jax.random.permutation(order, LENGTH)
-
-        def breach(*case) -> jax.Array:
-            y = output(x, *case)[:, order]
-            return jnp.linalg.norm(output(x[:, order], *case) - y) / jnp.linalg.norm(y)
-
-        return {name: breach(*case) for name, case in cases.items()}
+        plain = {name: _output(layers, x, *case)[:, order] for name, case in cases.items()}
+        found = {name: _output(layers, x[:, order], *case) for name, case in cases.items()}
+        return {
+            name: jnp.linalg.norm(found[name] - y) / jnp.linalg.norm(y) for name, y in plain.items()
+        }
 
     found = draws(of_draw, key, count)
     return {"breach": {name: found[name] for name in cases}}
+
+
+def _output(
+    layers: list[MultiHeadAttention], x: jax.Array, mask: masks.Mask | None, gain: float
+) -> jax.Array:
+    """Add sinusoids times a gain, apply all layers, and take the sinusoids away again."""
+    places = sinusoidal(jnp.arange(LENGTH), WIDTH)[None]
+    x = x + gain * places
+    for layer in layers:
+        x = x + layer(x, mask=mask)
+    return x - gain * places
 
 
 def verdict(data: Data) -> Verdict:

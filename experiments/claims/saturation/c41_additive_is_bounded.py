@@ -48,15 +48,16 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         return {"share": jnp.max(jnp.abs(logits)) / jnp.sum(jnp.abs(own["value"]))}
 
     share = [draws(partial(reached, size=size), key, count)["share"] for size in SIZES]
+    growth = _bound_after(steps, seeds, key) / _bound_after(steps // 10, seeds, key)
+    return {"sizes": SIZES, "share": share, "growth": growth.tolist()}
+
+
+def _bound_after(steps: int, seeds: int, key: jax.Array) -> jax.Array:
+    """Train a number of steps and return |v|_1, for each seed."""
     task = pointing.Task()
     arm = pointing.arm(scores.additive, task, attention_size=16)
-
-    def bound_after(steps: int) -> jax.Array:
-        trained = training.train(arm, task.batch, key, rates=(1e-2,), seeds=seeds, steps=steps)
-        return jnp.sum(jnp.abs(trained.parameters["value"]), axis=-1)
-
-    growth = bound_after(steps) / bound_after(steps // 10)
-    return {"sizes": SIZES, "share": share, "growth": growth.tolist()}
+    trained = training.train(arm, task.batch, key, rates=(1e-2,), seeds=seeds, steps=steps)
+    return jnp.sum(jnp.abs(trained.parameters["value"]), axis=-1)
 
 
 def verdict(data: Data) -> Verdict:

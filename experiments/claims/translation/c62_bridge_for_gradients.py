@@ -16,6 +16,8 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,30 +41,40 @@ def measure(setting: Setting, key: jax.Array) -> Data:
     data: Data = {}
     for name, score in ARMS.items():
         model, trained, given = trained_reversal(setting, score)
-        merge = merged(model.build)
         long = np.asarray(jnp.sum(given.test.target != PAD, axis=1) > WORDS)
         source = given.test.source[long][:16]
         target = given.test.target[long][:16]
 
-        def of_seed(parameters: Any, merge=merge, source=source, target=target) -> Any:
-            table = merge(parameters).encoder.embedding
-
-            def logits(embedded: jax.Array) -> tuple[jax.Array, jax.Array]:
-                model = merge(parameters)
-                # Every source word has its own row, so that its gradient can be told apart.
-                model.encoder.embedding = lambda tokens: embedded.swapaxes(0, 1)
-                found, weights = model(source, target)
-                right = jnp.take_along_axis(found, target.T[..., None], axis=-1)[:WORDS, :, 0]
-                return jnp.sum(right, axis=1), weights.swapaxes(0, 1)[:, :WORDS]
-
-            gradients, weights = jax.jacrev(logits, has_aux=True)(table(source))
-            sizes = jnp.linalg.norm(gradients, axis=-1).swapaxes(0, 1)  # [B, T, S]
-            norms = jnp.mean(jnp.sqrt(jnp.sum(sizes**2, axis=-1)), axis=0)
-            return norms, jnp.corrcoef(sizes.reshape(-1), weights.reshape(-1))[0, 1]
-
+        of_seed = partial(_norms, merged(model.build), source, target)
         norms, correlation = jax.jit(jax.vmap(of_seed))(trained.parameters)
         data[name] = {"norms": norms.T.tolist(), "correlation": correlation.tolist()}
     return data
+
+
+def _norms(merge: Callable[[Any], Any], source: jax.Array, target: jax.Array, own: Any) -> Any:
+    """Return norms of the gradients of the first words, and their correlation with the weights."""
+    rows = merge(own).encoder.embedding(source)
+    logits = partial(_logits, merge, source, target, own)
+    gradients, weights = jax.jacrev(logits, has_aux=True)(rows)
+    sizes = jnp.linalg.norm(gradients, axis=-1).swapaxes(0, 1)  # [B, T, S]
+    norms = jnp.mean(jnp.sqrt(jnp.sum(sizes**2, axis=-1)), axis=0)
+    return norms, jnp.corrcoef(sizes.reshape(-1), weights.reshape(-1))[0, 1]
+
+
+def _logits(
+    merge: Callable[[Any], Any],
+    source: jax.Array,
+    target: jax.Array,
+    own: Any,
+    embedded: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the logits of the first target words, summed over sentences, and all weights."""
+    model = merge(own)
+    # Every source word has its own row, so that its gradient can be told apart.
+    model.encoder.embedding = lambda tokens: embedded.swapaxes(0, 1)
+    found, weights = model(source, target)
+    right = jnp.take_along_axis(found, target.T[..., None], axis=-1)[:WORDS, :, 0]
+    return jnp.sum(right, axis=1), weights.swapaxes(0, 1)[:, :WORDS]
 
 
 def slopes(data: Data, name: str) -> list[float]:

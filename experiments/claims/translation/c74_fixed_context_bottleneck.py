@@ -17,6 +17,10 @@ Published: Bahdanau et al. 2015, test set without unknown words: 26.75 BLEU (RNN
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -36,23 +40,24 @@ def measure(setting: Setting, key: jax.Array) -> Data:
     data: Data = {"lengths": [high for _, high in BOUNDS], "right": {}}
     for name, score in ARMS.items():
         model, trained, given = trained_reversal(setting, score)
-        merge = merged(model.build)
-        source, target = given.test.source, given.test.target
-        lengths = jnp.sum(target != PAD, axis=1) - 1
-
-        def of_seed(parameters, merge=merge, source=source, target=target, lengths=lengths):
-            logits = merge(parameters)(source, target)[0].swapaxes(0, 1)
-            symbols = jnp.arange(target.shape[1])[None] < lengths[:, None]
-
-            def of_bounds(low: int, high: int) -> jax.Array:
-                counted = symbols & ((lengths >= low) & (lengths <= high))[:, None]
-                return 100 * accuracy(logits, jnp.where(counted, target, -1))
-
-            return [of_bounds(*bounds) for bounds in BOUNDS]
-
+        of_seed = partial(_right, merged(model.build), given.test.source, given.test.target)
         found = jax.jit(jax.vmap(of_seed))(trained.parameters)
         data["right"][name] = [values.tolist() for values in found]
     return data
+
+
+def _right(
+    merge: Callable[[Any], Any], source: jax.Array, target: jax.Array, own: Any
+) -> list[jax.Array]:
+    """Return the percentage of right symbols in strings of each range of lengths."""
+    logits = merge(own)(source, target)[0].swapaxes(0, 1)
+    lengths = jnp.sum(target != PAD, axis=1) - 1
+    symbols = jnp.arange(target.shape[1])[None] < lengths[:, None]
+    ranges = [(lengths >= low) & (lengths <= high) for low, high in BOUNDS]
+    return [
+        100 * accuracy(logits, jnp.where(symbols & inside[:, None], target, -1))
+        for inside in ranges
+    ]
 
 
 def verdict(data: Data) -> Verdict:
