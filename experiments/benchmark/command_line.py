@@ -24,7 +24,7 @@ the recurrent translator, at its default size and at that of Multi30k, beside on
 
   --suites=attention   which of attention, memory, compile, additive, patterns, translate to run,
                        or all; --suite is the same
-  --data=DIR           Multi30k for translate; without it, sentences of its size are made up
+  --data=DIR           Multi30k for translate; without it, synthetic sentences of its size
   --repeats=7          turns that every program of a case takes
   --out=runs/benchmark directory of results; those of the same suite are replaced
   --noplots            leave out the sweep over lengths and its plots

@@ -13,7 +13,7 @@ import itertools
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -61,56 +61,64 @@ def learner_of(score: str, config: Config) -> Learner:
     return Learner(score, sizes_of(config, *map(len, words))[score], config, given)
 
 
-def in_jax(learner: Learner) -> Train:
-    """Return the training that the program does, compiled."""
-    score, sizes, config, given = learner
-    state = train_step.initial_state(score, sizes, config)
-    placement = Placement(config.batch_size)
-    state, arrays = jax.device_put((state, given.arrays), placement.replicated)
-    programs = compile_all(score, Run(config, given, {score: sizes}), state, evaluate=False)
+class JaxTraining:
+    """The training that the program does, compiled."""
 
-    def train(chunks: range) -> np.ndarray:
-        nonlocal state
-        batches = Batches(arrays, given.order[chunks], given.rows[chunks])
-        state, losses = programs.train(state, batches)
+    def __init__(self, learner: Learner):
+        score, sizes, config, given = learner
+        placement = Placement(config.batch_size)
+        state = train_step.initial_state(score, sizes, config), given.arrays
+        self.state, self.arrays = jax.device_put(state, placement.replicated)
+        self.order, self.rows = given.order, given.rows
+        run = Run(config, given, {score: sizes})
+        self.programs = compile_all(score, run, self.state, evaluate=False)
+
+    def __call__(self, chunks: range) -> np.ndarray:
+        """Train on some chunks of steps."""
+        batches = Batches(self.arrays, self.order[chunks], self.rows[chunks])
+        self.state, losses = self.programs.train(self.state, batches)
         return jax.device_get(losses)
 
-    return train
 
+class TorchTraining:
+    """The same training in PyTorch, one translator after the other."""
 
-def in_torch(learner: Learner) -> Train:
-    """Return the same training in PyTorch, one translator after the other."""
-    import torch  # pyright: ignore[reportMissingImports]
+    def __init__(self, learner: Learner):
+        from experiments.benchmark.torch_translator import Trainer, choose_threads
 
-    from experiments.benchmark.torch_translator import Trainer, choose_threads
-
-    score, sizes, config, given = learner
-    drawn = nnx.to_pure_dict(train_step.initial_state(score, sizes, config).parameters)
-
-    def trainer(seed: int) -> Trainer:
-        parameters = jax.tree.map(lambda x: x[seed], drawn)
-        return Trainer(score, sizes, config, parameters, given.arrays)
-
-    def rows(chunks: range, seed: int) -> list[tuple[int, np.ndarray]]:
-        return [(given.order[chunk], given.rows[chunk, seed]) for chunk in chunks]
-
-    threads = choose_threads(trainer(0), rows(range(1), 0))
-    trainers = [trainer(seed) for seed in range(config.seeds)]
-
-    def train(chunks: range) -> np.ndarray:
-        torch.set_num_threads(threads)
-        return np.stack(
-            [of_seed.train(rows(chunks, seed)) for seed, of_seed in enumerate(trainers)], axis=1
+        score, sizes, config, given = learner
+        self.order, self.rows = given.order, given.rows
+        drawn = nnx.to_pure_dict(train_step.initial_state(score, sizes, config).parameters)
+        # The first is trained to choose the number of threads, and another one begins anew.
+        first, *self.trainers = (
+            Trainer(score, sizes, config, _of_seed(drawn, seed), given.arrays)
+            for seed in (0, *range(config.seeds))
         )
+        self.threads = choose_threads(first, self._rows(range(1), 0))
 
-    return train
+    def __call__(self, chunks: range) -> np.ndarray:
+        """Train on some chunks of steps."""
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.set_num_threads(self.threads)
+        losses = [
+            trainer.train(self._rows(chunks, seed)) for seed, trainer in enumerate(self.trainers)
+        ]
+        return np.stack(losses, axis=1)
+
+    def _rows(self, chunks: range, seed: int) -> list[tuple[int, np.ndarray]]:
+        return [(self.order[chunk], self.rows[chunk, seed]) for chunk in chunks]
+
+
+def _of_seed(parameters: Any, seed: int) -> Any:
+    return jax.tree.map(lambda x: x[seed], parameters)
 
 
 def groups(data: str, scale: int) -> Iterator[Group]:
     """Train at the default size, and at that of Multi30k.
 
     Args:
-      data: a folder with Multi30k; without it, as many sentences as long are made up.
+      data: a folder with Multi30k; without it, synthetic sentences of its size are used.
       scale: other than 1, everything is tiny.
     """
     quick = QUICK if scale > 1 else ()
@@ -132,7 +140,7 @@ def _group(case: str, score: str, config: Config, target: float) -> Group:
     """Compare one seed with one in PyTorch, and all of them at once with as many in turn."""
     several = f", {config.seeds} seeds"
     names = {1: ""} if config.seeds == 1 else {1: "", config.seeds: several}
-    kinds = {"JAX": in_jax} | ({"PyTorch": in_torch} if HAS_TORCH else {})
+    kinds = {"JAX": JaxTraining} | ({"PyTorch": TorchTraining} if HAS_TORCH else {})
     programs = {
         kind + name: functools.partial(
             _program, build, score, dataclasses.replace(config, seeds=seeds)
@@ -154,12 +162,13 @@ def _program(build: Callable[[Learner], Train], score: str, config: Config) -> P
     learner = learner_of(score, config)
     train, tokens = build(learner), learner.task.tokens
     length = config.round // config.chunk
-    starts = itertools.cycle(range(0, len(tokens), length))
+    rounds = [range(start, start + length) for start in range(0, len(tokens), length)]
+    turns = itertools.cycle((chunks, int(tokens[chunks].sum())) for chunks in rounds)
 
     def turn() -> int:
-        start = next(starts)
-        train(range(start, start + length))
-        return int(tokens[start : start + length].sum())
+        chunks, num_tokens = next(turns)
+        train(chunks)
+        return num_tokens
 
     return Program(turn, jit=False)
 

@@ -65,7 +65,7 @@ def test_both_learn_the_same(score, torch):
         learner = translating.learner_of(
             score, parse([*translating.QUICK, "--steps=10", "--seeds=2"])
         )
-        ours, peer = (build(learner) for build in (translating.in_jax, translating.in_torch))
+        ours, peer = translating.JaxTraining(learner), translating.TorchTraining(learner)
         expected, found = ours(range(2)), peer(range(2))
     assert expected.shape == (10, 2) and expected[-1].mean() < expected[0].mean()
     np.testing.assert_allclose(found, expected, rtol=1e-4)
