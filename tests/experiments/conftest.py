@@ -1,6 +1,8 @@
-"""Programs that several tests compile are compiled once a session."""
+"""Programs are compiled once a session, and one small translator is trained for all tests."""
 
+import fcntl
 import os
+import shutil
 
 import jax
 import pytest
@@ -39,15 +41,32 @@ def translate():
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory, translate):
-    """Flags of a small run on a table with gold alignments, and the folder where it was done."""
-    folder = tmp_path_factory.mktemp("done")
+    """Flags of a small run on a table with gold alignments, and a folder with the finished run.
+
+    It is trained once for all workers, each of which has its own copy.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    data = f"--data={shared}/trained/table.tsv"
+    sizes = ("--seeds=1", "--width=4", "--batch_size=4", "--buckets=1", "--max_length=8")
+    steps = ("--steps=4000", "--evaluate_every=1000", "--dropout=0.1", "--min_count=1")
+    flags = (data, "--scores=dot", *sizes, *steps)
+    with (shared / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "trained" / "run" / "report.html").exists():
+            write_table(shared / "trained")
+            assert translate(*flags, f"--workdir={shared}/trained/run") == 0
+    folder = tmp_path_factory.mktemp("done") / "run"
+    shutil.copytree(shared / "trained" / "run", folder)
+    return flags, folder
+
+
+def write_table(folder):
+    """Write sentences of three words in another order, with a line to skip and one too long."""
+    folder.mkdir(exist_ok=True)
     words = ("one", "two", "three", "four", "five")
     lines = [f"{a} {b} {c}\t{c} {a} {b}\t2 0 1" for a in words for b in words for c in words]
     lines[3] = "\t\t"
     lines[7] = " ".join(9 * ["one"]) + "\tone\t0"
     (folder / "table.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    sizes = ("--seeds=1", "--width=4", "--batch_size=4", "--buckets=1", "--max_length=8")
-    steps = ("--steps=4000", "--evaluate_every=1000", "--dropout=0.1", "--min_count=1")
-    flags = (f"--data={folder}/table.tsv", "--scores=dot", *sizes, *steps)
-    assert translate(*flags, f"--workdir={folder}/run") == 0
-    return flags, folder / "run"

@@ -1,6 +1,11 @@
 """A checkpoint is whole or passed over, and what is passed over is said in one line."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -129,3 +134,69 @@ def test_a_checkpoint_of_another_state_is_passed_over(saved):
     other = Checkpoints(saved.folder)
     assert other.restore({**state(0), "more": jnp.zeros(2)}) is None
     assert len(other.damaged) == 2
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def unfinished(folder):
+    """Checkpoints that were begun and have no seal."""
+    return [
+        p for p in folder.glob("*") if p.is_dir() and not p.with_name(f"{p.name}.seal").exists()
+    ]
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.0005)
+
+
+def killed(process):
+    """Kill a process, and tell whether it was still at work."""
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+SAVES = """
+import sys
+from pathlib import Path
+import numpy as np
+from experiments.translate.checkpoints import Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]))
+first = max(checkpoints.steps, default=0) + 1
+for step in range(first, 10_000):
+    checkpoints.save(step, {"step": np.int32(step), "matrix": np.full((300, 300), step)})
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_inside_a_save_leaves_a_whole_checkpoint(tmp_path):
+    folder = tmp_path / "dot"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVES, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    for _ in range(3):
+        last = int(process.stdout.readline())
+    wait_for(lambda: unfinished(folder), process)
+    assert killed(process)
+    assert_whole(folder, last)
+
+
+def assert_whole(folder, last):
+    """Check that what is restored is one of the last checkpoints, as it was saved."""
+    checkpoints = Checkpoints(folder)
+    like = {
+        "step": jax.ShapeDtypeStruct((), np.int32),
+        "matrix": jax.ShapeDtypeStruct((300, 300), np.int64),
+    }
+    with jax.enable_x64(True):
+        found = checkpoints.restore(like)
+    assert found is not None and checkpoints.damaged == []
+    step, state = found
+    assert step >= last and int(state["step"]) == step
+    np.testing.assert_array_equal(state["matrix"], step)
+    assert unfinished(folder) == []

@@ -174,3 +174,22 @@ def test_a_reader_of_the_help_may_stop_early():
         program.stdout.close()
         assert program.stderr.read() == b""
         assert program.wait() == 0
+
+
+def test_a_type_that_is_not_there():
+    with pytest.raises(UsageError, match="--dtype is float16, but float32 or bfloat16"):
+        parse(["--dtype=float16"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--query=next", "--query is next, but previous or current is needed."),
+        ("--bridge=none", "--bridge is none, but dense or zero is needed."),
+        ("--projections=", "--projections is , but untied or tied is needed."),
+    ],
+)
+def test_a_switch_that_is_not_there(flag, sentence):
+    with pytest.raises(UsageError) as error:
+        parse([flag])
+    assert str(error.value) == sentence

@@ -1,15 +1,15 @@
 """The main job on files of the user: errors are one line, and what is left out is counted."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 
+from experiments.command_line import UsageError
+from experiments.data import Sizes, load
 from experiments.data.vocabulary import PAD
-from experiments.translate import run
 from experiments.translate.config import Config
-from experiments.translate.data import load_task
+from experiments.translate.data import load_task, load_tokenizer, save_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -116,73 +116,91 @@ def test_files_of_unequal_length(tmp_path, capsys, translate):
     )
 
 
-def test_a_folder_that_cannot_be_had(tmp_path, capsys, translate):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").write_text("mine")
-    for folder, sentence in {
-        "file": "is a file, not a folder",
-        "file/below": rf"cannot be created in {tmp_path}/file",
-        "full": "holds other files and no run",
-    }.items():
-        assert translate(f"--workdir={tmp_path}/{folder}") == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        said = rf"translate: --workdir {tmp_path}/{folder} {sentence}; give another --workdir\.\n"
-        assert re.fullmatch(said, printed.err)
-    assert (tmp_path / "file").read_text() == "mine"
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+def sentence(call):
+    with pytest.raises(UsageError) as error:
+        call()
+    return str(error.value)
 
 
-@pytest.mark.parametrize("name", ["a[1]", "a*", "a?/run"])
-def test_a_folder_in_which_no_checkpoint_could_be_saved(name, tmp_path, capsys, translate):
-    assert translate(f"--workdir={tmp_path}/{name}") == 2
-    assert capsys.readouterr().err == (
-        f"translate: --workdir {tmp_path}/{name} has a {name[1]} in its path, but checkpoints can "
-        "be saved only in a path without *, ? and [; give another --workdir.\n"
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+LINES = {"en": "a b\n" * 3 + "b a\nc a\nc b\n", "de": "x y\n" * 3 + "y x\nz x\nz y\n"}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of a run that has begun, that of its data, and how it goes on."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    run.mkdir()
+    data.mkdir()
+    for ending, text in LINES.items():
+        (data / f"train.{ending}").write_text(text)
+        (data / f"test.{ending}").write_text(text)
+
+    def go_on():
+        config = Config(data=str(data), min_count=1)
+        save_tokenizer(run, load(str(data), min_count=1), 9, config)
+
+    go_on()
+    return run, data, go_on
+
+
+def test_a_run_goes_on_with_the_files_that_it_began_with(begun):
+    run, data, go_on = begun
+    before = content(run)
+    go_on()
+    ending = f"since the run in {run} began; restore the data as they were or give another "
+    (data / "train.de").write_text(LINES["de"].replace("z y", "y z"))
+    assert sentence(go_on) == f"{data}/train.de has changed {ending}--workdir."
+    (data / "train.de").write_text(LINES["de"])
+    for ending_of_file, text in LINES.items():
+        (data / f"valid.{ending_of_file}").write_text(text)
+    assert sentence(go_on) == f"{data}/valid.en is new {ending}--workdir."
+    for path in data.glob("valid.*"):
+        path.unlink()
+    for path in data.glob("test.*"):
+        path.unlink()
+    assert sentence(go_on) == f"{data}/test.en is gone {ending}--workdir."
+    assert content(run) == before
+
+
+def test_a_run_that_kept_no_record_of_its_data_goes_on(begun):
+    run, data, go_on = begun
+    (run / "data.json").unlink()
+    (data / "test.de").write_text(LINES["de"].replace("z y", "y z"))
+    go_on()
+    assert not (run / "data.json").exists()
+
+
+def test_a_damaged_record_of_the_data(begun):
+    run, _, go_on = begun
+    (run / "data.json").write_text("{")
+    assert sentence(go_on) == (
+        f"{run}/data.json is damaged; delete it if the data are those that the run began with."
     )
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full(monkeypatch, tmp_path, capsys, translate):
-    def full(config, console):
-        raise OSError(28, "No space left on device", f"{config.workdir}/metrics.jsonl")
+def test_generated_data_need_no_record(tmp_path):
+    corpus = load("copy", sizes=Sizes(train=9, valid=1, test=1))
+    save_tokenizer(tmp_path, corpus, 9, Config(data="copy"))
+    assert [path.name for path in tmp_path.iterdir()] == ["vocabularies.json"]
 
-    monkeypatch.setattr(run, "prepare", full)
-    assert translate(f"--workdir={tmp_path}/run") == 1
-    assert capsys.readouterr().err == (
-        f"translate: {tmp_path}/run/metrics.jsonl: No space left on device; what was saved before "
-        "is kept.\n"
+
+def test_damaged_vocabularies_are_written_anew_and_others_are_refused(begun):
+    run, data, go_on = begun
+    path = run / "vocabularies.json"
+    before = path.read_text("utf-8")
+    for damaged in (before[: len(before) // 2], "", "[]", "{}"):
+        path.write_text(damaged)
+        assert sentence(lambda: load_tokenizer(run)) == (
+            f"{path} is damaged; the run's command writes it anew."
+        )
+        go_on()
+        assert path.read_text("utf-8") == before
+    path.write_text(before.replace('"z"', '"w"'))
+    assert sentence(go_on) == (
+        f"{path} does not hold the words of --data={data}, so that the run began with others; "
+        "restore them or give another --workdir."
     )
-
-
-@pytest.mark.slow
-def test_what_was_left_out_is_counted(done):
-    folder = done[1]
-    notices = json.loads((folder / "results.json").read_text("utf-8"))["data"]["notices"]
-    report = (folder / "report.html").read_text("utf-8")
-    for notice in (
-        "lines with an empty sentence were skipped: 1, the first is line 4.",
-        "train: 1 of 124 pairs are longer than max_length=8 tokens and were dropped.",
-        "table.tsv has gold alignments, so it was split at spaces only.",
-    ):
-        assert any(given.endswith(notice) for given in notices)
-        assert notice in report
-
-
-def test_gold_alignments_of_the_third_column_are_measured(done):
-    folder = done[1]
-    (dot,) = json.loads((folder / "results.json").read_text("utf-8"))["mechanisms"]
-    assert 0 <= dot["metrics"]["alignment_error"]["mean"] <= 100
-    (gold,) = {
-        picture["gold"]
-        for path in (folder / "outcomes").iterdir()
-        for picture in json.loads(path.read_text("utf-8"))["pictures"]
-    }
-    assert gold == "0-1 1-2 2-0"
-
-
-def test_the_report_of_one_seed_speaks_of_no_interval(done):
-    report = (done[1] / "report.html").read_text("utf-8")
-    assert "One seed, so that there is no interval." in report
-    assert "bootstrap" not in report

@@ -9,20 +9,15 @@ import optax
 import pytest
 from flax import nnx
 
-from attention_jax import scores
-from attention_jax.base.parameters import bind_parameters, initialize
 from attention_jax.nnx import DecoderAttention
-from experiments.command_line import UsageError
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate import decode
-from experiments.translate.config import CONTROLS, SCORES, Config
-from experiments.translate.mechanisms import between_projections, score_of
-from experiments.translate.model import Sizes, Translator, gated, token_losses
-from experiments.translate.prepare import matched
+from experiments.translate.config import CONTROLS, SCORES
+from experiments.translate.mechanisms import score_of
+from experiments.translate.model import Sizes, gated, token_losses
 from experiments.translate.train_step import (
     count_parameters,
     graph_of,
-    optimizer_of,
     quick_options,
 )
 
@@ -33,17 +28,14 @@ TARGET = jnp.array([[4, 9, 5, EOS], [12, EOS, PAD, PAD]], jnp.int32)
 quick = functools.partial(jax.jit, compiler_options=quick_options(0))
 
 
-def perturbed(parameters, seed=1):
-    """Move parameters away from zeros, which would hide one behind the other."""
-    leaves, structure = jax.tree.flatten(parameters)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [x + jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return structure.unflatten(moved)
+def drawn(shapes, seed=1):
+    """Parameters that are all far from zero, where one would hide another."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), shapes)
 
 
-def draw(score, seed=0, sizes=SIZES):
-    parameters = nnx.state(Translator(score, sizes, rngs=nnx.Rngs(seed)), nnx.Param)
-    return perturbed(parameters, seed)
+def draw(score, seed=0):
+    return drawn(graph_of(score, SIZES)[1], seed)
 
 
 def forward(graph):
@@ -86,7 +78,7 @@ def test_every_score_attends_and_every_parameter_of_it_learns(score):
         context, weights = attention(state, attention.keys(memory), SOURCE != PAD)
         return jnp.sum(context * wanted), weights
 
-    parameters = perturbed(parameters)
+    parameters = drawn(parameters)
     weights = quick(read)(parameters)[1]
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
     np.testing.assert_array_equal(weights[1, 3:], 0.0)
@@ -247,44 +239,6 @@ def test_the_first_word_is_given_the_begin_symbol(graph, parameters, translate):
     np.testing.assert_allclose(logits[0], first_logits(SOURCE), atol=1e-4)
 
 
-@pytest.mark.slow
-def test_a_score_between_projections_is_the_score_of_projected_rows():
-    asked = between_projections(scores.cosine, 3, 4, 5)
-    values = initialize(jax.random.key(0), dict(asked.parameters))
-    query, key = jnp.ones((2, 3)), jax.random.normal(jax.random.key(1), (6, 4))
-    score = bind_parameters(asked, values)
-    projected = query @ values["query_matrix"], key @ values["key_matrix"]
-    expected = scores.cosine(*projected, temperature=values["temperature"])
-    np.testing.assert_allclose(score(query, key), expected, rtol=1e-5)
-    np.testing.assert_allclose(scores.separate(score)(query, key), expected, rtol=1e-5)
-
-
-def test_a_score_of_ones_own_is_named_by_its_path():
-    score = score_of("experiments.translate.mechanisms.uniform", 6, 6, 5)
-    assert {p.shape for p in score.parameters.values()} == {(6, 5)}
-    with pytest.raises(UsageError, match=r"--scores: no\.such\.score cannot be imported: .*"):
-        score_of("no.such.score", 6, 6, 5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("score", SCORES + CONTROLS)
-def test_matched_translators_have_equally_many_parameters(score):
-    sizes = Sizes(source_words=114, target_words=159, width=64, attention_size=64, readout_size=64)
-    wanted = count_parameters("additive", sizes)
-    found = count_parameters(score, matched(score, sizes, wanted))
-    assert abs(found / wanted - 1) <= 0.01
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.9), (3, 0.99), (1000, 0.9999)])
-def test_a_warmup_of_nearly_all_steps_leaves_one_to_the_cosine(steps, warmup):
-    optimizer = optimizer_of(Config(steps=steps, warmup=warmup))
-    parameters = {"x": jnp.ones(1)}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters)
-    assert jnp.isfinite(updates["x"]) and (updates["x"] == 0) == (steps > 1)
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_losses_are_those_of_smoothed_labels(smoothing):
     random = np.random.default_rng(0)
@@ -293,3 +247,79 @@ def test_losses_are_those_of_smoothed_labels(smoothing):
     expected = jnp.where(TARGET.T == PAD, 0.0, optax.softmax_cross_entropy(logits, labels))
     found = token_losses(logits, TARGET.T, smoothing)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def translator(**switches):
+    """A translator whose parameters are all far from zero."""
+    graph, shapes = graph_of("additive", SIZES._replace(**switches))
+    return nnx.merge(graph, drawn(shapes))
+
+
+@pytest.fixture(scope="module")
+def current():
+    return translator(query="current")
+
+
+@pytest.mark.slow
+def test_the_current_state_has_seen_the_previous_word(current):
+    """The word y_1 enters the state s_2, which asks for the context of y_2."""
+    translate = quick(lambda target: current(SOURCE, target)[1])
+    weights, changed = translate(TARGET), translate(TARGET.at[0, 0].set(7))
+    np.testing.assert_array_equal(weights[:1], changed[:1])
+    assert jnp.any(weights[1, 0] != changed[1, 0])
+    np.testing.assert_array_equal(weights[:, 1], changed[:, 1])
+
+
+def test_which_state_asks_does_not_change_the_parameters():
+    previous, current = (
+        jax.tree.map(jnp.shape, nnx.state(translator(query=query), nnx.Param))
+        for query in ("previous", "current")
+    )
+    assert previous == current
+
+
+def test_the_first_step_of_the_current_state_sees_no_context():
+    """Before any word was written, there is no context to hand on; afterwards there is."""
+
+    @quick
+    def states(scale):
+        current = translator(query="current")
+        context = current.decoder.context
+        assert context is not None
+        context.kernel[...] = scale * context.kernel[...]
+        memory = current.encode(SOURCE)
+        carry = current.start(memory, longest=2)
+        first, _ = current.step(memory, carry, jnp.full(2, BOS, jnp.int32))
+        second, _ = current.step(memory, first, TARGET[:, 0])
+        return first[0], second[0]
+
+    first, second = states(1.0)
+    changed_first, changed_second = states(2.0)
+    np.testing.assert_array_equal(first, changed_first)
+    assert jnp.any(second != changed_second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("query", ["previous", "current"])
+def test_step_by_step_is_the_whole(query):
+    made = translator(query=query)
+
+    @quick
+    def stepped():
+        memory = made.encode(SOURCE)
+        carry, previous, found = made.start(memory, longest=4), jnp.full(2, BOS, jnp.int32), []
+        for word in TARGET.T:
+            carry, logits = made.step(memory, carry, previous)
+            found.append(logits)
+            previous = word
+        return jnp.stack(found)
+
+    expected = quick(lambda: made(SOURCE, TARGET)[0])()
+    np.testing.assert_allclose(stepped(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_bridge_decoding_begins_with_zeros():
+    dense, zero = (count_parameters("dot", SIZES._replace(bridge=b)) for b in ("dense", "zero"))
+    assert dense - zero == SIZES.width * (SIZES.width + 1)
+    (state,) = quick(lambda: translator(bridge="zero").encode(SOURCE).carry)()
+    np.testing.assert_array_equal(state, 0.0)

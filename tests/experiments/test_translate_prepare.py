@@ -6,8 +6,12 @@ import pytest
 
 from attention_jax.base.checks import ShapeError
 from experiments.command_line import UsageError
-from experiments.translate.config import Config
-from experiments.translate.prepare import check_fits, prepare
+from experiments.translate.config import CONTROLS, SCORES, Config
+from experiments.translate.model import Sizes
+from experiments.translate.prepare import check_fits, matched, prepare
+from experiments.translate.train_step import (
+    count_parameters,
+)
 
 SMALL = {"data": "copy", "train_size": 90, "valid_size": 9, "test_size": 9, "batch_size": 16}
 
@@ -60,3 +64,31 @@ def test_nothing_is_written_for_what_does_not_fit(tmp_path, translate, capsys):
     assert said.out == "" and said.err.count("\n") == 1
     assert said.err.startswith("translate: --scores=location does not fit this run: ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", SCORES + CONTROLS)
+def test_matched_translators_have_equally_many_parameters(score):
+    sizes = Sizes(source_words=114, target_words=159, width=64, attention_size=64, readout_size=64)
+    wanted = count_parameters("additive", sizes)
+    found = count_parameters(score, matched(score, sizes, wanted))
+    assert abs(found / wanted - 1) <= 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["additive", "dot", "uniform", "location"])
+def test_matched_transformers_have_equally_many_parameters(score):
+    sizes = Sizes(
+        source_words=11,
+        target_words=13,
+        width=64,
+        attention_size=16,
+        readout_size=256,
+        model="transformer",
+        heads=4,
+        layers=2,
+        positions="rotary",
+    )
+    wanted = count_parameters("scaled_dot", sizes)
+    found = count_parameters(score, matched(score, sizes, wanted))
+    assert abs(found / wanted - 1) <= 0.01

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.translate import run as whole_run
 from experiments.translate.__main__ import main
-
-pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -75,6 +74,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_leaves_results_figures_and_a_report_that_needs_no_network(finished):
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
     assert [row["score"] for row in results["mechanisms"]] == ["additive", "scaled_dot"]
@@ -91,6 +91,7 @@ def test_a_run_leaves_results_figures_and_a_report_that_needs_no_network(finishe
     assert "data:image/" in report or "<svg" in report
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing_and_says_the_same(finished):
     before = (finished / "results.json").read_text(encoding="utf-8")
     lines = (finished / "metrics.jsonl").read_text(encoding="utf-8")
@@ -101,9 +102,54 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(finished):
         assert first["metrics"] == second["metrics"]
 
 
+@pytest.mark.slow
 def test_another_run_in_the_same_folder_is_refused(finished):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     refused = run("--width=16", f"--workdir={finished}")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_disk_that_is_full(monkeypatch, tmp_path, capsys, translate):
+    def full(config, console):
+        raise OSError(28, "No space left on device", f"{config.workdir}/metrics.jsonl")
+
+    monkeypatch.setattr(whole_run, "prepare", full)
+    assert translate(f"--workdir={tmp_path}/run") == 1
+    assert capsys.readouterr().err == (
+        f"translate: {tmp_path}/run/metrics.jsonl: No space left on device; what was saved before "
+        "is kept.\n"
+    )
+
+
+@pytest.mark.slow
+def test_what_was_left_out_is_counted(done):
+    folder = done[1]
+    notices = json.loads((folder / "results.json").read_text("utf-8"))["data"]["notices"]
+    report = (folder / "report.html").read_text("utf-8")
+    for notice in (
+        "lines with an empty sentence were skipped: 1, the first is line 4.",
+        "train: 1 of 124 pairs are longer than max_length=8 tokens and were dropped.",
+        "table.tsv has gold alignments, so it was split at spaces only.",
+    ):
+        assert any(given.endswith(notice) for given in notices)
+        assert notice in report
+
+
+def test_gold_alignments_of_the_third_column_are_measured(done):
+    folder = done[1]
+    (dot,) = json.loads((folder / "results.json").read_text("utf-8"))["mechanisms"]
+    assert 0 <= dot["metrics"]["alignment_error"]["mean"] <= 100
+    (gold,) = {
+        picture["gold"]
+        for path in (folder / "outcomes").iterdir()
+        for picture in json.loads(path.read_text("utf-8"))["pictures"]
+    }
+    assert gold == "0-1 1-2 2-0"
+
+
+def test_the_report_of_one_seed_speaks_of_no_interval(done):
+    report = (done[1] / "report.html").read_text("utf-8")
+    assert "One seed, so that there is no interval." in report
+    assert "bootstrap" not in report

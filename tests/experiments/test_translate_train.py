@@ -1,7 +1,7 @@
 """A run that was stopped, by a person, a signal or a loss that is no number, loses nothing."""
 
-import fcntl
 import json
+import random
 import re
 import shutil
 import signal
@@ -111,21 +111,6 @@ def flip_a_bit(folder):
     path.write_bytes(content)
 
 
-def test_another_process_in_the_folder_is_refused(done, capsys, translate):
-    flags, folder = done
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with (folder / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert translate(*flags, f"--workdir={folder}") == 2
-    printed = capsys.readouterr()
-    assert printed.err == (
-        f"translate: --workdir {folder} is in use by another process; wait for it, or give "
-        "another.\n"
-    )
-    assert printed.out == ""
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
 @pytest.mark.parametrize("what", ["losses", "parameters"])
 def test_what_is_no_number_stops_the_run_and_the_last_checkpoint_is_kept(
     what, done, tmp_path, capsys, translate, monkeypatch
@@ -155,3 +140,75 @@ def test_what_is_no_number_stops_the_run_and_the_last_checkpoint_is_kept(
     )
     assert checkpoints.steps == [2000]
     assert not (folder / "results.json").exists()
+
+
+def unfinished(folder):
+    """Checkpoints that were begun and have no seal."""
+    return [
+        p for p in folder.glob("*") if p.is_dir() and not p.with_name(f"{p.name}.seal").exists()
+    ]
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.0005)
+
+
+def killed(process):
+    """Kill a process, and tell whether it was still at work."""
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(done, tmp_path):
+    """Every other kill comes as soon as a save has begun, the others at any moment."""
+    flags, uninterrupted = done
+    folder = tmp_path / "run"
+    checkpoints = folder / "checkpoints" / "dot"
+    command = [sys.executable, "-m", "experiments.translate", *flags, f"--workdir={folder}"]
+    moments = random.Random(0)
+    kills = inside = 0
+
+    def logged():
+        path = folder / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    while kills < 12:
+        before = logged()
+        process = subprocess.Popen(
+            [*command, "--checkpoint_seconds=0"],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        if kills % 2:
+            wait_for(lambda before=before: logged() > before, process)
+            wait_for(lambda: unfinished(checkpoints), process)
+        elif kills % 4:
+            wait_for(lambda before=before: logged() > before, process)
+            time.sleep(moments.uniform(0, 0.5))
+        else:
+            time.sleep(moments.uniform(0, 4))
+        if not killed(process):
+            break
+        kills += 1
+        inside += bool(unfinished(checkpoints))
+    assert kills >= 8 and inside >= 3, (kills, inside)
+    print(f"{kills} kills, {inside} of them inside a save")
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+
+    assert records(folder) == records(uninterrupted)
+    ours, theirs = parameters(folder), parameters(uninterrupted)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name])
+    for path in (uninterrupted / "translations").iterdir():
+        assert (folder / "translations" / path.name).read_bytes() == path.read_bytes()
+    metrics = [
+        json.loads((run / "results.json").read_text("utf-8"))["mechanisms"][0]["metrics"]
+        for run in (folder, uninterrupted)
+    ]
+    assert metrics[0] == metrics[1]

@@ -1,42 +1,23 @@
 """Computation in bfloat16, and on several devices: the same training, within rounding."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.command_line import UsageError
 from experiments.data.vocabulary import EOS, PAD
 from experiments.translate import train_step
-from experiments.translate.command_line import parse
-from experiments.translate.compile import num_devices
 from experiments.translate.config import Config
 from experiments.translate.model import Sizes
-from experiments.translate.train_step import Batches, quick_options
-
-ROOT = Path(__file__).parents[2]
-SIZES = Sizes(source_words=9, target_words=9, width=8, attention_size=8, readout_size=8)
-FLAGS = (
-    "--data=copy",
-    "--train_size=200",
-    "--valid_size=16",
-    "--test_size=16",
-    "--width=8",
-    "--seeds=2",
-    "--scores=dot",
-    "--steps=20",
-    "--evaluate_every=10",
-    "--batch_size=16",
-    "--buckets=2",
-    "--learning_rate=0.001",
+from experiments.translate.train_step import (
+    Batches,
+    optimizer_of,
+    quick_options,
 )
+
+SIZES = Sizes(source_words=9, target_words=9, width=8, attention_size=8, readout_size=8)
 
 
 def training(dtype, sizes=SIZES, max_words=None, seeds=2):
@@ -138,40 +119,11 @@ def test_each_chunk_takes_its_batches_from_its_bucket():
     assert (others != losses).all()
 
 
-def test_a_batch_is_spread_over_as_many_devices_as_divide_it():
-    assert [num_devices(batch, 8) for batch in (64, 12, 7, 1, 9)] == [8, 6, 7, 1, 3]
-    assert num_devices(64, 1) == 1
-
-
-def test_a_type_that_is_not_there():
-    with pytest.raises(UsageError, match="--dtype is float16, but float32 or bfloat16"):
-        parse(["--dtype=float16"])
-
-
 @pytest.mark.slow
-def test_eight_devices_train_as_one_does(tmp_path):
-    """A process with eight virtual devices, and one with a single one."""
-    records = []
-    for count in (1, 8):
-        flags = f"--xla_force_host_platform_device_count={count}"
-        folder = tmp_path / str(count)
-        done = subprocess.run(
-            [sys.executable, "-m", "experiments.translate", *FLAGS, f"--workdir={folder}"],
-            cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert ("each batch on 8 devices" in done.stdout) == (count == 8)
-        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-        records.append([json.loads(line) for line in lines])
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        assert config["environment"]["device"].startswith(f"{count} x ")
-    one, eight = records
-    assert len(one) == len(eight) > 2
-    for first, second in zip(one, eight, strict=True):
-        for name in ("train_loss", "valid_loss"):
-            if name in first:
-                np.testing.assert_allclose(first[name], second[name], rtol=1e-4)
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.9), (3, 0.99), (1000, 0.9999)])
+def test_a_warmup_of_nearly_all_steps_leaves_one_to_the_cosine(steps, warmup):
+    optimizer = optimizer_of(Config(steps=steps, warmup=warmup))
+    parameters = {"x": jnp.ones(1)}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters)
+    assert jnp.isfinite(updates["x"]) and (updates["x"] == 0) == (steps > 1)

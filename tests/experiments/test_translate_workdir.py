@@ -1,35 +1,15 @@
 """What a run keeps beside its parameters: it goes on with the data that it began with, or not."""
 
+import fcntl
 import json
+import re
 import shutil
 
 import pytest
 
 from experiments.command_line import UsageError
-from experiments.data import Sizes, load
 from experiments.translate.config import Config
-from experiments.translate.data import load_tokenizer, save_tokenizer
-from experiments.translate.workdir import Log
-
-LINES = {"en": "a b\n" * 3 + "b a\nc a\nc b\n", "de": "x y\n" * 3 + "y x\nz x\nz y\n"}
-
-
-@pytest.fixture
-def begun(tmp_path):
-    """The folder of a run that has begun, that of its data, and how it goes on."""
-    run, data = tmp_path / "run", tmp_path / "data"
-    run.mkdir()
-    data.mkdir()
-    for ending, text in LINES.items():
-        (data / f"train.{ending}").write_text(text)
-        (data / f"test.{ending}").write_text(text)
-
-    def go_on():
-        config = Config(data=str(data), min_count=1)
-        save_tokenizer(run, load(str(data), min_count=1), 9, config)
-
-    go_on()
-    return run, data, go_on
+from experiments.translate.workdir import Log, check
 
 
 def sentence(call):
@@ -40,65 +20,6 @@ def sentence(call):
 
 def content(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_run_goes_on_with_the_files_that_it_began_with(begun):
-    run, data, go_on = begun
-    before = content(run)
-    go_on()
-    ending = f"since the run in {run} began; restore the data as they were or give another "
-    (data / "train.de").write_text(LINES["de"].replace("z y", "y z"))
-    assert sentence(go_on) == f"{data}/train.de has changed {ending}--workdir."
-    (data / "train.de").write_text(LINES["de"])
-    for ending_of_file, text in LINES.items():
-        (data / f"valid.{ending_of_file}").write_text(text)
-    assert sentence(go_on) == f"{data}/valid.en is new {ending}--workdir."
-    for path in data.glob("valid.*"):
-        path.unlink()
-    for path in data.glob("test.*"):
-        path.unlink()
-    assert sentence(go_on) == f"{data}/test.en is gone {ending}--workdir."
-    assert content(run) == before
-
-
-def test_a_run_that_kept_no_record_of_its_data_goes_on(begun):
-    run, data, go_on = begun
-    (run / "data.json").unlink()
-    (data / "test.de").write_text(LINES["de"].replace("z y", "y z"))
-    go_on()
-    assert not (run / "data.json").exists()
-
-
-def test_a_damaged_record_of_the_data(begun):
-    run, _, go_on = begun
-    (run / "data.json").write_text("{")
-    assert sentence(go_on) == (
-        f"{run}/data.json is damaged; delete it if the data are those that the run began with."
-    )
-
-
-def test_generated_data_need_no_record(tmp_path):
-    corpus = load("copy", sizes=Sizes(train=9, valid=1, test=1))
-    save_tokenizer(tmp_path, corpus, 9, Config(data="copy"))
-    assert [path.name for path in tmp_path.iterdir()] == ["vocabularies.json"]
-
-
-def test_damaged_vocabularies_are_written_anew_and_others_are_refused(begun):
-    run, data, go_on = begun
-    path = run / "vocabularies.json"
-    before = path.read_text("utf-8")
-    for damaged in (before[: len(before) // 2], "", "[]", "{}"):
-        path.write_text(damaged)
-        assert sentence(lambda: load_tokenizer(run)) == (
-            f"{path} is damaged; the run's command writes it anew."
-        )
-        go_on()
-        assert path.read_text("utf-8") == before
-    path.write_text(before.replace('"z"', '"w"'))
-    assert sentence(go_on) == (
-        f"{path} does not hold the words of --data={data}, so that the run began with others; "
-        "restore them or give another --workdir."
-    )
 
 
 @pytest.fixture
@@ -197,3 +118,52 @@ def test_a_log_needs_steps_and_validations(held, tmp_path):
     )
     log.append({"score": "dot", "step": 2, "tokens": 1, "exact_match": [1.0]})
     assert len(log.complete_records("dot")) == 2
+
+
+def test_a_folder_that_cannot_be_had(tmp_path, capsys, translate):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    for folder, sentence in {
+        "file": "is a file, not a folder",
+        "file/below": rf"cannot be created in {tmp_path}/file",
+        "full": "holds other files and no run",
+    }.items():
+        assert translate(f"--workdir={tmp_path}/{folder}") == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        said = rf"translate: --workdir {tmp_path}/{folder} {sentence}; give another --workdir\.\n"
+        assert re.fullmatch(said, printed.err)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?/run"])
+def test_a_folder_in_which_no_checkpoint_could_be_saved(name, tmp_path, capsys, translate):
+    assert translate(f"--workdir={tmp_path}/{name}") == 2
+    assert capsys.readouterr().err == (
+        f"translate: --workdir {tmp_path}/{name} has a {name[1]} in its path, but checkpoints can "
+        "be saved only in a path without *, ? and [; give another --workdir.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_run_was_killed_at_birth_is_taken_over(tmp_path):
+    for name in (".lock", "config.json.unfinished"):
+        (tmp_path / name).write_text("{")
+    check(Config(workdir=str(tmp_path)))
+
+
+def test_another_process_in_the_folder_is_refused(done, capsys, translate):
+    flags, folder = done
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert translate(*flags, f"--workdir={folder}") == 2
+    printed = capsys.readouterr()
+    assert printed.err == (
+        f"translate: --workdir {folder} is in use by another process; wait for it, or give "
+        "another.\n"
+    )
+    assert printed.out == ""
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
