@@ -10,16 +10,26 @@ from attention_jax.base.parameters import (
     learned,
     parameters_of,
 )
-from attention_jax.base.typing import Bias, FeatureMap, Normalizer, Predicate, Score
+from attention_jax.base.typing import (
+    AnyScore,
+    Bias,
+    FeatureMap,
+    MaskFunction,
+    Normalizer,
+    PositionalScore,
+    Score,
+)
 
 __all__ = [
+    "AnyScore",
     "Bias",
     "FeatureMap",
     "Learned",
+    "MaskFunction",
     "Normalizer",
     "Parameter",
     "PerHead",
-    "Predicate",
+    "PositionalScore",
     "Score",
     "ShapeError",
     "bind",

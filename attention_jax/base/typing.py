@@ -19,7 +19,8 @@ Scores, masks, biases and normalizers are written for one head.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+import inspect
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,6 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
 
 
-@runtime_checkable
 class Score(Protocol):
     """`score(query [T, Hq], key [S, Hk]) -> logits [T, S]`.
 
@@ -43,7 +43,6 @@ class Score(Protocol):
     def __call__(self, query: Array, key: Array, /) -> Array: ...
 
 
-@runtime_checkable
 class PositionalScore(Protocol):
     """`score(query [T, Hq], key [S, Hk], q_idx=[T], kv_idx=[S]) -> logits [T, S]`.
 
@@ -56,29 +55,57 @@ class PositionalScore(Protocol):
 AnyScore = Score | PositionalScore
 
 
-@runtime_checkable
-class Predicate(Protocol):
-    """`predicate(q_idx, kv_idx) -> bool`: True where the query may attend to the key."""
+class MaskFunction(Protocol):
+    """`mask(q_idx [T, 1], kv_idx [1, S]) -> allowed [T, S]`, True where it may attend."""
 
     def __call__(self, q_idx: Any, kv_idx: Any, /) -> Any: ...
 
 
-@runtime_checkable
 class Bias(Protocol):
     """`bias(q_idx [T, 1], kv_idx [1, S]) -> [T, S]`, added to the logits."""
 
     def __call__(self, q_idx: Array, kv_idx: Array, /) -> Array: ...
 
 
-@runtime_checkable
 class Normalizer(Protocol):
     """`normalizer(logits [T, S], allowed [T, S]) -> weights [T, S]`, zero where not allowed."""
 
     def __call__(self, logits: Array, allowed: Array, /) -> Array: ...
 
 
-@runtime_checkable
 class FeatureMap(Protocol):
     """`feature_map(x [T, H]) -> features [T, M]`, so that phi(q) . phi(k) stands for a kernel."""
 
     def __call__(self, x: Array, /) -> Array: ...
+
+
+def require_callable(label: str, function: Any, kind: type) -> None:
+    """Require a function that can be called as a type of this module says.
+
+    Args:
+      label: operation and argument, that the message begins with.
+      function: what was given for it.
+      kind: `Score`, `PositionalScore`, `MaskFunction`, `Bias`, `Normalizer` or `FeatureMap`.
+
+    Raises:
+      TypeError: no function, or one of other arguments.
+
+    >>> require_callable("attend: score", lambda query, key: query @ key.T, Score)
+    """
+    formula = (kind.__doc__ or "").split("`")[1]
+    if not callable(function):
+        raise TypeError(f"{label} must be a function `{formula}`, got {function!r}.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins do not tell
+        return
+    _, *expected = inspect.signature(kind.__call__).parameters.values()
+    by_name = {one.name: one for one in expected if one.kind is one.KEYWORD_ONLY}
+    by_place = [one for one in expected if one.name not in by_name]
+    try:
+        signature.bind(*by_place, **by_name)
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(
+            f"{label} must be a function `{formula}`, got {name}{signature}: {error}."
+        ) from None

@@ -17,7 +17,7 @@ from jax.nn import initializers
 
 from attention_jax.base.binding import as_pytree, ask, bind, rule
 from attention_jax.base.parameters import Parameter, one_size, require_depths
-from attention_jax.base.typing import at_least_float32
+from attention_jax.base.typing import FeatureMap, at_least_float32
 
 __all__ = [
     "ScaledFeatures",
@@ -50,7 +50,7 @@ class ScaledFeatures(NamedTuple):
     log_scale: Array
 
 
-def split_scale(feature_map: Any, x: Array) -> ScaledFeatures:
+def split_scale(feature_map: FeatureMap, x: Array) -> ScaledFeatures:
     """Take the largest magnitude out of every row of features.
 
     Args:
@@ -84,7 +84,7 @@ def from_logarithm(log_features: Array) -> ScaledFeatures:
     return ScaledFeatures(jnp.exp(jnp.maximum(log_features - highest[:, None], _LOWEST)), highest)
 
 
-def is_signed(feature_map: Any) -> bool:
+def is_signed(feature_map: FeatureMap) -> bool:
     """Say whether a map declares that its kernel is not positive, so that it has no normalizer."""
     return bool(ask(as_pytree(feature_map), "signed"))
 

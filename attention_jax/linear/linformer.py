@@ -17,9 +17,10 @@ from jax.nn import initializers
 
 from attention_jax.attention import attend
 from attention_jax.base import checks
+from attention_jax.base.binding import PerHead
 from attention_jax.base.finite import finite_rows
-from attention_jax.base.typing import at_least_float32
-from attention_jax.masks import Table, padding
+from attention_jax.base.typing import AnyScore, at_least_float32
+from attention_jax.masks import MaskLike, Table, padding
 from attention_jax.scores import scaled_dot
 
 __all__ = ["linformer_attention", "mean_pooling", "random_projection"]
@@ -39,8 +40,8 @@ def linformer_attention(
     key_projection: Array,
     value_projection: Array | None = None,
     *,
-    score: Any = scaled_dot,
-    mask: Any = None,
+    score: AnyScore | PerHead = scaled_dot,
+    mask: MaskLike = None,
     **options: Any,
 ) -> Any:
     r"""Linformer attention: context = softmax(score(Q, E K)) F V.

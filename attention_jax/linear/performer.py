@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from attention_jax.base import checks
 from attention_jax.base.binding import as_pytree, ask, rule
+from attention_jax.base.typing import FeatureMap
 from attention_jax.linear.feature_maps import ScaledFeatures, from_logarithm
 
 __all__ = ["hyperbolic", "positive", "random_features", "trigonometric", "variance"]
@@ -133,7 +134,7 @@ def trigonometric(x: Array, projection: Array) -> Array:
     return features * jnp.exp(log_scale)[:, None]
 
 
-def variance(feature_map: Any, query: Array, key: Array) -> Array:
+def variance(feature_map: FeatureMap, query: Array, key: Array) -> Array:
     r"""The mean squared error of phi(q) . phi(k) over draws of independent directions.
 
     With z = (q + k) / H^(1/4), y = (q - k) / H^(1/4) and SM = exp(q . k / sqrt(H)),

@@ -17,6 +17,7 @@ from jax import lax
 from attention_jax.base.binding import PerHead, as_pytree
 from attention_jax.base.finite import finite_rows
 from attention_jax.base.trees import varying_like
+from attention_jax.base.typing import FeatureMap
 from attention_jax.implementations.lifting import aligned
 from attention_jax.implementations.online import finite_or_zero
 from attention_jax.linear.feature_maps import split_scale
@@ -46,10 +47,12 @@ class _Tokens(NamedTuple):
     poison: Array
 
 
-def read_out(query: Array, sums: KeySums, feature_map: Any, normalize: bool) -> Array:
+def read_out(
+    query: Array, sums: KeySums, feature_map: FeatureMap | PerHead, normalize: bool
+) -> Array:
     """Attend from queries [B, T, N, H] to all keys that were summed."""
 
-    def of_head(feature_map: Any, query: Array, sums: KeySums) -> Array:
+    def of_head(feature_map: FeatureMap, query: Array, sums: KeySums) -> Array:
         features, query_scale, poison = _query_features(feature_map, query)
         found = features @ sums.values
         highest = jnp.broadcast_to(sums.log_scale, query.shape[1:2])
@@ -59,10 +62,12 @@ def read_out(query: Array, sums: KeySums, feature_map: Any, normalize: bool) -> 
     return _ungrouped(_over_heads(of_head, feature_map, query, sums))
 
 
-def extended(sums: KeySums, key: Array, value: Array, present: Array, feature_map: Any) -> KeySums:
+def extended(
+    sums: KeySums, key: Array, value: Array, present: Array, feature_map: FeatureMap | PerHead
+) -> KeySums:
     """Add the keys [B, S, K, H] and values [B, S, K, V] that are present [B, S]."""
 
-    def of_head(feature_map: Any, tokens: _Tokens, sums: KeySums) -> KeySums:
+    def of_head(feature_map: FeatureMap, tokens: _Tokens, sums: KeySums) -> KeySums:
         features, log_scale = split_scale(feature_map, tokens.key)
         log_scale = jnp.where(tokens.present, log_scale, -jnp.inf)
         return _absorb(sums, features, log_scale, tokens)
@@ -77,7 +82,7 @@ def scanned(
     value: Array,
     present: Array,
     sums: KeySums,
-    feature_map: Any,
+    feature_map: FeatureMap | PerHead,
     normalize: bool,
     chunk_size: int,
 ) -> tuple[Array, KeySums]:
@@ -98,7 +103,7 @@ def scanned(
 
 
 def _scan(
-    feature_map: Any,
+    feature_map: FeatureMap,
     query: Array,
     tokens: _Tokens,
     sums: KeySums,
@@ -124,7 +129,7 @@ def _scan(
 
 
 def _step(
-    feature_map: Any, normalize: bool, sums: KeySums, chunk: tuple[Array, _Tokens]
+    feature_map: FeatureMap, normalize: bool, sums: KeySums, chunk: tuple[Array, _Tokens]
 ) -> tuple[KeySums, Array]:
     """Attend within one chunk of C keys and to the sums before it; queries [G, C, H]."""
     query, tokens = chunk
@@ -156,7 +161,7 @@ def _absorb(sums: KeySums, features: Array, log_scale: Array, tokens: _Tokens) -
     return KeySums(values, highest, sums.poison + jnp.sum(tokens.poison))
 
 
-def _query_features(feature_map: Any, query: Array) -> tuple[Array, Array, Array]:
+def _query_features(feature_map: FeatureMap, query: Array) -> tuple[Array, Array, Array]:
     """Return features [G, T, M] of queries [G, T, H], their scale and poison [G, T]."""
     query, poison = finite_rows(query)
     features, log_scale = jax.vmap(functools.partial(split_scale, feature_map))(query)
@@ -201,7 +206,9 @@ def _ungrouped(context: Array) -> Array:
     return jnp.moveaxis(context, 3, 1).reshape(batch, length, key_heads * groups, depth)
 
 
-def _over_heads(function: Callable[..., Any], feature_map: Any, *operands: Any) -> Any:
+def _over_heads(
+    function: Callable[..., Any], feature_map: FeatureMap | PerHead, *operands: Any
+) -> Any:
     """Map a function of one key head over operands [B, K, ...]."""
     heads = isinstance(feature_map, PerHead)
     bound = as_pytree(feature_map.function if heads else feature_map)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from attention_jax import masks
 from attention_jax.base import checks
 from attention_jax.base.binding import PerHead
-from attention_jax.base.typing import at_least_float32
+from attention_jax.base.typing import FeatureMap, at_least_float32, require_callable
 from attention_jax.linear.feature_maps import elu_plus_one, is_signed
 from attention_jax.linear.recurrence import KeySums, extended, padded, read_out, scanned
 from attention_jax.masks import padding
@@ -46,8 +46,8 @@ def linear_attention(
     key: Array,
     value: Array,
     *,
-    feature_map: Any = elu_plus_one,
-    mask: Any = None,
+    feature_map: FeatureMap | PerHead = elu_plus_one,
+    mask: masks.MaskLike = None,
     normalize: bool = True,
     chunk_size: int = _CHUNK,
 ) -> Array:
@@ -110,7 +110,7 @@ def init(
     key_depth: int,
     value_depth: int | None = None,
     *,
-    feature_map: Any = elu_plus_one,
+    feature_map: FeatureMap | PerHead = elu_plus_one,
     dtype: Any = jnp.float32,
 ) -> LinearState:
     """Return the state before any key, for `decode` and `extend`.
@@ -145,8 +145,8 @@ def decode(
     value: Array,
     state: LinearState,
     *,
-    feature_map: Any = elu_plus_one,
-    mask: Any = masks.Causal(),  # noqa: B008
+    feature_map: FeatureMap | PerHead = elu_plus_one,
+    mask: masks.MaskLike = masks.Causal(),  # noqa: B008
     count: Any = None,
     normalize: bool = True,
     chunk_size: int = _CHUNK,
@@ -206,7 +206,7 @@ def extend(
     key: Array,
     value: Array,
     *,
-    feature_map: Any = elu_plus_one,
+    feature_map: FeatureMap | PerHead = elu_plus_one,
     count: Any = None,
 ) -> LinearState:
     """Add keys and values to a state, of which `read` then tells what queries make.
@@ -238,7 +238,11 @@ def extend(
 
 
 def read(
-    query: Array, state: LinearState, *, feature_map: Any = elu_plus_one, normalize: bool = True
+    query: Array,
+    state: LinearState,
+    *,
+    feature_map: FeatureMap | PerHead = elu_plus_one,
+    normalize: bool = True,
 ) -> Array:
     """Attend to all keys of a state; [B, T, N, H] -> [B, T, N, V].
 
@@ -271,9 +275,12 @@ def _sizes(operation: str, query: Array, key: Array, value: Array) -> dict[str, 
     return sizes
 
 
-def _check_options(operation: str, feature_map: Any, normalize: bool, chunk_size: int = 1) -> None:
+def _check_options(
+    operation: str, feature_map: FeatureMap | PerHead, normalize: bool, chunk_size: int = 1
+) -> None:
     checks.at_least(operation, 1, chunk_size=chunk_size)
     function = feature_map.function if isinstance(feature_map, PerHead) else feature_map
+    require_callable(f"{operation}: feature_map", function, FeatureMap)
     if normalize and is_signed(function):
         raise ValueError(
             f"{operation}: this feature map gives weights of either sign, which may sum to zero; "
@@ -282,7 +289,7 @@ def _check_options(operation: str, feature_map: Any, normalize: bool, chunk_size
 
 
 def _check_state(
-    operation: str, state: LinearState, key: Array, value: Array, feature_map: Any
+    operation: str, state: LinearState, key: Array, value: Array, feature_map: FeatureMap | PerHead
 ) -> None:
     """Require the state that `init` would return for these keys, values and features."""
     sums = state.sums.values
@@ -295,12 +302,12 @@ def _check_state(
         )
 
 
-def _num_features(feature_map: Any, depth: int, dtype: Any) -> int:
-    function = feature_map
+def _num_features(feature_map: FeatureMap | PerHead, depth: int, dtype: Any) -> int:
+    first_head: Any = feature_map
     if isinstance(feature_map, PerHead):
-        function = jax.tree.map(lambda leaf: leaf[0], feature_map.function)
+        first_head = jax.tree.map(lambda leaf: leaf[0], feature_map.function)
     row = jax.ShapeDtypeStruct((1, depth), dtype)
-    shape = jax.eval_shape(lambda x: function(x), row).shape
+    shape = jax.eval_shape(lambda x: first_head(x), row).shape
     if len(shape) != 2 or shape[0] != 1:
         raise checks.ShapeError(
             f"feature_map: one row [1, H] must become features [1, M], got shape {shape}."
@@ -308,6 +315,6 @@ def _num_features(feature_map: Any, depth: int, dtype: Any) -> int:
     return shape[1]
 
 
-def _empty(batch: int, key: Array, value: Array, feature_map: Any) -> KeySums:
+def _empty(batch: int, key: Array, value: Array, feature_map: FeatureMap | PerHead) -> KeySums:
     sizes = (batch, key.shape[2], key.shape[3], value.shape[3])
     return init(*sizes, feature_map=feature_map, dtype=key.dtype).sums

@@ -8,7 +8,16 @@ Masks close under `&`, `|` and `~`. The same predicate, read over intervals of i
 (`attention_jax.intervals`), tells for every tile whether it is EMPTY, FULL or PARTIAL.
 """
 
-from attention_jax.masks.algebra import Full, Mask, Predicate, Shift, Table, as_mask, draw
+from attention_jax.masks.algebra import (
+    Full,
+    Mask,
+    MaskLike,
+    Predicate,
+    Shift,
+    Table,
+    as_mask,
+    draw,
+)
 from attention_jax.masks.common import Causal, Lengths, Prefix, Segment, Window
 from attention_jax.masks.graphs import Edges, edges
 from attention_jax.masks.grids import GridWindow, swin, window_order
@@ -44,6 +53,7 @@ __all__ = [
     "Heads",
     "Lengths",
     "Mask",
+    "MaskLike",
     "Predicate",
     "Prefix",
     "Segment",

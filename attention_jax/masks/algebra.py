@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 
 from attention_jax.base import checks
 from attention_jax.base.equality import ByValue
+from attention_jax.base.typing import MaskFunction, require_callable
 from attention_jax.masks import intervals
 from attention_jax.masks.intervals import PARTIAL, Unknown, judge
 
@@ -51,16 +52,16 @@ class Mask(ByValue):
         """
         return {}
 
-    def __and__(self, other: Any) -> Mask:
+    def __and__(self, other: MaskLike) -> Mask:
         return And(self, as_mask(other))
 
-    def __or__(self, other: Any) -> Mask:
+    def __or__(self, other: MaskLike) -> Mask:
         return Or(self, as_mask(other))
 
-    def __rand__(self, other: Any) -> Mask:
+    def __rand__(self, other: MaskLike) -> Mask:
         return And(as_mask(other), self)
 
-    def __ror__(self, other: Any) -> Mask:
+    def __ror__(self, other: MaskLike) -> Mask:
         return Or(as_mask(other), self)
 
     def __invert__(self) -> Mask:
@@ -206,7 +207,10 @@ class Predicate(Mask):
     █·█
     """
 
-    function: Callable[[Any, Any], Any]
+    function: MaskFunction
+
+    def __post_init__(self) -> None:
+        require_callable("mask", self.function, MaskFunction)
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return judge(self.function, q_idx, kv_idx)
@@ -273,7 +277,11 @@ class Not(Mask):
         return ~judge(self.mask, q_idx, kv_idx)
 
 
-def as_mask(mask: Any) -> Mask:
+MaskLike = Mask | MaskFunction | jax.Array | np.ndarray | None
+"""What `as_mask` reads; None allows every pair."""
+
+
+def as_mask(mask: MaskLike) -> Mask:
     """Read a mask, a boolean array or a function (q_idx, kv_idx) -> bool as a mask.
 
     Raises:
@@ -283,10 +291,11 @@ def as_mask(mask: Any) -> Mask:
         return Full()
     if isinstance(mask, Mask):
         return mask
-    if hasattr(mask, "dtype") and hasattr(mask, "shape"):
-        if mask.dtype != jnp.bool_:
+    dtype = getattr(mask, "dtype", None)
+    if dtype is not None and hasattr(mask, "shape"):
+        if dtype != jnp.bool_:
             raise TypeError(
-                f"mask: an array must be boolean (True = may attend), got {mask.dtype}; "
+                f"mask: an array must be boolean (True = may attend), got {dtype}; "
                 "for numbers that are added to the logits use bias=."
             )
         return Table(mask)

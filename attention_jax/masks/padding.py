@@ -15,7 +15,7 @@ import jax.core
 import jax.numpy as jnp
 
 from attention_jax.masks import algebra, batch_axes
-from attention_jax.masks.algebra import And, Full, Mask, Shift, Table
+from attention_jax.masks.algebra import And, Full, Mask, MaskLike, Shift, Table
 from attention_jax.masks.common import Causal, Lengths
 from attention_jax.masks.intervals import indices
 
@@ -35,7 +35,7 @@ class Padding(NamedTuple):
 
 def from_mask(
     operation: str,
-    mask: Any,
+    mask: MaskLike,
     sizes: dict[str, int],
     *,
     causal: bool,

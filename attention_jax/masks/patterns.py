@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.base.checks import at_least
-from attention_jax.masks.algebra import Full, Mask, as_mask
+from attention_jax.masks.algebra import Full, Mask, MaskLike, as_mask
 from attention_jax.masks.common import Causal, Window, signed
 from attention_jax.masks.graphs import Edges, edges
 from attention_jax.masks.intervals import Interval, Lookup, Unknown, indices, judge
@@ -252,7 +252,7 @@ def random_blocks(
     length: int,
     size: int,
     num_blocks: int,
-    avoiding: Any = None,
+    avoiding: MaskLike = None,
     num_heads: int | None = None,
 ) -> Block:
     """Let each block of queries attend to `num_blocks` blocks of keys, drawn without replacement.

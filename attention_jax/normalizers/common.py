@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from attention_jax.base.binding import ask, bind, rule
 from attention_jax.base.checks import at_least
 from attention_jax.base.equality import ByValue
+from attention_jax.base.typing import Normalizer
 from attention_jax.normalizers.sparse import entmax15, sparsemax
 
 __all__ = [
@@ -53,7 +54,7 @@ class Elementwise(ByValue):
     function: Callable[[Array], Array]
 
 
-def streaming(normalizer: Any) -> Exponential | Elementwise | None:
+def streaming(normalizer: Normalizer) -> Exponential | Elementwise | None:
     """Return how a normalizer is computed tile by tile, or None if it needs the whole row."""
     return ask(normalizer, "streaming")
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, overload
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from attention_jax.base import checks
-from attention_jax.base.binding import PerHead, as_pytree, ask, bind, taken_apart
-from attention_jax.base.typing import AnyScore
+from attention_jax.base.binding import PerHead, as_pytree, ask, bind, taken_apart, unbound
+from attention_jax.base.typing import AnyScore, PositionalScore, Score, require_callable
 from attention_jax.masks.intervals import indices
 
 Array = jax.Array
@@ -30,6 +30,7 @@ def _identity(x: Array) -> Array:
 identity = bind(_identity)
 
 P = ParamSpec("P")
+S = TypeVar("S", bound=Callable[..., Any])
 
 
 class Separated(NamedTuple):
@@ -39,10 +40,10 @@ class Separated(NamedTuple):
     keys again and again, applies them once. It is itself a score, and a pytree.
     """
 
-    query_map: Any
-    key_map: Any
-    pairs: Any
-    finish: Any
+    query_map: Partial
+    key_map: Partial
+    pairs: Partial
+    finish: Partial
 
     def __call__(self, query: Array, key: Array) -> Array:
         q_idx, kv_idx = indices(query.shape[0]), indices(key.shape[0])
@@ -117,7 +118,7 @@ def separate(score: AnyScore) -> Separated:
     return parts or Separated(identity, identity, as_pytree(score), identity)
 
 
-def positional(score: Any) -> Any:
+def positional(score: S) -> S:
     """Mark a score that also wants to know where its rows stand: q_idx [T] and kv_idx [S].
 
     >>> @positional
@@ -126,6 +127,21 @@ def positional(score: Any) -> Any:
     """
     score.__positional__ = True
     return score
+
+
+def require_score(label: str, score: Any) -> None:
+    """Require a function of the rows of one head, and of their positions if marked so.
+
+    Raises:
+      TypeError: a score that is no such function, or waits for its parameters.
+    """
+    waiting = unbound(score) if callable(score) and not is_positional(score) else []
+    if waiting:
+        raise TypeError(
+            f"{label} still waits for {', '.join(waiting)}; give them with "
+            f"bind({label.split()[-1]}, {waiting[0]}=...)."
+        )
+    require_callable(label, score, PositionalScore if is_positional(score) else Score)
 
 
 def is_positional(score: Any) -> bool:

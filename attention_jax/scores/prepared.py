@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention_jax import masks
 from attention_jax.base import checks
 from attention_jax.base.binding import as_pytree
 from attention_jax.base.finite import finite_rows
-from attention_jax.base.typing import Normalizer
+from attention_jax.base.typing import AnyScore, Normalizer
 from attention_jax.masks import algebra, batch_axes
 from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import softmax
-from attention_jax.scores.composition import Separated, separate
+from attention_jax.scores.composition import Separated, require_score, separate
 
 Array = jax.Array
 
@@ -38,7 +39,7 @@ class Source(NamedTuple):
     poison: Array
 
 
-def prepare(score: Any, memory: Array, value: Array | None = None) -> Source:
+def prepare(score: AnyScore, memory: Array, value: Array | None = None) -> Source:
     r"""Map the keys of a source once: key_j = key_map(h_j), for additive W_k h_j + b.
 
     Args:
@@ -58,6 +59,7 @@ def prepare(score: Any, memory: Array, value: Array | None = None) -> Source:
     >>> prepare(dot, jnp.ones((2, 5, 4))).value.shape
     (2, 5, 4)
     """
+    require_score("prepare: score", score)
     value = memory if value is None else value
     checks.axes("prepare", memory=(memory, "BSH"), value=(value, "BSV"))
     checks.floating("prepare", memory=memory, value=value)
@@ -69,7 +71,11 @@ def prepare(score: Any, memory: Array, value: Array | None = None) -> Source:
 
 
 def read(
-    score: Any, query: Array, source: Source, mask: Any = None, normalizer: Any = softmax
+    score: AnyScore,
+    query: Array,
+    source: Source,
+    mask: masks.MaskLike = None,
+    normalizer: Normalizer = softmax,
 ) -> tuple[Array, Array]:
     r"""Ask a prepared source: context_i = sum_j normalizer(score(q_i, k_j))_j v_j.
 
@@ -95,7 +101,7 @@ def read(
     (Array([[1.5]], dtype=float32), Array([[0.5, 0.5]], dtype=float32))
     """
     if query.ndim == 2:
-        mask = mask[..., None, :] if hasattr(mask, "dtype") else mask
+        mask = mask[..., None, :] if isinstance(mask, Array | np.ndarray) else mask
         context, weights = read(score, query[:, None], source, mask, normalizer)
         return context[:, 0], weights[:, 0]
     sizes = checks.axes(
@@ -128,7 +134,9 @@ def _attend_example(
     return weights @ source.value, weights
 
 
-def _by_example(mask: Any, sizes: dict[str, int]) -> tuple[list[Any], list[int | None], Any]:
+def _by_example(
+    mask: masks.MaskLike, sizes: dict[str, int]
+) -> tuple[list[Any], list[int | None], Any]:
     """Return the arrays of a mask, which of them have a leading axis B, and how to rebuild it."""
     batch, *pairs = (sizes[axis] for axis in "BTS")
     mask = masks.as_mask(mask)

@@ -297,7 +297,7 @@ _MASKS: dict[str, Callable[..., MaskExample]] = {
 }
 PAIRS = {(0, 1), (2, 0), (2, 2)}
 MASKS = sorted(_MASKS)
-NOT_MASKS = {"Mask", "EMPTY", "PARTIAL", "FULL", "draw", "window_order"}
+NOT_MASKS = {"Mask", "MaskLike", "EMPTY", "PARTIAL", "FULL", "draw", "window_order"}
 
 
 def _softmax_with_sink(sink):
