@@ -9,7 +9,7 @@ import jax
 
 from attention_jax import masks
 from attention_jax.base.binding import PerHead
-from attention_jax.base.typing import Bias, Normalizer, Predicate, Score
+from attention_jax.base.typing import AnyScore, Bias, Normalizer
 from attention_jax.implementations import choice, cudnn
 from attention_jax.implementations.choice import IMPLEMENTATIONS
 from attention_jax.implementations.dense import dense
@@ -30,8 +30,8 @@ def attend(
     key: Array,
     value: Array,
     *,
-    score: Score | PerHead = scaled_dot,
-    mask: masks.Mask | Predicate | Array | None = None,
+    score: AnyScore | PerHead = scaled_dot,
+    mask: masks.MaskLike = None,
     bias: Bias | PerHead | Array | None = None,
     normalizer: Normalizer | PerHead = softmax,
     dropout_rate: float = 0.0,
@@ -109,8 +109,8 @@ def explain(
     key: Any,
     value: Any,
     *,
-    score: Score | PerHead = scaled_dot,
-    mask: masks.Mask | Predicate | Array | None = None,
+    score: AnyScore | PerHead = scaled_dot,
+    mask: masks.MaskLike = None,
     bias: Bias | PerHead | Array | None = None,
     normalizer: Normalizer | PerHead = softmax,
     dropout_rate: float = 0.0,

@@ -16,7 +16,15 @@ from jax.tree_util import Partial
 from attention_jax.base import checks
 from attention_jax.base.binding import PerHead, as_pytree, unbound
 from attention_jax.base.parameters import Learned
-from attention_jax.base.typing import Bias, Normalizer, Score, at_least_float32
+from attention_jax.base.typing import (
+    AnyScore,
+    Bias,
+    Normalizer,
+    PositionalScore,
+    Score,
+    at_least_float32,
+    require_callable,
+)
 from attention_jax.masks import Mask, algebra, batch_axes
 from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import Elementwise, Exponential, streaming
@@ -41,7 +49,7 @@ class Request:
     query: Array
     key: Array
     value: Array
-    score: Score | PerHead
+    score: AnyScore | PerHead
     mask: Mask
     bias: Bias | PerHead | Array | None
     normalizer: Normalizer | PerHead
@@ -180,6 +188,9 @@ def _as_function(name: str, function: Any) -> Any:
             f"attend: {name} still waits for {', '.join(waiting)}; give them with "
             f"bind({name}, {waiting[0]}=...)."
         )
+    of_score = PositionalScore if is_positional(bound) else Score
+    kinds = {"score": of_score, "bias": Bias, "normalizer": Normalizer}
+    require_callable(f"attend: {name}", bound, kinds[name])
     return PerHead(bound) if isinstance(function, PerHead) else bound
 
 

@@ -98,6 +98,12 @@ def test_the_message_shows_the_signature_and_what_is_wrong_with_it():
 
 
 REFUSED = {
+    "score": (lambda: attend(X, X, X, score=len), "attend: score must be a function `score(query"),
+    "bias": (lambda: attend(X, X, X, bias=len), "attend: bias must be a function `bias(q_idx"),
+    "normalizer": (
+        lambda: attend(X, X, X, normalizer=len),
+        "attend: normalizer must be a function `normalizer(logits",
+    ),
     "mask": (lambda: attend(X, X, X, mask=len), "mask must be a function `mask(q_idx"),
     "part of a mask": (lambda: masks.Causal() & len, "mask must be a function `mask(q_idx"),
     "feature map": (
