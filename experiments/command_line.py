@@ -1,4 +1,4 @@
-"""What the command lines of all programs share: absl flags, and one sentence for a mistake."""
+"""What all programs share on the command line: absl flags, error messages, and the terminal."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
+from rich.console import Console
+from rich.text import Text
 
 Options = TypeVar("Options")
+
+# Columns of what is not a terminal, enough for all tables.
+_WIDTH = 140
 
 
 class UsageError(ValueError):
@@ -149,3 +154,25 @@ def complain(program: str, sentence: object, code: int) -> int:
     """Say what went wrong, and return the exit code for it."""
     print(f"{program}: {sentence}", file=sys.stderr)
     return code
+
+
+class _Console(Console):
+    """A console whose output may be closed early, as `| head` does."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def terminal() -> Console:
+    """Return a console that prints brackets and colons as they are.
+
+    A console that is not a terminal is wide enough for all tables.
+    """
+    width = None if _Console().is_terminal else _WIDTH
+    return _Console(width=width, markup=False, emoji=False, highlight=False)
+
+
+def two_lines(value: str, remark: str) -> Text:
+    """Return a value with a dimmed remark below it, if there is one."""
+    return Text.assemble(value, ("\n" + remark if remark else "", "dim"))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.claims.claim import all_claims
-from experiments.statistics import compare_families
+from experiments.significance import compare_families
 from experiments.translate_sweep.conclusion import conclude
 from experiments.translate_sweep.results import compare
 

@@ -21,12 +21,12 @@ from matplotlib import color_sequences
 from matplotlib.figure import Figure
 
 from attention_jax.diagnostics.plots import save
-from experiments import terminal
 from experiments.benchmark import patterns, translating
 from experiments.benchmark.command_line import Options
 from experiments.benchmark.measure import METERS, RATES, Compared, compared, take_turns
 from experiments.benchmark.programs import HAS_TORCH
 from experiments.benchmark.suites import SUITES, Comparison, Group, Suite, Sweep
+from experiments.command_line import terminal
 
 _UNITS = {"cpu ms": "milliseconds of processor time", "ms": "milliseconds", "MiB": "MiB"}
 SCALE_OF_QUICK = 64
@@ -38,7 +38,7 @@ WIDTH = 140
 def run(options: Options) -> None:
     """Measure the suites that are asked for, print their tables and write their results."""
     options.out.mkdir(parents=True, exist_ok=True)
-    console = terminal.console()
+    console = terminal()
     console.width = max(console.width, WIDTH)
     surroundings = machine()
     console.print(", ".join(f"{name} {value}" for name, value in surroundings.items()))

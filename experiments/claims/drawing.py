@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.statistics import interval
+from experiments.significance import interval
 from experiments.translate.figures import COLORS
 
 # A number, or one for every seed or draw.

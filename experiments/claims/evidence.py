@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from experiments.statistics import compare, interval
+from experiments.significance import compare, interval
 from experiments.translate.train_step import quick_options
 
 # A value for each draw or seed.

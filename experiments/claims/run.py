@@ -17,12 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from attention_jax.diagnostics.plots import save
-from experiments import terminal
 from experiments.claims import report
 from experiments.claims.claim import SETTINGS, Claim, Setting, all_themes
 from experiments.claims.command_line import Options
 from experiments.claims.workdir import Cache, writable
-from experiments.command_line import show
+from experiments.command_line import show, terminal
 from experiments.translate.figures import style
 from experiments.translate.workdir import environment, write_json, write_text
 
@@ -39,7 +38,7 @@ def run(options: Options) -> int:
       UsageError: the folder is another program's, or cannot be written to.
     """
     folder, setting = writable(Path(options.workdir)), SETTINGS[options.setting]
-    console = terminal.console()
+    console = terminal()
     start, records = time.perf_counter(), []
     with Progress(
         TextColumn("{task.description}", style="bold", markup=False),

@@ -17,7 +17,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from attention_jax.diagnostics.plots import draw_weights, save
 from experiments.data.corpus import Links, parse_alignment
-from experiments.statistics import interval
+from experiments.significance import interval
 from experiments.translate.workdir import Record
 
 # Okabe and Ito's colours, which those who are colour-blind can tell apart; no yellow on white.

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from attention_jax.base.checks import ShapeError
-from experiments import terminal
-from experiments.command_line import UsageError
+from experiments.command_line import UsageError, terminal
 from experiments.translate import decode, mechanisms
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.config import CONTROLS, SCORES, Config
@@ -43,7 +42,7 @@ class Run:
     config: Config
     task: Task
     sizes: Mapping[str, Sizes]
-    console: Console = dataclasses.field(default_factory=terminal.console)
+    console: Console = dataclasses.field(default_factory=terminal)
 
     @property
     def folder(self) -> Path:
@@ -75,7 +74,7 @@ def prepare(
     task = load(config)
     corpus = task.corpus
     sizes = sizes_of(config, len(corpus.source_vocabulary), len(corpus.target_vocabulary))
-    return Run(config, task, sizes, console or terminal.console())
+    return Run(config, task, sizes, console or terminal())
 
 
 def sizes_of(config: Config, source_words: int, target_words: int) -> dict[str, Sizes]:

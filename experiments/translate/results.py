@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import metrics, statistics
+from experiments import metrics, significance
 from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
 from experiments.translate import evaluate
@@ -192,7 +192,7 @@ def summary(values: list[float | None] | None) -> Record | None:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return {"values": values, "mean": None, "low": None, "high": None, "note": "not reached"}
-    found = statistics.interval(known)
+    found = significance.interval(known)
     one = len(known) == 1
     return {
         "values": values,
@@ -209,7 +209,7 @@ def _comparisons(mechanisms: list[Record]) -> list[Record]:
         words: {m["score"]: m["metrics"][metric]["values"] for m in mechanisms[:2]}
         for metric, words in COMPARED.items()
     }
-    found = statistics.compare_families(families)
+    found = significance.compare_families(families)
     left_out = (
         f" Of the {len(mechanisms)} scores only the first two are compared; "
         "experiments.translate_sweep compares all pairs."

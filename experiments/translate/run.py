@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from experiments import terminal
-from experiments.command_line import show
+from experiments.command_line import show, terminal
 from experiments.translate import figures, report, results, table, workdir
 from experiments.translate.compile import Placement
 from experiments.translate.config import Config
@@ -25,7 +24,7 @@ def train_and_report(config: Config) -> Path:
       Diverged: a loss or a parameter is not finite.
       Interrupted: the run was stopped; the same call resumes it.
     """
-    console = terminal.console()
+    console = terminal()
     workdir.check(config)
     run = prepare(config, console)
     for score in run.sizes:

@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.statistics import seeds_needed, too_few_to_cover
-from experiments.terminal import two_lines
+from experiments.command_line import two_lines
+from experiments.significance import seeds_needed, too_few_to_cover
 from experiments.translate.workdir import Record
 
 # The metrics in which the first two mechanisms are compared. Not all pairs of mechanisms: with five

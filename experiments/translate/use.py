@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import metrics, terminal
-from experiments.command_line import UsageError, show
+from experiments import metrics
+from experiments.command_line import UsageError, show, terminal
 from experiments.data.corpus import DataError, Pair
 from experiments.data.files import Reader
 from experiments.data.text import lines_of, read_lines
@@ -76,7 +76,7 @@ def report_evaluation(config: Config, about: Record, records: Sequence[Record]) 
         for r in records
     ]
     evaluation = {**about, "config": config.identity, "scores": rows}
-    table.show_evaluation(terminal.console(), evaluation)
+    table.show_evaluation(terminal(), evaluation)
     path = config.directory / "evaluations" / f"{about['set']}{_decoding(config)}.json"
     path.parent.mkdir(exist_ok=True)
     every = [*rows, *_other_rows(path, config.scores)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from experiments.statistics import seeds_needed
+from experiments.significance import seeds_needed
 from experiments.translate.workdir import Record
 from experiments.translate_sweep.config import RATE, Point, shown
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import statistics
+from experiments import significance
 from experiments.translate import results as of_run
 from experiments.translate.report import command
 from experiments.translate.workdir import Record
@@ -69,7 +69,7 @@ def compare(mechanisms: Sequence[Record], points: Sequence[Point]) -> list[Recor
             of_family[family] = point
     return [
         {"point": of_family[family], **of_run.without_nan(dataclasses.asdict(found))}
-        for family, comparisons in statistics.compare_families(families).items()
+        for family, comparisons in significance.compare_families(families).items()
         for found in comparisons
     ]
 

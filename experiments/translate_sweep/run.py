@@ -11,8 +11,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from experiments import terminal
-from experiments.command_line import show
+from experiments.command_line import show, terminal
 from experiments.translate import results as of_run
 from experiments.translate import workdir
 from experiments.translate.config import Config, group_of
@@ -36,7 +35,7 @@ def run_sweep(sweep: Sweep) -> Path:
       UsageError: the data or the folder cannot be used.
       Interrupted: the sweep was stopped; the same call resumes it.
     """
-    console = terminal.console()
+    console = terminal()
     workdir.check(sweep)
     cells = list(sweep.cells())
     _check(cells)

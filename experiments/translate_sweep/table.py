@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.terminal import two_lines
+from experiments.command_line import two_lines
 from experiments.translate import table as of_run
 from experiments.translate.workdir import Record
 from experiments.translate_sweep.config import LISTED, RATE

@@ -145,7 +145,7 @@ def test_importing_the_data_loads_nothing_heavy():
         "import sys, experiments.data, experiments.data.load;"
         "print([name for name in ('jax', 'flax', 'numpy', 'scipy', 'sacrebleu')"
         " if name in sys.modules]);"
-        "import experiments.statistics, experiments.data.batches;"
+        "import experiments.significance, experiments.data.batches;"
         "print([name for name in ('jax', 'flax', 'scipy', 'sacrebleu') if name in sys.modules])"
     )
     result = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ import types
 import pytest
 from rich.table import Table
 
-from experiments import terminal
+from experiments.command_line import terminal, two_lines
 from experiments.translate import run
 from experiments.translate.config import Config
 from experiments.translate.prepare import Run
@@ -14,9 +14,9 @@ NAMED = "runs/br[/x] [bold]:smile: 12"
 
 
 def test_brackets_and_colons_mean_nothing(capsys):
-    console = terminal.console()
+    console = terminal()
     table = Table(NAMED, title=NAMED)
-    table.add_row(terminal.two_lines(NAMED, "[5, 6]"))
+    table.add_row(two_lines(NAMED, "[5, 6]"))
     for part in (NAMED, table):
         console.print(part)
     printed = capsys.readouterr().out
@@ -24,12 +24,12 @@ def test_brackets_and_colons_mean_nothing(capsys):
 
 
 def test_where_nobody_looks_there_is_room_for_tables():
-    assert terminal.console().width == 140
+    assert terminal().width == 140
 
 
 def test_a_remark_stands_below_its_value():
-    assert terminal.two_lines("5.5", "5–6").plain == "5.5\n5–6"
-    assert terminal.two_lines("5.5", "").plain == "5.5"
+    assert two_lines("5.5", "5–6").plain == "5.5\n5–6"
+    assert two_lines("5.5", "").plain == "5.5"
 
 
 @pytest.mark.parametrize("name", ["c/[x]b.tsv", "c/[/x].tsv"])

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.data.corpus import Pair
 from experiments.metrics import CLASSES
-from experiments.statistics import holm, sign_flip_p_value
+from experiments.significance import holm, sign_flip_p_value
 from experiments.translate import report, results
 from experiments.translate.config import Config
 from experiments.translate.prepare import Run

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import terminal
-from experiments.command_line import UsageError
-from experiments.statistics import holm, sign_flip_p_value
+from experiments.command_line import UsageError, terminal
+from experiments.significance import holm, sign_flip_p_value
 from experiments.translate.config import Config
 from experiments.translate.table import COLUMNS
 from experiments.translate_sweep import results, table
@@ -191,7 +190,7 @@ def test_the_table_says_what_few_seeds_are_too_few_for(capsys):
         of_one["metrics"] |= {name: ones for name, _, _ in COLUMNS if name not in of_one["metrics"]}
     found = results.summarize(sweep, records)
     pairs = {"pairs": {"test": 9}, "signatures": {"bleu": "", "chrf": ""}}
-    table.show(terminal.console(), found | pairs)
+    table.show(terminal(), found | pairs)
     printed = capsys.readouterr().out
     assert printed.count("3 values cover their mean in at most about 75% of cases.") == 1
     assert "3 seeds are too few" in printed and "no difference shown" not in printed

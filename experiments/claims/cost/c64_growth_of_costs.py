@@ -29,7 +29,7 @@ from experiments.benchmark.patterns import slope
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 DEPTH, QUERIES, WINDOW = 64, 512, 128
 CLAIMED = {"full": 2, "full, dense": 2, "cross": 1, "window": 1, "linear": 1}

@@ -22,7 +22,7 @@ from experiments.claims import pointing, training
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if, undecided
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import by_name, higher, shown, within
-from experiments.statistics import interval
+from experiments.significance import interval
 
 DEPTH = 32
 RANKS = (2, 4, 8, 16, 32)

@@ -22,7 +22,7 @@ from attention_jax import bind, scores
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
 from experiments.claims.drawing import maps
 from experiments.claims.evidence import draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 TOKENS, DEPTH = 64, 64
 SPREADS = (0.0, 0.5, 1.0)

@@ -25,7 +25,7 @@ from experiments.claims import tagging
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import learned, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 LENGTHS = (8, 16, 24, 32)
 

@@ -30,7 +30,7 @@ from experiments.claims.drawing import bars
 from experiments.claims.evidence import shown
 from experiments.claims.training import merged
 from experiments.claims.translating import trained_transformer
-from experiments.statistics import interval
+from experiments.significance import interval
 
 HEADS = 4
 # Where the output matrix of each attention is.

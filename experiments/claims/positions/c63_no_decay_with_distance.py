@@ -23,7 +23,7 @@ from attention_jax import positions, scores
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if, undecided
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 LENGTH, DEPTH = 512, 64
 EDGES = (1, 4, 16, 64, 256, 512)

@@ -22,7 +22,7 @@ from attention_jax.positions import sinusoidal
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if
 from experiments.claims.drawing import bars
 from experiments.claims.evidence import draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 LENGTH, WIDTH = 16, 32
 

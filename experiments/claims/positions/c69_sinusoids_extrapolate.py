@@ -27,7 +27,7 @@ from experiments.claims import tagging
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import difference, higher, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 LENGTHS = (16, 32, 64)
 KINDS = {

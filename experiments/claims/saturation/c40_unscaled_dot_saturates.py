@@ -22,7 +22,7 @@ from attention_jax import diagnostics, scores
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import by_name, draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 NAMES = ("entropy / log n", "trace of Jacobian")
 DEPTHS = (4, 16, 64, 256, 1024)

@@ -24,7 +24,7 @@ from experiments.claims import pointing, training
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 SIZES = (1.0, 10.0, 100.0, 1000.0)
 

@@ -24,7 +24,7 @@ from attention_jax import bind, diagnostics, scores
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undecided
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 SIZES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 KEYS, DEPTH = 32, 32

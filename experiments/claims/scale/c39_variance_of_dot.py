@@ -23,7 +23,7 @@ from experiments.claims import pointing, training
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import between, draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 DEPTHS = (4, 16, 64, 256, 1024)
 

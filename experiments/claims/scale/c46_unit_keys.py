@@ -20,7 +20,7 @@ from attention_jax import bind, diagnostics, scores
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import between, by_name, draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 DEPTHS = (4, 16, 64, 256, 1024)
 KEYS = 64

@@ -21,7 +21,7 @@ from attention_jax import scores
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import by_name, draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 SPREADS = (0.0, 0.25, 0.5, 1.0)
 NAMES = ("correlation with cosine", "|dot| with length of key", "same largest key")

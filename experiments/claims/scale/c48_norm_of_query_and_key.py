@@ -24,7 +24,7 @@ from attention_jax import diagnostics, scores
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import by_name, draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 GAINS = (1.0, 4.0, 16.0, 64.0)
 DEPTH = 64

@@ -20,7 +20,7 @@ from attention_jax import scores
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import by_name, draws, shown
-from experiments.statistics import interval
+from experiments.significance import interval
 
 WIDTH = 256
 HEADS = (1, 4, 16, 64)

@@ -30,7 +30,7 @@ from experiments.claims.evidence import difference, higher, shown
 from experiments.claims.training import merged
 from experiments.claims.translating import trained_reversal
 from experiments.data.vocabulary import PAD
-from experiments.statistics import interval
+from experiments.significance import interval
 
 WORDS = 8
 ARMS = {"additive": "additive", "without attention": "none"}
