@@ -1,5 +1,10 @@
-"""Types, checks, binding and parameters: what every other part of the library is written with."""
+"""Types, checks, binding and parameters: what the other parts of the library are written with.
 
+`attention_jax/EXTENDING.md` shows how to write your own score, mask, bias, normalizer and position
+with them.
+"""
+
+from attention_jax.base import checks
 from attention_jax.base.binding import PerHead, bind, per_head, rule
 from attention_jax.base.checks import ShapeError
 from attention_jax.base.parameters import (
@@ -34,6 +39,7 @@ __all__ = [
     "ShapeError",
     "bind",
     "bind_parameters",
+    "checks",
     "initialize",
     "learned",
     "parameters_of",

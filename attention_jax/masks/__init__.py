@@ -21,7 +21,7 @@ from attention_jax.masks.algebra import (
 from attention_jax.masks.common import Causal, Lengths, Prefix, Segment, Window
 from attention_jax.masks.graphs import Edges, edges
 from attention_jax.masks.grids import GridWindow, swin, window_order
-from attention_jax.masks.intervals import EMPTY, FULL, PARTIAL
+from attention_jax.masks.intervals import EMPTY, FULL, PARTIAL, Lookup
 from attention_jax.masks.patterns import (
     Block,
     Chunked,
@@ -52,6 +52,7 @@ __all__ = [
     "GridWindow",
     "Heads",
     "Lengths",
+    "Lookup",
     "Mask",
     "MaskLike",
     "Predicate",

@@ -12,6 +12,7 @@ what concerns one row and what concerns a pair; they are tested to say the same 
 from attention_jax.scores import parameters as _parameters  # noqa: F401  (rules of the scores)
 from attention_jax.scores.composition import (
     Separated,
+    positional,
     projected,
     row_normalized,
     scaled,
@@ -44,6 +45,7 @@ __all__ = [
     "location",
     "low_rank_bilinear",
     "normalized_additive",
+    "positional",
     "projected",
     "row_normalized",
     "scaled",

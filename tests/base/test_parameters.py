@@ -45,7 +45,14 @@ def test_scores_without_parameters_declare_none(score):
 
 @pytest.mark.slow
 def test_every_exported_score_declares_all_that_it_needs():
-    constructors = {"bind", "separate", "scaled", "projected", "row_normalized", "soft_capped"}
+    constructors = {
+        "positional",
+        "separate",
+        "scaled",
+        "projected",
+        "row_normalized",
+        "soft_capped",
+    }
     for name in set(scores.__all__) - constructors - {"Separated"}:
         score = getattr(scores, name)
         values = initialize(jax.random.key(0), parameters_of(score, 4, 4, 8))

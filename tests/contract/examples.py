@@ -162,7 +162,7 @@ _SCORES: dict[str, Callable[..., ScoreExample]] = {
     ),
 }
 SCORES = sorted(_SCORES)
-NOT_SCORES = {"Separated", "bind", "location"}  # location is no function of rows alone
+NOT_SCORES = {"Separated", "location", "positional"}  # location is no function of rows alone
 DIFFERENT_DEPTHS = {
     "additive",
     "bilinear",
@@ -297,7 +297,7 @@ _MASKS: dict[str, Callable[..., MaskExample]] = {
 }
 PAIRS = {(0, 1), (2, 0), (2, 2)}
 MASKS = sorted(_MASKS)
-NOT_MASKS = {"Mask", "MaskLike", "EMPTY", "PARTIAL", "FULL", "draw", "window_order"}
+NOT_MASKS = {"Mask", "Lookup", "MaskLike", "EMPTY", "PARTIAL", "FULL", "draw", "window_order"}
 
 
 def _softmax_with_sink(sink):
