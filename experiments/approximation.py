@@ -124,10 +124,10 @@ def measure(options: Options) -> list[Row]:
     import jax
     import jax.numpy as jnp
 
-    keys = jax.random.split(jax.random.key(options.seed), 4)
+    *rngs, rng = jax.random.split(jax.random.key(options.seed), 4)
     shape = (1, options.length, 1, options.depth)
-    query, key, value = (jax.random.normal(k, shape) for k in keys[:3])
-    draws = jax.random.split(keys[3], options.draws)
+    query, key, value = (jax.random.normal(of_one, shape) for of_one in rngs)
+    draws = jax.random.split(rng, options.draws)
     mean = jnp.broadcast_to(jnp.mean(value, axis=1, keepdims=True), shape)
 
     rows: list[Row] = []
@@ -158,10 +158,10 @@ def _approximations(options: Options) -> list[tuple[str, int | None, Callable[..
     found: list[tuple[str, int | None, Callable[..., Any]]] = []
     for kind in (performer.positive, performer.hyperbolic, performer.trigonometric):
         for orthogonal in (False, True):
-            for count in options.features:
+            for size in options.features:
                 name = f"FAVOR+ {kind.__name__}, {'orthogonal' if orthogonal else 'independent'}"
-                one = functools.partial(_favor, kind=kind, count=count, orthogonal=orthogonal)
-                found.append((name, count, _drawn(one)))
+                one = functools.partial(_favor, kind=kind, num_features=size, orthogonal=orthogonal)
+                found.append((name, size, _drawn(one)))
     for phi in (feature_maps.elu_plus_one, feature_maps.taylor):
         linear = functools.partial(linear_attention, feature_map=phi)
         found.append((f"linear, {phi.__name__}", None, _fixed(linear)))
@@ -195,7 +195,7 @@ def _fixed(context: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _favor(
-    draw: Any, query: Any, key: Any, value: Any, *, kind: Any, count: int, orthogonal: bool
+    rng: Any, query: Any, key: Any, value: Any, *, kind: Any, num_features: int, orthogonal: bool
 ) -> tuple[Any, ...]:
     """Return the error of FAVOR+, that of its kernel and what theory says of it."""
     import jax.numpy as jnp
@@ -204,7 +204,7 @@ def _favor(
     from attention_jax.linear import linear_attention, performer
 
     depth = query.shape[-1]
-    projection = performer.random_features(draw, count, depth, orthogonal=orthogonal)
+    projection = performer.random_features(rng, num_features, depth, orthogonal=orthogonal)
     phi = bind(kind, projection=projection)
     rows = query[0, :, 0], key[0, :, 0]
     exact = jnp.exp(scores.scaled_dot(*rows))
@@ -214,7 +214,7 @@ def _favor(
     return _error(context, query, key, value), (kernel / exact - 1) ** 2, theory
 
 
-def _random(draw: Any, query: Any, key: Any, value: Any, *, rank: int) -> tuple[Any, ...]:
+def _random(rng: Any, query: Any, key: Any, value: Any, *, rank: int) -> tuple[Any, ...]:
     """Return the error of Linformer, that of the context of exact weights, and its theory."""
     import jax
     import jax.numpy as jnp
@@ -222,7 +222,7 @@ def _random(draw: Any, query: Any, key: Any, value: Any, *, rank: int) -> tuple[
     from attention_jax import scores
     from attention_jax.linear import linformer
 
-    projection = linformer.random_projection(draw, rank, key.shape[1])
+    projection = linformer.random_projection(rng, rank, key.shape[1])
     context = linformer.linformer_attention(query, key, value, projection)
     values = value[0, :, 0]
     weights = jax.nn.softmax(scores.scaled_dot(query[0, :, 0], key[0, :, 0]))

@@ -89,7 +89,7 @@ def masks_of(length: int) -> dict[str, Callable[[], Any]]:
 
     from attention_jax import masks
 
-    key = jax.random.key(0)
+    rng = jax.random.key(0)
     step = max(length // 4, 1)
     ids = np.arange(length) * 3 // length
     side = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
@@ -109,11 +109,11 @@ def masks_of(length: int) -> dict[str, Callable[[], Any]]:
         "chunked": lambda: masks.Chunked(step),
         "block": lambda: masks.Block(masks.Causal(), step),
         "global_tokens": lambda: masks.GlobalTokens(2),
-        "random_blocks": lambda: masks.random_blocks(key, length, 2, 2),
+        "random_blocks": lambda: masks.random_blocks(rng, length, 2, 2),
         "sparse_strided": lambda: masks.sparse_strided(step),
         "sparse_fixed": lambda: masks.sparse_fixed(step),
         "longformer": lambda: masks.longformer(4, tokens=1),
-        "bigbird": lambda: masks.bigbird(key, length, 2, num_global=1, num_random=1),
+        "bigbird": lambda: masks.bigbird(rng, length, 2, num_global=1, num_random=1),
         "longformer_dilated": lambda: masks.longformer(4, dilation=[1, 2]).of(head=1),
         "edges": lambda: masks.edges(ring, length),
         "swin": lambda: masks.swin(*grid, window),

@@ -63,7 +63,7 @@ def families(scale: int = 1) -> dict[str, Family]:
     'Causal() & Window(64, 0)'
     """
     window, block, tokens = WINDOW // scale, max(BLOCK // scale, 1), max(TOKENS // scale, 1)
-    causal, key = masks.Causal(), jax.random.key(0)
+    causal, rng = masks.Causal(), jax.random.key(0)
 
     def documents(length: int) -> Any:
         return masks.Segment(np.arange(length, dtype=np.int32) // window)
@@ -97,7 +97,7 @@ def families(scale: int = 1) -> dict[str, Family]:
             same(masks.longformer(window, tokens)), f"longformer({window}, {tokens})"
         ),
         "bigbird": Family(
-            lambda length: masks.bigbird(key, length, block), f"bigbird(key, S, {block})"
+            lambda length: masks.bigbird(rng, length, block), f"bigbird(key, S, {block})"
         ),
         "strided": Family(strided, "sparse_strided(sqrt(S))"),
         "fixed": Family(fixed, "sparse_fixed(sqrt(S))"),

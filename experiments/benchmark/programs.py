@@ -31,9 +31,9 @@ class Shape(NamedTuple):
     depth: int = 64
 
 
-def inputs(shape: Shape, count: int = 3) -> tuple[Array, ...]:
+def inputs(shape: Shape, num_arrays: int = 3) -> tuple[Array, ...]:
     """Return independent normal arrays [1, S, N, H]."""
-    keys = jax.random.split(jax.random.key(0), count)
+    keys = jax.random.split(jax.random.key(0), num_arrays)
     size = (1, shape.length, shape.heads, shape.depth)
     return tuple(jax.random.normal(key, size) for key in keys)
 

@@ -127,11 +127,14 @@ def _measure(group: Group, repeats: int) -> dict[str, Any]:
     meter = METERS[group.unit]
     meters = {name: meter(program()) for name, program in group.programs.items()}
     costs = take_turns(meters, 1 if group.unit == "MiB" else repeats)
-    rows = [_row(c, compared(costs[c.ours], costs[c.peer]), group.unit) for c in group.comparisons]
+    rows = [
+        row_of(c, compared(costs[c.ours], costs[c.peer]), group.unit) for c in group.comparisons
+    ]
     return {"unit": group.unit, "costs": costs, "rows": rows}
 
 
-def _row(comparison: Comparison, found: Compared, unit: str) -> dict[str, Any]:
+def row_of(comparison: Comparison, found: Compared, unit: str) -> dict[str, Any]:
+    """Return a row of the table, in the unit of what is measured."""
     power = -1 if unit in RATES else 1
     return comparison._asdict() | {
         "unit": unit,
@@ -171,8 +174,8 @@ def _table(title: str, rows: list[dict[str, Any]]) -> rich.table.Table:
             row["case"],
             row["ours"],
             row["peer"],
-            f"{_number(row['ours_median'])} {row['unit']}",
-            f"{_number(row['peer_median'])} {row['unit']}",
+            f"{shown(row['ours_median'])} {row['unit']}",
+            f"{shown(row['peer_median'])} {row['unit']}",
             f"{row['ratio']:.2f}",
             f"{row['least']:.2f}..{row['most']:.2f}",
             f"{row['cpu_ratio']:.2f}",
@@ -182,7 +185,8 @@ def _table(title: str, rows: list[dict[str, Any]]) -> rich.table.Table:
     return table
 
 
-def _number(value: float) -> str:
+def shown(value: float) -> str:
+    """Write a number with three digits, or all those before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

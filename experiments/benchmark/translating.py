@@ -143,7 +143,7 @@ def _group(case: str, score: str, config: Config, target: float) -> Group:
     kinds = {"JAX": JaxTraining} | ({"PyTorch": TorchTraining} if HAS_TORCH else {})
     programs = {
         kind + name: functools.partial(
-            _program, build, score, dataclasses.replace(config, seeds=seeds)
+            program_of, build, score, dataclasses.replace(config, seeds=seeds)
         )
         for kind, build in kinds.items()
         for seeds, name in names.items()
@@ -158,7 +158,8 @@ def _group(case: str, score: str, config: Config, target: float) -> Group:
     return Group("tokens/s", programs, comparisons)
 
 
-def _program(build: Callable[[Learner], Train], score: str, config: Config) -> Program:
+def program_of(build: Callable[[Learner], Train], score: str, config: Config) -> Program:
+    """Return what trains for one turn and counts the tokens of sentences and their ends."""
     learner = learner_of(score, config)
     train, tokens = build(learner), learner.task.tokens
     length = config.round // config.chunk

@@ -16,17 +16,17 @@ Values = Sequence[float]
 
 
 def draws(
-    of_draw: Callable[[jax.Array], Mapping[str, jax.Array]], key: jax.Array, count: int
+    of_draw: Callable[[jax.Array], Mapping[str, jax.Array]], rng: jax.Array, num_draws: int
 ) -> dict[str, list[float]]:
-    """Ask a function of a random key for named numbers, `count` times with different keys.
+    """Call a function of a random key `num_draws` times; return the numbers that it names.
 
-    >>> found = draws(lambda key: {"uniform": jax.random.uniform(key)}, jax.random.key(0), 3)
+    >>> found = draws(lambda rng: {"uniform": jax.random.uniform(rng)}, jax.random.key(0), 3)
     >>> len(found["uniform"])
     3
     """
     # It runs once, so that the time to optimize it would be lost.
     together = jax.jit(jax.vmap(of_draw), compiler_options=quick_options(1))
-    found = together(jax.random.split(key, count))
+    found = together(jax.random.split(rng, num_draws))
     return {name: np.asarray(values, np.float64).tolist() for name, values in found.items()}
 
 

@@ -37,10 +37,10 @@ class Task(NamedTuple):
     examples: int = 64
     noise: float = 0.3
 
-    def batch(self, key: Array, data: None = None) -> Batch:
+    def batch(self, rng: Array, data: None = None) -> Batch:
         """Draw examples."""
         del data
-        which, latents, noise = jax.random.split(key, 3)
+        which, latents, noise = jax.random.split(rng, 3)
         index = jax.random.randint(which, (self.examples,), 0, self.keys)
         latent = jax.random.normal(latents, (self.examples, self.keys, self.latent))
         asked = jnp.take_along_axis(latent, index[:, None, None], axis=1)[:, 0]
@@ -63,8 +63,8 @@ def arm(score: Callable[..., Any], task: Task, attention_size: int | None = None
         for name, own in declared.items()
     }
 
-    def init(key: Array) -> dict[str, Array]:
-        return initialize(key, drawn)
+    def init(rng: Array) -> dict[str, Array]:
+        return initialize(rng, drawn)
 
     def loss(parameters: Any, batch: Batch) -> Array:
         return cross_entropy(logits(score, parameters, batch), batch.index)
@@ -83,5 +83,5 @@ def right(score: Callable[..., Any], parameters: Any, batch: Batch) -> Array:
     return jax.vmap(lambda own: accuracy(logits(score, own, batch), batch.index))(parameters)
 
 
-def _view(key: Array, latent: int, depth: int) -> Array:
-    return jax.random.normal(key, (latent, depth)) / latent**0.5
+def _view(rng: Array, latent: int, depth: int) -> Array:
+    return jax.random.normal(rng, (latent, depth)) / latent**0.5

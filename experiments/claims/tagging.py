@@ -30,11 +30,11 @@ class Batch(NamedTuple):
 Task = Callable[[Array, Array], Array]
 
 
-def draw(task: Task, key: Array, longest: int, shortest: int = 1, count: int = 32) -> Batch:
+def draw(task: Task, rng: Array, longest: int, shortest: int = 1, num_sequences: int = 32) -> Batch:
     """Draw sequences of all lengths between two."""
-    symbols, sizes = jax.random.split(key)
-    tokens = jax.random.randint(symbols, (count, longest), 0, SYMBOLS)
-    lengths = jax.random.randint(sizes, (count,), shortest, longest + 1)
+    symbols, sizes = jax.random.split(rng)
+    tokens = jax.random.randint(symbols, (num_sequences, longest), 0, SYMBOLS)
+    lengths = jax.random.randint(sizes, (num_sequences,), shortest, longest + 1)
     there = jnp.arange(longest)[None] < lengths[:, None]
     labels = jnp.where(there, jax.vmap(task)(tokens, lengths), -1)
     return Batch(jnp.where(there, tokens, SYMBOLS), lengths, labels)
@@ -51,9 +51,9 @@ def trained_tagger(
 
     arm: Arm = arm_of(build, lambda model, batch: cross_entropy(logits(model, batch), batch.labels))
 
-    def batch(key: Array, data: None) -> Batch:
+    def batch(rng: Array, data: None) -> Batch:
         del data
-        return draw(task, key, longest)
+        return draw(task, rng, longest)
 
     found = train(
         arm,
@@ -62,7 +62,7 @@ def trained_tagger(
         rates=setting.pick(tiny=(3e-3,), quick=(1e-3, 3e-3), full=(3e-4, 1e-3, 3e-3)),
         seeds=setting.pick(tiny=2, quick=6, full=8),
         steps=setting.pick(tiny=4, quick=400, full=2000),
-        held_out=draw(task, jax.random.key(1), longest, count=256),
+        held_out=draw(task, jax.random.key(1), longest, num_sequences=256),
     )
     return merged(build), found
 

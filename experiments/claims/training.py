@@ -20,7 +20,7 @@ _HELD_OUT = 1_000_000
 
 
 class Arm(NamedTuple):
-    """What is trained: from a key to parameters, and from parameters and a batch to a loss."""
+    """A model to train: from a random key to parameters, from parameters and a batch to a loss."""
 
     init: Callable[[Array], Any]
     loss: Callable[[Any, Any], Array]
@@ -41,7 +41,7 @@ class Trained(NamedTuple):
 def train(
     arm: Arm,
     batch: Callable[[Array, Any], Any],
-    key: Array,
+    rng: Array,
     *,
     rates: Sequence[float],
     seeds: int,
@@ -56,22 +56,22 @@ def train(
 
     Args:
       arm: what is trained.
-      batch: from a key and `data` to a batch.
-      key: of all seeds.
+      batch: from a random key and `data` to a batch.
+      rng: random key of all seeds.
       rates: largest learning rates; each grows for a tenth of the steps and then falls to zero.
       seeds: models of each rate.
       steps: of training.
       data: arrays that batches are drawn from; where only these differ, nothing is compiled anew.
       held_out: the batch that rates are compared on; one more of `batch` unless given.
     """
-    seed_keys = jax.random.split(key, seeds)
-    test = batch(jax.random.fold_in(key, _HELD_OUT), data) if held_out is None else held_out
+    rngs = jax.random.split(rng, seeds)
+    test = batch(jax.random.fold_in(rng, _HELD_OUT), data) if held_out is None else held_out
     rates_array = jnp.asarray(rates, jnp.float32)
     # Drawn one operation at a time: jaxlib's orthogonal matrices, many at once inside one program,
     # can wait for each other forever where there are two processors.
-    drawn = jax.vmap(lambda key: arm.init(jax.random.fold_in(key, _HELD_OUT)))(seed_keys)
+    drawn = jax.vmap(lambda rng: arm.init(jax.random.fold_in(rng, _HELD_OUT)))(rngs)
     jax.block_until_ready(drawn)
-    parameters, losses = _compiled(arm, batch, steps)(seed_keys, drawn, rates_array, data, test)
+    parameters, losses = _compiled(arm, batch, steps)(rngs, drawn, rates_array, data, test)
     by_rate = np.asarray(losses, np.float64)
     means = np.nan_to_num(by_rate, nan=np.inf).mean(axis=1)
     best = int(means.argmin())
@@ -94,7 +94,7 @@ def _every_rate_and_seed(
     arm: Arm,
     batch: Callable[[Array, Any], Any],
     steps: int,
-    seeds: Array,
+    rngs: Array,
     drawn: Any,
     rates: Array,
     data: Any,
@@ -102,7 +102,7 @@ def _every_rate_and_seed(
 ) -> tuple[Any, Array]:
     one = functools.partial(_one_rate_and_seed, arm.loss, batch, steps, data)
     of_rate = jax.vmap(one, in_axes=(None, 0, 0))
-    parameters = jax.vmap(of_rate, in_axes=(0, None, None))(rates, seeds, drawn)
+    parameters = jax.vmap(of_rate, in_axes=(0, None, None))(rates, rngs, drawn)
     of_seed = jax.vmap(lambda own: arm.loss(own, test))
     return parameters, jax.vmap(of_seed)(parameters)
 
@@ -113,14 +113,14 @@ def _one_rate_and_seed(
     steps: int,
     data: Any,
     rate: Array,
-    key: Array,
+    rng: Array,
     parameters: Any,
 ) -> Any:
     """Return parameters after all steps of Adam, whose rate is warmed up and annealed."""
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10 + 1, steps + 1)
     adam = optax.adam(lambda number: rate * shape(number), b2=0.98)
     optimizer = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), adam))
-    step = functools.partial(_step, loss, optimizer, batch, data, key)
+    step = functools.partial(_step, loss, optimizer, batch, data, rng)
     state = parameters, optimizer.init(parameters)
     (parameters, _), _ = jax.lax.scan(step, state, jnp.arange(steps))
     return parameters
@@ -131,12 +131,12 @@ def _step(
     optimizer: optax.GradientTransformation,
     batch: Callable[[Array, Any], Any],
     data: Any,
-    key: Array,
+    rng: Array,
     state: Any,
     number: Array,
 ) -> tuple[Any, None]:
     parameters, moments = state
-    given = batch(jax.random.fold_in(key, number), data)
+    given = batch(jax.random.fold_in(rng, number), data)
     gradient = jax.grad(loss)(parameters, given)
     updates, moments = optimizer.update(gradient, moments, parameters)
     return (optax.apply_updates(parameters, updates), moments), None
@@ -151,7 +151,7 @@ def arm_of(build: Callable[[nnx.Rngs], Any], loss: Callable[[Any, Any], Array]) 
     """
     merge = merged(build)
     return Arm(
-        lambda key: nnx.state(build(nnx.Rngs(key)), nnx.Param),
+        lambda rng: nnx.state(build(nnx.Rngs(rng)), nnx.Param),
         lambda parameters, batch: loss(merge(parameters), batch),
     )
 

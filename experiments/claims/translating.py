@@ -76,9 +76,9 @@ def material(setting: Setting, name: str = "grammar", longest: int = 10) -> Mate
     return Material(train, valid, test, corpus.test, *vocabularies)
 
 
-def batch(key: Array, text: Text) -> tuple[Array, Array]:
+def batch(rng: Array, text: Text) -> tuple[Array, Array]:
     """Draw pairs with replacement."""
-    rows = jax.random.randint(key, (_BATCH,), 0, text.size)
+    rows = jax.random.randint(rng, (_BATCH,), 0, text.size)
     return text.source[rows], text.target[rows]
 
 

@@ -83,9 +83,9 @@ def bucket(
     *,
     batch_size: int,
     widths: Widths | None = None,
-    count: int = 3,
+    num_buckets: int = 3,
 ) -> Buckets:
-    """Encodes and pads ``pairs`` in at most ``count`` buckets with the least padding possible.
+    """Encodes ``pairs`` in at most ``num_buckets`` buckets with the least padding possible.
 
     No bucket gets fewer rows than ``batch_size``, if there are as many. With ``widths``, those of
     another set, shapes (and compilations) are shared; pairs too long for them get a bucket more.
@@ -94,7 +94,7 @@ def bucket(
         raise DataError("There are no pairs to put into batches; give at least one.")
     lengths = np.array([(len(p.source) + 1, len(p.target) + 1) for p in pairs])
     if widths is None:
-        widths = choose_widths(lengths, count, minimum=batch_size)
+        widths = choose_widths(lengths, num_buckets, minimum=batch_size)
     elif (lengths > np.array(widths).max(axis=0)[None, :]).any():
         widest = np.maximum(lengths.max(axis=0), np.array(widths).max(axis=0))
         widths = (*widths, (int(widest[0]), int(widest[1])))
@@ -132,8 +132,8 @@ def rounded_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def choose_widths(lengths: np.ndarray, count: int, minimum: int = 1) -> Widths:
-    """At most ``count`` growing widths (S, T) for ``lengths`` [n, 2], with the fewest padded slots.
+def choose_widths(lengths: np.ndarray, num_widths: int, minimum: int = 1) -> Widths:
+    """At most ``num_widths`` growing widths (S, T) of least padding for ``lengths`` [n, 2].
 
     A pair goes to the first width that holds both its sides, so with N(S, T) pairs no longer than
     (S, T) the cost of a chain of widths is the sum of (N_i - N_{i-1}) (S_i + T_i): the shortest
@@ -151,7 +151,7 @@ def choose_widths(lengths: np.ndarray, count: int, minimum: int = 1) -> Widths:
     follows = (grid[:, None, :] <= grid[None, :, :]).all(axis=-1) & (added >= minimum)
     step = np.where(follows, added * slots[None, :], np.inf)
     costs, origins = [held * slots.astype(float)], []
-    for _ in range(count - 1):
+    for _ in range(num_widths - 1):
         path = costs[-1][:, None] + step
         origins.append(path.argmin(axis=0))
         costs.append(path.min(axis=0))
@@ -219,9 +219,9 @@ def _bucket_order(sizes: Sequence[int], chunks: int) -> np.ndarray:
     return np.concatenate(shuffled)[:chunks]
 
 
-def _permutation(size: int, *key: int) -> np.ndarray:
+def _permutation(size: int, *seed: int) -> np.ndarray:
     # The raw bits of a named generator are the same in every version of numpy.
-    return np.argsort(np.random.PCG64(key).random_raw(size), kind="stable")
+    return np.argsort(np.random.PCG64(seed).random_raw(size), kind="stable")
 
 
 def sweep(buckets: Buckets, batch_size: int) -> Iterator[Batch]:

@@ -120,7 +120,7 @@ def load_task(config: Config) -> Task:
             corpus.source_vocabulary,
             corpus.target_vocabulary,
             batch_size=config.batch_size,
-            count=config.buckets,
+            num_buckets=config.buckets,
         )
         schedules = [
             schedule(training, config.steps, config.batch_size, seed, chunk=config.chunk)

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.benchmark import measure, translating
 from experiments.benchmark.measure import Program, compared
-from experiments.benchmark.run import _number, _row
+from experiments.benchmark.run import row_of, shown
 from experiments.benchmark.suites import Comparison
 from experiments.translate import train_step
 from experiments.translate.command_line import parse
@@ -87,11 +87,11 @@ def test_a_rate_is_one_over_the_cost():
     meter = measure.seconds_a_token(Program(lambda: next(tokens), jit=False))
     assert 0 < meter().wall < 1 and next(tokens) == 2000, "the first call is no turn"
     costs = compared([measure.Cost(1e-5, 1e-5)], [measure.Cost(4e-5, 2e-5)])
-    row = _row(Comparison("case", "JAX", "PyTorch", 2), costs, "tokens/s")
+    row = row_of(Comparison("case", "JAX", "PyTorch", 2), costs, "tokens/s")
     assert row["ours_median"] == pytest.approx(100_000)
     assert row["peer_median"] == pytest.approx(25_000)
     assert row["ratio"] == pytest.approx(4) and row["met"]
-    assert _number(row["ours_median"]) == "100,000"
+    assert shown(row["ours_median"]) == "100,000"
 
 
 @pytest.mark.parametrize("has_torch", [True, False])
@@ -121,7 +121,7 @@ def test_synthetic_sentences_are_as_long_as_those_of_multi30k(tmp_path):
 def test_a_turn_counts_the_tokens_of_all_seeds(monkeypatch):
     config = parse([*translating.QUICK, "--seeds=2"])
     seen = []
-    program = translating._program(lambda learner: seen.append, "additive", config)
+    program = translating.program_of(lambda learner: seen.append, "additive", config)
     given = translating.learner_of("additive", dataclasses.replace(config, seeds=1)).task
     both, one = program.function(), int(given.tokens.sum())
     assert 1.5 * one < both < 2.5 * one and seen == [range(5)]

@@ -29,7 +29,7 @@ from experiments.claims.claim import holds, fails
 from experiments.claims.drawing import lines
 
 
-def measure(setting, key):
+def measure(setting, rng):
     with open({log!r}, "a") as log:
         log.write("measured ")
     return {{"number": setting.pick(tiny=2.0, quick=3.0, full=4.0), "tuple": (1, 2)}}
@@ -57,7 +57,7 @@ Criterion: Holds if nothing is raised.
 """
 
 
-def measure(setting, key):
+def measure(setting, rng):
     raise FloatingPointError("something went\\nwrong")
 '''
 

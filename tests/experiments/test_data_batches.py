@@ -48,7 +48,7 @@ def test_pad():
 
 
 def test_buckets_raise_the_share_of_real_tokens(corpus):
-    shares = [make(corpus, corpus.train, count=count).occupancy for count in (1, 2, 3, 4)]
+    shares = [make(corpus, corpus.train, num_buckets=n).occupancy for n in (1, 2, 3, 4)]
     assert shares == sorted(shares)
     tokens = sum(len(pair.source) + len(pair.target) + 2 for pair in corpus.train)
     assert shares[0] == pytest.approx(tokens / (len(corpus.train) * 2 * 22))
@@ -176,7 +176,7 @@ def test_the_schedule_of_a_seed_is_pinned():
     """A resumed run depends on these numbers, whatever the version of numpy."""
     vocabulary = Vocabulary(["a"])
     pairs = [Pair(("a",) * n, ("a",) * n) for n in (1, 1, 1, 5, 5)]
-    buckets = bucket(pairs, vocabulary, vocabulary, batch_size=2, count=2)
+    buckets = bucket(pairs, vocabulary, vocabulary, batch_size=2, num_buckets=2)
     plan = schedule(buckets, 6, 2, seed=0, chunk=1)
     assert plan.bucket.tolist() == [1, 0, 1, 1, 0, 0]
     assert plan.rows[:, 0].tolist() == [[1, 0], [2, 1], [1, 0], [1, 0], [0, 1], [0, 2]]

@@ -34,11 +34,11 @@ from experiments.claims.evidence import shown
 DEPTH = 64
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Read what the compiler planned."""
     length = setting.pick(tiny=64, quick=1024, full=2048)
-    rows = jax.random.normal(key, (3, length, DEPTH))
-    own = initialize(key, parameters_of(scores.additive, DEPTH, DEPTH, DEPTH))
+    rows = jax.random.normal(rng, (3, length, DEPTH))
+    own = initialize(rng, parameters_of(scores.additive, DEPTH, DEPTH, DEPTH))
 
     def textbook(query: jax.Array, memory: jax.Array, value: jax.Array) -> jax.Array:
         features = (query @ own["query_weight"])[:, None] + memory @ own["key_weight"] + own["bias"]

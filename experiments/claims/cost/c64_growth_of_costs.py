@@ -35,7 +35,7 @@ DEPTH, QUERIES, WINDOW = 64, 512, 128
 CLAIMED = {"full": 2, "full, dense": 2, "cross": 1, "window": 1, "linear": 1}
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure milliseconds by turn and length, and bytes by length."""
     lengths = setting.pick(
         tiny=(64, 128), quick=(1024, 2048, 4096, 8192), full=(1024, 2048, 4096, 8192, 16384)
@@ -49,7 +49,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         "window": partial(tiled, mask=window),
         "linear": linear_attention,
     }
-    rows = {n: tuple(jax.random.normal(key, (3, 1, n, 1, DEPTH))) for n in lengths}
+    rows = {n: tuple(jax.random.normal(rng, (3, 1, n, 1, DEPTH))) for n in lengths}
     programs = {
         (name, n): compiled(Program(function, rows[n]))
         for name, function in functions.items()

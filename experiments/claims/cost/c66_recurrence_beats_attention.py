@@ -34,13 +34,13 @@ from experiments.claims.evidence import shown
 WIDTH = 64
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure milliseconds by length and turn."""
     lengths = setting.pick(
         tiny=(8, 16), quick=(16, 64, 256, 1024, 4096, 8192), full=(16, 64, 256, 1024, 4096, 16384)
     )
-    layer = MultiHeadAttention(1, WIDTH, rngs=nnx.Rngs(key))
-    cell = nnx.GRUCell(WIDTH, WIDTH, rngs=nnx.Rngs(key))
+    layer = MultiHeadAttention(1, WIDTH, rngs=nnx.Rngs(rng))
+    cell = nnx.GRUCell(WIDTH, WIDTH, rngs=nnx.Rngs(rng))
 
     def recurrence(x: jax.Array) -> jax.Array:
         _, states = jax.lax.scan(cell, jnp.zeros((1, WIDTH)), x.swapaxes(0, 1))
@@ -48,7 +48,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
 
     meters, held = {}, {"attention": [], "recurrence": []}
     for n in lengths:
-        x = jax.random.normal(key, (1, n, WIDTH))
+        x = jax.random.normal(rng, (1, n, WIDTH))
         for name, function in {"attention": layer, "recurrence": recurrence}.items():
             called = compiled(Program(lambda x, f=function: f(x), (x,)))
             meters[f"{name}@{n}"] = milliseconds_of(called, (x,))

@@ -28,7 +28,7 @@ DEPTH = 32
 RANKS = (2, 4, 8, 16, 32)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure errors by rank and seed."""
     task = pointing.Task(DEPTH, DEPTH, latent=8, examples=128)
     steps, seeds = (
@@ -36,14 +36,14 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         setting.pick(tiny=2, quick=6, full=8),
     )
     arm = pointing.arm(scores.bilinear, task)
-    trained = training.train(arm, task.batch, key, rates=(3e-3, 1e-2), seeds=seeds, steps=steps)
+    trained = training.train(arm, task.batch, rng, rates=(3e-3, 1e-2), seeds=seeds, steps=steps)
     low = pointing.arm(scores.low_rank_bilinear, task, DEPTH // 4)
-    trained_low = training.train(low, task.batch, key, rates=(3e-3, 1e-2), seeds=seeds, steps=steps)
-    given = task._replace(examples=1024).batch(jax.random.fold_in(key, 1))
+    trained_low = training.train(low, task.batch, rng, rates=(3e-3, 1e-2), seeds=seeds, steps=steps)
+    given = task._replace(examples=1024).batch(jax.random.fold_in(rng, 1))
     query, memory = given.query, given.key.reshape(-1, DEPTH)
     spectra = {
         "trained": trained.parameters["weight"],
-        "random": jax.random.normal(key, (seeds, DEPTH, DEPTH)) / DEPTH**0.5,
+        "random": jax.random.normal(rng, (seeds, DEPTH, DEPTH)) / DEPTH**0.5,
     }
 
     def errors(weight: jax.Array, rank: int) -> dict[str, jax.Array]:

@@ -25,7 +25,7 @@ TOKENS, LAYERS = 64, 40
 WINDOWS = (2, 4, 8)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Count the share of pairs that are connected after each layer."""
     cases: dict[str, Mask] = {f"window {w}": Window(w, w) for w in WINDOWS}
     cases |= {f"window 2, dilation {d}": Dilated(2, 2, d) for d in (2, 4)}

@@ -19,7 +19,7 @@ from experiments.claims.claim import Data, Setting, Verdict, fails, holds, undec
 from experiments.claims.drawing import bars
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Run the experiment."""
     options = approximation.Options(
         length=setting.pick(tiny=32, quick=128, full=128),

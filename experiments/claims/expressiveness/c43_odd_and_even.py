@@ -27,11 +27,11 @@ DEPTH = 8
 GAINS = (1.0, 0.3, 0.1, 0.03)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure both symmetries, and how near the built score comes to the dot product."""
     rows = setting.pick(tiny=16, quick=64, full=256)
     with jax.enable_x64(True):
-        parts = jax.random.split(key, 4)
+        parts = jax.random.split(rng, 4)
         query, memory = jax.random.normal(parts[0], (2, rows, DEPTH), jnp.float64)
         matrices = jax.random.normal(parts[1], (2, DEPTH, 16), jnp.float64)
         value, bias = jax.random.normal(parts[2], (2, 16), jnp.float64)

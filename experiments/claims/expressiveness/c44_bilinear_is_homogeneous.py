@@ -23,13 +23,13 @@ OTHERS = ("normalized_additive", "cosine")
 FACTORS = (-100.0, -1.7, 0.3, 3.0, 100.0)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the breach of homogeneity of each score."""
     rows, depth = setting.pick(tiny=16, quick=128, full=512), 32
-    query, memory = jax.random.normal(key, (2, rows, depth))
+    query, memory = jax.random.normal(rng, (2, rows, depth))
 
     names = MULTIPLICATIVE + OTHERS
-    return {"breach": {name: _breach(name, query, memory, key) for name in names}}
+    return {"breach": {name: _breach(name, query, memory, rng) for name in names}}
 
 
 def _breach(name: str, query: jax.Array, memory: jax.Array, rng: jax.Array) -> float:

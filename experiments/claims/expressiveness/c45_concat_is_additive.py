@@ -22,11 +22,11 @@ from experiments.claims.drawing import bars
 DEPTH, SIZE = 8, 8
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the distance from additive, and mixed differences for one to three layers."""
     count = setting.pick(tiny=8, quick=32, full=128)
     with jax.enable_x64(True):
-        parts = jax.random.split(key, 6)
+        parts = jax.random.split(rng, 6)
         rows = jax.random.normal(parts[0], (2, count, DEPTH), jnp.float64)
         sizes = (2 * DEPTH, SIZE, SIZE)
         weights = [

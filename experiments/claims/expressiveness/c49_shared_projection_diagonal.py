@@ -29,14 +29,14 @@ SPREADS = (0.0, 0.5, 1.0)
 SIZES = (4, 64)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the share of rows by spread of lengths and size of the projection."""
     count = setting.pick(tiny=4, quick=40, full=200)
 
     def share(spread: float, size: int, tied: bool) -> list[float]:
-        return draws(partial(_share, spread=spread, size=size, tied=tied), key, count)["share"]
+        return draws(partial(_share, spread=spread, size=size, tied=tied), rng, count)["share"]
 
-    logits = _logits(key, spread=1.0, size=64, tied=True)
+    logits = _logits(rng, spread=1.0, size=64, tied=True)
     weights = jax.nn.softmax(logits)
     asymmetry = {
         name: float(jnp.linalg.norm(x - x.T) / jnp.linalg.norm(x))
@@ -54,9 +54,9 @@ def measure(setting: Setting, key: jax.Array) -> Data:
     }
 
 
-def _logits(key: jax.Array, *, spread: float, size: int, tied: bool) -> jax.Array:
+def _logits(rng: jax.Array, *, spread: float, size: int, tied: bool) -> jax.Array:
     """Draw tokens of different lengths and projections, and return the logits of all pairs."""
-    parts = jax.random.split(key, 3)
+    parts = jax.random.split(rng, 3)
     tokens = jax.random.normal(parts[0], (TOKENS, DEPTH))
     tokens = tokens * jnp.exp(spread * jax.random.normal(parts[1], (TOKENS, 1)))
     own = jax.random.normal(parts[2], (2, DEPTH, size)) / DEPTH**0.5
@@ -65,9 +65,9 @@ def _logits(key: jax.Array, *, spread: float, size: int, tied: bool) -> jax.Arra
     return score(tokens, tokens)
 
 
-def _share(key: jax.Array, **options: Any) -> dict[str, jax.Array]:
+def _share(rng: jax.Array, **options: Any) -> dict[str, jax.Array]:
     """Return the share of tokens whose largest logit is that of the token itself."""
-    largest = jnp.argmax(_logits(key, **options), axis=1)
+    largest = jnp.argmax(_logits(rng, **options), axis=1)
     return {"share": jnp.mean(largest == jnp.arange(TOKENS))}
 
 

@@ -25,10 +25,10 @@ from experiments.claims.evidence import difference, higher, shown, within
 ARMS = {"additive": 9, "bilinear": None, "low_rank_bilinear": 10}
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Train the three arms."""
     task = pointing.Task(query_depth=16, key_depth=24, latent=8, noise=0.5)
-    given = task._replace(examples=setting.pick(tiny=64, quick=2048, full=8192)).batch(key)
+    given = task._replace(examples=setting.pick(tiny=64, quick=2048, full=8192)).batch(rng)
     data: Data = {"accuracy": {}, "parameters": {}}
     for name, size in ARMS.items():
         score = getattr(scores, name)

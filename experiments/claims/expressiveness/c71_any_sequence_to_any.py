@@ -51,7 +51,7 @@ def parity(tokens: jax.Array, length: jax.Array) -> jax.Array:
 TASKS = {"copy": copied, "sort": in_order, "parity": parity}
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Train each task and measure it by length and seed."""
     position = partial(sinusoidal, depth=tagging.WIDTH)
     data: Data = {"lengths": LENGTHS, "right": {}}

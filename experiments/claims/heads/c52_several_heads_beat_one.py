@@ -24,7 +24,7 @@ from experiments.claims.evidence import difference, higher, learned, shown, with
 from experiments.claims.translating import trained_transformer
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Train Transformers with several numbers of heads."""
     heads = setting.pick(tiny=(1, 4), quick=(1, 4, 8), full=(1, 2, 4, 8, 16))
     found = [trained_transformer(setting, n) for n in heads]

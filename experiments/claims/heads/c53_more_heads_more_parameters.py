@@ -22,7 +22,7 @@ WIDTH = 256
 HEADS = (1, 2, 4, 8, 16)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Count parameters."""
     return {
         "heads": HEADS,

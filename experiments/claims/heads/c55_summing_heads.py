@@ -28,14 +28,14 @@ from experiments.claims.translating import trained_transformer
 HEADS, WIDTH = 4, 32
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the breach of the identity, and train both arms."""
-    concat: Any = MultiHeadAttention(HEADS, WIDTH, rngs=nnx.Rngs(key))
-    summed: Any = MultiHeadAttention(HEADS, WIDTH, combine="sum", rngs=nnx.Rngs(key))
+    concat: Any = MultiHeadAttention(HEADS, WIDTH, rngs=nnx.Rngs(rng))
+    summed: Any = MultiHeadAttention(HEADS, WIDTH, combine="sum", rngs=nnx.Rngs(rng))
     for name in ("query", "key", "value"):
         setattr(summed, name, getattr(concat, name))
     concat.out.kernel[...] = jnp.stack([summed.out.kernel[...]] * HEADS)
-    x = jax.random.normal(key, (2, 10, WIDTH))
+    x = jax.random.normal(rng, (2, 10, WIDTH))
     breach = jnp.max(jnp.abs(concat(x) - summed(x))) / jnp.max(jnp.abs(summed(x)))
     bleu = {
         name: trained_transformer(setting, HEADS, how)[2]

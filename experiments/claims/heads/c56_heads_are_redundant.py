@@ -41,7 +41,7 @@ KINDS = {
 }
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure what each head is worth, by attention and seed."""
     given = translating.material(setting)
     model, trained, _ = trained_transformer(setting, HEADS)

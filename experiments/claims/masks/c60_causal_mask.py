@@ -21,9 +21,9 @@ from experiments.claims.drawing import maps
 LENGTH, DEPTH = 12, 4
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the largest derivative from the future and the smallest from the past."""
-    parts = jax.random.split(key, 3)
+    parts = jax.random.split(rng, 3)
     x = jax.random.normal(parts[0], (LENGTH, DEPTH))
     own = jax.random.normal(parts[1], (2, DEPTH, DEPTH))
     vectors = {"value": jax.random.normal(parts[2], (DEPTH,)), "bias": jnp.zeros(DEPTH)}

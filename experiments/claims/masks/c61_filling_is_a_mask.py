@@ -39,9 +39,9 @@ def _total(
     return jnp.sum(attention(query, key, value, mask))
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Ask both."""
-    rows = jax.random.normal(key, (3, 6, 4))
+    rows = jax.random.normal(rng, (3, 6, 4))
     mask = jnp.tri(6, dtype=bool).at[2].set(False)
     hidden = jnp.tri(6, k=-1, dtype=bool).at[:, -1].set(False)
 

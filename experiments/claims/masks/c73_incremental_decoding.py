@@ -26,7 +26,7 @@ LENGTH = 24
 PIECES = {"single tokens": [1] * 24, "pieces of 5": [5, 5, 5, 5, 4], "prompt": [17] + [1] * 7}
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure differences of logits by model and pieces."""
     rotary = partial(MultiHeadAttention, position=positions.rotary)
     additive = partial(MultiHeadAttention, score=scores.additive)
@@ -36,10 +36,10 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         "additive": {"max_length": LENGTH, "attention": additive},
     }
     kinds = setting.pick(tiny=("rotary",), quick=tuple(models), full=tuple(models))
-    tokens = jax.random.randint(key, (2, LENGTH), 0, 20)
+    tokens = jax.random.randint(rng, (2, LENGTH), 0, 20)
 
     def differences(options: dict) -> dict[str, float]:
-        model = CausalDecoder(20, 32, 4, 2, rngs=nnx.Rngs(key), **options)
+        model = CausalDecoder(20, 32, 4, 2, rngs=nnx.Rngs(rng), **options)
         decode = nnx.jit(lambda model, tokens, caches: model.decode(tokens, caches))
         whole = model(tokens)
         found = {}

@@ -31,12 +31,12 @@ KINDS = ("none", "rotary", "alibi")
 EQUAL = math.log(5 / 4)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure mean weights by kind, distance and draw."""
     count = setting.pick(tiny=4, quick=60, full=400)
 
-    def of_draw(key: jax.Array) -> dict[str, jax.Array]:
-        content, noise = jax.random.split(key)
+    def of_draw(rng: jax.Array) -> dict[str, jax.Array]:
+        content, noise = jax.random.split(rng)
         query = jax.random.normal(content, (1, DEPTH))
         memory = query + jax.random.normal(noise, (LENGTH, DEPTH))
         last, everywhere = jnp.full(1, LENGTH - 1), jnp.arange(LENGTH)
@@ -56,7 +56,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
                 found[f"{kind} {low}"] = LENGTH * jnp.mean(by_distance[low:high])
         return found
 
-    found = draws(of_draw, key, count)
+    found = draws(of_draw, rng, count)
     weights = {kind: [found[f"{kind} {low}"] for low in EDGES[:-1]] for kind in KINDS}
     return {
         "from": EDGES[:-1],

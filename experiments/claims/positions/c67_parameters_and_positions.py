@@ -25,13 +25,13 @@ LENGTHS = (8, 64)
 WIDTH = 32
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the breach of equivariance by length and draw."""
     count = setting.pick(tiny=2, quick=20, full=100)
-    layer = MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(key))
+    layer = MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(rng))
 
-    def of_draw(key: jax.Array, length: int) -> dict[str, jax.Array]:
-        tokens, order = jax.random.split(key)
+    def of_draw(rng: jax.Array, length: int) -> dict[str, jax.Array]:
+        tokens, order = jax.random.split(rng)
         x = jax.random.normal(tokens, (1, length, WIDTH))
         order = jax.random.permutation(order, length)
         y, moved = layer(x)[:, order], layer(x[:, order])
@@ -39,7 +39,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
 
     return {
         "lengths": LENGTHS,
-        "breach": [draws(lambda k, n=n: of_draw(k, n), key, count)["breach"] for n in LENGTHS],
+        "breach": [draws(lambda k, n=n: of_draw(k, n), rng, count)["breach"] for n in LENGTHS],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(layer, nnx.Param))),
     }
 

@@ -27,14 +27,14 @@ from experiments.significance import interval
 LENGTH, WIDTH = 16, 32
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the breach in the three cases."""
     count = setting.pick(tiny=3, quick=30, full=200)
     layers = [MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(n)) for n in range(2)]
     cases = {"neither": (None, 0.0), "causal mask": (masks.Causal(), 0.0), "sinusoids": (None, 1.0)}
 
-    def of_draw(key: jax.Array) -> dict[str, jax.Array]:
-        tokens, order = jax.random.split(key)
+    def of_draw(rng: jax.Array) -> dict[str, jax.Array]:
+        tokens, order = jax.random.split(rng)
         x = jax.random.normal(tokens, (1, LENGTH, WIDTH))
         order = jax.random.permutation(order, LENGTH)
         plain = {name: _output(layers, x, *case)[:, order] for name, case in cases.items()}
@@ -43,7 +43,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
             name: jnp.linalg.norm(found[name] - y) / jnp.linalg.norm(y) for name, y in plain.items()
         }
 
-    found = draws(of_draw, key, count)
+    found = draws(of_draw, rng, count)
     return {"breach": {name: found[name] for name in cases}}
 
 

@@ -42,7 +42,7 @@ def three_before(tokens: jax.Array, length: jax.Array) -> jax.Array:
     return jnp.where(jnp.arange(len(tokens)) >= 3, jnp.roll(tokens, 3), -1)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the identity, and accuracy by kind, length and seed."""
     data: Data = {"lengths": LENGTHS, "identity": _identity(), "right": {}}
     for kind in setting.pick(tiny=("sinusoids",), quick=tuple(KINDS), full=tuple(KINDS)):

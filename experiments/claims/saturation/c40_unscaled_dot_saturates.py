@@ -29,12 +29,12 @@ DEPTHS = (4, 16, 64, 256, 1024)
 KEYS = 64
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure entropy / log n and the trace for each score, depth and draw."""
     count = setting.pick(tiny=3, quick=20, full=60)
 
-    def of_draw(key: jax.Array, depth: int) -> dict[str, jax.Array]:
-        query, memory = jax.random.normal(key, (2, KEYS, depth))
+    def of_draw(rng: jax.Array, depth: int) -> dict[str, jax.Array]:
+        query, memory = jax.random.normal(rng, (2, KEYS, depth))
         found = {}
         for score in (scores.dot, scores.scaled_dot):
             weights = jax.nn.softmax(score(query, memory))
@@ -44,7 +44,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
             found[f"trace of Jacobian, {score.__name__}"] = trace
         return found
 
-    found = [draws(partial(of_draw, depth=depth), key, count) for depth in DEPTHS]
+    found = [draws(partial(of_draw, depth=depth), rng, count) for depth in DEPTHS]
     return {"depths": DEPTHS, "found": by_name(found)}
 
 

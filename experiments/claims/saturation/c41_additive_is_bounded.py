@@ -29,7 +29,7 @@ from experiments.significance import interval
 SIZES = (1.0, 10.0, 100.0, 1000.0)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the largest share of the bound that is reached, and how the bound grows."""
     count, depth = setting.pick(tiny=3, quick=20, full=100), 16
     steps, seeds = (
@@ -37,8 +37,8 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         setting.pick(tiny=2, quick=6, full=8),
     )
 
-    def reached(key: jax.Array, size: float) -> dict[str, jax.Array]:
-        parts = jax.random.split(key, 3)
+    def reached(rng: jax.Array, size: float) -> dict[str, jax.Array]:
+        parts = jax.random.split(rng, 3)
         own = initialize(parts[0], parameters_of(scores.normalized_additive, depth, depth))
         own = {name: own[name] for name in ("query_weight", "key_weight", "value", "bias")}
         query, memory = size * jax.random.normal(parts[1], (2, 64, depth))
@@ -47,16 +47,16 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         logits = bind(scores.additive, **own)(jnp.concatenate([query, worst[None]]), memory)
         return {"share": jnp.max(jnp.abs(logits)) / jnp.sum(jnp.abs(own["value"]))}
 
-    share = [draws(partial(reached, size=size), key, count)["share"] for size in SIZES]
-    growth = _bound_after(steps, seeds, key) / _bound_after(steps // 10, seeds, key)
+    share = [draws(partial(reached, size=size), rng, count)["share"] for size in SIZES]
+    growth = _bound_after(steps, seeds, rng) / _bound_after(steps // 10, seeds, rng)
     return {"sizes": SIZES, "share": share, "growth": growth.tolist()}
 
 
-def _bound_after(steps: int, seeds: int, key: jax.Array) -> jax.Array:
+def _bound_after(steps: int, seeds: int, rng: jax.Array) -> jax.Array:
     """Train a number of steps and return |v|_1, for each seed."""
     task = pointing.Task()
     arm = pointing.arm(scores.additive, task, attention_size=16)
-    trained = training.train(arm, task.batch, key, rates=(1e-2,), seeds=seeds, steps=steps)
+    trained = training.train(arm, task.batch, rng, rates=(1e-2,), seeds=seeds, steps=steps)
     return jnp.sum(jnp.abs(trained.parameters["value"]), axis=-1)
 
 

@@ -30,12 +30,12 @@ SIZES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 KEYS, DEPTH = 32, 32
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure entropy by size and draw, and the total variation of the last step."""
     count = setting.pick(tiny=3, quick=20, full=100)
 
-    def of_draw(key: jax.Array) -> dict[str, jax.Array]:
-        parts = jax.random.split(key, 5)
+    def of_draw(rng: jax.Array) -> dict[str, jax.Array]:
+        parts = jax.random.split(rng, 5)
         query = jax.random.normal(parts[0], (64, DEPTH))
         memory = jax.random.normal(parts[1], (KEYS, DEPTH))
         matrices = jax.random.normal(parts[2], (2, DEPTH, DEPTH)) / DEPTH**0.5
@@ -55,7 +55,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
             found[f"{name} moved"] = jnp.mean(jnp.sum(moved, axis=-1)) / 2
         return found
 
-    found = draws(of_draw, key, count)
+    found = draws(of_draw, rng, count)
     return {
         "sizes": SIZES,
         "entropy": {

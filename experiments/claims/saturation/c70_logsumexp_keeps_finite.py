@@ -25,10 +25,10 @@ SIZES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 DTYPES = ("float16", "bfloat16", "float32")
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure finite shares and errors by type and size."""
     rows = setting.pick(tiny=8, quick=256, full=1024)
-    logits = jax.random.normal(key, (rows, 64))
+    logits = jax.random.normal(rng, (rows, 64))
     data: Data = {"sizes": SIZES}
     for dtype in DTYPES:
         found = []

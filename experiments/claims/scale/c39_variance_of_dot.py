@@ -28,15 +28,15 @@ from experiments.significance import interval
 DEPTHS = (4, 16, 64, 256, 1024)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure Var(q . k) / d of drawn rows by depth, and of trained ones by seed."""
     rows, count = setting.pick(tiny=64, quick=128, full=256), 40
 
-    def of_draw(key: jax.Array, depth: int) -> dict[str, jax.Array]:
-        return {"ratio": _ratio(*jax.random.normal(key, (2, rows, depth)))}
+    def of_draw(rng: jax.Array, depth: int) -> dict[str, jax.Array]:
+        return {"ratio": _ratio(*jax.random.normal(rng, (2, rows, depth)))}
 
-    drawn = [draws(partial(of_draw, depth=d), key, count)["ratio"] for d in DEPTHS]
-    return {"depths": DEPTHS, "drawn": drawn, "trained": _trained(setting, key)}
+    drawn = [draws(partial(of_draw, depth=d), rng, count)["ratio"] for d in DEPTHS]
+    return {"depths": DEPTHS, "drawn": drawn, "trained": _trained(setting, rng)}
 
 
 def _ratio(query: jax.Array, key: jax.Array) -> jax.Array:
@@ -45,15 +45,15 @@ def _ratio(query: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.var(scores.dot(query, key)) / expected
 
 
-def _trained(setting: Setting, key: jax.Array) -> list[float]:
+def _trained(setting: Setting, rng: jax.Array) -> list[float]:
     task = pointing.Task()
     steps, seeds = (
         setting.pick(tiny=20, quick=400, full=1500),
         setting.pick(tiny=2, quick=6, full=8),
     )
     arm = pointing.arm(scores.low_rank_bilinear, task, attention_size=16)
-    trained = training.train(arm, task.batch, key, rates=(1e-2,), seeds=seeds, steps=steps)
-    given = task.batch(key)
+    trained = training.train(arm, task.batch, rng, rates=(1e-2,), seeds=seeds, steps=steps)
+    given = task.batch(rng)
 
     def of_seed(own: dict[str, Any]) -> jax.Array:
         keys = given.key.reshape(-1, task.key_depth) @ own["key_weight"]

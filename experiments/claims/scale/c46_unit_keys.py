@@ -26,12 +26,12 @@ DEPTHS = (4, 16, 64, 256, 1024)
 KEYS = 64
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure both variances by depth and draw, and entropies with and without temperature."""
     count, rows = 40, setting.pick(tiny=64, quick=128, full=256)
 
-    def of_draw(key: jax.Array, depth: int) -> dict[str, jax.Array]:
-        query, memory = jax.random.normal(key, (2, rows, depth))
+    def of_draw(rng: jax.Array, depth: int) -> dict[str, jax.Array]:
+        query, memory = jax.random.normal(rng, (2, rows, depth))
         cosines = scores.cosine(query, memory)
 
         def entropy(temperature: float) -> jax.Array:
@@ -46,7 +46,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
             "entropy, temperature 1/sqrt(d)": entropy(depth**-0.5),
         }
 
-    found = [draws(partial(of_draw, depth=depth), key, count) for depth in DEPTHS]
+    found = [draws(partial(of_draw, depth=depth), rng, count) for depth in DEPTHS]
     return {"depths": DEPTHS, **by_name(found)}
 
 

@@ -27,12 +27,12 @@ SPREADS = (0.0, 0.25, 0.5, 1.0)
 NAMES = ("correlation with cosine", "|dot| with length of key", "same largest key")
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the correlations and the agreement by spread and draw."""
     count, rows, depth = setting.pick(tiny=4, quick=30, full=100), 64, 64
 
-    def of_draw(key: jax.Array, spread: float) -> dict[str, jax.Array]:
-        parts = jax.random.split(key)
+    def of_draw(rng: jax.Array, spread: float) -> dict[str, jax.Array]:
+        parts = jax.random.split(rng)
         query, memory = jax.random.normal(parts[0], (2, rows, depth))
         length = jnp.exp(spread * jax.random.normal(parts[1], (rows, 1)))
         memory = memory / jnp.linalg.norm(memory, axis=1, keepdims=True) * depth**0.5 * length
@@ -45,7 +45,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
         )
         return {name: jnp.mean(x) for name, x in zip(NAMES, found, strict=True)}
 
-    found = [draws(partial(of_draw, spread=spread), key, count) for spread in SPREADS]
+    found = [draws(partial(of_draw, spread=spread), rng, count) for spread in SPREADS]
     return {"spreads": SPREADS, **by_name(found)}
 
 

@@ -30,12 +30,12 @@ GAINS = (1.0, 4.0, 16.0, 64.0)
 DEPTH = 64
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the largest logit and the saturation of tanh by gain and draw."""
     count, rows = setting.pick(tiny=2, quick=20, full=60), 64
 
-    def of_draw(key: jax.Array, gain: float) -> dict[str, jax.Array]:
-        parts = jax.random.split(key, 3)
+    def of_draw(rng: jax.Array, gain: float) -> dict[str, jax.Array]:
+        parts = jax.random.split(rng, 3)
         rows_of = jax.random.normal(parts[0], (2, rows, DEPTH))
         project = jax.random.normal(parts[1], (2, DEPTH, DEPTH)) / DEPTH**0.5
         own = jax.random.normal(parts[2], (2, DEPTH, DEPTH)) / DEPTH**0.5
@@ -53,7 +53,7 @@ def measure(setting: Setting, key: jax.Array) -> Data:
             "tanh, gain behind the norm": saturated(_layer_norm(rows_of @ project), gain * own),
         }
 
-    found = [draws(partial(of_draw, gain=gain), key, count) for gain in GAINS]
+    found = [draws(partial(of_draw, gain=gain), rng, count) for gain in GAINS]
     return {"gains": GAINS, **by_name(found)}
 
 

@@ -26,18 +26,18 @@ WIDTH = 256
 HEADS = (1, 4, 16, 64)
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure the variance of logits by number of heads and draw."""
     count = setting.pick(tiny=3, quick=20, full=60)
 
-    def of_draw(key: jax.Array, heads: int) -> dict[str, jax.Array]:
-        tokens, weights = jax.random.split(key)
+    def of_draw(rng: jax.Array, heads: int) -> dict[str, jax.Array]:
+        tokens, weights = jax.random.split(rng)
         x = jax.random.normal(tokens, (64, WIDTH))
         own = jax.random.normal(weights, (2, WIDTH, WIDTH // heads)) / WIDTH**0.5
         query, memory = x @ own
         return {s.__name__: jnp.var(s(query, memory)) for s in (scores.dot, scores.scaled_dot)}
 
-    found = [draws(partial(of_draw, heads=heads), key, count) for heads in HEADS]
+    found = [draws(partial(of_draw, heads=heads), rng, count) for heads in HEADS]
     return {"heads": HEADS, "variance": by_name(found)}
 
 

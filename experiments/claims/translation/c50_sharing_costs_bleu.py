@@ -24,7 +24,7 @@ HEADS = 4
 ARMS = {"separate": "", "shared": "tied", "shared, not oneself": "tied, not oneself"}
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Train the three arms."""
     trained = {name: trained_transformer(setting, HEADS, how) for name, how in ARMS.items()}
     return {"bleu": {name: bleu for name, (_, _, bleu) in trained.items()}}

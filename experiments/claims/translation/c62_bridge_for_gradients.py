@@ -36,7 +36,7 @@ WORDS = 8
 ARMS = {"additive": "additive", "without attention": "none"}
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure norms of gradients by arm, word and seed, and the correlation with the weights."""
     data: Data = {}
     for name, score in ARMS.items():

@@ -24,7 +24,7 @@ from experiments.claims.evidence import by_size, difference, higher
 SCORES = ("additive", "scaled_dot")
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Train both scores on each size."""
     given = translating.material(setting)
     everything = int(given.train.size)

@@ -35,7 +35,7 @@ ARMS = {"no attention": "none", "mean of the source": "uniform", "additive": "ad
 BOUNDS = ((1, 4), (5, 8), (9, 12))
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Train the arms and measure accuracy by length and seed."""
     data: Data = {"lengths": [high for _, high in BOUNDS], "right": {}}
     for name, score in ARMS.items():

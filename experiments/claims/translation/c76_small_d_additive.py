@@ -23,7 +23,7 @@ from experiments.claims.evidence import by_size, difference, higher
 from experiments.claims.translating import SCORES, by_attention_size
 
 
-def measure(setting: Setting, key: jax.Array) -> Data:
+def measure(setting: Setting, rng: jax.Array) -> Data:
     """Train all scores at all sizes."""
     return by_attention_size(setting)
 
