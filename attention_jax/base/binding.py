@@ -1,10 +1,10 @@
-"""Binding parameters to a function, and the rules that a function carries about itself.
+"""Bind parameters to functions, and attach rules to functions.
 
-A bound function is a `jax.tree_util.Partial`: its parameters are pytree leaves, so it goes
-through `jit`, `vmap`, `grad` and into an optimizer; integers, booleans and words, which shape the
-program rather than enter it, are part of the structure. Some functions carry rules beside their
-formula (how a score separates into per-row and per-pair parts, how a normalizer streams);
-`rule` attaches one and `ask` finds it on the function or on a bound version of it.
+A bound function is a `jax.tree_util.Partial`: its parameters are pytree leaves, so it goes through
+`jit`, `vmap`, `grad` and into an optimizer; integers, booleans and strings are static. A rule is a
+further function that a function carries under a name, such as how a score separates into per-row
+and pairwise parts, or how a normalizer streams. `rule` attaches one, and `ask` calls it with the
+bound parameters.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ jax.tree_util.register_pytree_node(BoundFunction, _flatten_bound, _unflatten_bou
 def bind(function: Callable[..., Any], /, **parameters: Any) -> Partial:
     """Bind parameters by name; the result is a pytree whose leaves are those parameters.
 
-    Callables among the parameters (an activation, say) are kept out of the leaves, and so are
-    Python's integers, booleans and strings; an integer that is to be a leaf is given as an array.
+    Callables (an activation, say), integers, booleans and strings are static, not leaves; give an
+    integer as an array to make it a leaf.
 
     >>> import jax, jax.numpy as jnp
     >>> from attention_jax import scores
@@ -59,13 +59,13 @@ def bind(function: Callable[..., Any], /, **parameters: Any) -> Partial:
 
 
 def as_pytree(value: Any) -> Any:
-    """Wrap a plain function so that it may be part of a pytree (without leaves)."""
+    """Wrap a plain function as a pytree without leaves."""
     is_plain_function = callable(value) and jax.tree_util.all_leaves([value])
     return BoundFunction(value) if is_plain_function and not hasattr(value, "dtype") else value
 
 
 def unbound(function: Any) -> list[str]:
-    """Return the names of the parameters that a function of two arguments still waits for.
+    """Return the names of the parameters without a value, the first two left out.
 
     >>> from attention_jax import scores
     >>> unbound(scores.bilinear), unbound(scores.dot)
@@ -97,7 +97,7 @@ def ask(function: Any, name: str) -> Any:
 
 
 def taken_apart(function: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Return the function below all partial applications, of Python's too, and what was given.
+    """Return the function inside nested partial applications, and all arguments they give it.
 
     >>> import functools
     >>> taken_apart(functools.partial(bind(max, key=abs), 3))[1:]

@@ -80,7 +80,7 @@ def floating(operation: str, /, **tensors: Any) -> None:
 
     Raises:
       ShapeError: an integer tensor, or two dtypes.
-      TypeError: no array.
+      TypeError: an argument that is not an array.
     """
     first = None
     for name, array in tensors.items():
@@ -118,7 +118,7 @@ def multiple(operation: str, name: str, value: int, of_name: str, of: int) -> in
 
 
 def at_least(operation: str, smallest: int, /, **arguments: Any) -> None:
-    """Require whole numbers of a smallest size; what only `jit` knows is not compared.
+    """Require whole numbers of a smallest size; traced ones are not compared.
 
     Raises:
       ValueError: a smaller number, or one that is not whole.
@@ -135,8 +135,8 @@ def tokens(operation: str, count: Any, length: int, examples: tuple[int, ...]) -
     """Return how many of `length` rows are tokens, one number or one for each example.
 
     Raises:
-      ShapeError: neither one number nor one for each, or no integers.
-      ValueError: less than none or more than all, where it is known outside `jit`.
+      ShapeError: another shape, or numbers that are not integers.
+      ValueError: a negative count or one above `length`, where known outside `jit`.
 
     >>> tokens("extend", 3, length=5, examples=(2,))
     Array([3, 3], dtype=int32)
@@ -164,7 +164,7 @@ def tokens(operation: str, count: Any, length: int, examples: tuple[int, ...]) -
 
 
 def _raise_if_refused(assertion: Callable[[], None], message: str) -> None:
-    """Run a chex assertion and say in our own sentence what it refused."""
+    """Raise ShapeError with this message if a chex assertion fails."""
     try:
         assertion()
     except AssertionError:

@@ -1,4 +1,4 @@
-"""What NaN and Inf in the operands do: nothing where masked, NaN where attended."""
+"""Ignore NaN and Inf in masked keys and values, and return NaN where they are attended to."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def finite(x: Array) -> Array:
 
 
 def poison(x: Array) -> Array:
-    """Return, for each row of x [S, H], zero or NaN, if it holds NaN or Inf.
+    """Return NaN for each row of x [S, H] that holds NaN or Inf, and zero for the others.
 
-    The poison joins the logits of the pairs that may attend, so such a row spoils what attends to
-    it and nothing else: 0 * NaN never enters a sum, in the value or in a derivative.
+    It is added to the logits of the allowed pairs, so such a row makes NaN of what attends to it
+    and of nothing else: 0 * NaN never enters a sum, in a value or in a derivative.
     """
     # Zero times NaN or Inf is NaN. As a product this reads the rows once; the barrier hides that
     # its other side is zero, and the highest precision rounds no large number to Inf.

@@ -1,4 +1,4 @@
-"""Matrix products of a tile whose derivatives are as fast as they are.
+"""Matrix products of a tile whose derivatives run as fast as the products themselves.
 
 The derivative of a product contracts the long axis of a tile: G^T A. XLA's CPU compiler runs a
 product with a transposed left side at less than half the speed of the others, and folds an
@@ -37,7 +37,7 @@ def times_transpose(a: Array, b: Array) -> Array:
 def _multiply(a: Array, b: Array, kind: str) -> Array:
     """Bind the primitive; under `shard_map` both sides must vary over the same mesh axes.
 
-    The precision is that asked for where the product is written, not where it is compiled.
+    The precision is the one in force where the product is called, not where it is compiled.
     """
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return _product.bind(varying_like(a, b), varying_like(b, a), kind=kind, precision=precision)

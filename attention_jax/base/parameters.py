@@ -1,7 +1,7 @@
-"""What a score, bias or normalizer has to learn: names, shapes and the paper's initialisers.
+"""Declare the parameters of scores, biases and normalizers: names, shapes and initialisers.
 
-A function with parameters carries a rule that declares them, given the depths it will meet.
-The Flax modules, Linen and NNX alike, create what is declared; without Flax, `initialize` does.
+A function with parameters carries a rule that declares them for given depths of query and key. The
+Flax modules, Linen and NNX alike, create what is declared; without Flax, `initialize` does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def initializer(family: Callable[..., Initializer], *arguments: float) -> Initia
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parameter(ByValue):
-    """A parameter that is yet to be created: its shape for one head, and its initialiser."""
+    """The declaration of a parameter: its shape for one head, and its initialiser."""
 
     shape: tuple[int, ...]
     initializer: Initializer
@@ -55,14 +55,14 @@ class Parameter(ByValue):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Learned(ByValue):
-    """A function together with the parameters that a module shall create for it."""
+    """A function, and the parameters that a module creates for it."""
 
     function: Callable[..., Any]
     parameters: Mapping[str, Any]
 
 
 def learned(function: Callable[..., Any], /, **parameters: Any) -> Learned:
-    """Declare the parameters of a score, bias or normalizer of your own, or other ones than usual.
+    """Declare the parameters of a function of your own, or others than it declares itself.
 
     >>> from jax.nn import initializers
     >>> def weighted_dot(query, key, weight):
@@ -80,13 +80,13 @@ def parameters_of(
     key_depth: int | None = None,
     attention_size: int | Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Return what a score, bias or normalizer still has to be given, as a tree of `Parameter`.
+    """Return the declared parameters of a function that are not bound, a tree of `Parameter`.
 
-    A function of your own declares it by the rule "parameters" of the same three sizes
-    (`attention_jax.binding.rule`), or at the place of use by `learned`.
+    A function of your own declares them by the rule "parameters" of the same three sizes
+    (`base.rule`), or where it is used by `learned`.
 
     Args:
-      function: the function; what is bound already is not a parameter any more.
+      function: a score, bias or normalizer, possibly with some parameters bound.
       query_depth: Hq.
       key_depth: Hk.
       attention_size: A, where the function has a size to choose; one for each layer of `concat`.

@@ -1,4 +1,4 @@
-"""Splitting a pytree into what can be differentiated and what cannot; closures; mesh axes."""
+"""Split pytrees by what can be differentiated, convert closures, and match mesh axes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def merge_floats(floats: list[Any], rest: Rest) -> Any:
 
 
 def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """Return a function that takes what this one closes over after its arguments, and those values.
+    """Make the arrays that a function closes over its last arguments; return it and the arrays.
 
     `jax.closure_convert` leaves traced integers inside, where they would outlive their trace in
     the rule of a custom derivative. The arguments are to be shaped as the examples.
@@ -70,7 +70,7 @@ def _evaluate(jaxpr: Any, result: Any, number: int, *arguments: Any) -> Any:
 
 
 def varying_like(tree: Any, *like: Any) -> Any:
-    """Let arrays vary over the mesh axes that others vary over; the same outside `shard_map`.
+    """Let arrays vary over the mesh axes that others vary over; no change outside `shard_map`.
 
     A sum that starts from zeros must be of the type of what is added to it.
     """

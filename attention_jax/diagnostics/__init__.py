@@ -1,4 +1,4 @@
-"""What attention weights look like and what they do: pure functions of arrays, however made.
+"""Measures of attention weights, pictures of them, and alignments.
 
 All take weights [..., T, S] as `attend(..., return_weights=True)` gives them, and count in float32
 or better. A query that attends to nothing, a row of zeros, has no entropy and no support, and is

@@ -1,4 +1,4 @@
-"""How well the links that attention shows agree with a gold alignment."""
+"""Compare the links of attention weights with a gold alignment."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def heads(
     titles: Sequence[str] | None = None,
     across: int = 4,
 ) -> Figure:
-    """Draw the weights of every head beside each other, dark where a query (row) attends.
+    """Draw the weights of every head side by side, dark where a query (row) attends.
 
     Args:
       weights: [N, T, S], or [T, S] for one; from white at 0 to dark at 1 in all of them.
@@ -109,7 +109,7 @@ def masks(
     tile_sizes: tuple[int, int] | None = None,
     across: int = 6,
 ) -> Figure:
-    """Draw masks beside each other: dark where a query may attend, shaded where a tile is live.
+    """Draw masks side by side: dark where a query may attend, shaded where a tile is live.
 
     Args:
       named: masks by title; each of one head and example (see `Mask.of`).
@@ -179,7 +179,7 @@ def save(figure: Figure, path: str | pathlib.Path) -> list[pathlib.Path]:
 
 @contextlib.contextmanager
 def _one_warning_of_boxes() -> Iterator[None]:
-    """Let one warning a process stand for those of every character that is drawn as a box."""
+    """Replace the warnings about characters without a glyph by one for the whole process."""
     with warnings.catch_warnings(record=True) as said:
         warnings.filterwarnings("always", _BOX)
         yield
@@ -203,7 +203,7 @@ def _tell_of_boxes() -> None:
 def _grid(
     number: int, across: int, size: tuple[float, float], share: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with one picture of a size in inches for each of a number."""
+    """Return a figure with a grid of `number` pictures of a size in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -221,12 +221,12 @@ def _grid(
 
 
 def _inches(length: int) -> float:
-    """Return the size of a picture whose rows or columns have labels, as far as they have."""
+    """Return the size of a picture in inches, with space for a label for each row or column."""
     return min(max(_INCHES_A_TOKEN * length + 0.3, 1.5), 6.0)
 
 
 def _label(axis: Any, name: str, letter: str, labels: Sequence[str] | None, length: int) -> None:
-    """Write the labels where they can be read."""
+    """Write the labels; of many, every n-th."""
     if labels is None:
         axis.set_ticks([])
         return

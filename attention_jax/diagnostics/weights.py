@@ -1,9 +1,4 @@
-"""What attention weights look like and what they do: pure functions of arrays, however made.
-
-All take weights [..., T, S] as `attend(..., return_weights=True)` gives them, and count in float32
-or better. A query that attends to nothing, a row of zeros, has no entropy and no support, and is
-left out of means over rows; no gradient is made NaN by a weight of zero.
-"""
+"""Measures of attention weights, and of what removing a head changes."""
 
 from __future__ import annotations
 
@@ -15,25 +10,15 @@ import jax.numpy as jnp
 
 from attention_jax.base import checks
 from attention_jax.base.typing import at_least_float32
-from attention_jax.diagnostics.alignment import (
-    AlignmentQuality,
-    alignment_quality,
-    links,
-    quality_of_counts,
-)
 
 __all__ = [
-    "AlignmentQuality",
     "additive_saturation",
-    "alignment_quality",
     "effective_support",
     "entropy",
     "head_ablation",
     "jacobian_trace",
     "jensen_shannon",
     "linear_cka",
-    "links",
-    "quality_of_counts",
     "replace_heads",
     "rollout",
     "saturated_rows",
@@ -237,7 +222,7 @@ def linear_cka(features: Array, rows: Array | None = None) -> Array:
     pairs = jnp.einsum("...tv,...uv->...tu", centred, centred)
     product = jnp.einsum("...ntu,...mtu->...nm", pairs, pairs)
     own = jnp.diagonal(product, axis1=-2, axis2=-1)
-    # What is left of equal rows by rounding is no difference between them.
+    # Rounding leaves a small difference between equal rows; it counts as none.
     rounding = (8 * jnp.finfo(x.dtype).eps) ** 4 * jnp.sum(x**2, axis=(-2, -1)) ** 2
     differs = own > rounding
     scale = jnp.where(differs, jax.lax.rsqrt(jnp.where(differs, own, 1.0)), 0.0)
@@ -293,7 +278,7 @@ def replace_heads(
 def head_ablation(evaluate: Callable[[Array], Any], num_heads: int) -> Any:
     """Evaluate with each head left out in turn.
 
-    What leaving out means is the caller's: `evaluate` may use `replace_heads` on weights, or
+    `evaluate` decides how a head is left out: it may use `replace_heads` on weights, or
     multiply the rows of an output projection W^O [N, V, D] by `keep[:, None, None]`, which
     removes the head from a trained model exactly.
 
@@ -302,7 +287,7 @@ def head_ablation(evaluate: Callable[[Array], Any], num_heads: int) -> Any:
       num_heads: N.
 
     Returns:
-      What `evaluate` returns without head n, along a new first axis N; compare it with
+      The outputs of `evaluate` without head n, along a new first axis N; compare them with
       `evaluate(jnp.ones(N, bool))`.
 
     Michel, Levy and Neubig 2019, section 3.2 ("ablating one head").
@@ -369,7 +354,7 @@ def _attends(weights: Array) -> Array:
 
 
 def _mean_where(rows: Array, counted: Array) -> Array:
-    """Return the mean over the last axis of what counts; 0 where nothing does."""
+    """Return the mean over the counted entries of the last axis; 0 where there are none."""
     number = jnp.sum(counted, axis=-1, dtype=rows.dtype)
     total = jnp.sum(rows, axis=-1, where=counted)
     return total / jnp.maximum(number, 1.0)

@@ -2,9 +2,8 @@
 
     context_i = sum_j phi(q_i) . phi(k_j) v_j / sum_j phi(q_i) . phi(k_j)
 
-The sums over j, phi(k_j) v_j^T and phi(k_j), are the same for all queries. Causal, they grow with
-time: a scan over chunks of keys carries them, which goes token by token as well as chunk by chunk,
-and so is decoding too, from one `LinearState` to the next.
+The sums over j, phi(k_j) v_j^T and phi(k_j), are shared by all queries. Under a causal mask they
+grow with time, and a scan over chunks of keys carries them; decoding goes on from a `LinearState`.
 """
 
 from attention_jax.linear import feature_maps, linformer, performer

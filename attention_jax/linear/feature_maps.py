@@ -54,11 +54,11 @@ def split_scale(feature_map: FeatureMap, x: Array) -> ScaledFeatures:
     """Take the largest magnitude out of every row of features.
 
     Args:
-      feature_map: bound to its parameters; with a rule "split_scale" it says itself how.
+      feature_map: bound to its parameters; its rule "split_scale", if any, is used.
       x: [T, H].
 
     Returns:
-      Features [T, M] of at most one, and the logarithm of what they are to be multiplied with.
+      Features [T, M] of at most one, and the logarithm of the factor taken out of each row.
 
     >>> split_scale(elu_plus_one, jnp.array([[1.0, 3.0]]))
     ScaledFeatures(features=Array([[0.5, 1. ]], dtype=float32),
@@ -85,7 +85,7 @@ def from_logarithm(log_features: Array) -> ScaledFeatures:
 
 
 def is_signed(feature_map: FeatureMap) -> bool:
-    """Say whether a map declares that its kernel is not positive, so that it has no normalizer."""
+    """Tell whether a map declares that its kernel may be negative, and so cannot be normalised."""
     return bool(ask(as_pytree(feature_map), "signed"))
 
 

@@ -3,8 +3,8 @@
     context = softmax(Q (E K)^T / sqrt(H)) F V
 
 The projections E and F are fixed (`random_projection`, `mean_pooling`) or learned, one for all
-heads or one for each, and F may be E. A row of E K mixes all of time, so nothing of it can be
-masked afterwards but padding, which is left out of the sums; a causal mask has no meaning.
+heads or one for each, and F may be E. A row of E K mixes all positions, so only
+padding can be masked, before the sums; a causal mask has no meaning.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def linformer_attention(
       key_projection: E, [R, L], or [K, R, L] for each key head; the first S of L columns are used.
       value_projection: F, of the same two shapes; E unless given.
       score: as in `attend`, of a query and a row of E K.
-      mask: padding by `masks.Lengths`, or by an array over the keys alone, [B, 1, 1, S]; all else
-        is refused.
+      mask: padding by `masks.Lengths`, or by an array over the keys alone, [B, 1, 1, S]; others
+        are refused.
       **options: normalizer, dropout_rate, dropout_key and implementation of `attend`, for weights
         of a query and a projected key.
 

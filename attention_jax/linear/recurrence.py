@@ -1,4 +1,4 @@
-"""The running sums of linear attention: of one key head, and lifted over heads and examples.
+"""The sums of linear attention: of one key head, and mapped over heads and examples.
 
 No sum overflows and no later key changes an earlier context: the sums are kept at the largest
 scale of the keys so far (`feature_maps.split_scale`), and each row of a chunk has its own.

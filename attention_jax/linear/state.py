@@ -1,11 +1,4 @@
-"""Linear attention: sums over keys instead of pairs, in time and memory linear in the sequence.
-
-    context_i = sum_j phi(q_i) . phi(k_j) v_j / sum_j phi(q_i) . phi(k_j)
-
-The sums over j, phi(k_j) v_j^T and phi(k_j), are the same for all queries. Causal, they grow with
-time: a scan over chunks of keys carries them, which goes token by token as well as chunk by chunk,
-and so is decoding too, from one `LinearState` to the next.
-"""
+"""Linear attention of whole sequences, and its state for decoding."""
 
 from __future__ import annotations
 
@@ -28,11 +21,11 @@ __all__ = ["LinearState", "decode", "extend", "init", "linear_attention", "read"
 Array = jax.Array
 
 _CHUNK = 128
-_SHARED = "its queries share one running sum over the keys"
+_SHARED = "its queries share one sum over the keys"
 
 
 class LinearState(NamedTuple):
-    """All that the future needs of the past: sums over its keys, and how many tokens it had, [B].
+    """The sums over the keys so far, and the number of tokens so far, [B].
 
     Its size never grows, and every example has its own length.
     """
@@ -64,8 +57,7 @@ def linear_attention(
         `attention_jax.performer`, or your own), bound with `bind` if it has parameters;
         `per_head` of it if every key head has its own.
       mask: `masks.Causal`, padding by `masks.Lengths` or by an array over the keys alone,
-        [B, 1, 1, S], or these joined by `&`. Others name pairs, of which there are none here, and
-        are refused.
+        [B, 1, 1, S], or these joined by `&`. Others depend on pairs and are refused.
       normalize: False leaves out the denominator.
       chunk_size: under a causal mask, how many keys are taken at once.
 
@@ -209,7 +201,7 @@ def extend(
     feature_map: FeatureMap | PerHead = elu_plus_one,
     count: Any = None,
 ) -> LinearState:
-    """Add keys and values to a state, of which `read` then tells what queries make.
+    """Add keys and values to a state, which `read` attends to.
 
     Args:
       state: from `init`, or from the previous call.

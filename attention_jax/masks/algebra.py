@@ -1,6 +1,6 @@
-"""What all masks have in common: their algebra, their tiles, and masks of the user.
+"""The base class of masks, with `&`, `|`, `~` and tiles; masks from arrays and functions.
 
-`&`, `|` and `~` make masks of masks; arrays and functions join them as `Table` and `Predicate`.
+`as_mask` reads an array as a `Table` and a function as a `Predicate`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Mask(ByValue):
 
     Subclasses are frozen dataclasses that define `__call__` with ordinary operators. A field
     that holds an array is a leaf; `example_rank` says how many axes it has for one example, so
-    that a further leading axis is the batch (and one more the heads). One that asks the masks
-    within about q_idx // n and kv_idx // n has the `coarseness` n, or the name of n's field.
+    that a further leading axis is the batch (and one more the heads). A mask that
+    calls an inner one with q_idx // n and kv_idx // n sets `coarseness` to n, or to n's field.
     """
 
     example_rank: ClassVar[dict[str, int]] = {}
@@ -46,10 +46,7 @@ class Mask(ByValue):
         raise NotImplementedError
 
     def entries(self, field: str, query_length: int, key_length: int) -> dict[str, int]:
-        """Return how many entries the first axis of a field needs, under the name of the number.
-
-        Several where it serves queries and keys alike; none where what it has will do.
-        """
+        """Return the required sizes of the first axis of a field, by name; {} if any will do."""
         return {}
 
     def __and__(self, other: MaskLike) -> Mask:
@@ -74,7 +71,7 @@ class Mask(ByValue):
         try:
             return f"{self!r}\n{draw(self)}"
         except (checks.ShapeError, jax.errors.TracerArrayConversionError):
-            return repr(self)  # it differs between examples or heads, or is known inside jit alone
+            return repr(self)  # it differs between examples or heads, or is traced
 
     def to_dense(self, query_length: int, key_length: int | None = None) -> jax.Array:
         """Return the mask as an array [T, S]; for tests and pictures.
@@ -124,7 +121,7 @@ class Mask(ByValue):
         return jax.tree.structure(self).unflatten(of_one)
 
     def static(self) -> Mask:
-        """Return the mask as far as it is known while tracing; what is not is Unknown."""
+        """Return the mask with Unknown for everything that is not known while tracing."""
 
         def known(part: Any) -> Any:
             if isinstance(part, Predicate):
@@ -218,10 +215,10 @@ class Predicate(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Shift(Mask):
-    """The same mask further on: mask(q_idx + query, kv_idx + key).
+    """A mask at shifted positions: mask(q_idx + query, kv_idx + key).
 
-    A decoding step at position p asks with `Shift(mask, query=p)`; p may be an array, [B] for
-    ragged batches.
+    A decoding step at position p uses `Shift(mask, query=p)`; p may be an array, [B] for ragged
+    batches.
     """
 
     mask: Mask
@@ -313,7 +310,7 @@ def as_mask(mask: MaskLike) -> Mask:
 
 
 def _arguments(mask: type[Mask]) -> str:
-    """Return what a mask cannot be made without."""
+    """Return the names of the required arguments of a mask."""
     fields = dataclasses.fields(mask) if dataclasses.is_dataclass(mask) else ()
     return ", ".join(field.name for field in fields if field.default is dataclasses.MISSING)
 
@@ -327,11 +324,11 @@ def with_int32(mask: Mask) -> Mask:
 
 
 def owners(mask: Mask) -> Iterator[tuple[Mask, str, int | None, Any]]:
-    """Yield every leaf with the mask and the field it belongs to, and how coarse its indices are.
+    """Yield (mask, field, divisor, leaf) for every leaf, with the mask and field that hold it.
 
-    They are those of the outermost mask divided by that number. None is within a mask that asks
-    its inner mask about other indices (a Shift), where an array along a sequence may have another
-    length than the sequence.
+    Its mask is called with the indices of the outermost one divided by `divisor`. That is None
+    within a mask that changes the indices otherwise (a Shift), where an array along a sequence may
+    have another length than the sequence.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
         owner, coarse = mask, 1
@@ -360,7 +357,7 @@ def leading_axes(mask: Mask) -> list[tuple[Any, int]]:
 
 
 def _check_one_head(mask: Mask) -> None:
-    """Refuse to ask a mask about one head where its arrays differ between examples or heads."""
+    """Refuse a mask whose arrays differ between examples or heads."""
     for owner, name, _, leaf in owners(mask):
         if not isinstance(leaf, Unknown) and jnp.ndim(leaf) > owner.example_rank.get(name, 0):
             raise checks.ShapeError(

@@ -1,4 +1,4 @@
-"""Leading axes: which operands differ between examples and heads, and which are shared."""
+"""Find which arrays of a mask or bias differ between examples and heads, and which are shared."""
 
 from __future__ import annotations
 

@@ -17,25 +17,15 @@ import jax
 import jax.core
 import numpy as np
 
-from attention_jax.masks.algebra import Full, Mask, Predicate, Shift, Table, as_mask, draw
-from attention_jax.masks.intervals import EMPTY, FULL, PARTIAL, Lookup
+from attention_jax.masks.algebra import Mask
+from attention_jax.masks.intervals import Lookup
 
 __all__ = [
-    "EMPTY",
-    "FULL",
-    "PARTIAL",
     "Causal",
-    "Full",
     "Lengths",
-    "Mask",
-    "Predicate",
     "Prefix",
     "Segment",
-    "Shift",
-    "Table",
     "Window",
-    "as_mask",
-    "draw",
 ]
 
 
@@ -46,6 +36,7 @@ class Causal(Mask):
     With T != S the alignment is a choice, and `offset` says it: 0 lines up the first query
     with the first key, S - T the last with the last (decoding after a cache).
 
+    >>> from attention_jax.masks import draw
     >>> print(draw(Causal(offset=1), 3, 4))
     ██··
     ███·
@@ -65,6 +56,7 @@ class Window(Mask):
     The left + right + 1 keys around each query, itself included (Beltagy et al. 2020,
     section 3.1, "sliding window", has left = right = w / 2).
 
+    >>> from attention_jax.masks import draw
     >>> print(draw(Window(1, 0), 4))
     █···
     ██··
@@ -109,6 +101,7 @@ class Prefix(Mask):
 
     `length` may be a number or an array [B], one per example (Raffel et al. 2020, figure 4).
 
+    >>> from attention_jax.masks import draw
     >>> print(draw(Prefix(2) | Causal(), 4))
     ██··
     ██··
@@ -125,7 +118,7 @@ class Prefix(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Lengths(Mask):
-    """Padding: only the first `key_length` keys are there, and the first `query_length` queries.
+    """Padding: only the first `key_length` keys are tokens, and the first `query_length` queries.
 
     Both may be numbers or arrays [B]; a padded query attends to nothing and gets zeros.
     """

@@ -1,4 +1,4 @@
-"""Masks that are graphs: who may attend to whom, listed."""
+"""Masks given as graphs: the keys that each query may attend to, listed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Edges(Mask):
             object.__setattr__(self, "neighbors", np.asarray(self.neighbors, np.int32))
 
     def entries(self, field: str, query_length: int, key_length: int) -> dict[str, int]:
-        # Of more nodes than there are queries, the first are asked about.
+        # Of a graph with more nodes than queries, the first are used.
         return {"T": query_length} if self.neighbors.shape[-2] < query_length else {}
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The second reading of a predicate: on intervals of indices, in three-valued logic.
+"""Evaluate the predicate of a mask on intervals of indices, in three-valued logic.
 
 A mask is one predicate over indices, such as `q_idx >= kv_idx`. Called on an `Interval` of
-query indices and one of key indices, the same source answers for a whole tile at once: FULL
+query indices and one of key indices, the same code answers for a whole tile at once: FULL
 (every pair may attend), EMPTY (none may) or PARTIAL (not decided). Bounds are arrays, so one
 call answers for all tiles, and nothing of size T x S is built.
 
@@ -85,14 +85,14 @@ def as_truth(value: Any) -> Truth:
 
 
 def known(false: Any, true: Any) -> Truth:
-    """Build a truth value from "no pair satisfies it" and "every pair satisfies it"."""
+    """Return EMPTY where no pair is allowed, FULL where every pair is, else PARTIAL."""
     module = _module(false, true)
     state = module.where(true, module.int8(FULL), module.int8(PARTIAL))
     return Truth(module.where(false, module.int8(EMPTY), state))
 
 
 def _defers_to_unknown(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a value that is not there answer for the operation, whichever side it stands on."""
+    """Let an Unknown operand decide the result, on either side of the operator."""
 
     @functools.wraps(operator)
     def deferring(self: Interval, other: Any) -> Any:
@@ -102,11 +102,11 @@ def _defers_to_unknown(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Answer an operation where bounds are computed as indices are, and say Unknown elsewhere.
+    """Return Unknown where bounds could be rounded or wrap around.
 
     Fractions of an index are rounded, sums and products beyond int32 wrap around: the smallest
-    and the largest index then need not give the smallest and the largest result. What only run
-    time knows is believed to fit.
+    and the largest index then need not give the smallest and the largest result. Traced values are
+    assumed to fit.
     """
 
     @_defers_to_unknown
@@ -250,7 +250,7 @@ def _check_divisor(symbol: str, divisor: Any) -> None:
 
 
 class Unknown:
-    """A value that is not there at trace time: nothing is known of any statement about it."""
+    """A value that is not known while tracing: every comparison with it is PARTIAL."""
 
     __hash__ = None  # type: ignore[assignment]
     __array_ufunc__ = None
@@ -316,13 +316,13 @@ def tile_intervals(length: int, size: int, axis: int) -> Interval:
 
 
 def judge(predicate: Callable[..., Any], q_idx: Any, kv_idx: Any) -> Any:
-    """Ask a predicate, over indices or over intervals of them, and insist on a boolean answer.
+    """Evaluate a predicate on indices or on intervals of them, and require booleans.
 
     A predicate that cannot be read over intervals counts as PARTIAL: correct, just not skipped.
 
     Raises:
-      TypeError: asked over indices, the predicate answers with something else than booleans, or
-        wants the one truth value of many.
+      TypeError: on indices, the predicate returns no booleans, or uses the truth value of an
+        array.
     """
     if not isinstance(q_idx, Interval | Unknown) and not isinstance(kv_idx, Interval | Unknown):
         try:
@@ -333,19 +333,19 @@ def judge(predicate: Callable[..., Any], q_idx: Any, kv_idx: Any) -> Any:
             raise TypeError(_NO_TRUTH_VALUE) from error
     try:
         return as_truth(predicate(q_idx, kv_idx))
-    except Exception:  # whatever is wrong with it, it is asked again over indices
+    except Exception:  # an error shows again when it is evaluated on indices
         return Truth(np.int8(PARTIAL))
 
 
 def judge_untraced(predicate: Callable[..., Any], q_idx: Any, kv_idx: Any) -> Any:
-    """Ask a predicate that may close over values known only inside `jit`: then PARTIAL."""
+    """Evaluate a predicate that may close over traced values: PARTIAL if so."""
     answer = judge(predicate, q_idx, kv_idx)
     is_traced = isinstance(answer, Truth) and isinstance(answer.state, jax.core.Tracer)
     return Truth(np.int8(PARTIAL)) if is_traced else answer
 
 
 def classify(predicate: Callable[..., Any], q_idx: Interval, kv_idx: Interval) -> Any:
-    """Answer EMPTY, PARTIAL or FULL for the grid of tiles `q_idx [nq, 1]` x `kv_idx [1, nk]`."""
+    """Return EMPTY, PARTIAL or FULL for each tile of `q_idx [nq, 1]` x `kv_idx [1, nk]`."""
     grid = np.broadcast_shapes(np.shape(q_idx.low), np.shape(kv_idx.low))
     state = judge(predicate, q_idx, kv_idx).state
     return _module(state).broadcast_to(state, grid)

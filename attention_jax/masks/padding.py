@@ -1,7 +1,7 @@
-"""What mechanisms that never form pairs can honour: who is there at all, and whether time passes.
+"""Padding and causality: the masks of mechanisms without pairwise weights.
 
-A sum over keys that all queries share can leave out a key, and a query its answer; with a scan
-over time it can leave out the future. Any other mask names pairs, and is refused.
+A sum over keys that all queries share can leave out a key, and set the result of a query to zero;
+with a scan over time it can also leave out later keys. Any other mask depends on pairs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Array = jax.Array
 
 
 class Padding(NamedTuple):
-    """Which queries [B, T] and keys [B, S] are there; query i sees keys up to i + causal.
+    """Which queries [B, T] and keys [B, S] are tokens; query i attends to keys up to i + causal.
 
-    `causal` is None where every query sees all keys.
+    `causal` is None where every query attends to all keys.
     """
 
     query: Array
@@ -48,8 +48,8 @@ def from_mask(
       operation: name that messages begin with.
       mask: `Lengths`, an array over keys alone or over queries alone, `Causal`, joined by `&`.
       sizes: of B, T and S, at least.
-      causal: whether the mechanism can leave out the future.
-      reason: why it can do no more, for the message.
+      causal: whether the mechanism can leave out later keys.
+      reason: why other masks are refused, for the message.
       starts: where the first query and the first key stand in the sequence that the mask is of,
         [B] or a number each, if these are not the whole sequence; equal where causal.
 
@@ -98,10 +98,10 @@ def _refused(operation: str, reason: str, causal: bool, what: str) -> ValueError
 
 
 def refuse(operation: str, options: dict[str, Any], *known: str) -> None:
-    """Refuse options that are about pairs, such as a bias or the return of weights.
+    """Refuse options that depend on pairs, such as a bias or the return of weights.
 
     Raises:
-      ValueError: there are some that are not known.
+      ValueError: an option that is not known.
 
     >>> refuse("linformer_attention", {"normalizer": None}, "normalizer")
     """
@@ -122,7 +122,7 @@ def _parts(mask: Mask) -> Iterator[Mask]:
 
 
 def _rows(part: Any, query_at: Array, key_at: Array) -> tuple[Any, Any]:
-    """Return which queries [B or 1, T or 1] and keys [B or 1, S or 1] are there."""
+    """Return which queries [B or 1, T or 1] and keys [B or 1, S or 1] are tokens."""
     everyone = jnp.ones((1, 1), bool)
     if isinstance(part, Lengths):
         key = key_at < jnp.reshape(part.key_length, (-1, 1))

@@ -21,20 +21,18 @@ import numpy as np
 from attention_jax.base.checks import at_least
 from attention_jax.masks.algebra import Full, Mask, MaskLike, as_mask
 from attention_jax.masks.common import Causal, Window, signed
-from attention_jax.masks.graphs import Edges, edges
+from attention_jax.masks.graphs import Edges
 from attention_jax.masks.intervals import Interval, Lookup, Unknown, indices, judge
 
 __all__ = [
     "Block",
     "Chunked",
     "Dilated",
-    "Edges",
     "Fixed",
     "GlobalTokens",
     "Heads",
     "Strided",
     "bigbird",
-    "edges",
     "longformer",
     "random_blocks",
     "sparse_fixed",
@@ -45,7 +43,7 @@ Array = jax.Array
 
 
 def _make_signed(mask: Mask, *names: str) -> None:
-    """Give the sizes of a mask a type in which differences of indices may be negative."""
+    """Convert sizes to signed integers, so that differences of indices may be negative."""
     for name in names:
         object.__setattr__(mask, name, signed(getattr(mask, name)))
 
@@ -139,7 +137,7 @@ class Dilated(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Chunked(Mask):
-    """Keys of the query's own chunk of `size`, of `before` chunks before it and `after` behind.
+    """Keys of the query's own chunk of `size`, and of the `before` and `after` chunks next to it.
 
     >>> from attention_jax.masks import draw
     >>> print(draw(Chunked(2, before=1), 6))
@@ -167,7 +165,7 @@ class Chunked(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Block(Mask):
-    """A mask drawn coarser: mask(q_idx // size, kv_idx // size).
+    """A mask over blocks of `size` positions: mask(q_idx // size, kv_idx // size).
 
     >>> from attention_jax.masks import draw
     >>> print(draw(Block(Causal(), 2), 6))
@@ -300,9 +298,9 @@ def _draw_row(row: tuple[Array, Array], taken: Mask, total: int, count: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Heads(Mask):
-    """Another mask for every head: masks[n] for query head n.
+    """A mask for each head: masks[n] for query head n.
 
-    Composes like any mask, `Heads(...) & Causal()`; `mask.of(head=n)` looks at one head.
+    Composes like any mask, `Heads(...) & Causal()`; `mask.of(head=n)` returns that of one head.
 
     >>> from attention_jax.masks import draw
     >>> mask = Heads([Window(1, 1), Dilated(1, 1, dilation=2)])
@@ -373,7 +371,7 @@ def longformer(window: int, tokens: Any = 0, dilation: int | Sequence[int] = 1) 
     """A sliding window of `window` keys, half of them on each side, and global tokens.
 
     Args:
-      window: even; the query itself comes on top.
+      window: even; the query's own key is added to it.
       tokens: as in `GlobalTokens`.
       dilation: 1, or one number for each head.
 

@@ -1,10 +1,4 @@
-"""Normalizers turn the logits of one head [T, S] into weights [T, S].
-
-Each takes the logits and `allowed`, the mask as a boolean array, and gives exact zeros where
-nothing may be attended; a row without any allowed key is all zeros. The ones that can be
-computed tile by tile carry a rule `streaming` that says how; sparsemax, entmax, top-k and hard
-attention need a whole row, and run under "dense" alone.
-"""
+"""Normalizers that stream, and those that keep the largest logits."""
 
 from __future__ import annotations
 
@@ -19,19 +13,16 @@ from attention_jax.base.binding import ask, bind, rule
 from attention_jax.base.checks import at_least
 from attention_jax.base.equality import ByValue
 from attention_jax.base.typing import Normalizer
-from attention_jax.normalizers.sparse import entmax15, sparsemax
 
 __all__ = [
     "Elementwise",
     "Exponential",
-    "entmax15",
     "hard",
     "log_normalizer",
     "sigmoid",
     "softmax",
     "softmax_plus_one",
     "softmax_with_sink",
-    "sparsemax",
     "stable_logsumexp",
     "streaming",
     "top_k",
@@ -55,7 +46,7 @@ class Elementwise(ByValue):
 
 
 def streaming(normalizer: Normalizer) -> Exponential | Elementwise | None:
-    """Return how a normalizer is computed tile by tile, or None if it needs the whole row."""
+    """Return how a normalizer streams over tiles, or None if it needs the whole row."""
     return ask(normalizer, "streaming")
 
 
@@ -226,7 +217,7 @@ def _shifted_sigmoid(logits: Array, shift: Any) -> Array:
 
 def _exponential(logits: Array, allowed: Array, sink: Any) -> Array:
     hidden = _hidden(logits, allowed, sink)
-    # Beside a large log-sum-exp, small differences of logits would be lost.
+    # Subtract the largest logit first: rounding would lose small ones next to a large log-sum-exp.
     largest = jax.lax.stop_gradient(jnp.max(hidden, axis=1, keepdims=True, initial=-jnp.inf))
     hidden = hidden - jnp.where(jnp.isneginf(largest), 0.0, largest)
     normalizer = stable_logsumexp(hidden)

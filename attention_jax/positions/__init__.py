@@ -1,15 +1,15 @@
-"""Positions: what tells a query and a key where they stand.
+"""Positions of queries and keys, absolute and relative.
 
 Everything here is a function of indices, so a tile computes what it needs and nothing of size
 T x S is stored. Four kinds, by where they enter:
 
 - added to the input: `sinusoidal`, `embedded`;
-- turning queries and keys of one head: `rotary`;
+- rotating queries and keys of one head: `rotary`;
 - a bias on the logits: `alibi`, `t5_bias`, `grid_bias`;
 - a term of the score: `relative_key`; and one of the context: `relative_values`.
 
-What is learned is declared for the Flax modules: give `learned_buckets()` or `learned_grid(...)`
-as a bias, `relative_key` as a score.
+Learned ones are declared for the Flax modules: give `learned_buckets()` or `learned_grid(...)` as
+a bias, `relative_key` as a score.
 """
 
 from attention_jax.positions.absolute import (

@@ -1,16 +1,4 @@
-"""Positions: what tells a query and a key where they stand.
-
-Everything here is a function of indices, so a tile computes what it needs and nothing of size
-T x S is stored. Four kinds, by where they enter:
-
-- added to the input: `sinusoidal`, `embedded`;
-- turning queries and keys of one head: `rotary`;
-- a bias on the logits: `alibi`, `t5_bias`, `grid_bias`;
-- a term of the score: `relative_key`; and one of the context: `relative_values`.
-
-What is learned is declared for the Flax modules: give `learned_buckets()` or `learned_grid(...)`
-as a bias, `relative_key` as a score.
-"""
+"""Absolute positions: added to the input, or rotating queries and keys."""
 
 from __future__ import annotations
 
@@ -24,36 +12,14 @@ from jax.nn import initializers
 from attention_jax.base import checks
 from attention_jax.base.parameters import Learned, Parameter, initializer, learned
 from attention_jax.base.typing import at_least_float32
-from attention_jax.positions.relative import (
-    alibi,
-    alibi_bias,
-    alibi_slopes,
-    grid_bias,
-    learned_buckets,
-    learned_grid,
-    relative_key,
-    relative_values,
-    t5_bias,
-    t5_bucket,
-)
 
 __all__ = [
-    "alibi",
-    "alibi_bias",
-    "alibi_slopes",
     "embedded",
-    "grid_bias",
-    "learned_buckets",
-    "learned_grid",
     "learned_table",
-    "relative_key",
-    "relative_values",
     "rotary",
     "sinusoidal",
     "sinusoidal_step",
     "stretched_base",
-    "t5_bias",
-    "t5_bucket",
 ]
 
 Array = jax.Array
@@ -162,7 +128,7 @@ def rotary(
     r"""Rotary positions: pair i of x_p turns by the angle p base^(-2i/R).
 
     (x_2i, x_2i+1) -> (x_2i cos - x_2i+1 sin, x_2i sin + x_2i+1 cos). Applied to queries and keys,
-    q_m . k_n depends on n - m alone. With a cache, `positions` say where the new tokens stand.
+    q_m . k_n depends on n - m alone. With a cache, `positions` are those of the new tokens.
 
     Args:
       x: queries or keys of one head, [T, H].

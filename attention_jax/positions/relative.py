@@ -1,7 +1,6 @@
-"""Relative positions: biases and score terms that depend on where a key stands from a query.
+"""Relative positions: biases and score terms that depend on the distance of query and key.
 
-As functions of indices, so a tile computes what it needs and nothing of size T x S is stored.
-`attention_jax.positions` exports them beside the absolute ones.
+They are functions of indices, so a tile computes what it needs and nothing of size T x S is stored.
 """
 
 from __future__ import annotations
@@ -167,7 +166,7 @@ def learned_buckets(
     >>> learned_buckets().parameters["table"].shape
     (32,)
     """
-    t5_bucket(jnp.array(0), num_buckets, max_distance, bidirectional)  # refuses bad numbers now
+    t5_bucket(jnp.array(0), num_buckets, max_distance, bidirectional)  # checks the numbers
     function = functools.partial(t5_bias, max_distance=max_distance, bidirectional=bidirectional)
     return learned(
         function, table=Parameter((num_buckets,), initializer(initializers.normal, 0.02))
@@ -234,11 +233,11 @@ def relative_key(query: Array, key: Array, table: Array, *, q_idx: Array, kv_idx
       query: [T, H].
       key: [S, H].
       table: a, [2k + 1, H]; row k is distance zero.
-      q_idx: where the queries stand, [T].
-      kv_idx: where the keys stand, [S].
+      q_idx: positions of the queries, [T].
+      kv_idx: positions of the keys, [S].
 
     Returns:
-      Logits [T, S]; the largest array besides is [T, 2k + 1].
+      Logits [T, S]; the largest other array is [T, 2k + 1].
 
     Raises:
       ShapeError: depths that differ, or a table of another depth.
@@ -257,12 +256,12 @@ def relative_key(query: Array, key: Array, table: Array, *, q_idx: Array, kv_idx
 
 
 def relative_values(weights: Array, q_idx: Array, kv_idx: Array, table: Array) -> Array:
-    r"""What relative values add to a context: sum_j w_ij a_clip(j - i), distances clipped to +-k.
+    r"""Relative values, a term of the context: sum_j w_ij a_clip(j - i), distances clipped to +-k.
 
     Args:
       weights: [T, S].
-      q_idx: where the queries stand, [T].
-      kv_idx: where the keys stand, [S].
+      q_idx: positions of the queries, [T].
+      kv_idx: positions of the keys, [S].
       table: a, [2k + 1, V]; row k is distance zero.
 
     Returns:

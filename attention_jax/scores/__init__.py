@@ -4,9 +4,8 @@ A score is a pure function of one head, `score(query [T, Hq], key [S, Hk]) -> lo
 and its parameters are further arguments, bound with `bind`. Entry (i, j) depends on query row i
 and key row j alone, so the same function serves a tile, a sequence and a decoding step.
 
-Scores are also built from scores (`scaled`, `projected`, `row_normalized`, `soft_capped`, in
-`attention_jax.composition`). The rules at the end of this file say how each score separates into
-what concerns one row and what concerns a pair; they are tested to say the same as the formula.
+Scores are also built from scores: `scaled`, `projected`, `row_normalized`, `soft_capped`. Each has
+a rule that separates it into per-row and pairwise parts, tested to equal the formula.
 """
 
 from attention_jax.scores import parameters as _parameters  # noqa: F401  (rules of the scores)

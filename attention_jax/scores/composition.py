@@ -1,8 +1,8 @@
 """Scores built from scores, and the normal form that all of them reduce to.
 
-`Separated` splits a score into a map over query rows, a map over key rows, what is done for each
-pair, and a map of the logits. What concerns a row is then computed once per row, however many
-tiles or decoding steps ask for it.
+`Separated` splits a score into a map over query rows, a map over key rows, a pairwise part and a
+map of the logits. The per-row parts are then computed once per row, however many tiles or decoding
+steps use them.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ S = TypeVar("S", bound=Callable[..., Any])
 class Separated(NamedTuple):
     """A score in normal form: logits = finish(pairs(query_map(query), key_map(key))).
 
-    `query_map` and `key_map` act on rows, so a tiled operator, or a decoder that asks the same
-    keys again and again, applies them once. It is itself a score, and a pytree.
+    `query_map` and `key_map` act on rows, so tiles, and the steps of a decoder that attends to the
+    same keys, share their results. It is itself a score, and a pytree.
     """
 
     query_map: Partial
@@ -50,17 +50,17 @@ class Separated(NamedTuple):
         return self.at(query, key, q_idx, kv_idx)
 
     def at(self, query: Array, key: Array, q_idx: Array, kv_idx: Array) -> Array:
-        """Score rows that stand at the given positions."""
+        """Score rows at the given positions."""
         return self.paired(self.query_map(query), self.key_map(key), q_idx, kv_idx)
 
     def paired(self, query: Array, key: Array, q_idx: Array, kv_idx: Array) -> Array:
-        """Score rows that the two maps have been applied to."""
+        """Score rows to which the two maps have been applied."""
         indices = {"q_idx": q_idx, "kv_idx": kv_idx} if is_positional(self.pairs) else {}
         return self.finish(self.pairs(query, key, **indices))
 
 
 class Composition(Protocol[P]):
-    """Makes a score of a score: with parameters for each head if that has them."""
+    """Makes a score from a score; from a `per_head` score, a `per_head` score."""
 
     @overload
     def __call__(self, score: PerHead, *args: P.args, **kwargs: P.kwargs) -> PerHead: ...
@@ -69,7 +69,7 @@ class Composition(Protocol[P]):
 
 
 def composition(compose: Callable[Concatenate[Any, P], Separated]) -> Composition[P]:
-    """Let a function that makes a score of a score also take a `per_head` one.
+    """Let a function that makes a score from a score also take a `per_head` one.
 
     Its own parameters are then shared by all heads.
     """
@@ -104,7 +104,7 @@ def _repeated(parameters: Any, score: PerHead) -> Any:
 
 @composition
 def separate(score: AnyScore) -> Separated:
-    """Bring any score into normal form; one that carries no rule pairs the rows as they are.
+    """Split any score into per-row and pairwise parts; without a rule all of it is pairwise.
 
     >>> from attention_jax import scores
     >>> from attention_jax import bind
@@ -119,7 +119,7 @@ def separate(score: AnyScore) -> Separated:
 
 
 def positional(score: S) -> S:
-    """Mark a score that also wants to know where its rows stand: q_idx [T] and kv_idx [S].
+    """Mark a score that also takes the positions of its rows: q_idx [T] and kv_idx [S].
 
     >>> @positional
     ... def distance_penalized(query, key, q_idx, kv_idx):
@@ -202,7 +202,7 @@ def row_normalized(score: AnyScore, query: bool = True, key: bool = True) -> Sep
 def unit_rows(x: Array) -> Array:
     """Divide each row by its Euclidean length; a zero row stays zero, with zero gradient."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0))
-    x = x / jnp.where(largest == 0, 1.0, largest)  # so that no square leaves the range
+    x = x / jnp.where(largest == 0, 1.0, largest)  # so that no square overflows or underflows
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     zero = square == 0
     return jnp.where(zero, 0.0, x * jax.lax.rsqrt(jnp.where(zero, 1.0, square)))

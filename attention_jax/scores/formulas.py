@@ -1,13 +1,4 @@
-"""Score functions: how well a query and a key agree, one formula each.
-
-A score is a pure function of one head, `score(query [T, Hq], key [S, Hk]) -> logits [T, S]`,
-and its parameters are further arguments, bound with `bind`. Entry (i, j) depends on query row i
-and key row j alone, so the same function serves a tile, a sequence and a decoding step.
-
-Scores are also built from scores (`scaled`, `projected`, `row_normalized`, `soft_capped`, in
-`attention_jax.composition`). The rules at the end of this file say how each score separates into
-what concerns one row and what concerns a pair; they are tested to say the same as the formula.
-"""
+"""Scores that are one formula, and the rules that separate them by row and pair."""
 
 from __future__ import annotations
 
@@ -27,34 +18,20 @@ from attention_jax.scores.composition import (
     positional,
     projected,
     row_normalized,
-    scaled,
-    separate,
-    soft_capped,
     unit_rows,
 )
-from attention_jax.scores.networks import additive, concat, normalized_additive
 from attention_jax.scores.tanh_pairs import activation_pairs
 
 __all__ = [
-    "Separated",
-    "additive",
     "bilinear",
-    "bind",
-    "concat",
     "cosine",
     "dot",
     "gaussian",
     "key_normalized_dot",
     "location",
     "low_rank_bilinear",
-    "normalized_additive",
-    "projected",
-    "row_normalized",
-    "scaled",
     "scaled_dot",
-    "separate",
     "shared_projection",
-    "soft_capped",
     "trilinear",
 ]
 
@@ -64,7 +41,7 @@ Array = jax.Array
 def dot(query: Array, key: Array) -> Array:
     r"""Dot product: e_ij = q_i . k_j.
 
-    Asked with the same unprojected x as query and key this is the parameter-free X X^T.
+    With the same unprojected x as query and key this is the parameter-free X X^T.
 
     Args:
       query: [T, H].
@@ -306,7 +283,7 @@ def location(
     q_idx: Array | None = None,
     kv_idx: Array | None = None,
 ) -> Array:
-    r"""Location: e_ij = w_j . q_i; where to look follows from the query alone, not from the keys.
+    r"""Location: e_ij = w_j . q_i; it depends on the query and on positions, not on the keys.
 
     Args:
       query: [T, Hq].
@@ -343,7 +320,7 @@ def _separate_dot() -> Separated:
 
 @rule(scaled_dot, "separation")
 def _separate_scaled_dot() -> Separated:
-    # The scale is left to the pairs: free in a tile, but a pass over memory for all queries.
+    # Scaling is part of the pairs: free in a tile, but a pass over memory for all queries.
     return Separated(identity, identity, bind(_scaled_pairs), identity)
 
 

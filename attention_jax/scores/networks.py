@@ -1,8 +1,4 @@
-"""Scores that are small networks: additive attention and its relatives.
-
-What `attention_jax.scores` exports of them is here, with the rules that say how each separates
-into what concerns one row and what concerns a pair.
-"""
+"""Scores that are small networks: additive attention and its relatives, with their rules."""
 
 from __future__ import annotations
 

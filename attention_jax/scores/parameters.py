@@ -16,16 +16,16 @@ from attention_jax.base.parameters import (
     one_size,
     require_depths,
 )
-from attention_jax.scores import formulas as scores
+from attention_jax.scores import formulas, networks
 
 
-@rule(scores.bilinear, "parameters")
+@rule(formulas.bilinear, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     require_depths("bilinear", query_depth=query_depth, key_depth=key_depth)
     return {"weight": Parameter((query_depth, key_depth), luong_uniform)}
 
 
-@rule(scores.low_rank_bilinear, "parameters")
+@rule(formulas.low_rank_bilinear, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Give the logits of unit-variance rows variance one; the paper names no initialiser."""
     require_depths("low_rank_bilinear", query_depth=query_depth, key_depth=key_depth)
@@ -37,14 +37,14 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
     }
 
 
-@rule(scores.shared_projection, "parameters")
+@rule(formulas.shared_projection, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     require_depths("shared_projection", query_depth=query_depth)
     size = one_size("shared_projection", attention_size, query_depth)
     return {"weight": Parameter((query_depth, size), initializer(initializers.glorot_uniform))}
 
 
-@rule(scores.additive, "parameters")
+@rule(networks.additive, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Bahdanau, Cho and Bengio 2015, appendix B.1: W of variance 0.001^2, v and b zero."""
     require_depths("additive", query_depth=query_depth, key_depth=key_depth)
@@ -57,7 +57,7 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
     }
 
 
-@rule(scores.concat, "parameters")
+@rule(networks.concat, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Any]:
     require_depths("concat", query_depth=query_depth, key_depth=key_depth)
     layers = attention_size if isinstance(attention_size, Sequence) else [attention_size]
@@ -73,7 +73,7 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Any]:
     }
 
 
-@rule(scores.normalized_additive, "parameters")
+@rule(networks.normalized_additive, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Raffel et al. 2017, section 2.4: the gain starts at 1 / sqrt(A); under softmax r is idle."""
     require_depths("normalized_additive", query_depth=query_depth, key_depth=key_depth)
@@ -88,7 +88,7 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
     }
 
 
-@rule(scores.trilinear, "parameters")
+@rule(formulas.trilinear, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Give the logits of unit-variance rows variance one; the paper names no initialiser."""
     require_depths("trilinear", query_depth=query_depth)
@@ -97,14 +97,14 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
     return {name: Parameter((query_depth,), draw) for name in names}
 
 
-@rule(scores.gaussian, "parameters")
+@rule(formulas.gaussian, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Give q . k the factor 1 / sqrt(H) that it has in the scaled dot product."""
     require_depths("gaussian", query_depth=query_depth)
     return {"width": Parameter((), initializer(initializers.constant, query_depth**0.25))}
 
 
-@rule(scores.location, "parameters")
+@rule(formulas.location, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Take `attention_size` as the number of positions that keys may have."""
     require_depths("location", query_depth=query_depth, attention_size=attention_size)
@@ -112,7 +112,7 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
     return {"weight": Parameter((query_depth, length), luong_uniform)}
 
 
-@rule(scores.cosine, "parameters")
+@rule(formulas.cosine, "parameters")
 def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
     """Liu et al. 2022 (Swin v2), section 3.3: a learned scalar; theirs starts at 0.1."""
     return {"temperature": Parameter((), initializer(initializers.constant, 0.1))}
