@@ -10,12 +10,13 @@ import jax
 from attention_jax import masks
 from attention_jax.base.binding import PerHead
 from attention_jax.base.typing import AnyScore, Bias, Normalizer
-from attention_jax.implementations import choice, cudnn
+from attention_jax.implementations import choice, cudnn, programs
 from attention_jax.implementations.choice import IMPLEMENTATIONS
 from attention_jax.implementations.dense import dense
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.lifting import lift
 from attention_jax.implementations.tiled import tiled
+from attention_jax.masks import as_mask
 from attention_jax.normalizers import softmax
 from attention_jax.request import Operand, Request, heads, operands
 from attention_jax.scores import scaled_dot
@@ -100,7 +101,7 @@ def attend(
         return_weights=return_weights,
         return_logsumexp=return_logsumexp,
     )
-    attended = _attended(request)
+    attended = programs.call(_attended, request)
     return attended if return_weights or return_logsumexp else attended.context
 
 
@@ -133,7 +134,6 @@ def explain(
     request_of = functools.partial(
         Request.of,
         score=score,
-        mask=mask,
         bias=bias,
         normalizer=normalizer,
         dropout_rate=dropout_rate,
@@ -143,7 +143,11 @@ def explain(
         return_weights=return_weights,
         return_logsumexp=return_logsumexp,
     )
-    return jax.eval_shape(functools.partial(_explained, request_of), query, key, value)
+    mask = as_mask(mask)
+    if programs.is_staged():
+        return jax.eval_shape(functools.partial(_explained, request_of, mask), query, key, value)
+    late = programs.with_constants(mask)
+    return jax.eval_shape(functools.partial(_explained, request_of), late, query, key, value)
 
 
 def _attended(request: Request) -> Attended:
@@ -171,8 +175,10 @@ def _attended(request: Request) -> Attended:
     return Attended(context.astype(request.value.dtype), weights, logsumexp)
 
 
-def _explained(request_of: Any, query: Array, key: Array, value: Array) -> choice.Choice:
-    request = request_of(query, key, value)
+def _explained(
+    request_of: Any, mask: masks.Mask, query: Array, key: Array, value: Array
+) -> choice.Choice:
+    request = request_of(query, key, value, mask=programs.without_constants(mask))
     found = choice.describe(request)
     operands(request)  # refuses what does not fit
     return found

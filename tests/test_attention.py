@@ -19,6 +19,7 @@ from attention_jax import (
     scores,
 )
 from attention_jax.base.parameters import Parameter, learned
+from attention_jax.implementations import choice
 from attention_jax.linear import linear_attention
 from attention_jax.masks import Causal, Full, GlobalTokens, Lengths, Prefix, Segment, Shift, Window
 from tests import oracle
@@ -645,6 +646,89 @@ def test_heads_that_do_not_divide_are_not_explained_away():
 def test_a_dropout_rate_known_only_inside_jit_is_refused():
     with pytest.raises(TypeError, match=r"attend: dropout_rate must .* name it in static_argnames"):
         jax.jit(lambda rate: attend(QUERY, KEY, VALUE, dropout_rate=rate))(0.5)
+
+
+LATE_MASKS = {
+    "right of a window": lambda n: Causal() & Window(3, n),
+    "left of a window": lambda n: Window(n, 0) & Causal(),
+    "window": lambda n: Window(n, n),
+    "offset": lambda n: Causal(n),
+    "window of an offset": lambda n: Causal(n) & Window(2, 0),
+    "prefix": lambda n: Prefix(n) | Causal(),
+    "lengths": lambda n: Lengths(n, n + 1) & Causal(),
+    "shift": lambda n: Shift(Causal(), query=n) & Window(4, 1),
+    "segments": lambda n: Segment(jnp.arange(T) // n, jnp.arange(S) // n),
+    "predicate": lambda n: masks.Predicate(lambda q_idx, kv_idx: q_idx + n >= kv_idx),
+}
+LATE_TYPES = [np.int32, np.asarray, jnp.int32]
+
+
+@pytest.mark.parametrize("name", LATE_MASKS)
+def test_what_a_mask_holds_may_be_traced(name):
+    for how in ({}, {"implementation": "tiled", "tile_sizes": (2, 3)}):
+
+        def attended(n, how=how):
+            mask = LATE_MASKS[name](n)
+            explain(QUERY, KEY, VALUE, mask=mask, **how)
+            return attention.attend(QUERY, KEY, VALUE, mask=mask, **how)
+
+        assert jax.eval_shape(attended, 2).shape == (B, T, N, V)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LATE_MASKS)
+def test_what_a_mask_holds_may_be_an_array_or_known_inside_jit_alone(name):
+    expected = attend(QUERY, KEY, VALUE, mask=LATE_MASKS[name](2), implementation="dense")
+    tiled = {"implementation": "tiled", "tile_sizes": (2, 3)}
+    for how in ({}, tiled):
+
+        def attended(n, how=how):
+            mask = LATE_MASKS[name](n)
+            assert explain(QUERY, KEY, VALUE, mask=mask, **how).implementation in ("dense", "tiled")
+            return attention.attend(QUERY, KEY, VALUE, mask=mask, **how)
+
+        is_close(jax.jit(attended)(2), expected)
+        for array_of in LATE_TYPES:
+            is_close(attended(array_of(2)), expected)
+
+
+def on_gpu(monkeypatch, mask, **how):
+    """Explain what a GPU would run for long sequences in half precision."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    return explain(x, x, x, mask=mask, **how).implementation
+
+
+BANDS = {
+    "right of a window": lambda n: Causal() & Window(3, n),
+    "left of a window": lambda n: Window(n, 0) & Causal(),
+    "offset": lambda n: Causal(n),
+}
+
+
+@pytest.mark.parametrize("name", BANDS)
+def test_cudnn_is_never_given_an_array_as_a_window(name, monkeypatch):
+    assert on_gpu(monkeypatch, BANDS[name](0)) == "cudnn"
+    refusal = "'cudnn' knows the masks .* with T = S, all of whose fields are numbers and no arrays"
+    for array_of in LATE_TYPES[1:]:
+        mask = BANDS[name](array_of(0))
+        assert on_gpu(monkeypatch, mask) == "tiled"
+        with pytest.raises(ValueError, match=refusal):
+            on_gpu(monkeypatch, mask, implementation="cudnn")
+
+    def traced(n):
+        assert on_gpu(monkeypatch, BANDS[name](n)) == "tiled"
+        with pytest.raises(ValueError, match=refusal):
+            on_gpu(monkeypatch, BANDS[name](n), implementation="cudnn")
+        return n
+
+    jax.eval_shape(traced, 0)
+
+
+def test_cudnn_is_not_asked_where_it_cannot_be_chosen(monkeypatch):
+    monkeypatch.setattr(choice.cudnn, "lacks", None)
+    attention.attend(QUERY, KEY, VALUE)
+    explain(QUERY, KEY, VALUE, implementation="tiled")
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ def lacks(request: Request) -> str | None:
     band = _band(request.mask)
     if band is None or (band != (None, None) and sizes["T"] != sizes["S"]):
         return (
-            "knows the masks Full, Causal() and Causal() & Window(left, 0) with T = S and a left "
-            "that is a number and no array only."
+            "knows the masks Full, Causal() and Causal() & Window(left, 0) with T = S, all of "
+            "whose fields are numbers and no arrays, only."
         )
     if not _is_plain(request.normalizer, softmax):
         return "knows the softmax normalizer only."

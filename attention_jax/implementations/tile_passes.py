@@ -95,15 +95,21 @@ class Tiles:
     allowed: dict[int, Callable[..., Array]] = dataclasses.field(default_factory=dict)
 
     def traced(self, operands: Operands, given: Given) -> tuple[Tiles, Operands, Given]:
-        """Trace logits and mask for each height of a tile, and take out what they close over."""
+        """Trace logits and mask for each height of a tile, and take out what they close over.
+
+        As new functions, because JAX would take a known one from its cache, whatever has become
+        of what they close over.
+        """
         kv_idx = indices(self.key_size)
         logits, captured, allowed, of_mask = {}, {}, {}, {}
         for rows in sorted({visits.rows for visits in self.visits}):
             q_idx = indices(rows)
             tile = self.slice(operands, 0, 0, rows)
-            logits[rows], captured[rows] = hoisted(_logits, tile, q_idx, kv_idx)
+            logits[rows], captured[rows] = hoisted(functools.partial(_logits), tile, q_idx, kv_idx)
             if any(visits.masked and visits.rows == rows for visits in self.visits):
-                allowed[rows], of_mask[rows] = hoisted(_allowed, given.mask, q_idx, kv_idx)
+                allowed[rows], of_mask[rows] = hoisted(
+                    functools.partial(_allowed), given.mask, q_idx, kv_idx
+                )
         return (
             dataclasses.replace(self, logits=logits, allowed=allowed),
             operands._replace(captured=captured),

@@ -1,0 +1,227 @@
+"""Attention outside `jit`: one program for every call whose static arguments and shapes are equal.
+
+Called outside `jit`, the loops over heads and tiles would be compiled at each call, because JAX
+caches them by the functions they are made of, and these are new. So a request is split into arrays
+and what is static: that is the key of a program that takes the arrays.
+
+A function is part of the key by its identity, together with all that it refers to: what it closes
+over, its defaults, and the globals it names. Where that can change in place (a list, an object with
+attributes) or is an array under differentiation, there is no key, and the call is traced anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import jax
+import jax.core
+import numpy as np
+from jax import lax
+
+from attention_jax.base.binding import PerHead
+from attention_jax.masks import Mask, Table, algebra
+from attention_jax.request import Request
+
+MOST_PROGRAMS = 64
+"""How many keys are kept; the one that was used longest ago is forgotten first."""
+
+LARGEST_CONSTANT = 2**20
+"""A NumPy array of more bytes is not compared at each call if a function closes over it."""
+
+_TRUSTED = ("attention_jax", "jax", "jaxlib", "numpy", "builtins", "math", "operator")
+"""Packages whose functions keep referring to the same things."""
+
+_BY_IDENTITY = (types.ModuleType, types.BuiltinFunctionType, type, np.ufunc)
+_BY_VALUE = (type(None), bool, int, float, complex, str, bytes, np.generic, np.dtype)
+
+
+class ChangeableError(TypeError):
+    """A function refers to something that can change in place."""
+
+
+def call(function: Callable[[Request], Any], request: Request) -> Any:
+    """Call a function of a request: by itself within `jit`, else as a program that is kept."""
+    if is_staged():
+        return function(request)
+    leaves, structure = jax.tree.flatten(
+        dataclasses.replace(request, mask=with_constants(request.mask))
+    )
+    functions = request.score, request.bias, request.normalizer, request.mask
+    try:
+        key = structure, jax.default_backend(), tuple(_of_tree(functions, set()))
+        program = _program(function, key)
+    except TypeError:  # it can change in place, or has no hash
+        return function(request)
+    return program(leaves)
+
+
+def is_staged() -> bool:
+    """Tell whether operations are recorded for a program now, as within `jit` or `scan`."""
+    return isinstance(lax.neg(np.float32(0)), jax.core.Tracer)
+
+
+@functools.lru_cache(MOST_PROGRAMS)
+def _program(function: Callable[[Request], Any], key: tuple[Any, ...]) -> Callable[..., Any]:
+    return jax.jit(functools.partial(_of_leaves, function, key[0]))
+
+
+def _of_leaves(function: Callable[[Request], Any], structure: Any, leaves: list[Any]) -> Any:
+    request = jax.tree.unflatten(structure, leaves)
+    return function(dataclasses.replace(request, mask=without_constants(request.mask)))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A NumPy array that is static, by its value."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, array: Any) -> Constant:
+        """Copy an array."""
+        return cls(array.dtype.str, array.shape, array.tobytes())
+
+    @property
+    def array(self) -> np.ndarray:
+        """The array; it cannot be written to."""
+        return np.frombuffer(self.data, self.dtype).reshape(self.shape)
+
+
+def with_constants(mask: Mask) -> Mask:
+    """Return the mask with those NumPy arrays static from which tiles are planned while tracing.
+
+    Tables and arrays with an axis for examples or heads are not; nor are arrays of JAX, which may
+    be new at each call, as the positions of a decoder are.
+    """
+    leaves = [
+        Constant.of(leaf) if _plans_tiles(owner, name, leaf) else leaf
+        for owner, name, _, leaf in algebra.owners(mask)
+    ]
+    return jax.tree.structure(mask).unflatten(leaves)
+
+
+def without_constants(mask: Mask) -> Mask:
+    """Return the mask with NumPy arrays again."""
+    return jax.tree.map(
+        lambda leaf: leaf.array if isinstance(leaf, Constant) else leaf,
+        mask,
+        is_leaf=lambda part: isinstance(part, Constant),
+    )
+
+
+def _plans_tiles(owner: Mask, name: str, leaf: Any) -> bool:
+    if not isinstance(leaf, np.ndarray | np.generic) or isinstance(owner, Table):
+        return False
+    return np.ndim(leaf) <= owner.example_rank.get(name, 0)
+
+
+def _of_tree(tree: Any, seen: set[int]) -> Iterator[Hashable]:
+    """Yield what the functions in a pytree refer to; its leaves are arguments of the program."""
+    if isinstance(tree, PerHead):
+        yield from _of_tree(tree.function, seen)
+    elif isinstance(tree, jax.tree_util.Partial):
+        yield from _of_value(tree.func, seen)
+        yield from _of_tree((tree.args, tree.keywords), seen)
+    elif isinstance(tree, Mask):
+        yield from _of_class(type(tree), seen)
+        for field in dataclasses.fields(tree):  # type: ignore[arg-type]
+            yield from _of_tree(getattr(tree, field.name), seen)
+    elif isinstance(tree, tuple | list):
+        for part in tree:
+            yield from _of_tree(part, seen)
+    elif isinstance(tree, dict):
+        yield from _of_tree(list(tree.values()), seen)
+    elif callable(tree):
+        yield from _of_value(tree, seen)
+
+
+def _of_value(value: Any, seen: set[int]) -> Iterator[Hashable]:
+    """Yield what says which value this is, for as long as it lives.
+
+    Raises:
+      ChangeableError: nothing does.
+    """
+    if isinstance(value, _BY_VALUE):
+        yield type(value), value
+    elif isinstance(value, _BY_IDENTITY):
+        yield value
+    elif isinstance(value, types.FunctionType):
+        if id(value) not in seen:
+            yield value
+            yield from _of_function(value, seen | {id(value)})
+    elif isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+        yield _Same(value)
+    elif isinstance(value, np.ndarray) and value.nbytes <= LARGEST_CONSTANT:
+        yield Constant.of(value)
+    elif isinstance(value, tuple):
+        yield type(value), len(value)
+        for part in value:
+            yield from _of_value(part, seen)
+    elif isinstance(value, functools.partial):
+        yield from _of_value((value.func, *value.args, *value.keywords.items()), seen)
+    elif isinstance(value, types.MethodType):
+        yield from _of_value((value.__self__, value.__func__), seen)
+    elif isinstance(value, Mask) or _is_frozen(value):
+        yield from _of_class(type(value), seen)
+        for field in dataclasses.fields(value):  # type: ignore[arg-type]
+            yield from _of_value(getattr(value, field.name), seen)
+    elif _is_trusted(type(value)) and hasattr(value, "__wrapped__"):  # of jit, custom_jvp
+        yield _Same(value)
+        rule = getattr(value, "jvp", None)
+        yield from _of_value((getattr(value, "__wrapped__", None), rule), seen)
+    else:
+        raise ChangeableError(type(value).__name__)
+
+
+def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[Hashable]:
+    for cell in function.__closure__ or ():
+        yield from _of_value(cell.cell_contents, seen)
+    if _is_trusted(function):
+        return
+    yield from _of_value(function.__defaults__, seen)
+    for name in sorted(_names(function.__code__) & function.__globals__.keys()):
+        yield from _of_value(function.__globals__[name], seen)
+    for name, value in sorted((function.__kwdefaults__ or {}).items()):
+        yield from _of_value((name, value), seen)
+
+
+def _of_class(cls: type, seen: set[int]) -> Iterator[Hashable]:
+    """Yield what the calls of an instance refer to; its fields are yielded apart."""
+    yield cls
+    if not _is_trusted(cls):
+        yield from _of_value(cls.__call__, seen)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Return the names that a function may look up among globals."""
+    inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _is_trusted(thing: Any) -> bool:
+    return getattr(thing, "__module__", "").partition(".")[0] in _TRUSTED
+
+
+def _is_frozen(value: Any) -> bool:
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Same:
+    """What cannot change, by identity; it is held, so that nothing else gets its place."""
+
+    thing: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)

@@ -1,0 +1,216 @@
+"""Outside `jit`: equal calls share a program, and what changes is never taken from an old one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_jax import attend, bind, masks, normalizers, per_head, scores
+from attention_jax.implementations import programs
+
+T, H = 12, 4
+TILED = {"implementation": "tiled", "tile_sizes": (4, 4)}
+FACTOR = 1.0
+TABLE = jnp.ones((1,))
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
+
+
+X = normal(1, T, 2, H)
+WEIGHT = normal(H, H)
+
+
+@pytest.fixture
+def compiled():
+    """Count the programs that are compiled."""
+    names = []
+
+    def heard(name, _, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(heard)
+
+
+def additive():
+    return bind(
+        scores.additive, query_weight=WEIGHT, key_weight=WEIGHT, value=WEIGHT[0], bias=WEIGHT[1]
+    )
+
+
+CASES = {
+    "default": dict,
+    "causal": lambda: {"mask": masks.Causal()},
+    "window": lambda: {"mask": masks.Causal() & masks.Window(3, 0)},
+    "longformer": lambda: {"mask": masks.longformer(2, np.arange(T) < 2)},
+    "segments known late": lambda: {"mask": masks.Segment(jnp.arange(T) // 5)},
+    "additive": lambda: {"score": additive()},
+    "bilinear per head": lambda: {
+        "score": per_head(bind(scores.bilinear, weight=jnp.stack([WEIGHT, WEIGHT])))
+    },
+    "composed": lambda: {"score": scores.scaled(scores.projected(scores.dot, WEIGHT), 0.5)},
+    "sink": lambda: {"normalizer": bind(normalizers.softmax_with_sink, sink=0.5)},
+    "dropout": lambda: {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)},
+    "bias": lambda: {"bias": np.ones((T, T), np.float32)},
+}
+TRANSFORMED = {
+    "value": lambda f: f,
+    "gradient": jax.grad,
+    "value and gradient": jax.value_and_grad,
+    "tangent": lambda f: lambda x: jax.jvp(f, (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        pytest.param(name, how, marks=[pytest.mark.slow] * ((name, how) != ("causal", "gradient")))
+        for name in CASES
+        for how in TRANSFORMED
+    ],
+)
+def test_a_second_call_compiles_nothing(name, how, compiled):
+    def attended(x):
+        return jnp.sum(jnp.sin(attend(x, x, x, **TILED, **CASES[name]())))
+
+    programs._program.cache_clear()
+    first = TRANSFORMED[how](attended)(X)
+    assert compiled
+    compiled.clear()
+    again = TRANSFORMED[how](attended)(X)
+    assert not compiled
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_new_values_of_arrays_compile_nothing(compiled):
+    for step in range(3):
+        compiled.clear()
+        attend(
+            X + step,
+            X,
+            X,
+            score=bind(scores.bilinear, weight=step * WEIGHT),
+            mask=masks.Causal(jnp.int32(step)) & masks.Lengths(np.array([5 + step])),
+            **TILED,
+        )
+    assert not compiled
+
+
+@pytest.mark.slow
+def test_a_numpy_array_from_which_tiles_are_planned_is_read_anew():
+    ids = np.zeros(T, np.int32)
+    for same in (True, False):
+        ids[T // 2 :] = 0 if same else 1
+        dense = attend(X, X, X, mask=masks.Segment(ids.copy()).to_dense(T), implementation="dense")
+        found = attend(X, X, X, mask=masks.Segment(ids), **TILED)
+        np.testing.assert_allclose(found, dense, atol=1e-6)
+
+
+def times(factor):
+    return attend(X, X, X, score=scores.scaled(scores.dot, factor), **TILED)
+
+
+@pytest.mark.slow
+def test_a_global_that_a_score_names_may_change(monkeypatch):
+    def score(query, key):
+        return FACTOR * (query @ key.T)
+
+    for factor in (1.0, 2.0, 1.0):
+        monkeypatch.setitem(globals(), "FACTOR", factor)
+        np.testing.assert_allclose(attend(X, X, X, score=score, **TILED), times(factor), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_what_a_score_closes_over_may_change():
+    factors, factor = [1.0], 1.0
+
+    def of_list(query, key):
+        return factors[0] * (query @ key.T)
+
+    def of_variable(query, key):
+        return factor * (query @ key.T)
+
+    def of_default(query, key, *, scale=factors):
+        return scale[0] * (query @ key.T)
+
+    for factor in (1.0, 3.0, 1.0):
+        factors[0] = factor
+        for score in (of_list, of_variable, of_default):
+            np.testing.assert_allclose(
+                attend(X, X, X, score=score, **TILED), times(factor), atol=1e-6
+            )
+
+
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, query, key):
+        return self.factor * (query @ key.T)
+
+    def method(self, query, key):
+        return self(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    factor: float
+
+    def __call__(self, query, key):
+        return self.factor * (query @ key.T)
+
+
+@pytest.mark.slow
+def test_an_object_that_is_a_score_may_change():
+    score = Scaled(1.0)
+    for factor in (1.0, 3.0, 1.0):
+        score.factor = factor
+        for function in (score, score.method, functools.partial(score), lambda q, k: score(q, k)):
+            np.testing.assert_allclose(
+                attend(X, X, X, score=function, **TILED), times(factor), atol=1e-6
+            )
+
+
+@pytest.mark.slow
+def test_a_frozen_object_is_known_by_its_parts(compiled):
+    first = attend(X, X, X, score=Frozen(2.0), **TILED)
+    compiled.clear()
+    np.testing.assert_array_equal(attend(X, X, X, score=Frozen(2.0), **TILED), first)
+    assert not compiled
+    np.testing.assert_allclose(attend(X, X, X, score=Frozen(3.0), **TILED), times(3.0), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_array_that_a_function_closes_over_is_differentiated():
+    def loss(weight):
+        def score(query, key):
+            return (query * weight[None, :]) @ key.T
+
+        return jnp.sum(jnp.sin(attend(X, X, X, score=score, **TILED)))
+
+    for weight in (WEIGHT[0], WEIGHT[1], WEIGHT[0]):
+        np.testing.assert_allclose(jax.grad(loss)(weight), jax.jit(jax.grad(loss))(weight), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_mask_of_the_user_may_change_too():
+    limit = [0]
+    for limit[0] in (0, 3, 0):
+        found = attend(X, X, X, mask=lambda q_idx, kv_idx: q_idx - kv_idx >= limit[0], **TILED)
+        np.testing.assert_allclose(
+            found, attend(X, X, X, mask=masks.Causal(-limit[0]), **TILED), atol=1e-6
+        )
+
+
+def test_programs_are_forgotten():
+    """A score that is new at each call does not fill the memory."""
+    for _ in range(3):
+        attend(X, X, X, score=lambda query, key: query @ key.T, implementation="dense")
+    assert programs._program.cache_info().maxsize == programs.MOST_PROGRAMS
