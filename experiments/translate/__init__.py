@@ -1,1 +1,1 @@
-"""Train translators that differ in nothing but their attention score, and compare them."""
+"""Train translators that differ only in their attention score, and compare them."""

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: saved by Orbax, sealed by checksums, checked on load.
+"""Atomic checkpoints: saved by Orbax, sealed by checksums, verified on load.
 
-Orbax notices a missing file but not a flipped bit. The seal of a checkpoint lists the SHA-256 of
-its files and is written last, so that a checkpoint without one was never finished.
+Orbax detects a missing file but not a flipped bit. The seal of a checkpoint has the SHA-256 of
+its files and is written last: a checkpoint without a seal is unfinished.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from experiments.command_line import UsageError
 from experiments.translate.workdir import write_text
 
 _KEPT = 2
-# Without it Orbax finds nothing in a checkpoint.
+# Orbax cannot read a checkpoint without this file.
 _MANIFEST = "manifest.ocdbt"
 
 
@@ -37,17 +37,17 @@ class Checkpoints:
         return sorted((int(seal.stem) for seal in self.folder.glob("*.seal")), reverse=True)
 
     def save(self, step: int, state: Any) -> None:
-        """Save a pytree of arrays, and forget all but the last checkpoints up to this step.
+        """Save a pytree of arrays, and delete all but the last checkpoints up to this step.
 
-        Later ones belong to a training that was given up: they were found damaged.
+        Later ones were found damaged: training restarted from an earlier one.
 
         Raises:
-          UsageError: the disk is full, or not to be written to, or the checkpoint is not whole.
+          UsageError: the checkpoint cannot be written, or is incomplete.
         """
         path = self._path(step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._forget(step)
+            self._delete(step)
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(path, _named(state))
             if not (path / _MANIFEST).is_file():
@@ -55,7 +55,7 @@ class Checkpoints:
             write_text(self._seal(step), json.dumps(_checksums(path)))
             kept = [kept for kept in self.steps if kept <= step][:_KEPT]
             for other in set(self.steps) - set(kept):
-                self._forget(other)
+                self._delete(other)
         except (OSError, ValueError) as error:
             shutil.rmtree(path, ignore_errors=True)
             raise UsageError(
@@ -64,21 +64,21 @@ class Checkpoints:
             ) from None
 
     def restore(self, like: Any, *, tidy: bool = True) -> tuple[int, Any] | None:
-        """Load the last whole checkpoint; `damaged` then has a sentence for each one passed over.
+        """Load the last valid checkpoint; `damaged` gets a sentence for each one skipped.
 
         Args:
           like: a pytree of arrays, or of their shapes.
-          tidy: remove what was never finished; another process may be at work on it.
+          tidy: remove unfinished checkpoints; not while another process may be writing one.
         """
         if tidy:
-            self._forget_unsealed()
+            self._delete_unsealed()
         for step in self.steps:
             path = self._path(step)
             if path.is_dir() and _checksums(path) == self._sealed(step):
-                # What was sealed may still be none of this state, or of another version of Orbax.
+                # It may have another structure, or be from another version of Orbax.
                 with contextlib.suppress(KeyError, OSError, TypeError, ValueError):
                     return step, _loaded(path, like)
-            self.damaged.append(f"checkpoint {step} in {self.folder} is damaged: passed over.")
+            self.damaged.append(f"checkpoint {step} in {self.folder} is damaged: skipped.")
         return None
 
     def _path(self, step: int) -> Path:
@@ -93,12 +93,12 @@ class Checkpoints:
         except ValueError:
             return None
 
-    def _forget_unsealed(self) -> None:
+    def _delete_unsealed(self) -> None:
         for path in self.folder.glob("*"):
             if path.is_dir() and not path.with_name(f"{path.name}.seal").exists():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _forget(self, step: int) -> None:
+    def _delete(self, step: int) -> None:
         self._seal(step).unlink(missing_ok=True)
         shutil.rmtree(self._path(step), ignore_errors=True)
 

@@ -15,8 +15,8 @@ from experiments.translate import workdir
 from experiments.translate.config import Config
 
 _SUMMARY = """\
-Trains translators that differ in nothing but their attention score, several seeds of each at
-once, and writes a table, learning curves, alignments and a report of who won.
+Trains translators that differ only in their attention score, several seeds of each at once, and
+writes a table, learning curves, alignments and a report that compares them.
 
   python -m experiments.translate
   python -m experiments.translate --scores=additive,scaled_dot,dot,uniform,none --match_parameters
@@ -41,7 +41,7 @@ DEFINE: Mapping[typing.Any, Define] = {
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """Read a configuration from the arguments behind the program's name, and check it.
+    """Parse the arguments after the program's name into a configuration, and check it.
 
     Raises:
       UsageError: an unknown flag, or a value that cannot be used.
@@ -89,7 +89,7 @@ def help_text(
 def defined(
     fields: Sequence[dataclasses.Field], define: Mapping[typing.Any, Define] = DEFINE
 ) -> flags.FlagValues:
-    """Return flags for fields of `Config`, each defined as `define` says for its type."""
+    """Return absl flags for fields of `Config`; `define` has a function for each type."""
     values = flags.FlagValues()
     types = typing.get_type_hints(Config)
     for field in fields:

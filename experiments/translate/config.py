@@ -1,11 +1,12 @@
-"""What a run is: one frozen dataclass, whose fields are the flags of the command line.
+"""The configuration of a run: one frozen dataclass whose fields are the flags.
 
-Nothing here imports JAX, so that `--help` and a mistyped flag are answered at once.
+This module does not import JAX, so that `--help` and a mistyped flag are answered at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -33,16 +34,16 @@ SCORES = (
     "trilinear",
 )
 CONTROLS = ("uniform", "none")
-# Scores without two projections, one of the query and one of the key.
+# Scores that do not have one projection of the query and one of the key.
 _UNTIEABLE = ("bilinear", "concat", "location", "shared_projection")
 
-# What the configuration of a sweep has where its runs may differ.
+# Stands in the configuration of a sweep for fields in which its runs differ.
 SWEPT = "swept"
 
-# Groups of flags that a run does not depend on.
+# Groups of flags on which the results of a run do not depend.
 _NOT_OF_A_RUN = ("Output", "After training")
 
-# Flags that only some modes know.
+# Flags of some modes only.
 _MODES = {
     "split": ("evaluate",),
     "input": ("evaluate", "translate", "score"),
@@ -50,23 +51,23 @@ _MODES = {
     "translator": ("translate", "score"),
 }
 
-# Flags that only data in files know.
+# Flags of data in files only.
 _OF_FILES = ("source", "target", "min_count", "max_vocabulary", "lowercase")
 
-# Flags that only one architecture knows.
+# Flags of one architecture only.
 OF_MODEL = {
     "bigru": ("query", "bridge"),
     "transformer": ("heads", "layers", "positions"),
 }
 
-# Steps in a row from one bucket: with more, a translator forgets sentences of other lengths.
+# Consecutive steps on one bucket: with more, a translator forgets sentences of other lengths.
 _LONGEST_CHUNK = 5
-# Steps between two synchronisations with the host: more do not make training faster.
+# Steps between two synchronisations with the host: more are not faster.
 _LONGEST_ROUND = 25
 
 
 class Range(NamedTuple):
-    """The values a field may have, in words and as a predicate that NaN does not pass."""
+    """The values that a field may have: in words, and as a predicate that is False for NaN."""
 
     words: str
     contains: Callable[[Any], bool]
@@ -76,13 +77,13 @@ POSITIVE = Range("a whole number of at least 1", lambda x: x >= 1)
 NOT_NEGATIVE = Range("a finite number of at least 0", lambda x: 0 <= x < math.inf)
 ABOVE_ZERO = Range("a finite number above 0", lambda x: 0 < x < math.inf)
 BELOW_ONE = Range("a number in [0, 1)", lambda x: 0 <= x < 1)
-# Of sentences of a thousand words, the penalty of a larger one would be beyond float32.
+# With a larger exponent the length penalty of a thousand words overflows float32.
 UP_TO_TEN = Range("a number in [0, 10]", lambda x: 0 <= x <= 10)
 EVEN = Range("an even whole number of at least 2", lambda x: x >= 2 and x % 2 == 0)
 
 
 def one_of(*names: str) -> Range:
-    """Return the range of a field that names one of a few things."""
+    """Return the range of a field with one of a few values."""
     return Range(" or ".join(names), names.__contains__)
 
 
@@ -91,33 +92,17 @@ def _field(group: str, default: Any, help: str, range: Range | None = None) -> A
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _data(default: Any, help: str, range: Range | None = None) -> Any:
-    return _field("Data", default, help, range)
-
-
-def _model(default: Any, help: str, range: Range | None = None) -> Any:
-    return _field("Model", default, help, range)
-
-
-def _training(default: Any, help: str, range: Range | None = None) -> Any:
-    return _field("Training", default, help, range)
-
-
-def _decoding(default: Any, help: str, range: Range | None = None) -> Any:
-    return _field("Decoding", default, help, range)
-
-
-def _use(default: Any, help: str, range: Range | None = None) -> Any:
-    return _field("After training", default, help, range)
-
-
-def _output(default: Any, help: str, range: Range | None = None) -> Any:
-    return _field("Output", default, help, range)
+_data = functools.partial(_field, "Data")
+_model = functools.partial(_field, "Model")
+_training = functools.partial(_field, "Training")
+_decoding = functools.partial(_field, "Decoding")
+_output = functools.partial(_field, "Output")
+_use = functools.partial(_field, "After training")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that determines a run; equal configurations give equal results."""
+    """All flags of a run; equal configurations give equal results."""
 
     data: str = _data(
         "grammar",
@@ -139,13 +124,13 @@ class Config:
 
     scores: tuple[str, ...] = _model(
         ("additive", "scaled_dot"),
-        f"What is compared, in this order: {', '.join(SCORES)}; the controls uniform (the mean "
+        f"Scores to compare, in this order: {', '.join(SCORES)}; the controls uniform (the mean "
         "of the source) and none (no attention); or package.module.function, a score of your own.",
     )
     model: str = _model(
         "bigru",
         "bigru: a bidirectional GRU reads, a GRU with attention writes (Bahdanau). transformer: "
-        "encoder and decoder of --layers, the score in all attention; it wants a smaller "
+        "encoder and decoder of --layers, with the score in every attention; it needs a smaller "
         "--learning_rate, about 0.002.",
         one_of("bigru", "transformer"),
     )
@@ -153,15 +138,15 @@ class Config:
     layers: int = _model(2, "Layers of a Transformer on either side.", POSITIVE)
     positions: str = _model(
         "sinusoidal",
-        "How a Transformer knows the order of words: sinusoids, rotated queries and keys of words "
-        "of one side, or not at all (but for what the decoder's causal mask gives away).",
+        "Positions of a Transformer: sinusoids added to embeddings, rotary in self-attention, or "
+        "none (the decoder still has its causal mask).",
         one_of("sinusoidal", "rotary", "none"),
     )
     width: int = _model(64, "Size of embeddings, decoder state, source states, readout.", EVEN)
     attention_size: int | None = _model(
         None,
-        "Size that query and key are projected to, in a Transformer in each head; the width "
-        "unless given, or the width / heads.",
+        "Size of projected queries and keys, in a Transformer of each head; by default the width, "
+        "or the width / heads.",
         POSITIVE,
     )
     match_parameters: bool = _model(
@@ -169,13 +154,13 @@ class Config:
     )
     query: str = _model(
         "previous",
-        "Which state asks: the one before the step, whose cell then sees the context (Bahdanau), "
-        "or the current one, after it (Luong); the cell sees the context of the step before.",
+        "Decoder state that is the query: the previous one, before the cell sees the context "
+        "(Bahdanau), or the current one; the cell then sees the previous context (Luong).",
         one_of("previous", "current"),
     )
     bridge: str = _model(
         "dense",
-        "What the decoder begins with: a layer on the last states of the encoder, or zeros.",
+        "Initial state of the decoder: a layer on the last states of the encoder, or zeros.",
         one_of("dense", "zero"),
     )
     projections: str = _model(
@@ -184,7 +169,7 @@ class Config:
         one_of("untied", "tied"),
     )
     qk_norm: bool = _model(
-        False, "Bring the query and key that a score is asked about to unit mean square."
+        False, "Normalize the queries and keys of the score to unit mean square."
     )
     dropout: float = _model(0.0, "Share of embedding and readout features dropped.", BELOW_ONE)
 
@@ -203,8 +188,8 @@ class Config:
     )
     dtype: str = _training(
         "float32",
-        "What training computes in; parameters, losses and evaluation are in float32. bfloat16 is "
-        "for accelerators: a CPU is slower with it.",
+        "Type of computation in training; parameters, losses and evaluation are in float32. "
+        "bfloat16 is for accelerators: a CPU is slower with it.",
         one_of("float32", "bfloat16"),
     )
     evaluate_every: int = _training(
@@ -212,10 +197,10 @@ class Config:
     )
 
     beam_size: int = _decoding(
-        1, "Translations kept at a time of each sentence; 1 is greedy, as validation is.", POSITIVE
+        1, "Size of the beam; 1 decodes greedily, as validation does.", POSITIVE
     )
     length_penalty: float = _decoding(
-        0.6, "How much a beam makes up for length: log P / ((5 + length) / 6)^this.", UP_TO_TEN
+        0.6, "Exponent of a beam's length penalty: log P / ((5 + length) / 6)^this.", UP_TO_TEN
     )
 
     workdir: str = _output(
@@ -236,10 +221,10 @@ class Config:
         "", "File of sentences, or of pairs (.tsv), instead of standard input or --split."
     )
     alignments: str = _use(
-        "", "File to write the alignments of what is translated or scored to, Pharaoh's 0-0 1-2."
+        "", "File for the alignments of translated or scored sentences, in Pharaoh format: 0-0 1-2."
     )
     translator: int = _use(
-        0, "Which of the translators of the first score translates, by its seed.", NOT_NEGATIVE
+        0, "Seed of the translator that translates or scores, of the first score.", NOT_NEGATIVE
     )
 
     @property
@@ -249,17 +234,17 @@ class Config:
 
     @property
     def round(self) -> int:
-        """Steps in one call, after which the host waits: a divisor of every interval."""
+        """Steps in one call, between two synchronisations: a divisor of every interval."""
         return _largest_divisor(math.gcd(self.steps, self.evaluate_every), _LONGEST_ROUND)
 
     @property
     def key(self) -> str:
-        """Eight letters that two different runs do not share."""
+        """Eight hexadecimal digits that name the run."""
         return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All fields that results depend on, as JSON has them."""
+        """All fields that results depend on, with values as in JSON."""
         fields = {
             k: v for k, v in dataclasses.asdict(self).items() if group_of(k) not in _NOT_OF_A_RUN
         }
@@ -273,7 +258,7 @@ class Config:
         return Path("runs") / f"{named_after(self.data)}-{self.key}"
 
     def check(self) -> None:
-        """Refuse values that mean nothing.
+        """Refuse values that cannot be used.
 
         Raises:
           UsageError: one sentence with flag, value and what is needed.
@@ -305,12 +290,12 @@ class Config:
             if self.projections == "tied" and self.model == "bigru" and name in _UNTIEABLE:
                 raise UsageError(f"--projections=tied: {name} has no two projections to tie.")
             if self.qk_norm and name == "location":
-                raise UsageError("--qk_norm: location takes no notice of keys; leave it out.")
+                raise UsageError("--qk_norm: location does not depend on keys; leave it out.")
 
     def _check_data(self) -> None:
-        """Refuse flags that generated data do not know, by name.
+        """Refuse flags of data in files for generated data.
 
-        After training it is the folder of the run that says what its data are.
+        After training, the folder of the run has the data flags.
         """
         if self.mode != "train" or self.data not in GENERATED:
             return
@@ -321,7 +306,7 @@ class Config:
                 )
 
     def _check_model(self) -> None:
-        """Refuse flags that the architecture does not know, by name."""
+        """Refuse flags of the other architecture."""
         other = "bigru" if self.model == "transformer" else "transformer"
         for name in OF_MODEL[other]:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
@@ -330,8 +315,8 @@ class Config:
             return
         if "none" in self.scores:
             raise UsageError(
-                "--scores: none is for --model=bigru, whose decoder begins with what was read; a "
-                "Transformer sees the source through attention alone."
+                "--scores: none is for --model=bigru, whose decoder starts from the encoder's "
+                "state; a Transformer sees the source only through attention."
             )
         if self.width % self.heads:
             raise UsageError(f"--heads is {self.heads}, but a divisor of {self.width} is needed.")
@@ -343,13 +328,13 @@ class Config:
 
     @property
     def head_size(self) -> int:
-        """Depth of queries and keys: the attention size that is given, or its default."""
+        """Depth of projected queries and keys: --attention_size, or its default."""
         heads = self.heads if self.model == "transformer" else 1
         return self.attention_size or self.width // heads
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name may be that of something in a module."""
+    """Whether a name may be package.module.function."""
     return "." in name and all(part.isidentifier() for part in name.split("."))
 
 
@@ -358,7 +343,7 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def named_after(data: str) -> str:
-    """Return what the folder of a run on these data is called, without what stands for names.
+    """Return the first part of the folder name of a run, without glob characters.
 
     >>> named_after("corpora/news[1].tsv")
     'news_1_'
@@ -367,5 +352,5 @@ def named_after(data: str) -> str:
 
 
 def group_of(name: str) -> str:
-    """Return the heading that the help text lists a field under."""
+    """Return the heading of a field in the help text."""
     return Config.__dataclass_fields__[name].metadata["group"]

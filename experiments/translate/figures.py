@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves with bands, and alignments beside the gold ones."""
+"""Figures of a run: learning curves with bands, and attention weights with gold alignments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from experiments.data.corpus import Links, parse_alignment
 from experiments.significance import interval
 from experiments.translate.workdir import Record
 
-# Okabe and Ito's colours, which those who are colour-blind can tell apart; no yellow on white.
+# The colour-blind-safe palette of Okabe and Ito, without yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GOLD = "#D55E00"
 _END = "<eos>"
@@ -35,13 +35,13 @@ _STYLE = {
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
 }
-_ACROSS = 4
-# Validations up to which each is a point with a bar.
-_FEW = 6
+_MAX_COLUMNS = 4
+# Up to so many validations, each is drawn as a point with a bar.
+_MAX_POINTS = 6
 
 
 def style() -> AbstractContextManager[Any]:
-    """Fonts, spines and grid of all programs' pictures."""
+    """Return the style of all programs' figures."""
     return mpl.rc_context(cast("Any", _STYLE))
 
 
@@ -90,16 +90,16 @@ def learning_curves(log: Mapping[str, Sequence[Record]]) -> Figure:
 
 
 def alignments(scores: Sequence[str], panels: Sequence[Record]) -> Figure:
-    """Draw the weights with which each mechanism reads one reference, beside the gold links."""
+    """Draw the weights of each mechanism for one reference, next to the gold alignment."""
     source = [*panels[0]["source"], _END]
     target = [*panels[0]["target"], _END]
     gold = panels[0]["gold"]
     links = None if gold is None else parse_alignment(gold, len(source), len(target))
     titles = list(scores) if links is None else ["gold", *scores]
-    across = min(_ACROSS, len(titles))
+    across = min(_MAX_COLUMNS, len(titles))
     down = -(-len(titles) // across)
     width, height = 0.26 * len(source) + 0.3, 0.26 * len(target) + 0.5
-    # Room for the longest words: targets stand beside the panels, sources below them.
+    # Room for the longest words: targets left of the panels, sources below them.
     beside, below = (0.4 + 0.08 * max(map(len, words)) for words in (target, source))
     size = across * width + max(1.2, beside), down * height + max(0.9, below)
     figure = Figure(figsize=size, layout="constrained")
@@ -117,11 +117,11 @@ def alignments(scores: Sequence[str], panels: Sequence[Record]) -> Figure:
 
 
 def _curve(axes: Axes, validated: Sequence[Record], name: str, label: str, color: str) -> None:
-    """Draw means with a band, and where these are too few to make a line, points and bars."""
+    """Draw means with a band, or few of them as points with bars."""
     found = [interval(record[name]) for record in validated]
     steps = [record["step"] for record in validated]
     means, low, high = (np.array([getattr(i, of) for i in found]) for of in ("mean", "low", "high"))
-    if len(steps) > _FEW:
+    if len(steps) > _MAX_POINTS:
         axes.plot(steps, means, label=label, color=color, linewidth=1.8)
         axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
         return

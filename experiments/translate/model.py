@@ -1,8 +1,7 @@
 """RNNsearch: a bidirectional GRU reads the source, a GRU with attention writes the target.
 
-Bahdanau, Cho and Bengio 2015, appendix A, with the score of the attention left open. Where the
-paper leaves a choice or later practice has improved on it: the decoder begins from the last
-state of both directions, and the readout sees the new state.
+Bahdanau, Cho and Bengio 2015, appendix A, with any score. Two differences from the paper: the
+decoder starts from the last states of both directions, and the readout sees the new state.
 
 Batches come as [B, S] and [B, T]; inside, arrays are time-major, [S, B, ...] and [T, B, ...],
 the order in which the recurrences visit them. What does not depend on a recurrence is computed
@@ -30,12 +29,22 @@ Graph = Any
 
 
 class Sizes(NamedTuple):
-    """What the structure of a translator follows from, beside its score: sizes and switches.
+    """The sizes and switches that, with a score, determine the structure of a translator.
 
-    `model` is the architecture: `bigru` is the one of this file, `transformer` the one that
-    `heads`, `layers` and `positions` belong to. `query` says whether the previous or the current
-    state asks, `bridge` whether decoding begins with a layer on what the encoder ends with or
-    with zeros; `tied` and `normed` are those of `mechanisms.score_of`.
+    Attributes:
+      source_words: of the source vocabulary.
+      target_words: of the target vocabulary.
+      width: of embeddings, decoder state and annotations.
+      attention_size: of projected queries and keys, in a Transformer of each head.
+      readout_size: of the maxout layer; in a Transformer of the feed-forward layers.
+      query: `previous` or `current`, the decoder state that is the query.
+      bridge: `dense` or `zero`, the initial state of the decoder.
+      tied: see `mechanisms.score_of`.
+      normed: see `mechanisms.score_of`.
+      model: `bigru`, this file, or `transformer`.
+      heads: of a Transformer.
+      layers: of a Transformer.
+      positions: of a Transformer.
     """
 
     source_words: int
@@ -54,14 +63,16 @@ class Sizes(NamedTuple):
 
 
 Carry = tuple[Array, ...]
-"""What one step hands to the next: the state [B, D]; where the current state asks, also the
-context [B, C]."""
+"""The decoder's state [B, D]; where the current state is the query, also the context [B, C]."""
 
 
 class Memory(NamedTuple):
-    """A source that has been read: what attention asks, and what decoding begins with.
+    """An encoded source.
 
-    `mask` [B, S] is True for tokens.
+    Attributes:
+      source: prepared keys and values; None without attention.
+      mask: [B, S], True for tokens.
+      carry: of the first decoding step.
     """
 
     source: Source | None
@@ -70,9 +81,9 @@ class Memory(NamedTuple):
 
 
 def rows_at(x: Array, where: Array | None) -> Array:
-    """Return the rows [n, D] of x [T, B, D] at indices [n] of T x B; all of x where that is None.
+    """Return the rows [n, D] of x [T, B, D] at indices [n] in T x B, or x if these are None.
 
-    An index behind the end gives the last row.
+    An index past the end gives the last row.
     """
     if where is None:
         return x
@@ -83,16 +94,16 @@ def rows_at(x: Array, where: Array | None) -> Array:
 def gated(state: Array, inputs: Array, share: Array) -> Array:
     """Step a GRU whose gate inputs are known: h' = z h + (1 - z) tanh(n + r m).
 
-    Cho et al. 2014, equations 5 to 8, but with the reset gate r behind the product of state and
-    matrix, so that one product serves three gates.
+    Cho et al. 2014, equations 5 to 8, but the reset gate r is applied after the product of state
+    and matrix, so that all three gates share one product.
 
     Args:
       state: h, [..., D].
-      inputs: what the input adds to n, r and z, in this order, [..., 3 D].
-      share: what the state adds to r, z and m, in this order, [..., 3 D].
+      inputs: contributions of the input to n, r and z, in this order, [..., 3 D].
+      share: contributions of the state to r, z and m, in this order, [..., 3 D].
     """
     depth = state.shape[-1]
-    # Of `split` the backward pass is one concatenation; of slices, a sum of padded arrays.
+    # The backward pass of `split` is one concatenation; that of slices sums padded arrays.
     candidate, inputs = jnp.split(inputs, [depth], axis=-1)
     share, memory = jnp.split(share, [2 * depth], axis=-1)
     reset, update = jnp.split(jax.nn.sigmoid(inputs + share), 2, axis=-1)
@@ -107,10 +118,10 @@ def orthogonal_gates(rng: Array, shape: tuple[int, ...], dtype: Any = jnp.float3
 
 
 def keeping_products(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the backward pass keep the matrix products of a step, and compute the rest again.
+    """Save the matrix products of a step for the backward pass, and recompute the rest.
 
-    All that lies between two states is larger than what keeping it would save: the pairs of a
-    state with every word, above all.
+    The other intermediate values, above all the pairs of a state with every word, are large and
+    cheap to compute.
     """
     return jax.checkpoint(step, policy=jax.checkpoint_policies.dots_saveable)
 
@@ -157,10 +168,10 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A GRU with attention, asked with the previous state (appendix A.2.2) or the current one.
+    """A GRU with attention, whose query is the previous (appendix A.2.2) or the current state.
 
-    With the current state (Luong, Pham and Manning 2015, section 3) the context comes too late
-    for the step: the cell sees that of the step before, so that both have the same parameters.
+    With the current state (Luong, Pham and Manning 2015, section 3) the cell sees the context of
+    the previous step, so that both variants have the same parameters.
     """
 
     def __init__(self, score: str, sizes: Sizes, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -170,7 +181,7 @@ class Decoder(nnx.Module):
         self.inputs = nnx.Linear(width, 3 * width, rngs=rngs)
         self.recurrent = nnx.Param(orthogonal_gates(rngs.params(), (width, 3 * width)))
         self.bias = nnx.Param(jnp.zeros(3 * width))
-        self.asks_current = sizes.query == "current" and score != "none"
+        self.query_is_current = sizes.query == "current" and score != "none"
         if score == "none":
             self.attention = self.context = None
         else:
@@ -183,10 +194,10 @@ class Decoder(nnx.Module):
         self.output = nnx.Linear(sizes.readout_size, sizes.target_words, rngs=rngs)
 
     def remember(self, annotations: Array, last: Array, mask: Array) -> Memory:
-        """Do once per source what all steps share."""
+        """Compute once per source what all steps share."""
         source = self.attention and self.attention.keys(annotations)
         state = jnp.zeros_like(last) if self.bridge is None else jnp.tanh(self.bridge(last))
-        context = (jnp.zeros_like(annotations[:, 0]),) if self.asks_current else ()
+        context = (jnp.zeros_like(annotations[:, 0]),) if self.query_is_current else ()
         return Memory(source, mask, (state, *context))
 
     def step(self, carry: Carry, gates: Array, memory: Memory) -> tuple[Carry, Array, Array]:
@@ -196,7 +207,7 @@ class Decoder(nnx.Module):
         if self.attention is None or self.context is None or memory.source is None:
             weights = jnp.zeros(memory.mask.shape, state.dtype)
             return (gated(state, gates, share),), state[:, :0], weights
-        if self.asks_current:
+        if self.query_is_current:
             state = gated(state, gates + self.context(*last_context), share)
             context, weights = self.attention(state, memory.source, memory.mask)
             return (state, context), context, weights
@@ -204,11 +215,11 @@ class Decoder(nnx.Module):
         return (gated(state, gates + self.context(context), share),), context, weights
 
     def logits(self, state: Array, context: Array, embedded: Array) -> Array:
-        """Read words out of states, contexts and previous words by a layer of maxout units."""
+        """Return logits from states, contexts and previous words through a maxout layer."""
         return self.output(self.read(state, context, embedded))
 
     def read(self, state: Array, context: Array, embedded: Array) -> Array:
-        """Return the maxout units, the larger of two linear maps each."""
+        """Return maxout units, each the larger of two linear maps."""
         units = self.readout(jnp.concatenate([state, context, embedded], axis=-1))
         return jnp.maximum(*jnp.split(units, 2, axis=-1))
 
@@ -250,9 +261,9 @@ class Translator(nnx.Module):
         dropout_rng: Array | None = None,
         where: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Return logits [T, B, W] and weights [T, B, S], each target word given those before it.
+        """Return logits [T, B, W] and weights [T, B, S] of each target word, given those before it.
 
-        With indices `where` [n] of T x B, logits of these words alone: [n, W].
+        With indices `where` [n] in T x B, return the logits of these words only, [n, W].
         """
         memory = self.encode(source, dropout_rng)
         begin = jnp.full_like(target[:, :1], BOS)
@@ -270,7 +281,7 @@ class Translator(nnx.Module):
         return self.decoder.output(units), weights
 
     def start(self, memory: Memory, longest: int) -> Carry:
-        """Return what the first step is handed: arrays with a leading axis B."""
+        """Return the carry of the first step: arrays with a leading axis B."""
         del longest
         return memory.carry
 
@@ -289,9 +300,9 @@ class Translator(nnx.Module):
         positions: tuple[int, ...] | None = None,
         where: Array | None = None,
     ) -> Array:
-        """Drop features of x, which may be the rows `where` of many `positions`.
+        """Apply dropout to x, which may be the rows `where` of many `positions`.
 
-        Drawn for all positions, so that what is dropped does not depend on which are asked for.
+        The mask is drawn for all positions, so that it does not depend on `where`.
         """
         if rng is None or self.dropout.rate == 0:
             return x

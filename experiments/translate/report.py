@@ -1,4 +1,4 @@
-"""report.html: everything about a run in one file that needs nothing else to be read."""
+"""report.html: a whole run in one self-contained file."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ _BODY = Template("""<p class="lead">$lead</p>
 <p class="soft">$legend</p>
 $comparison
 
-<h2>How fast each one gets there</h2>
+<h2>Learning curves</h2>
 <figure><img alt="Learning curves" src="$curves">
 <figcaption>On the validation set. $bands</figcaption></figure>
 
-<h2>Where they look</h2>
-<p class="soft">Each row is a word of the reference, which the translator of seed 0 is made to
-write; each column a word of the source. The darker, the more of the attention (from 0, white, to
-1, dark blue) lies there while the word is chosen. &lt;eos&gt; is the end of the sentence.$gold</p>
+<h2>Alignments</h2>
+<p class="soft">Attention weights of the translator of seed 0 while it reads the reference: rows are
+target words, columns source words, from 0 (white) to 1 (dark blue). &lt;eos&gt; is the end of the
+sentence.$gold</p>
 $alignments
 
-<h2>What they say</h2>
-<p class="soft">The first sentences of the test set, not chosen; translations of seed 0, with the
-words marked that are not the reference's.</p>
+<h2>Translations</h2>
+<p class="soft">The first sentences of the test set; translations of seed 0, with words marked that
+differ from the reference.</p>
 <div class="scroll">$translations</div>
 
 $extra
 
-<h2>The data</h2>
+<h2>Data</h2>
 <p>$data</p>
 $notices
 
-<h2>How to get this again</h2>
+<h2>Reproduce</h2>
 <pre>$command</pre>
 $settings""")
 
@@ -53,10 +53,10 @@ _EXTRA = (
     ("chrf", "chrF", 1),
     ("alignment_error", "AER %", 1),
 )
-_LONG = "Sentences that are longer than any in training."
+_LONG = "Sentences longer than any in training."
 _GOLD = (
-    " Frames are gold links: a translator would be right to look there (dotted: possible, not "
-    "required). Of the sentences of readable length these change the order of words most."
+    " Frames are gold links (dotted: possible links). These are the sentences of readable length "
+    "with the most reordering."
 )
 
 
@@ -88,8 +88,8 @@ def write(
         extra=_extra(results),
         command=escape(command(config)),
         data=escape(
-            f"{data['name']}: {_counted(data['pairs'])} pairs; {data['source_words']:,} words of "
-            f"the source language and {data['target_words']:,} of the target language are known."
+            f"{data['name']}: {_counted(data['pairs'])} pairs; {data['source_words']:,} source "
+            f"and {data['target_words']:,} target words in the vocabularies."
         ),
         notices="".join(f"<p class='soft'>{escape(n)}</p>" for n in data["notices"]),
         settings=pages.settings({**_settings(config), **results["environment"]}),
@@ -112,7 +112,7 @@ def command(config: Record, program: str = "experiments.translate") -> str:
 
 
 def _settings(config: Record) -> Record:
-    """Return the fields that the architecture of a run knows."""
+    """Return the fields of a run without those of the other architecture."""
     unknown = {
         name for model, names in OF_MODEL.items() if model != config["model"] for name in names
     }
@@ -122,17 +122,17 @@ def _settings(config: Record) -> Record:
 def _subject(scores: Sequence[str]) -> str:
     if len(scores) == 1:
         return f"A translator {'without' if scores[0] == 'none' else 'with'} attention"
-    return "Translators that differ in nothing but the score of their attention"
+    return "Translators that differ only in the score of their attention"
 
 
 def _legend(results: Record) -> str:
-    """Say what the columns of the result are, those that are there."""
+    """Explain the columns of the result."""
     names = {name for name, _, _ in table.columns(results)}
     parts = [
         f"Test set of {results['data']['pairs']['test']:,} pairs, {table.decoding(results)}.",
         f"{table.over_seeds(results)}.",
         "Valid loss is the cross-entropy of a token of the validation set, in nats.",
-        "Exact match counts the sentences that are right in every word.",
+        "Exact match is the share of sentences with every word right.",
     ]
     if "alignment_error" in names:
         parts.append(
@@ -174,7 +174,7 @@ def _result_table(results: Record) -> str:
 
 
 def _translations(outcomes: Sequence[Record]) -> str:
-    """The first sentences of the test set, not chosen, with the words that went wrong marked."""
+    """Return a table of the first test sentences, with wrong words marked."""
     parts = []
     for samples in zip(*(outcome["samples"] for outcome in outcomes), strict=True):
         target = samples[0]["target"]
@@ -189,7 +189,7 @@ def _translations(outcomes: Sequence[Record]) -> str:
 
 
 def _marked(words: Sequence[str], reference: Sequence[str]) -> str:
-    """Words as HTML, those that are not of the reference in a mark."""
+    """Return words as HTML, those that differ from the reference marked."""
     matcher = difflib.SequenceMatcher(a=reference, b=words, autojunk=False)
     right = {b + n for _, b, size in matcher.get_matching_blocks() for n in range(size)}
     return " ".join(
@@ -199,7 +199,7 @@ def _marked(words: Sequence[str], reference: Sequence[str]) -> str:
 
 
 def _extra(results: Record) -> str:
-    """A table for each further test set, such as sentences longer than any in training."""
+    """Return a table for each further test set, such as sentences longer than any in training."""
     parts = []
     for name in results["mechanisms"][0]["extra"]:
         rows = []

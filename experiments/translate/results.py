@@ -154,7 +154,7 @@ def signatures(lowercase: bool, at_spaces: bool) -> dict[str, str]:
 
     Args:
       lowercase: as the run has it.
-      at_spaces: of its corpus, whose words then are as they were written.
+      at_spaces: whether its corpus was split at spaces only, and so not lower-cased.
     """
     return metrics.signatures(lowercased=lowercase and not at_spaces)
 

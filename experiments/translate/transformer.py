@@ -1,7 +1,7 @@
-"""The Transformer as a translator: the library's encoder-decoder with the score left open.
+"""The Transformer as a translator: the library's encoder-decoder with any score.
 
-Vaswani et al. 2017, with norms first (Xiong et al. 2020). All three kinds of attention have the
-score: among source words, among target words, and of target words to the source.
+Vaswani et al. 2017, with norms first (Xiong et al. 2020). The score is used in the self-attention
+of encoder and decoder and in cross-attention.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Array = jax.Array
 
 
 class Memory(NamedTuple):
-    """A source that has been read: its keys and values for every layer, and its lengths [B]."""
+    """An encoded source: its keys and values for every layer, and its lengths [B]."""
 
     projected: list[Projected]
     lengths: Array
 
 
 def nowhere(positions: Array) -> Array:
-    """Add nothing to say where a token stands."""
+    """Add no positions: zeros [S, 1]."""
     return jnp.zeros((positions.shape[-1], 1))
 
 
@@ -43,7 +43,7 @@ class TransformerTranslator(nnx.Module):
       score: a name of `mechanisms.score_of_head`.
       sizes: of vocabularies and layers; `attention_size` is the depth of queries and keys in a
         head, `readout_size` that of the feed-forward layers.
-      dropout: of embeddings, of attention weights and of what each sublayer adds.
+      dropout: of embeddings, attention weights and the output of each sublayer.
       dtype: of the computation.
       rngs: the stream `params` draws the parameters.
     """
@@ -99,12 +99,12 @@ class TransformerTranslator(nnx.Module):
         dropout_rng: Array | None = None,
         where: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Return logits [T, B, W] and weights [T, B, S], each target word given those before it.
+        """Return logits [T, B, W] and weights [T, B, S] of each target word, given those before it.
 
-        With indices `where` [n] of T x B, logits of these words alone: [n, W].
+        With indices `where` [n] in T x B, return the logits of these words only, [n, W].
 
-        The weights are the mean of all heads of the last layer but one, whose heads come nearest
-        to an alignment (Garg et al. 2019, section 4.1).
+        The weights are the mean over heads of the last layer but one, which is closest to an
+        alignment (Garg et al. 2019, section 4.1).
         """
         self._drop_by(dropout_rng)
         begin = jnp.full_like(target[:, :1], BOS)
@@ -121,7 +121,7 @@ class TransformerTranslator(nnx.Module):
         return self.model.target.attend(written), looked.swapaxes(0, 1)
 
     def start(self, memory: Memory, longest: int) -> Any:
-        """Return what the first step is handed: arrays with a leading axis B."""
+        """Return the carry of the first step: arrays with a leading axis B."""
         return self.model.init_cache(len(memory.lengths), longest, ragged=True)
 
     def step(self, memory: Memory, carry: Any, previous: Array) -> tuple[Any, Array]:

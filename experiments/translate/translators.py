@@ -1,4 +1,4 @@
-"""The trained translators of one score: load them, ask them, and converse with them."""
+"""The trained translators of one score: load them, translate sentences, converse."""
 
 from __future__ import annotations
 
@@ -78,45 +78,45 @@ class Translators(NamedTuple):
         for limit in sorted(set(limits)):
             numbers = [number for number, own in enumerate(limits) if own == limit]
             pairs = [Pair(sentences[number], ()) for number in numbers]
-            of_seeds = self.asked(evaluate.translations, pairs, limit)
+            of_seeds = self.evaluated(evaluate.translations, pairs, limit)
             for number, words in zip(numbers, of_seeds[0], strict=True):
                 found[number] = words
         return found
 
     def weights(self, pairs: Sequence[Pair]) -> list[Weights]:
         """Return the weights [T, S] with which the first translator reads pairs, EOS included."""
-        return self.asked(evaluate.attended, pairs)[1]
+        return self.evaluated(evaluate.attended, pairs)[1]
 
     def log_probabilities(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Return the log-probability of each target to the first translator."""
-        return self.asked(evaluate.log_probabilities, pairs)[0]
+        return self.evaluated(evaluate.log_probabilities, pairs)[0]
 
-    def asked(
+    def evaluated(
         self,
-        ask: Callable[[Trained, Examples], Found],
+        measure: Callable[[Trained, Examples], Found],
         pairs: Sequence[Pair],
         longest: int | None = None,
     ) -> Found:
-        """Return what `ask` finds for pairs of sentences.
+        """Return `measure` of the translators on pairs of sentences.
 
         Translations are cut off after `longest` words, or as in training.
 
         Raises:
-          UsageError: the score cannot take the longest of them.
+          UsageError: the longest sentence is too long for the score.
         """
         trained = Trained(
             self.parameters, self.programs(longest or self.tokenizer.longest, len(pairs))
         )
         try:
-            return ask(trained, self._examples(pairs, trained, _MULTIPLE))
+            return measure(trained, self._examples(pairs, trained, _MULTIPLE))
         except ShapeError:
             pass  # The score may take the sentences, but not as much padding.
         try:
-            return ask(trained, self._examples(pairs, trained, 1))
+            return measure(trained, self._examples(pairs, trained, 1))
         except ShapeError as error:
             words = max(len(pair.source) for pair in pairs)
             raise UsageError(
-                f"{self.score} does not reach over a sentence of {words} words: "
+                f"{self.score} cannot take a sentence of {words} words: "
                 f"{reason(error)}; leave it out, or train with a larger --attention_size."
             ) from None
 
@@ -125,13 +125,13 @@ class Translators(NamedTuple):
         size = trained.programs.batch_size
         return bucketed({"input": pairs}, corpus, size, multiple)["input"]
 
-    def only(self, seed: int) -> Translators:
+    def of_seed(self, seed: int) -> Translators:
         """Return the translator of one seed alone."""
         return self._replace(parameters=jax.tree.map(lambda x: x[seed][None], self.parameters))
 
 
 def load(score: str, config: Config) -> Translators:
-    """Load the translators of a score from the last good checkpoint of a run.
+    """Load the translators of a score from the last valid checkpoint of a run.
 
     Raises:
       UsageError: there is none.

@@ -1,4 +1,4 @@
-"""Use a trained run: evaluate its last good checkpoint, translate with it, score with it."""
+"""The modes of a trained run: evaluate its last valid checkpoint, translate, score."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from experiments.translate.translators import Translators, converse, load, tell,
 from experiments.translate.workdir import Record, unfinished_of, write_text
 
 _STDIN = "standard input"
-# Characters of an input file's name that the name of its evaluation begins with.
+# Characters of an input file's name in the name of its evaluation.
 _PREFIX = 40
 
 
 def use(config: Config) -> None:
-    """Do what a mode other than training asks for.
+    """Run the mode of a configuration that is not training.
 
     Raises:
       UsageError: the run, its checkpoints or the input cannot be used.
@@ -52,7 +52,7 @@ def _evaluate(config: Config) -> None:
         name, pairs = _pairs_of_split(config)
     records = []
     for translators in loaded:
-        found = translators.asked(functools.partial(evaluate, translators.score), pairs)
+        found = translators.evaluated(functools.partial(evaluate, translators.score), pairs)
         records.append({"score": translators.score, "step": translators.step, **found.measured})
     tokenizer = loaded[0].tokenizer
     signatures = results.signatures(tokenizer.lowercase, tokenizer.at_spaces)
@@ -61,14 +61,14 @@ def _evaluate(config: Config) -> None:
 
 
 def report_evaluation(config: Config, about: Record, records: Sequence[Record]) -> Path:
-    """Print what was measured of each score, write it as JSON, and return its path.
+    """Print the metrics of each score, write them as JSON, and return its path.
 
-    The file keeps what was measured before of the run's other scores.
+    The file keeps earlier evaluations of the run's other scores.
 
     Args:
       config: of the run.
       about: name of the set, number of pairs, signatures of the metrics.
-      records: of each score what was measured.
+      records: for each score its name, step and metrics.
     """
     names = [name for name, _, _ in table.EVALUATION_COLUMNS]
     rows = [
@@ -86,7 +86,7 @@ def report_evaluation(config: Config, about: Record, records: Sequence[Record]) 
 
 
 def _other_rows(path: Path, scores: Sequence[str]) -> list[Record]:
-    """Return what an evaluation before this one found of other scores."""
+    """Return the rows of other scores from an earlier evaluation."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["scores"]
         return [row for row in rows if row["score"] not in scores]
@@ -95,14 +95,14 @@ def _other_rows(path: Path, scores: Sequence[str]) -> list[Record]:
 
 
 def _decoding(config: Config) -> str:
-    """Return the part of a file's name that tells decodings apart."""
+    """Return the part of a file's name that names the decoding."""
     if config.beam_size == 1:
         return ""
     return f"-beam{config.beam_size}-penalty{config.length_penalty:g}"
 
 
 def _translate(config: Config) -> None:
-    translators = load(config.scores[0], config).only(config.translator)
+    translators = load(config.scores[0], config).of_seed(config.translator)
     if not config.input and sys.stdin.isatty():
         converse(translators, sys.stdin, sys.stdout)
         return
@@ -117,11 +117,11 @@ def _translate(config: Config) -> None:
         found[number] = words
     for words in found:
         show(translators.tokenizer.text(words))
-    _write_alignments(translators, [Pair(*both) for both in zip(sentences, found, strict=True)])
+    _save_links(translators, [Pair(*both) for both in zip(sentences, found, strict=True)])
 
 
 def _score(config: Config) -> None:
-    translators = load(config.scores[0], config).only(config.translator)
+    translators = load(config.scores[0], config).of_seed(config.translator)
     pairs = []
     for number, line in enumerate(lines := _lines(config), 1):
         source, tab, target = line.partition("\t")
@@ -138,7 +138,7 @@ def _score(config: Config) -> None:
     _tell_unknown(translators.tokenizer, [(pair.source, pair.target) for pair in pairs])
     for value in translators.log_probabilities(pairs):
         show(f"{value:.4f}")
-    _write_alignments(translators, pairs)
+    _save_links(translators, pairs)
 
 
 def _lines(config: Config) -> list[str]:
@@ -160,16 +160,16 @@ def _pairs_of_file(config: Config, tokenizer: Tokenizer) -> tuple[str, Sequence[
     reader = Reader(config.source, config.target, tokenizer.lowercase, tokenizer.at_spaces)
     path = Path(config.input)
     if not path.is_file():
-        raise UsageError(f"--input {path} is no file; give a table of pairs, source<TAB>target.")
+        raise UsageError(f"--input {path} is not a file; give a table of pairs, source<TAB>target.")
     splits, _ = reader.read_splits(str(path))
     for notice in reader.notices:
         tell(notice)
-    # Files of one name in two folders are two sets.
+    # The hash distinguishes files of the same name in other folders.
     return f"input-{path.stem[:_PREFIX]}-{reader.files[str(path)][:8]}", splits["train"]
 
 
 def _tell_unknown(tokenizer: Tokenizer, sentences: Sequence[tuple[Words, Words]]) -> None:
-    """Name the words that will be read as <unk>, line by line."""
+    """Print the words that are not in the vocabularies, line by line."""
     sides = ("source", tokenizer.source), ("target", tokenizer.target)
     for number, sentence in enumerate(sentences, 1):
         found = {
@@ -181,8 +181,8 @@ def _tell_unknown(tokenizer: Tokenizer, sentences: Sequence[tuple[Words, Words]]
             tell(f"line {number}: read as <unk>: {said}")
 
 
-def _write_alignments(translators: Translators, pairs: Sequence[Pair]) -> None:
-    """Write for each line the links that attention shows, counted in words from 0."""
+def _save_links(translators: Translators, pairs: Sequence[Pair]) -> None:
+    """Write the alignment of each line, counted in words from 0, to the file of --alignments."""
     if not translators.config.alignments:
         return
     full = [number for number, pair in enumerate(pairs) if pair.source and pair.target]

@@ -24,7 +24,7 @@ Record = dict[str, Any]
 # validation.
 ROUND, VALIDATION = "tokens", "exact_match"
 
-# What a run that was killed at once leaves behind.
+# The files of a run that was killed while it started.
 _FIRST = (".lock", "config.json.unfinished")
 
 # Orbax takes a path with these for a glob pattern.
@@ -95,7 +95,7 @@ def check(owner: Owner) -> None:
     if not folder.is_dir():
         raise UsageError(f"--workdir {folder} is a file, not a folder; {hint}")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--workdir {folder} is not to be written to; {hint}")
+        raise UsageError(f"--workdir {folder} is not writable; {hint}")
     path = folder / "config.json"
     if not path.exists():
         if any(file.name not in _FIRST for file in folder.iterdir()):
@@ -174,7 +174,7 @@ def _stored_config(folder: Path) -> dict[str, Any]:
     held = read_json(path, folder, _LOST).get("config")
     if isinstance(held, dict) and held.get("scores") == SWEPT:
         raise UsageError(
-            f"--workdir {folder} holds a sweep, which is no run; give one of the folders in "
+            f"--workdir {folder} holds a sweep, not a run; give one of the folders in "
             f"{folder / 'runs'}."
         )
     if not isinstance(held, dict) or not isinstance(held.get("scores"), list):
@@ -274,10 +274,10 @@ class Log:
         self.path = path
 
     def records(self, score: str) -> list[Record]:
-        """Return the records of one mechanism, without a last line that was cut off.
+        """Return the records of one mechanism; an incomplete last line is ignored.
 
         Raises:
-          UsageError: another line is no record.
+          UsageError: another line is damaged.
         """
         return [record for record in self._all() if record["score"] == score]
 
@@ -307,7 +307,7 @@ class Log:
         """Drop the records of one mechanism after a step, which will be written again.
 
         Raises:
-          UsageError: a line but the last is no record.
+          UsageError: a line other than the last is damaged.
         """
         kept = [r for r in self._all() if r["score"] != score or r["step"] <= step]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -1,1 +1,1 @@
-"""Sweeps: translators trained at every combination of listed values, as one job that resumes."""
+"""Sweeps: train translators at every combination of listed values, as one resumable job."""

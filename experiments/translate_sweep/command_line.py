@@ -15,7 +15,7 @@ from experiments.translate_sweep.config import LISTED, Sweep
 
 _SUMMARY = f"""\
 Trains translators at every combination of the values listed, chooses the learning rate of each
-score by its validation loss, and says which scores differ and where, and what cannot be said.
+score by its validation loss, and concludes which scores differ and where.
 
   python -m experiments.translate_sweep --scores=additive,scaled_dot,dot \\
       --attention_size=2,8,32,128,512 --learning_rate=0.003,0.01,0.03 --seeds=10
@@ -24,16 +24,16 @@ These take a list: scores, {", ".join(LISTED[:5])},
 {", ".join(LISTED[5:])}.
 
 The same command again resumes an interrupted sweep; with values or scores added to its lists, it
-trains these alone. The folder is runs/sweep-DATA-KEY unless --workdir is given, another one where
-other flags have a list or another value. sweep.csv has all runs of its folder, results.json and the
-figures those of the last command. --flagfile=FILE reads flags from a file."""
+trains only these. The folder is runs/sweep-DATA-KEY unless --workdir is given; the key depends on
+the flags without a list and on which flags have one. sweep.csv has all runs of the folder,
+results.json and the figures those of the last command. --flagfile=FILE reads flags from a file."""
 
-# A sweep trains; what comes after training is asked of one of its runs.
+# A sweep only trains; the other modes are for its runs.
 _FIELDS = tuple(f for f in dataclasses.fields(Config) if f.metadata["group"] != "After training")
 
 
 class _Several(flags.ArgumentParser):
-    """Numbers between commas."""
+    """Numbers separated by commas."""
 
     def __init__(self, one: flags.ArgumentParser):
         self.one = one
@@ -48,7 +48,7 @@ class _Several(flags.ArgumentParser):
 
 
 def parse(arguments: Sequence[str]) -> Sweep:
-    """Read a sweep from the arguments behind the program's name, and check it.
+    """Parse the arguments after the program's name into a sweep, and check it.
 
     Raises:
       UsageError: an unknown flag, or a value that cannot be used.

@@ -1,4 +1,4 @@
-"""What a sweep shows and what it does not, in a few sentences."""
+"""The conclusions of a sweep in a few sentences."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from experiments.significance import seeds_needed
 from experiments.translate.workdir import Record
 from experiments.translate_sweep.config import RATE, Point, shown
 
-# Statements, each with the points where it holds and a remark on it there.
+# Statements, each with the points where it holds and a remark on each point.
 Places = dict[str, list[tuple[Point, str]]]
 
 _ALPHA = 0.05
 
 
 def conclude(results: Record) -> str:
-    """Return the paragraph; it never says more than the tests do."""
+    """Return a paragraph of conclusions that never claims more than the tests show."""
     sentences = (
         *_compared(results),
         *_diverged(results["diverged"]),
@@ -97,7 +97,7 @@ def _listed(places: Places) -> str:
     for what, points in places.items():
         where = []
         for number, (point, remark) in enumerate(points):
-            # Where one flag is swept, its name is said once.
+            # With one swept flag, name it once.
             named = len(point) > 1 or number == 0
             text = shown(point) if named else str(*point.values())
             where.append(f"{text} ({remark})" if text and remark else text or remark)
@@ -107,6 +107,6 @@ def _listed(places: Places) -> str:
 
 
 def _enumerated(texts: list[str]) -> str:
-    """Write a list as one says it: one, two and three."""
+    """Join texts in prose: one, two and three."""
     *first, last = texts
     return " and ".join(filter(None, (", ".join(first), last)))

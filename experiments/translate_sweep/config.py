@@ -1,6 +1,6 @@
-"""What a sweep is: a run with several values for some of its fields, and the runs it consists of.
+"""The configuration of a sweep: a run with several values for some fields, and its runs.
 
-Nothing here imports JAX, so that `--help` and a mistyped flag are answered at once.
+This module does not import JAX, so that `--help` and a mistyped flag are answered at once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ LISTED = (
 Point = dict[str, Any]
 
 
-class Cell(NamedTuple):
-    """A run of a sweep: one score, where it is asked for, at one learning rate."""
+class Trial(NamedTuple):
+    """A run of a sweep: one score at one point and one learning rate."""
 
     score: str
     point: Point
@@ -52,7 +52,7 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Everything that determines a sweep.
+    """All flags of a sweep.
 
     Attributes:
       base: a run with the first value of every field.
@@ -64,7 +64,7 @@ class Sweep:
 
     @property
     def directory(self) -> Path:
-        """The folder of the sweep: unless given, one for what is swept and all that is not."""
+        """The folder: --workdir, or one named by which fields are swept and by all other values."""
         if self.base.workdir:
             return Path(self.base.workdir)
         free = dict.fromkeys(("scores", RATE, *self.values), SWEPT)
@@ -74,23 +74,23 @@ class Sweep:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What all runs share; scores and values may be added to a sweep."""
+        """The values that all runs share; scores and swept values may be added later."""
         return self.base.identity | dict.fromkeys(("scores", *LISTED), SWEPT)
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The identity of `base` with all values, as on the command line."""
+        """All flags of the sweep as on the command line."""
         several = {name: ",".join(map(str, values)) for name, values in self.values.items()}
         return self.base.identity | several
 
     @property
     def axes(self) -> dict[str, tuple[Any, ...]]:
-        """Values of the swept fields but the learning rate, which is chosen for each point."""
+        """The values of all swept fields but the learning rate, which is chosen at each point."""
         return {name: values for name, values in self.values.items() if name != RATE}
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """The learning rates among which is chosen."""
+        """The learning rates to choose from."""
         return self.values.get(RATE, (self.base.learning_rate,))
 
     @property
@@ -99,18 +99,18 @@ class Sweep:
         axes = self.axes
         return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
-    def cells(self) -> Iterator[Cell]:
+    def trials(self) -> Iterator[Trial]:
         """Yield every run."""
         for point, score, rate in itertools.product(self.points, self.base.scores, self.rates):
-            # The first score says how many parameters the others are given.
+            # The parameters of all scores are matched to those of the first.
             first = self.base.scores[:1] if self.base.match_parameters else ()
             scores = tuple(dict.fromkeys((*first, score)))
             run = dataclasses.replace(self.base, **point, learning_rate=rate, scores=scores)
             folder = self.directory / "runs" / f"{score}-{run.key}"
-            yield Cell(score, point, rate, dataclasses.replace(run, workdir=str(folder)))
+            yield Trial(score, point, rate, dataclasses.replace(run, workdir=str(folder)))
 
     def check(self) -> None:
-        """Refuse values that mean nothing.
+        """Refuse values that cannot be used.
 
         Raises:
           UsageError: one sentence with flag, value and what is needed.
@@ -124,7 +124,7 @@ class Sweep:
 
 
 def shown(point: Point) -> str:
-    """Write a point as on the command line, but with commas.
+    """Return a point as text.
 
     >>> shown({"attention_size": 8, "learning_rate": 0.01})
     'attention_size=8, learning_rate=0.01'

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: quality against each swept number, and loss against the learning rate."""
+"""Figures of a sweep: quality against each swept number, and loss against the learning rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.translate.workdir import Record
 from experiments.translate_sweep.config import RATE, Point, shown
 
 _PANELS = {"bleu": "BLEU on test", "exact_match": "Exact match on test (%)"}
-_ACROSS = 3
+_MAX_COLUMNS = 3
 
 
 def draw_all(results: Record, folder: Path) -> list[str]:
@@ -63,7 +63,7 @@ def learning_rates(results: Record) -> Figure:
     for found in results["mechanisms"]:
         if found["point"] not in points:
             points.append(found["point"])
-    across = min(_ACROSS, max(1, len(points)))
+    across = min(_MAX_COLUMNS, max(1, len(points)))
     down = -(-len(points) // across) or 1
     figure = Figure(figsize=(3.4 * across + 1, 2.8 * down + 0.4), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
@@ -91,7 +91,7 @@ def _scores(results: Record) -> list[tuple[str, str]]:
 def _line(
     axes: Axes, values: Sequence[float], found: dict[float, Record], label: str, color: str
 ) -> None:
-    """Draw means with a band between their bounds, and a gap with a cross where all diverged."""
+    """Draw means with a band, and a cross at values where every run diverged."""
     nan = {"mean": float("nan"), "low": None, "high": None}
     at = sorted(values)
     summaries = [found.get(x, nan) for x in at]
@@ -108,7 +108,7 @@ def _line(
 
 
 def _explain(figure: Figure, results: Record, chosen: str = "") -> None:
-    """Say below what a point is, so that the figure can be read by itself."""
+    """Explain the points in a line below the figure."""
     seeds = results["config"]["seeds"]
     over = "One seed" if seeds == 1 else f"Mean and 95% interval over {seeds} seeds"
     crossed = any(r["valid_loss"] is None for m in results["mechanisms"] for r in m["rates"])

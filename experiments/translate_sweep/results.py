@@ -1,4 +1,4 @@
-"""What a sweep found, as JSON: the best learning rate of each score at each point, and tests."""
+"""The results of a sweep as JSON: the best learning rate of each score at each point, and tests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from experiments import significance
-from experiments.translate import results as of_run
+from experiments.translate import results as run_results
 from experiments.translate.report import command
 from experiments.translate.workdir import Record
 from experiments.translate_sweep.conclusion import conclude
 from experiments.translate_sweep.config import RATE, Point, Sweep, shown
 
-# What scores are compared by. One metric: each further one would make every test weaker.
+# The metric of the comparisons. Only one: further ones would make every test weaker.
 COMPARED, WORDS = "bleu", "BLEU on test"
 
 
@@ -24,11 +24,11 @@ def summarize(sweep: Sweep, records: Sequence[Record]) -> Record:
 
     Args:
       sweep: that was done.
-      records: of its runs: `score`, `point` and `learning_rate`, and beside them `metrics`, with a
-        value of each seed, or `diverged`, a sentence.
+      records: of its runs: `score`, `point`, `learning_rate`, and either `metrics` with a value
+        of each seed, or `diverged` with a sentence.
 
     Returns:
-      All that table and figures show.
+      Everything that table and figures show.
     """
     mechanisms, diverged = [], []
     for point in sweep.points:
@@ -68,7 +68,7 @@ def compare(mechanisms: Sequence[Record], points: Sequence[Point]) -> list[Recor
             families[family] = {m["score"]: m["metrics"][COMPARED]["values"] for m in here}
             of_family[family] = point
     return [
-        {"point": of_family[family], **of_run.without_nan(dataclasses.asdict(found))}
+        {"point": of_family[family], **run_results.without_nan(dataclasses.asdict(found))}
         for family, comparisons in significance.compare_families(families).items()
         for found in comparisons
     ]
@@ -83,7 +83,7 @@ def _mechanism(best: Record, of_rates: Sequence[Record]) -> Record:
     rates = [{RATE: record[RATE], **_validated(record)} for record in of_rates]
     return {
         **{name: value for name, value in best.items() if name != "metrics"},
-        "metrics": {name: of_run.summary(values) for name, values in best["metrics"].items()},
+        "metrics": {name: run_results.summary(values) for name, values in best["metrics"].items()},
         "rates": rates,
     }
 
@@ -91,4 +91,4 @@ def _mechanism(best: Record, of_rates: Sequence[Record]) -> Record:
 def _validated(record: Record) -> Record:
     if "diverged" in record:
         return {"valid_loss": None, "diverged": record["diverged"]}
-    return {"valid_loss": of_run.summary(record["metrics"]["valid_loss"])}
+    return {"valid_loss": run_results.summary(record["metrics"]["valid_loss"])}

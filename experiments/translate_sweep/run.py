@@ -1,4 +1,4 @@
-"""A whole sweep: do every run that is not done yet, then choose, compare and draw."""
+"""A whole sweep: train every run that is missing, then choose, compare and draw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 
 from experiments.command_line import show, terminal
-from experiments.translate import results as of_run
+from experiments.translate import results as run_results
 from experiments.translate import workdir
 from experiments.translate.config import Config, group_of
 from experiments.translate.data import Task, check_data, load_task, save_tokenizer
@@ -21,10 +21,10 @@ from experiments.translate.run import train_and_measure
 from experiments.translate.train import Diverged
 from experiments.translate.workdir import Record
 from experiments.translate_sweep import figures, results, table
-from experiments.translate_sweep.config import RATE, Cell, Sweep
+from experiments.translate_sweep.config import RATE, Sweep, Trial
 
-# Fields outside of the group "Data" that what is learned depends on.
-_OF_TASK = ("seeds", "steps", "batch_size", "buckets", "evaluate_every")
+# Fields outside of the group "Data" that determine the batches.
+_BATCH_FIELDS = ("seeds", "steps", "batch_size", "buckets", "evaluate_every")
 _KEPT = ("parameters", "sizes", "compile_seconds", "train_seconds", "tokens_per_second")
 
 
@@ -37,15 +37,15 @@ def run_sweep(sweep: Sweep) -> Path:
     """
     console = terminal()
     workdir.check(sweep)
-    cells = list(sweep.cells())
-    _check(cells)
-    task = _task(cells[0].config)
+    trials = list(sweep.trials())
+    _check(trials)
+    task = _task(trials[0].config)
     with workdir.opened(sweep) as folder:
-        records = _do_all(cells, console)
+        records = _run_all(trials, console)
         summary = results.summarize(sweep, records)
         summary |= {
             "environment": json.loads((folder / "config.json").read_text("utf-8"))["environment"],
-            "signatures": of_run.signatures(sweep.base.lowercase, task.corpus.at_spaces),
+            "signatures": run_results.signatures(sweep.base.lowercase, task.corpus.at_spaces),
             "pairs": {name: len(of_set.pairs) for name, of_set in task.sets.items()},
         }
         others = table.other_rows(folder, records)
@@ -58,94 +58,94 @@ def run_sweep(sweep: Sweep) -> Path:
     return path
 
 
-def _check(cells: list[Cell]) -> None:
-    """Check all runs before the first one starts.
+def _check(trials: list[Trial]) -> None:
+    """Check all trials before the first one starts.
 
     Raises:
       UsageError: the data, a score or a folder of any run cannot be used.
     """
-    of_task: dict[Config, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        workdir.check(cell.config)
-        of_task[_config_of_task(cell.config)].append(cell)
-    for together in of_task.values():
-        for cell in together:
-            check_data(cell.config.directory, _task(cell.config).corpus)
+    of_task: dict[Config, list[Trial]] = defaultdict(list)
+    for trial in trials:
+        workdir.check(trial.config)
+        of_task[_task_config(trial.config)].append(trial)
+    for sharing in of_task.values():
+        for trial in sharing:
+            check_data(trial.config.directory, _task(trial.config).corpus)
             # The sizes do not depend on the learning rate.
-            if cell.rate == cells[0].rate:
-                check_fits(cell.score, _run(cell))
+            if trial.rate == trials[0].rate:
+                check_fits(trial.score, _run(trial))
 
 
-def _do_all(cells: list[Cell], console: Console) -> list[Record]:
-    before = [_outcome(cell) for cell in cells]
+def _run_all(trials: list[Trial], console: Console) -> list[Record]:
+    before = [_outcome(trial) for trial in trials]
     missing = before.count(None)
-    counted = f"{len(cells)} runs, {len(cells) - missing} of them done before"
+    counted = f"{len(trials)} runs, {len(trials) - missing} of them done before"
     console.print(counted, soft_wrap=True)
     start, records, done = time.perf_counter(), [], 0
-    for number, (cell, found) in enumerate(zip(cells, before, strict=True), 1):
-        head = f"{number}/{len(cells)} {cell}"
+    for number, (trial, found) in enumerate(zip(trials, before, strict=True), 1):
+        head = f"{number}/{len(trials)} {trial}"
         if found is None:
             console.print(f"{head}: training", soft_wrap=True)
-            found = _done(cell, console)
+            found = _train(trial, console)
             done += 1
             left = (time.perf_counter() - start) / done * (missing - done)
-            said = f"{_said(found)}; {left / 60:.0f} min left"
+            text = f"{_described(found)}; {left / 60:.0f} min left"
         else:
-            said = f"{_said(found)}; done before"
-        console.print(f"{head}: {said}", soft_wrap=True)
-        records.append({"score": cell.score, "point": cell.point, RATE: cell.rate, **found})
+            text = f"{_described(found)}; done before"
+        console.print(f"{head}: {text}", soft_wrap=True)
+        records.append({"score": trial.score, "point": trial.point, RATE: trial.rate, **found})
     return records
 
 
-def _outcome(cell: Cell) -> Record | None:
-    """Return the outcome of a run that is done: what was measured, or why it diverged."""
-    folder = cell.config.directory
-    measured, diverged = _files(cell)
+def _outcome(trial: Trial) -> Record | None:
+    """Return the outcome of a trial that is done: its metrics, or why it diverged."""
+    folder = trial.config.directory
+    measured, diverged = _files(trial)
     if diverged.exists():
-        return {"folder": str(folder), **of_run.read_outcome(diverged)}
+        return {"folder": str(folder), **run_results.read_outcome(diverged)}
     if not measured.exists():
         return None
-    found = of_run.read_outcome(measured)
-    kept_of_it = {name: found[name] for name in _KEPT}
-    return {"folder": str(folder), **kept_of_it, "metrics": of_run.measured(found)}
+    found = run_results.read_outcome(measured)
+    kept = {name: found[name] for name in _KEPT}
+    return {"folder": str(folder), **kept, "metrics": run_results.measured(found)}
 
 
-def _files(cell: Cell) -> tuple[Path, Path]:
-    folder = cell.config.directory
-    return folder / "outcomes" / f"{cell.score}.json", folder / "diverged.json"
+def _files(trial: Trial) -> tuple[Path, Path]:
+    folder = trial.config.directory
+    return folder / "outcomes" / f"{trial.score}.json", folder / "diverged.json"
 
 
-def _done(cell: Cell, console: Console) -> Record:
-    """Do a run, or what remains of an interrupted one."""
+def _train(trial: Trial, console: Console) -> Record:
+    """Train and measure a trial, from where it was interrupted."""
     # Outside of a terminal a line for every validation would be too much.
     quiet = console if console.is_terminal else Console(quiet=True)
-    run = _run(cell, quiet)
-    workdir.check(cell.config)
-    with workdir.opened(cell.config) as folder:
-        save_tokenizer(folder, run.task.corpus, run.task.longest, cell.config)
+    run = _run(trial, quiet)
+    workdir.check(trial.config)
+    with workdir.opened(trial.config) as folder:
+        save_tokenizer(folder, run.task.corpus, run.task.longest, trial.config)
         try:
-            train_and_measure(cell.score, run)
+            train_and_measure(trial.score, run)
         except Diverged as error:
-            _, diverged = _files(cell)
+            _, diverged = _files(trial)
             workdir.write_json(diverged, {"diverged": str(error)})
         finally:
             jax.clear_caches()
-    found = _outcome(cell)
+    found = _outcome(trial)
     assert found is not None
     return found
 
 
-def _run(cell: Cell, console: Console | None = None) -> Run:
-    return prepare(cell.config, console, _task)
+def _run(trial: Trial, console: Console | None = None) -> Run:
+    return prepare(trial.config, console, _task)
 
 
 def _task(config: Config) -> Task:
     """Load the data of a run; successive runs with the same data share them."""
-    return _loaded(_config_of_task(config))
+    return _loaded(_task_config(config))
 
 
-def _config_of_task(config: Config) -> Config:
-    needed = (f for f in vars(config) if group_of(f) == "Data" or f in _OF_TASK)
+def _task_config(config: Config) -> Config:
+    needed = (f for f in vars(config) if group_of(f) == "Data" or f in _BATCH_FIELDS)
     return Config(**{name: getattr(config, name) for name in needed})
 
 
@@ -154,7 +154,7 @@ def _loaded(config: Config) -> Task:
     return load_task(config)
 
 
-def _said(found: Record) -> str:
+def _described(found: Record) -> str:
     if "diverged" in found:
         return f"diverged ({found['diverged'].split(';')[0]})"
     means = {name: results.mean(found["metrics"][name]) for name in ("valid_loss", "bleu")}

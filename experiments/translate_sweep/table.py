@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.command_line import two_lines
-from experiments.translate import table as of_run
+from experiments.translate import table as run_table
 from experiments.translate.workdir import Record
 from experiments.translate_sweep.config import LISTED, RATE
 
@@ -29,8 +29,8 @@ def show(console: Console, results: Record) -> None:
     signatures = results["signatures"]
     parts = [
         _mechanisms(results),
-        f"Test set of {results['pairs']['test']:,} pairs, {of_run.decoding(results)}. "
-        f"{of_run.over_seeds(results)}.",
+        f"Test set of {results['pairs']['test']:,} pairs, {run_table.decoding(results)}. "
+        f"{run_table.over_seeds(results)}.",
         f"BLEU {signatures['bleu']}",
         f"chrF {signatures['chrf']}",
         *([_comparisons(results)] if results["comparisons"] else []),
@@ -41,7 +41,7 @@ def show(console: Console, results: Record) -> None:
 
 
 def _mechanisms(results: Record) -> Table:
-    axes, columns = results["axes"], of_run.columns(results)
+    axes, columns = results["axes"], run_table.columns(results)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("score")
     for title in (*axes, "best rate", "parameters", *(title for _, title, _ in columns)):
@@ -52,7 +52,7 @@ def _mechanisms(results: Record) -> Table:
             if "metrics" not in found:
                 table.add_row(found["score"], *point, "all diverged")
                 continue
-            cells = [of_run.cell(found["metrics"][name], digits) for name, _, digits in columns]
+            cells = [run_table.cell(found["metrics"][name], digits) for name, _, digits in columns]
             table.add_row(
                 found["score"],
                 *point,
@@ -85,7 +85,7 @@ def _comparisons(results: Record) -> Table:
     for found in results["comparisons"]:
         point = [str(value) for value in found["point"].values()]
         pair = f"{found['first']} - {found['second']}"
-        table.add_row(pair, *point, *of_run.difference(found, results))
+        table.add_row(pair, *point, *run_table.difference(found, results))
     return table
 
 

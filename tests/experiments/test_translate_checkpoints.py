@@ -1,4 +1,4 @@
-"""A checkpoint is whole or passed over, and what is passed over is said in one line."""
+"""A checkpoint is valid or skipped, and each skipped one is named in one line."""
 
 import json
 import signal
@@ -93,7 +93,7 @@ def test_nothing_is_restored_from_nothing(tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(saved, damage):
     damage(saved.folder)
     damaged, found = restored(saved.folder)
-    assert damaged == [f"checkpoint 10 in {saved.folder} is damaged: passed over."]
+    assert damaged == [f"checkpoint 10 in {saved.folder} is damaged: skipped."]
     assert_is(found, 5)
 
 

@@ -158,7 +158,7 @@ def test_scores_that_have_nothing_to_tie_or_to_norm_are_refused():
         sentence = f"--projections=tied: {name} has no two projections to tie."
         with pytest.raises(UsageError, match=sentence):
             parse([f"--scores=dot,{name}", "--projections=tied"])
-    with pytest.raises(UsageError, match="--qk_norm: location takes no notice of keys"):
+    with pytest.raises(UsageError, match="--qk_norm: location does not depend on keys"):
         parse(["--scores=location", "--qk_norm"])
     with pytest.raises(UsageError, match=r"scores\.bilinear has no two projections to tie"):
         score_of("attention_jax.scores.bilinear", 6, 6, 5, tied=True)

@@ -99,7 +99,7 @@ def test_signatures_say_whether_words_were_lower_cased(lowercase, at_spaces, cas
     [
         (("none",), "A translator without attention, trained on 1 sentence pairs"),
         (("dot",), "A translator with attention, trained on"),
-        (("dot", "none"), "Translators that differ in nothing but the score of their attention,"),
+        (("dot", "none"), "Translators that differ only in the score of their attention,"),
     ],
 )
 def test_a_report_says_what_it_is_about_and_replaces_an_old_one_as_a_whole(scores, lead, tmp_path):

@@ -75,9 +75,9 @@ def test_help_answers_without_jax():
 
 def test_a_run_is_named_by_its_own_configuration_alone():
     flags = ("--scores=dot,none", "--workdir=w", "--seeds=2")
-    few = {str(cell): cell.config for cell in parse([*flags, "--attention_size=2,4"]).cells()}
+    few = {str(trial): trial.config for trial in parse([*flags, "--attention_size=2,4"]).trials()}
     more = parse([*flags, "--attention_size=4,2,8", "--learning_rate=0.01,0.02"])
-    many = {str(cell): cell.config for cell in more.cells()}
+    many = {str(trial): trial.config for trial in more.trials()}
     assert len(few) == 4 and len(many) == 12
     assert set(few.values()) < set(many.values())
     assert len({config.directory for config in many.values()}) == 12
@@ -111,8 +111,8 @@ def test_the_folder_is_that_of_what_is_swept_and_of_all_that_is_not():
 
 
 def test_parameters_are_matched_to_those_of_the_first_score():
-    cells = parse(["--scores=additive,dot", "--match_parameters"]).cells()
-    assert [cell.config.scores for cell in cells] == [("additive",), ("additive", "dot")]
+    trials = parse(["--scores=additive,dot", "--match_parameters"]).trials()
+    assert [trial.config.scores for trial in trials] == [("additive",), ("additive", "dot")]
 
 
 def test_the_rate_is_chosen_by_validation_and_not_by_the_test_set():

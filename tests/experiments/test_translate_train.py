@@ -79,7 +79,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     flip_a_bit(folder / "checkpoints" / "dot" / f"{second:08d}")
     assert translate(*command) == 0
     printed = capsys.readouterr()
-    said = f"checkpoint {second} in {folder}/checkpoints/dot is damaged: passed over."
+    said = f"checkpoint {second} in {folder}/checkpoints/dot is damaged: skipped."
     assert printed.out.splitlines().count(said) == 1
     assert printed.err == ""
 

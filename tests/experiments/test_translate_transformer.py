@@ -212,7 +212,7 @@ def test_initial_parameters_are_all_there_is():
     [
         (["--query=current"], "--query is for --model=bigru; leave it out."),
         (["--bridge=zero"], "--bridge is for --model=bigru; leave it out."),
-        (["--scores=dot,none"], "--scores: none is for --model=bigru, whose decoder begins with"),
+        (["--scores=dot,none"], "--scores: none is for --model=bigru, whose decoder starts from"),
         (["--heads=5"], "--heads is 5, but a divisor of 64 is needed."),
         (["--positions=rotary", "--attention_size=3"], "--positions=rotary turns pairs, but a"),
         (["--model=bigru", "--layers=3"], "--layers is for --model=transformer; leave it out."),

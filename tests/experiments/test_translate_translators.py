@@ -30,7 +30,7 @@ def samples(done):
 
 @pytest.mark.slow
 def test_a_conversation_shows_where_words_were_read(done, samples):
-    translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).only(0)
+    translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).of_seed(0)
     answers = io.StringIO()
     converse(translators, io.StringIO(f"{samples[0]['source']} zebra\n\n"), answers)
     lines = answers.getvalue().split("\n")
@@ -41,7 +41,7 @@ def test_a_conversation_shows_where_words_were_read(done, samples):
 
 
 def test_a_second_sentence_of_like_length_compiles_nothing(done):
-    translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).only(0)
+    translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).of_seed(0)
     sentences = [("one", "two")], [("five",)]
     for given in sentences:
         translators.translations(given)
@@ -52,7 +52,7 @@ def test_a_second_sentence_of_like_length_compiles_nothing(done):
 @pytest.fixture
 def endless(done):
     """A translator that always says the same word and never ends, trained on few words."""
-    translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).only(0)
+    translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).of_seed(0)
     logits = jnp.zeros(len(translators.tokenizer.target)).at[-1].set(1e3)
     parameters = translators.parameters
     parameters["decoder"]["output"]["bias"][...] = logits[None]
@@ -73,7 +73,7 @@ def test_a_translation_is_cut_off_by_the_length_of_its_sentence_alone(endless, b
 def test_an_evaluation_cuts_off_where_training_did(endless):
     longest = endless.tokenizer.longest
     pairs = [Pair(longest * ("two",), ("two",)), Pair(("one",), ("one",))]
-    found = endless.asked(functools.partial(evaluate, "dot"), pairs)
+    found = endless.evaluated(functools.partial(evaluate, "dot"), pairs)
     assert [len(words) for words in found.translations[0]] == [longest, longest]
 
 
@@ -93,7 +93,7 @@ def nearsighted():
 
 
 TOO_LONG = (
-    "location does not reach over a sentence of 5 words: location: weight [Q, L] has L = 5 "
+    "location cannot take a sentence of 5 words: location: weight [Q, L] has L = 5 "
     "positions, too few for S = 6 keys; leave it out, or train with a larger --attention_size."
 )
 

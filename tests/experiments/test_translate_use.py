@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_passed_over(done, ask, samples, tmp_path):
     code, out, err = ask("translate", stdin=samples[0]["source"].encode(), folder=folder)
     assert code == 0 and out.count("\n") == 1
     first, second = err.splitlines()
-    assert first.endswith("is damaged: passed over.")
+    assert first.endswith("is damaged: skipped.")
     assert second == "translate: dot: the checkpoint is of step 3000 of 4000."
     shutil.rmtree(folder / "checkpoints")
     code, out, err = ask("translate", stdin=b"one", folder=folder)
@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_passed_over(done, ask, samples, tmp_path):
         (["translate"], "a".encode("utf-16"), "standard input line 1 begins with the mark of UTF-"),
         (["translate", "--input=/no/file"], b"", "/no/file does not exist; check the path."),
         (["translate", "--input=/dev/null"], b"", "/dev/null is empty, but lines of text were"),
-        (["evaluate", "--input=/tmp"], b"", "--input /tmp is no file; give a table of pairs"),
+        (["evaluate", "--input=/tmp"], b"", "--input /tmp is not a file; give a table of pairs"),
         (["evaluate", "--split=dev"], b"", "--split: there is no 'dev'; choose from valid, test"),
         (["evaluate", "--scores=additive"], b"", "--scores: {} holds no additive, only dot."),
         (["evaluate", "--width=8"], b"", "--width is 8, but the run in {} has 4; leave it out."),
@@ -257,7 +257,7 @@ def test_the_folder_of_a_sweep_is_none_of_a_run(ask, tmp_path):
     assert ask("evaluate", folder=tmp_path) == (
         2,
         "",
-        f"translate: --workdir {tmp_path} holds a sweep, which is no run; give one of the folders "
+        f"translate: --workdir {tmp_path} holds a sweep, not a run; give one of the folders "
         f"in {tmp_path}/runs.\n",
     )
 
