@@ -119,7 +119,7 @@ def test_help_names_every_flag_and_every_score():
 
 def test_every_score_of_the_library_can_be_asked_for():
     compositions = {
-        "Separated", "bind", "projected", "row_normalized", "scaled", "separate", "soft_capped"
+        "Separated", "positional", "projected", "row_normalized", "scaled", "separate", "soft_capped"
     }  # fmt: skip
     assert set(SCORES) == set(scores.__all__) - compositions
 
