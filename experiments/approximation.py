@@ -1,6 +1,6 @@
 """How far kernel and low-rank attention are from softmax: ``python -m experiments.approximation``.
 
-Each error stands beside its theory and beside that of just averaging the values.
+Each error is compared with its theory and with the error of averaging the values.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ predicting the mean of the values, and the mean squared error of the kernel besi
   --seed=0               of everything
   --out=                 a Markdown file for the tables; none written unless given"""
 
-# More queries, features or draws fit in no memory.
+# Larger sizes do not fit in memory.
 _LARGEST = 1_000_000
-# JAX makes keys of whole numbers with a sign and 64 bits.
+# JAX accepts seeds of signed 64-bit integers.
 _SEEDS = 2**63
 
 
@@ -188,7 +188,7 @@ def _drawn(one: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fixed(context: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the error of what draws nothing."""
+    """Return the error of a context that needs no random draws."""
     import jax
 
     return jax.jit(lambda draws, *arrays: (_error(context(*arrays), *arrays),))

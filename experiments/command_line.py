@@ -19,12 +19,12 @@ from rich.text import Text
 
 Options = TypeVar("Options")
 
-# Columns of what is not a terminal, enough for all tables.
+# The width where the output is no terminal, enough for all tables.
 _WIDTH = 140
 
 
 class UsageError(ValueError):
-    """A request that cannot be met; the message is one sentence for the person who made it."""
+    """A request that cannot be met; the message is one sentence for the user."""
 
 
 class HelpRequested(Exception):  # noqa: N818  it is no error
@@ -64,7 +64,7 @@ def parse_flags(
         ) from None
     except (flags.Error, ValueError) as error:
         raise UsageError(f"{_mistake(error)}; --help lists all flags.") from None
-    # All that absl has to say here is that it left out a file of flags that includes itself.
+    # The only warning of absl is that a file of flags includes itself.
     if warning := said.getvalue():
         file = warning.strip().rpartition(": ")[2]
         raise UsageError(f"--flagfile: {file} includes itself; take --flagfile out of it.")
@@ -76,16 +76,16 @@ def parse_flags(
 
 
 def _mistake(error: Exception) -> str:
-    """Say in one line what absl found wrong with an argument."""
+    """Return the message of absl in one line."""
     text = " ".join(str(error).split())
-    # Of a word that is neither true nor false absl shows a tuple.
+    # For a value that is no boolean absl shows a tuple.
     if boolean := re.fullmatch(r"flag --(\w+)=(.*): \('Non-boolean .*\)", text):
         return "--{} is {}, but true or false is needed".format(*boolean.groups())
     return text
 
 
 def check_file(flag: str, path: Path) -> None:
-    """Refuse a file that could not be written when all is done.
+    """Refuse a file that cannot be written, before any work is done.
 
     Raises:
       UsageError: it is a folder, or cannot be created where it is.
@@ -96,7 +96,7 @@ def check_file(flag: str, path: Path) -> None:
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """Refuse a folder in which no file could be written when all is done.
+    """Refuse a folder that cannot be written to, before any work is done.
 
     Raises:
       UsageError: it is a file, or cannot be created where it is, or written to.
@@ -107,7 +107,7 @@ def check_folder(flag: str, path: Path) -> None:
 
 
 def _check_written_in(folder: Path, flag: str, path: Path) -> None:
-    """Try it: what a file system forbids is known for certain only then."""
+    """Create and remove a folder, because permissions alone do not decide."""
     parent = next(there for there in (folder, *folder.parents) if os.path.exists(there))
     try:
         os.rmdir(tempfile.mkdtemp(dir=parent))
@@ -116,7 +116,7 @@ def _check_written_in(folder: Path, flag: str, path: Path) -> None:
 
 
 def show(text: object) -> None:
-    """Print a text whose reader may stop early, as `| head` does."""
+    """Print a text; a closed pipe, as of `| head`, is no error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:  # nor is there anyone to tell so at exit, when Python flushes again
@@ -145,13 +145,13 @@ def run(
 
 
 def reason(error: OSError) -> str:
-    """Say which file the system refused, and why."""
+    """Return the file and the reason of a system error."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
 
 
 def complain(program: str, sentence: object, code: int) -> int:
-    """Say what went wrong, and return the exit code for it."""
+    """Print an error message, and return the exit code."""
     print(f"{program}: {sentence}", file=sys.stderr)
     return code
 

@@ -1,4 +1,4 @@
-"""Pages that need nothing else to be read: what the reports of all programs share."""
+"""Self-contained HTML pages: what the reports of all programs share."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def table(header: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
 
 
 def settings(values: Mapping[str, Any]) -> str:
-    """Return names and values in columns, those that have a value."""
+    """Return names and values in columns, without those that are None."""
     shown = {
         name: ", ".join(value) if isinstance(value, list) else str(value)
         for name, value in values.items()
@@ -95,5 +95,5 @@ def settings(values: Mapping[str, Any]) -> str:
 
 
 def inline(path: Path) -> str:
-    """Return the address of an SVG picture that carries the picture in itself."""
+    """Return an SVG picture as a data URL."""
     return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"

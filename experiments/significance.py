@@ -1,4 +1,4 @@
-"""What a handful of seeds can tell: intervals, paired comparisons, and when they are too few."""
+"""Statistics of few seeds: intervals, paired comparisons, and how many seeds are needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Values = Sequence[float] | np.ndarray
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its bootstrap interval; ``note`` says where the interval promises too much."""
+    """A mean with its bootstrap interval; ``note`` says where its coverage is lower than stated."""
 
     mean: float
     low: float
@@ -65,7 +65,7 @@ def interval(values: Values, *, confidence: float = 0.95, seed: int = 0) -> Inte
 
 
 def too_few_to_cover(n: int, *, confidence: float = 0.95) -> str:
-    """Say how often an interval of n values covers their mean, if that is less than promised.
+    """Say how often an interval of n values covers their mean, if less often than stated.
 
     >>> too_few_to_cover(3)
     '3 values cover their mean in at most about 75% of cases'
@@ -157,21 +157,21 @@ def compare(
     metric: str = "score",
     alpha: float = 0.05,
 ) -> Comparison:
-    """Two systems trained with the same seeds; the sentence never says more than p does."""
+    """Compare two systems trained with the same seeds."""
     return compare_all({names[0]: first, names[1]: second}, metric=metric, alpha=alpha)[0]
 
 
 def compare_all(
     systems: Mapping[str, Values], *, metric: str = "score", alpha: float = 0.05
 ) -> tuple[Comparison, ...]:
-    """Every pair of systems, with p-values corrected for their number by Holm's method."""
+    """Compare every pair of systems, with p-values corrected for their number by Holm's method."""
     return compare_families({metric: systems}, alpha=alpha)[metric]
 
 
 def compare_families(
     families: Mapping[str, Mapping[str, Values]], *, alpha: float = 0.05
 ) -> dict[str, tuple[Comparison, ...]]:
-    """Every pair of systems within each family, corrected for all comparisons of all families.
+    """Compare every pair of systems in each family, corrected for all comparisons of all families.
 
     Args:
       families: the systems of each by what they are compared in, such as "BLEU at width 8".

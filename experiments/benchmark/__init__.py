@@ -1,1 +1,1 @@
-"""How fast, how small and how quick to compile: `attend` beside its peers, in one process."""
+"""Time, memory and compile time of `attend` compared with its peers, in one process."""

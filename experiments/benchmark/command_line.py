@@ -1,4 +1,4 @@
-"""The command line: absl flags, a help text to read, and one sentence for what cannot be used."""
+"""The command line: absl flags, a help text, and error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taking turns: what each program costs, and the ratio of two in every turn."""
+"""Measure programs in turn, and the ratio of two in every turn."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 class Program(NamedTuple):
-    """A function and its arguments, to be compiled; without `jit`, one that is called as it is.
+    """A function and its arguments, compiled unless `jit` is False.
 
-    The results of a call must have been computed when it returns, or be JAX arrays.
+    A call that does not return JAX arrays must not return before its results are computed.
     """
 
     function: Callable[..., Any]
@@ -26,7 +26,7 @@ class Program(NamedTuple):
 class Cost(NamedTuple):
     """What one turn took; `cpu` is the processor time of all threads, if `wall` is a time.
 
-    Processor time says more than time by the clock where other work shares the machine.
+    Processor time is more reliable than wall time on a machine that is shared.
     """
 
     wall: float
@@ -38,19 +38,19 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def milliseconds(program: Program) -> Meter:
-    """Return what runs a program, compiled before, and measures the milliseconds."""
+    """Compile a program; return a meter of the milliseconds of a call."""
     call = compiled(program) if program.jit else program.function
     return milliseconds_of(call, program.arguments)
 
 
 def milliseconds_of(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Meter:
-    """Return what calls a function and measures the milliseconds; the first call does not count."""
+    """Call a function once to warm up; return a meter of the milliseconds of a call."""
     jax.block_until_ready(call(*arguments))
     return lambda: _timed(lambda: jax.block_until_ready(call(*arguments)), 1e3)
 
 
 def compile_seconds(program: Program) -> Meter:
-    """Return what traces and compiles a program from nothing and measures the seconds."""
+    """Return a meter of the seconds to trace and compile a program, with cleared caches."""
 
     def measure() -> Cost:
         jax.clear_caches()
@@ -62,11 +62,11 @@ def compile_seconds(program: Program) -> Meter:
 
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
-    """Let programs that a folder of compiled ones holds be compiled nevertheless."""
+    """Switch off the persistent compilation cache."""
     flag = "jax_enable_compilation_cache"
     before = getattr(jax.config, flag)
     jax.config.update(flag, False)
-    # Whether the folder is used JAX decides once.
+    # JAX reads the flag only once.
     compilation_cache.reset_cache()
     try:
         yield
@@ -76,7 +76,7 @@ def _no_compilation_cache() -> Iterator[None]:
 
 
 def mebibytes(program: Program) -> Meter:
-    """Return what tells the memory of temporaries in MiB, as the compiler planned it."""
+    """Return a meter of the memory of temporaries in MiB, by the compiler's analysis."""
     held = mebibytes_of(compiled(program))
     return lambda: Cost(held, held)
 
@@ -88,7 +88,7 @@ def mebibytes_of(compiled: Any) -> float:
 
 
 def seconds_a_token(program: Program) -> Meter:
-    """Return what runs a program that tells how many tokens it trained on; the first is no turn."""
+    """Return a meter of seconds a token, for a program that returns its number of tokens."""
     program.function()
 
     def measure() -> Cost:
@@ -115,7 +115,7 @@ RATES = ("tokens/s",)
 
 
 def take_turns(meters: Mapping[Name, Meter], repeats: int) -> dict[Name, list[Cost]]:
-    """Measure all in turn, `repeats` times; who begins changes from turn to turn.
+    """Measure all in turn, `repeats` times, each turn beginning with another one.
 
     >>> costs = take_turns({"a": lambda: Cost(1, 1), "b": lambda: Cost(2, 2)}, repeats=2)
     >>> compared(costs["a"], costs["b"]).ratio

@@ -37,7 +37,7 @@ Case = tuple[str, int]
 
 
 class Family(NamedTuple):
-    """A mask for every length, and how it is written."""
+    """A mask for every length, and its code."""
 
     mask: Callable[[int], Any]
     written: str
@@ -46,7 +46,7 @@ class Family(NamedTuple):
 class Point(NamedTuple):
     """What a family costs at one length; shares are of all pairs of queries and keys.
 
-    Milliseconds are processor time of all threads, which other work on the machine hardly moves.
+    Milliseconds are processor time of all threads, which depends little on other work.
     """
 
     length: int

@@ -1,4 +1,4 @@
-"""What is measured: `attend` and its peers as programs of the same inputs.
+"""The measured programs: `attend` and its peers on the same inputs.
 
 Every program takes query, key and value [1, S, N, H] in float32 (PyTorch in its own layout
 [1, N, S, H]); `with_gradients` makes it also compute the gradients of all its arguments.
@@ -39,7 +39,7 @@ def inputs(shape: Shape, num_arrays: int = 3) -> tuple[Array, ...]:
 
 
 def with_gradients(function: Callable[..., Array]) -> Callable[..., Any]:
-    """Return what computes a result and the gradients of all arguments along fixed cotangents."""
+    """Return a function that also computes the gradients of all arguments, for fixed cotangents."""
 
     def both(*arguments: Any) -> Any:
         result, pull = jax.vjp(function, *arguments)
@@ -60,7 +60,7 @@ def jax_nn(shape: Shape, backward: bool = False, **options: Any) -> Program:
 
 
 def packed(shape: Shape, document: int) -> Program:
-    """`attend` within documents of one length, which documents these are being an argument."""
+    """`attend` within documents of one length, with the segment ids as an argument."""
 
     def function(query: Array, key: Array, value: Array, ids: Array) -> Array:
         return attend(query, key, value, mask=masks.Segment(ids, ids))

@@ -1,4 +1,4 @@
-"""Measuring the suites, and what is made of it: a table, JSON and plots."""
+"""Measure the suites, and write tables, JSON and plots."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _run_patterns(
 
 
 def machine() -> dict[str, str]:
-    """Name what the numbers depend on."""
+    """Describe the machine and the versions that the numbers depend on."""
     names = ["jax", "jaxlib", "numpy"] + ["torch"] * HAS_TORCH
     return {
         "processor": _processor(),
@@ -111,7 +111,7 @@ def machine() -> dict[str, str]:
 
 
 def load() -> str:
-    """Return the processes that wanted to run in the last minute, a mean."""
+    """Return the load average of the last minute."""
     return f"{os.getloadavg()[0]:.1f}"
 
 
@@ -186,12 +186,12 @@ def _table(title: str, rows: list[dict[str, Any]]) -> rich.table.Table:
 
 
 def shown(value: float) -> str:
-    """Write a number with three digits, or all those before the point."""
+    """Write a number with three significant digits, or as a whole number from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Replace a file at once, so that an interruption leaves the old one whole."""
+    """Replace a file atomically."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)

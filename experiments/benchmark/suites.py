@@ -1,4 +1,4 @@
-"""The cases: which programs take turns, and how much faster or smaller one is to be."""
+"""The suites: cases, the programs that they compare, and target ratios."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.benchmark.programs import HAS_TORCH, Shape
 
 
 class Comparison(NamedTuple):
-    """The peer is to cost at least `target` times what `ours` does."""
+    """Two programs; `target` is the least ratio of the peer's cost to ours."""
 
     case: str
     ours: str
@@ -136,7 +136,7 @@ def memory_groups(scale: int) -> Iterator[Group]:
 
 
 def compile_groups(scale: int) -> Iterator[Group]:
-    """Tracing and compiling, which is not to grow with the length."""
+    """Time to trace and compile, which must not grow with the length."""
     short, long = 1024 // scale, 16384 // scale
     for backward, name in ((False, "forward"), (True, "forward + backward")):
         yield Group(

@@ -1,8 +1,8 @@
 """The recurrent translator of `experiments.translate` in PyTorch: the same layers and training.
 
-Written as one writes PyTorch to be fast on a CPU: `nn.GRU` on packed sequences reads the source;
+Written to be fast on a CPU: `nn.GRU` on packed sequences reads the source;
 keys, the gates' share of embedded words, readout and logits are computed for all positions at
-once; what is left to the loop over target words are products, and as few operations as possible.
+once; the loop over target words has only what depends on the state.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Translator(nn.Module):
 
 
 def weights_like(parameters: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the state of a `Translator` that computes what one in JAX does.
+    """Return the `state_dict` of the `Translator` with the parameters of one in JAX.
 
     Args:
       parameters: of one translator in JAX, arrays in dictionaries.
@@ -205,7 +205,7 @@ class Trainer:
             source, target = self.buckets[number]
             for rows in torch.from_numpy(chunk).long():
                 losses.append(self._step(source[rows], target[rows]))
-        # Read at the end alone: on an accelerator every reading would wait for the device.
+        # Copied to the host at the end, because each copy waits for the device.
         return torch.stack(losses).numpy()
 
     def _step(self, source: Any, target: Any) -> Any:

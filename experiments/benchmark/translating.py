@@ -1,8 +1,8 @@
-"""Training of the recurrent translator: what the program runs, and the same model in PyTorch.
+"""Training of the recurrent translator, and of the same model in PyTorch.
 
-A turn is what the program does between two synchronisations with the host, some chunks of steps:
-forward, backward, optimizer. In every turn all see the same batches, of which the tokens of
-sentences and their ends count, no padding.
+A turn is a round of the program: chunks of steps (forward, backward, optimizer) between two
+synchronisations with the host. All see the same batches. Tokens are words and end symbols, without
+padding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Train = Callable[[range], np.ndarray]
 
 
 class Learner(NamedTuple):
-    """What is trained: the translators of a score, one for each seed, and on which pairs."""
+    """The translators of a score, one for each seed, and the pairs they learn."""
 
     score: str
     sizes: Sizes
@@ -62,7 +62,7 @@ def learner_of(score: str, config: Config) -> Learner:
 
 
 class JaxTraining:
-    """The training that the program does, compiled."""
+    """The compiled training of the program."""
 
     def __init__(self, learner: Learner):
         score, sizes, config, given = learner
@@ -89,7 +89,7 @@ class TorchTraining:
         score, sizes, config, given = learner
         self.order, self.rows = given.order, given.rows
         drawn = nnx.to_pure_dict(train_step.initial_state(score, sizes, config).parameters)
-        # The first is trained to choose the number of threads, and another one begins anew.
+        # The first one is only used to choose the number of threads.
         first, *self.trainers = (
             Trainer(score, sizes, config, _of_seed(drawn, seed), given.arrays)
             for seed in (0, *range(config.seeds))
@@ -115,7 +115,7 @@ def _of_seed(parameters: Any, seed: int) -> Any:
 
 
 def groups(data: str, scale: int) -> Iterator[Group]:
-    """Train at the default size, and at that of Multi30k.
+    """Return the cases of training at the default size and at that of Multi30k.
 
     Args:
       data: a folder with Multi30k; without it, synthetic sentences of its size are used.
@@ -137,7 +137,7 @@ def _of_size(config: Config, target: float) -> Iterator[Group]:
 
 
 def _group(case: str, score: str, config: Config, target: float) -> Group:
-    """Compare one seed with one in PyTorch, and all of them at once with as many in turn."""
+    """Compare one seed with one in PyTorch, and all seeds at once with as many one by one."""
     several = f", {config.seeds} seeds"
     names = {1: ""} if config.seeds == 1 else {1: "", config.seeds: several}
     kinds = {"JAX": JaxTraining} | ({"PyTorch": TorchTraining} if HAS_TORCH else {})
@@ -159,7 +159,7 @@ def _group(case: str, score: str, config: Config, target: float) -> Group:
 
 
 def program_of(build: Callable[[Learner], Train], score: str, config: Config) -> Program:
-    """Return what trains for one turn and counts the tokens of sentences and their ends."""
+    """Return the program that trains for one turn and returns the number of tokens."""
     learner = learner_of(score, config)
     train, tokens = build(learner), learner.task.tokens
     length = config.round // config.chunk

@@ -1,6 +1,6 @@
 """What a claim is, its settings and verdicts; all claims, read from the docstrings of their files.
 
-Nothing is imported for that, so that help and the list of claims do not wait for JAX.
+Reading imports no claim, so that help and the list of claims do not wait for JAX.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 _FOLDER = Path(__file__).parent
-# In this order they are reported.
+# In the order of the report.
 THEMES = (
     "scale",
     "saturation",
@@ -28,18 +28,18 @@ THEMES = (
     "efficient",
     "translation",
 )
-# What was measured: numbers, strings, lists and dictionaries of them, as JSON has them.
+# Evidence as JSON has it: numbers, strings, lists and dictionaries of them.
 Data = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How much is spent on a claim: `tiny` to see that it runs, `quick`, or `full` for papers."""
+    """The effort of a measurement: `tiny` to see that it runs, `quick`, or `full` for papers."""
 
     name: str
 
     def pick(self, *, tiny: T, quick: T, full: T) -> T:
-        """Return what belongs to this setting.
+        """Return the value for this setting.
 
         >>> SETTINGS["quick"].pick(tiny=1, quick=10, full=100)
         10
@@ -51,7 +51,7 @@ SETTINGS = {name: Setting(name) for name in ("tiny", "quick", "full")}
 
 
 class Outcome(StrEnum):
-    """The four things that can be said of a claim."""
+    """The four outcomes of a test."""
 
     HOLDS = "holds"
     ONLY_IF = "holds only if"
@@ -72,12 +72,12 @@ class Verdict:
 
 
 def holds(because: str) -> Verdict:
-    """The claim is true as it stands."""
+    """Return the verdict that the claim is true."""
     return Verdict(Outcome.HOLDS, because)
 
 
 def holds_only_if(condition: str, because: str) -> Verdict:
-    """The claim leaves out a condition.
+    """Return the verdict that the claim is true under a condition that it does not state.
 
     >>> print(holds_only_if("entries are independent", because="..."))
     holds only if entries are independent
@@ -86,12 +86,12 @@ def holds_only_if(condition: str, because: str) -> Verdict:
 
 
 def fails(because: str) -> Verdict:
-    """The claim is not true."""
+    """Return the verdict that the claim is false."""
     return Verdict(Outcome.FAILS, because)
 
 
 def undecided(because: str) -> Verdict:
-    """The data do not tell."""
+    """Return the verdict that the data do not decide."""
     return Verdict(Outcome.UNDECIDED, because)
 
 
@@ -162,6 +162,6 @@ def read_claim(path: Path) -> Claim:
 
 
 def _docstring(path: Path) -> str:
-    """Return the text between the first quotes, also of a file that cannot be imported."""
+    """Return the docstring of a file without importing it."""
     found = re.match(r'"""(.*?)"""', path.read_text(encoding="utf-8"), re.DOTALL)
     return found[1].strip() if found else ""

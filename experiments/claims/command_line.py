@@ -1,4 +1,4 @@
-"""The command line: flags from the fields of one dataclass, and one sentence for a mistake."""
+"""The command line: flags from the fields of one dataclass, and error messages."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _check(options: Options) -> None:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a table, or data beside it, that could not be written or would replace another's."""
+    """Refuse an output that cannot be written or would overwrite a file of another program."""
     check_file("out", out)
     if out.suffix != ".md":
         raise UsageError(f"--out is {out}, but a name that ends in .md is needed.")

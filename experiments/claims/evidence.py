@@ -24,7 +24,7 @@ def draws(
     >>> len(found["uniform"])
     3
     """
-    # It runs once, so that the time to optimize it would be lost.
+    # It runs once, so that optimizing it does not pay.
     together = jax.jit(jax.vmap(of_draw), compiler_options=quick_options(1))
     found = together(jax.random.split(rng, num_draws))
     return {name: np.asarray(values, np.float64).tolist() for name, values in found.items()}
@@ -90,7 +90,7 @@ def higher(first: Values, second: Values) -> bool:
 def difference(first: Values, second: Values) -> str:
     """Write the mean of the paired differences with its interval and p.
 
-    A claim may show several, of as many sizes: p is that of each alone, and said to be.
+    p is not corrected for the number of comparisons, and the text says so.
 
     >>> difference([2.0, 2.1, 2.2], [1.0, 1.0, 1.0])
     '1.1 [1, 1.2], uncorrected p = 0.25'
@@ -101,7 +101,7 @@ def difference(first: Values, second: Values) -> str:
 
 
 def learned(*arms: Values, least: float = 10.0) -> bool:
-    """Tell whether every arm reaches a least mean; of what was not learned nothing can be said."""
+    """Tell whether every arm reaches a least mean; arms that learned nothing cannot be compared."""
     return all(interval(arm).mean >= least for arm in arms)
 
 

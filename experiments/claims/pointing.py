@@ -1,7 +1,7 @@
 """Pointing at a key: the smallest task that trains a score and nothing else.
 
-Keys are drawn at random, the query is a noisy copy of one of them (perhaps seen through another
-matrix, so that depths differ), and the score is to be largest for that one.
+Keys are drawn at random, the query is a noisy copy of one of them (perhaps projected by another
+matrix, so that depths differ), and the score has to be largest for that key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Array = jax.Array
 
 
 class Batch(NamedTuple):
-    """Examples: query [B, Hq], key [B, S, Hk] and the index [B] of the key that is meant."""
+    """Examples: query [B, Hq], key [B, S, Hk] and the index [B] of the right key."""
 
     query: Array
     key: Array
@@ -54,7 +54,7 @@ class Task(NamedTuple):
 
 
 def arm(score: Callable[..., Any], task: Task, attention_size: int | None = None) -> Arm:
-    """Return what trains the parameters that a score declares."""
+    """Return the arm that trains the declared parameters of a score."""
     declared = parameters_of(score, task.query_depth, task.key_depth, attention_size)
     # Matrices are drawn alike, so that the score is the only difference between arms.
     glorot = jax.nn.initializers.glorot_uniform()
@@ -79,7 +79,7 @@ def logits(score: Callable[..., Any], parameters: Any, batch: Batch) -> Array:
 
 
 def right(score: Callable[..., Any], parameters: Any, batch: Batch) -> Array:
-    """Return the share of examples that every seed points right in, [N]."""
+    """Return the accuracy of every seed, [N]."""
     return jax.vmap(lambda own: accuracy(logits(score, own, batch), batch.index))(parameters)
 
 

@@ -95,7 +95,7 @@ def _glance(claims: list[Record]) -> str:
 
 
 def _wrong(claims: list[Record]) -> str:
-    """Say where the data contradict what is taught."""
+    """List the claims that do not hold."""
     of = [record for record in claims if record["outcome"] == "does not hold"]
     if not of:
         return ""

@@ -1,4 +1,4 @@
-"""Testing the chosen claims one after the other, and showing what was found."""
+"""Test the chosen claims one after the other, print and write the results."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(options: Options) -> int:
         out = Path(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, markdown(results))
-        # Without layout: the numbers of all draws are many.
+        # Without indentation, because there are many numbers.
         write_text(out.with_suffix(".json"), json.dumps(results) + "\n")
     _show(console, results)
     show(path.absolute())
@@ -78,7 +78,7 @@ def run(options: Options) -> int:
 def test(claim: Claim, setting: Setting, folder: Path) -> Record:
     """Measure a claim, or read what was measured before, and judge and draw the data.
 
-    Whatever goes wrong is the outcome of this claim alone.
+    An error is the outcome of this claim; the others are tested all the same.
     """
     record: Record = {
         name: getattr(claim, name)
@@ -103,7 +103,7 @@ def _tested(claim: Claim, setting: Setting, folder: Path) -> Record:
     if found is None:
         start = time.perf_counter()
         measured = module.measure(setting, jax.random.key(claim.number))
-        # Fresh data and data from a file are then the same.
+        # Round trip through JSON, so that new and cached data are the same.
         data = json.loads(json.dumps(measured))
         found = data, round(time.perf_counter() - start, 2)
         cache.put(claim, setting, *found)

@@ -19,14 +19,14 @@ SYMBOLS, WIDTH, HEADS = 8, 32, 4
 
 
 class Batch(NamedTuple):
-    """Tokens [B, T], how many of them there are [B], and a label for each token, or -1."""
+    """Tokens [B, T], lengths [B], and labels [B, T], -1 where there is none."""
 
     tokens: Array
     lengths: Array
     labels: Array
 
 
-# From tokens [T] and their number to labels [T].
+# From tokens [T] and their length to labels [T].
 Task = Callable[[Array, Array], Array]
 
 
@@ -68,7 +68,7 @@ def trained_tagger(
 
 
 def logits(model: TokenEncoder, batch: Batch) -> Array:
-    """Return logits [B, T, symbols] that padding has no part in."""
+    """Return logits [B, T, symbols] with padding masked."""
     return model(batch.tokens, masks.Lengths(batch.lengths))
 
 

@@ -1,6 +1,6 @@
 """Small translators of the generated grammar, recurrent or Transformers, and their BLEU.
 
-What several claims look at is trained once in a run of the program.
+Models that several claims need are trained once in a run of the program.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BATCH = 32
 class Text(NamedTuple):
     """Encoded pairs: source [n, S] and target [n, T], both with an end symbol and padding.
 
-    Of the `size` first ones training draws its batches.
+    Training draws its batches from the first `size` pairs.
     """
 
     source: Array
@@ -121,7 +121,7 @@ def transformer(given: Material, heads: int, **options: Any) -> Model:
 
 
 class Model(NamedTuple):
-    """What is trained, the module that is built, and how all seeds translate sources [B, S]."""
+    """The arm, the module that it trains, and the translation of sources [B, S] by all seeds."""
 
     arm: Arm
     build: Callable[[nnx.Rngs], Any]
@@ -155,7 +155,7 @@ class Model(NamedTuple):
 def teacher_forced(
     model: EncoderDecoder, pairs: tuple[Array, Array], **options: Any
 ) -> tuple[Array, Any]:
-    """Return the mean loss of a target word, and what the model returned."""
+    """Return the mean loss of a target word and the output of the model."""
     source, target = pairs
     begun = jnp.concatenate([jnp.full_like(target[:, :1], BOS), target[:, :-1]], axis=1)
     found = model(source, begun, present(source), **options)

@@ -1,6 +1,6 @@
-"""The folder of a test of claims: whose it is, and what was measured in it before.
+"""The work directory: refuse that of another program; cache measurements.
 
-A measurement is found again as long as all code that it depends on is the same.
+A measurement is reused as long as all code that it depends on is the same.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from experiments.claims.claim import SETTINGS, Claim, Data, Setting
 from experiments.command_line import UsageError
 from experiments.translate.workdir import write_json
 
-# All that is written before the results are.
+# Written before the results.
 _BEFORE = ("cache", "errors", "figures", "results.json.unfinished")
 _MEASURED = re.compile(rf"\d+-({'|'.join(SETTINGS)})-[0-9a-f]{{16}}\.json")
 _HINT = "give another --workdir."
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-# These look at the data, and may change without the data being out of date.
+# These only read the data; their changes do not invalidate them.
 _VIEWS = ("verdict", "figure", "table")
 
 
 def writable(folder: Path) -> Path:
-    """Create a folder, or refuse one that is another's or cannot be written to.
+    """Create a folder; refuse one that belongs to another program or cannot be written to.
 
     Raises:
       UsageError: it holds other files, or cannot be written to.
@@ -73,7 +73,7 @@ def _check_ours(folder: Path) -> None:
 
 
 def _has_measurements(folder: Path) -> bool:
-    """Tell whether a test was stopped here before it was over."""
+    """Tell whether the folder holds measurements of an interrupted run."""
     return any(_MEASURED.fullmatch(file.name) for file in folder.glob("cache/*.json"))
 
 
@@ -84,7 +84,7 @@ class Cache:
         self.folder = folder
 
     def get(self, claim: Claim, setting: Setting) -> tuple[Data, float] | None:
-        """Return data and seconds of a claim whose code is the same as now, if there are any."""
+        """Return data and seconds of a claim measured by the same code, or None."""
         try:
             held = json.loads(self._path(claim, setting).read_text(encoding="utf-8"))
             return held["data"], held["seconds"]
@@ -92,7 +92,7 @@ class Cache:
             return None
 
     def put(self, claim: Claim, setting: Setting, data: Data, seconds: float) -> None:
-        """Keep data, and forget those of other code."""
+        """Write data, and delete those measured by other code."""
         path = self._path(claim, setting)
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob(f"{claim.number}-{setting.name}-*.json"):
@@ -104,7 +104,7 @@ class Cache:
 
 
 def fingerprint(path: Path) -> str:
-    """Return letters that change with the code that a file runs, or with a library's version."""
+    """Return a hash of the code that a file runs and of the versions of libraries."""
     digest = hashlib.sha256()
     for source in sorted(imported_files(path)):
         digest.update(_content(source, views=source != path).encode())
@@ -130,7 +130,7 @@ def _imported(path: Path) -> list[Path]:
 
 
 def _names(tree: ast.Module) -> Iterator[str]:
-    """Yield the dotted names that may be modules; this repository has no relative imports."""
+    """Yield dotted names that may be modules, of absolute imports alone."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -69,7 +69,7 @@ class Schedule(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """``rows`` [B] of bucket ``bucket``; where ``real`` [B] is False a row only fills up."""
+    """``rows`` [B] of bucket ``bucket``; where ``real`` [B] is False a row is padding."""
 
     bucket: int
     rows: np.ndarray
@@ -88,7 +88,7 @@ def bucket(
     """Encodes ``pairs`` in at most ``num_buckets`` buckets with the least padding possible.
 
     No bucket gets fewer rows than ``batch_size``, if there are as many. With ``widths``, those of
-    another set, shapes (and compilations) are shared; pairs too long for them get a bucket more.
+    another set, shapes (and compilations) are shared; longer pairs get one more bucket.
     """
     if not pairs:
         raise DataError("There are no pairs to put into batches; give at least one.")
@@ -208,7 +208,7 @@ def schedule(
 
 
 def _bucket_order(sizes: Sequence[int], chunks: int) -> np.ndarray:
-    """Always the bucket that is furthest behind its share, then shuffled inside each window."""
+    """Order buckets in proportion to their rows, then shuffle the order inside each window."""
     total, visits, order = sum(sizes), [0] * len(sizes), []
     for chunk in range(1, rounded_up(chunks, _WINDOW) + 1):
         behind = [size * chunk - total * n for size, n in zip(sizes, visits, strict=True)]
@@ -225,7 +225,7 @@ def _permutation(size: int, *seed: int) -> np.ndarray:
 
 
 def sweep(buckets: Buckets, batch_size: int) -> Iterator[Batch]:
-    """Every row once, in batches of exactly ``batch_size``; the last of a bucket is filled up."""
+    """Every row once, in batches of exactly ``batch_size``; the last of a bucket is padded."""
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}, but at least 1 pair is needed.")
     for number, size in enumerate(buckets.sizes):

@@ -19,7 +19,7 @@ _ALIGNMENT = re.compile(r"\d+(?:[-?]\d+)?(?: \d+(?:[-?]\d+)?)*", re.ASCII)
 
 
 class DataError(ValueError):
-    """A corpus that cannot be used; the message is one sentence for the person who asked for it."""
+    """A corpus that cannot be used; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)

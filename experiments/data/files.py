@@ -13,7 +13,7 @@ from experiments.data.text import cut, lines_of, read_content
 
 Splits = dict[str, list[Pair]]
 
-# The empty name is that of a prefix without splits: PREFIX.en, PREFIX.de.
+# The empty name is for a prefix without splits: PREFIX.en, PREFIX.de.
 SPLIT_NAMES = {
     "train": ("train", "training", ""),
     "valid": ("valid", "val", "dev", "validation"),
@@ -72,7 +72,7 @@ class Reader:
             for name in names:
                 if split not in splits and (pairs := self._split(folder, prefix + name)):
                     splits[split] = pairs
-            # Training comes first, and a text without gold alignments does not ask for spaces.
+            # The training set, read first, decides; text without gold alignments is tokenised.
             self.at_spaces = bool(self.at_spaces)
         extra: Splits = {}
         for path in sorted(folder.glob(f"{escape(prefix)}test?*.{escape(self.source)}")):
@@ -159,7 +159,7 @@ class Reader:
         return self._without_empty(pairs, str(path))
 
     def _recut(self, name: str, pairs: list[tuple[int, Pair]]) -> list[tuple[int, Pair]]:
-        """Cut aligned pairs anew, and drop the links of those that then have other words."""
+        """Tokenise aligned pairs again, and drop the links of those whose tokens change."""
         recut, unlinked = [], []
         for number, pair in pairs:
             found = self._tokenize(" ".join(pair.source), " ".join(pair.target))

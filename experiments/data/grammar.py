@@ -139,7 +139,7 @@ Phrase = list[Word]
 
 
 class Speaker:
-    """One sentence in the making; ``elaboration`` scales how often an optional part is said."""
+    """Generates one sentence; ``elaboration`` scales the probability of optional parts."""
 
     def __init__(self, random: Random, elaboration: float = 1.0):
         self.random = random

@@ -39,7 +39,7 @@ def _below_hundred(n: int, source: list[str]) -> list[_Morpheme]:
 
 
 def _below_thousand(n: int, source: list[str], *, after: bool) -> list[_Morpheme]:
-    """``after``: something was said before, so that English joins the rest by "and"."""
+    """``after``: whether thousands come before, so that English joins the rest by "and"."""
     target: list[_Morpheme] = []
     if n >= 100:
         target += _below_hundred(n // 100, source)

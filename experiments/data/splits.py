@@ -34,13 +34,13 @@ def length(pair: Pair) -> int:
 
 
 def _shuffled(pairs: Iterable[Pair], seed: int) -> list[Pair]:
-    # By keys from `random()`, whose numbers are the same in every version of Python.
+    # Sorted by `random()`, whose numbers are the same in every version of Python.
     random = Random(seed)
     return [pair for _, _, pair in sorted((random.random(), n, p) for n, p in enumerate(pairs))]
 
 
 def _distinct(pairs: Iterable[Pair], seen: set[tuple[str, ...]], count: int, what: str):
-    """``count`` pairs whose source was not seen before; gives up after 200 vain tries in a row."""
+    """``count`` pairs with distinct sources; gives up after 200 repeated ones in a row."""
     chosen: list[Pair] = []
     vain = 0
     for pair in pairs:

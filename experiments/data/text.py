@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments.data.corpus import DataError
 
-# Combining marks are no word characters to `re`, although they are part of words.
+# Combining marks are part of words, but `re` does not count them as word characters.
 _MARK = "".join(
     chr(code)
     for first, last in ((0x300, 0x1DFF), (0x20D0, 0x20FF), (0xFE00, 0xFE2F))
