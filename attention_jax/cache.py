@@ -2,10 +2,10 @@
 
     cache = init(batch, capacity, num_key_heads, key_depth, value_depth)
     cache, view = extend(cache, key, value)           # any number of new tokens
-    context = attend_cached(query, view, mask=...)    # the mask of the whole sequence
+    context = attend_cached(query, view)              # causal; mask= of the whole sequence
 
-Each slot knows the position of the token it holds, so masks, biases and scores are asked about
-positions as in the full pass, whatever slot a token is in. That gives ragged batches (each
+Each slot knows the position of the token it holds, so masks, biases and scores are given
+positions as in the full pass, whatever slot a token is in. That allows ragged batches (each
 example has its own length) and eviction under a local mask (slots are used in a ring).
 """
 
@@ -14,22 +14,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.tree_util import Partial
 
 from attention_jax import masks
 from attention_jax.attention import attend
 from attention_jax.base import checks
-from attention_jax.base.binding import PerHead, as_pytree
+from attention_jax.base.binding import as_pytree
 from attention_jax.masks import batch_axes
 from attention_jax.masks.intervals import Lookup, indices, judge
+from attention_jax.positions.shifting import Rows, shifted_bias, shifted_score
 from attention_jax.request import DropoutKey, as_bias
-from attention_jax.scores import separate
-from attention_jax.scores.composition import is_positional, positional
 
 Array = jax.Array
 
@@ -46,8 +45,8 @@ EMPTY = -1
 class KeyValueCache:
     """Keys [B, C, K, H] and values [B, C, K, V] in C slots.
 
-    `positions` [C] says where the token of a slot stands, `length` [] how many tokens were seen;
-    in a ragged batch they are [B, C] and [B]. With a `window`, slots are used in a ring.
+    `positions` [C] are those of the tokens in the slots, `length` [] counts the tokens seen; in a
+    ragged batch they are [B, C] and [B]. With a `window`, slots are used in a ring.
     """
 
     key: Array
@@ -63,7 +62,7 @@ class KeyValueCache:
 
 
 class View(NamedTuple):
-    """What new queries attend to: keys, values and their positions, and where the queries stand.
+    """What new queries attend to: keys, values and their positions, and those of the queries.
 
     `start` is the position of the first query, `count` how many of them are tokens and not
     padding; `overflow` is True where the cache was too small to hold the tokens.
@@ -126,7 +125,7 @@ def init(
 
 
 def next_positions(cache: Any, tokens: int) -> Array:
-    """Return where the next tokens stand after a `cache.length`: [T], or [B, T] of lengths [B].
+    """Return the positions of the next tokens: [T], or [B, T] where `cache.length` is [B].
 
     >>> next_positions(init(1, 8, 1, 1), 3)
     Array([0, 1, 2], dtype=int32)
@@ -198,12 +197,12 @@ def extend(
 
 
 def view_of(memory: tuple[Array, Array], cache: KeyValueCache, tokens: int) -> View:
-    """Return what the next tokens attend to in a memory, which all of them see in full.
+    """Return the view of a memory, for `attend_cached(..., causal=False)`.
 
     Args:
       memory: keys [B, S, K, H] and values [B, S, K, V].
-      cache: the sequence so far, that the tokens come after.
-      tokens: how many.
+      cache: of the tokens before the next ones.
+      tokens: T, how many next tokens attend to the memory.
 
     >>> view_of(2 * (jnp.ones((1, 5, 1, 1)),), init(1, 8, 1, 1), tokens=3).positions
     Array([0, 1, 2, 3, 4], dtype=int32)
@@ -227,68 +226,100 @@ _OPTIONS = [
 ]
 
 
-def attend_cached(query: Array, view: View, *, mask: Any = None, **options: Any) -> Any:
-    """Attend from new tokens to all that the cache holds, as the full pass would.
+def attend_cached(
+    query: Array, view: View, *, mask: Any = None, causal: bool = True, **options: Any
+) -> Any:
+    """Attend from new tokens to all that the cache holds, as the full causal pass would.
 
     Args:
       query: [B, T, N, Hq], the queries of the tokens just added.
       view: from `extend`.
       mask: the mask of the whole sequence; index 0 is its first token.
-      **options: the others of `attend`; a score that is `positional` and a bias are asked about
-        positions in the whole sequence. Which pairs dropout_rate drops depends on dropout_key, on
-        example, head, query among the new tokens and slot: give every step a key of its own.
+      causal: no query attends to a later token, whatever the mask allows. False leaves that to
+        the mask: for a prefix whose tokens attend to each other (`masks.Prefix`), all of it in
+        one call, and for a memory (`view_of`).
+      **options: the others of `attend`. A `positional` score and a bias are given positions in
+        the whole sequence. Which pairs dropout_rate drops depends on dropout_key, example, head,
+        query among the new tokens and slot: give every step a key of its own.
 
     Returns:
       What `attend` returns; zeros for padding.
 
     Raises:
       ShapeError: operands that do not fit each other.
-      TypeError: another option than those.
+      TypeError: an unknown option.
 
     >>> cache, view = extend(init(1, 8, 2, 4), *2 * [jnp.ones((1, 3, 2, 4))])
-    >>> attend_cached(jnp.ones((1, 3, 2, 4)), view, mask=masks.Causal()).shape
+    >>> attend_cached(jnp.ones((1, 3, 2, 4)), view).shape
     (1, 3, 2, 4)
     """
     unknown = [name for name in options if name not in _OPTIONS]
     if unknown:
         raise TypeError(
-            f"attend_cached: there is no option {unknown[0]}; it takes mask, {', '.join(_OPTIONS)}."
+            f"attend_cached: there is no option {unknown[0]}; it takes mask, causal, "
+            f"{', '.join(_OPTIONS)}."
         )
     sizes = checks.axes("attend_cached", query=(query, "BTNH"), key=(view.key, "BSKE"))
-    mask = masks.Shift(masks.as_mask(mask))
+    mask = masks.Shift(and_causal(mask) if causal else masks.as_mask(mask))
     options["bias"] = as_bias(options.get("bias"))
     if view.start.ndim == 0:
         return _attend(query, view, mask, **options)
     mask, letters = batch_axes.of_mask("attend_cached", mask, sizes)
     arrays, structure = jax.tree.flatten(mask)
-    shared_bias = options.pop("bias")
-    own_bias = None
-    if _is_array(shared_bias) and shared_bias.ndim == 4 and len(shared_bias) > 1:
-        shared_bias, own_bias = None, shared_bias
-
-    dropout_key = options.pop("dropout_key", None)
-
-    def one_example(
-        query: Array, view: View, arrays: list[Any], own_bias: Any, number: Array
-    ) -> Any:
-        heads = [x[None] if "N" in axes else x for x, axes in zip(arrays, letters, strict=True)]
-        alone = view._replace(key=view.key[None], value=view.value[None])
-        bias = shared_bias if own_bias is None else own_bias[None]
-        key = None if dropout_key is None else DropoutKey(dropout_key, number)
-        own = {"bias": bias, "dropout_key": key}
-        result = _attend(query[None], alone, structure.unflatten(heads), **own, **options)
-        return jax.tree.map(lambda x: x[0], result)
-
     mask_axes = [0 if "B" in axes else None for axes in letters]
-    lifted = jax.vmap(one_example, in_axes=(0, 0, mask_axes, 0, 0))
-    return lifted(query, view, arrays, own_bias, indices(sizes["B"]))
+    bias = as_pytree(options.pop("bias"))
+    bias_axis = 0 if _is_array(bias) and bias.ndim == 4 and len(bias) > 1 else None
+    one_example = functools.partial(
+        _one_example,
+        mask_of=functools.partial(_mask_of_example, structure, letters),
+        dropout_key=options.pop("dropout_key", None),
+        **options,
+    )
+    lifted = jax.vmap(one_example, in_axes=(0, 0, mask_axes, bias_axis, 0))
+    return lifted(query, view, arrays, bias, indices(sizes["B"]))
+
+
+def _one_example(
+    query: Array,
+    view: View,
+    mask_arrays: list[Array],
+    bias: Any,
+    number: Array,
+    *,
+    mask_of: Callable[[list[Array]], masks.Mask],
+    dropout_key: Any,
+    **options: Any,
+) -> Any:
+    """Attend in one example of a ragged batch."""
+    view = view._replace(key=view.key[None], value=view.value[None])
+    if dropout_key is not None:
+        options["dropout_key"] = DropoutKey(dropout_key, number)
+    result = _attend(query[None], view, mask_of(mask_arrays), bias=bias, **options)
+    return jax.tree.map(lambda x: x[0], result)
+
+
+def _mask_of_example(structure: Any, letters: list[str], arrays: list[Array]) -> masks.Mask:
+    """Rebuild a mask from arrays without the axis of examples; that of heads follows it."""
+    fitted = [x[None] if "N" in axes else x for x, axes in zip(arrays, letters, strict=True)]
+    return structure.unflatten(fitted)
+
+
+def and_causal(mask: Any) -> masks.Mask:
+    """Return a mask that allows what the given one allows, and no later key.
+
+    >>> print(masks.draw(and_causal(masks.Window(1, 1)), 3))
+    █··
+    ██·
+    ·██
+    """
+    return masks.Causal() & masks.as_mask(mask)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed(masks.Mask):
-    """A mask of the whole sequence, asked by slot: the tokens of a cache where they stand.
+    """The mask of a whole sequence over the slots of a cache.
 
-    Query i stands at start + i and is padding from `count` on; slot j holds the token at
+    Query i is at position start + i, and padding from `count` on; slot j holds the token at
     positions[j], or none.
     """
 
@@ -299,69 +330,28 @@ class Placed(masks.Mask):
     example_rank: ClassVar[dict[str, int]] = {"start": 0, "count": 0, "positions": 1}
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
-        stands = Lookup(self.positions)[kv_idx]
-        present = (stands >= 0) & (q_idx < self.count)
-        return present & judge(self.mask, q_idx + self.start, stands)
+        position = Lookup(self.positions)[kv_idx]
+        present = (position >= 0) & (q_idx < self.count)
+        return present & judge(self.mask, q_idx + self.start, position)
 
 
 def _attend(
     query: Array, view: View, mask: masks.Mask, *, score: Any = None, bias: Any = None, **rest: Any
 ) -> Any:
-    """Attend where all examples stand at the same positions."""
-    heads = query.shape[2]
+    """Attend where all examples are at the same positions."""
+    num_queries, num_heads = query.shape[1:3]
+    rows = Rows(view.start, view.positions)
     if score is not None:
-        rest["score"] = _score_at(score, view, heads)
+        rest["score"] = shifted_score(score, rows, num_heads)
     query = jnp.where(view.overflow, jnp.nan, query)
     return attend(
         query,
         view.key.astype(query.dtype),
         view.value.astype(query.dtype),
         mask=Placed(mask, view.start, view.count, view.positions),
-        bias=_bias_at(bias, query, view, heads),
+        bias=shifted_bias(bias, rows, num_heads, num_queries),
         **rest,
     )
-
-
-def _score_at(score: Any, view: View, num_heads: int) -> Any:
-    """Let a positional score know where rows stand; any other needs nothing."""
-    parts = separate(score.function if isinstance(score, PerHead) else score)
-    if not is_positional(parts.pairs):
-        return score
-    where = _where(view, num_heads if isinstance(score, PerHead) else None)
-    placed = parts._replace(pairs=Partial(_pairs_at, pairs=parts.pairs, **where))
-    return PerHead(placed) if isinstance(score, PerHead) else placed
-
-
-def _bias_at(bias: Any, query: Array, view: View, num_heads: int) -> Any:
-    if bias is None:
-        return None
-    if _is_array(bias):
-        for axis, places in ((-2, view.start + indices(query.shape[1])), (-1, view.positions)):
-            if bias.ndim >= -axis and bias.shape[axis] > 1:
-                bias = jnp.take(bias, places, axis=axis, mode="clip")
-        return bias
-    function = bias.function if isinstance(bias, PerHead) else bias
-    where = _where(view, num_heads if isinstance(bias, PerHead) else None)
-    placed = Partial(_bias_of_slots, bias=as_pytree(function), **where)
-    return PerHead(placed) if isinstance(bias, PerHead) else placed
-
-
-def _where(view: View, num_heads: int | None) -> dict[str, Array]:
-    """Return start and positions, once for each head where the function is one for each."""
-    where = {"start": view.start, "positions": view.positions}
-    if num_heads is None:
-        return where
-    return {name: jnp.broadcast_to(x, (num_heads, *x.shape)) for name, x in where.items()}
-
-
-@positional
-def _pairs_at(query, key, *, pairs, start, positions, q_idx, kv_idx):
-    stands = positions.at[kv_idx].get(mode="clip")
-    return pairs(query, key, q_idx=q_idx + start, kv_idx=stands)
-
-
-def _bias_of_slots(q_idx, kv_idx, *, bias, start, positions):
-    return bias(q_idx + start, positions.at[kv_idx].get(mode="clip"))
 
 
 def _write(slots_of_cache: Array, new: Array, slots: Array) -> Array:

@@ -32,6 +32,7 @@ KINDS = {
     "additive": {"score": scores.additive, "initializers": {"value": jax.nn.initializers.ones}},
     "array": {"bias": per_head(bind(lambda q, k, table: table[q, k], table=jnp.ones((3, 11, 11))))},
 }
+DECODED_FIRST = {"MultiHeadAttention"}
 STATIC = ("implementation", "tile_sizes")
 CHUNKS = {"prompt": [9, 1, 1], "pieces": [5, 1, 5], "all": [11]}
 
@@ -127,6 +128,76 @@ def test_slots_are_allowed_as_every_exported_mask_says(name):
             [0 <= j <= i and bool(allowed(b, n, i, j)) for j in positions] for i in (4, 5, 6)
         ]
         np.testing.assert_array_equal(placed.of(b, n).to_dense(3, 6), expected)
+
+
+PREFIX = masks.Prefix(3) | masks.Causal()
+CAUSAL_CASES = {
+    "no mask": ({}, masks.Causal()),
+    "a mask is joined": ({"mask": masks.Window(1, 1)}, masks.Window(1, 0)),
+    "a prefix too": ({"mask": PREFIX}, masks.Causal()),
+    "all left to the mask": ({"mask": PREFIX, "causal": False}, PREFIX),
+}
+
+
+@pytest.mark.parametrize("ragged", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c == "no mask" else pytest.mark.slow) for c in CAUSAL_CASES],
+)
+def test_decoding_is_causal_whatever_the_mask(case, ragged):
+    options, mask = CAUSAL_CASES[case]
+    query, key, value = jax.random.normal(jax.random.key(1), (3, 2, 6, 2, 4))
+
+    @jax.jit
+    def run(query, key, value):
+        state, contexts = cache.init(2, 6, 2, 4, ragged=ragged), []
+        for start, stop in ((0, 4), (4, 6)):
+            new = slice(start, stop)
+            state, view = cache.extend(state, key[:, new], value[:, new])
+            contexts.append(cache.attend_cached(query[:, new], view, **options))
+        return jnp.concatenate(contexts, axis=1), attend(query, key, value, mask=mask)
+
+    chex.assert_trees_all_close(*run(query, key, value), atol=1e-5)
+
+
+DECODERS = {
+    "MultiHeadAttention": ((3, 12), {}),
+    "LinearAttention": ((3, 12), {}),
+    "TransformerBlock": ((12, 3), {}),
+    "TransformerStack": ((1, 12), {"num_heads": 3}),
+    "CausalDecoder": ((10, 12), {"num_heads": 3, "num_layers": 1}),
+    "EncoderDecoder": ((10, 10), {"features": 12, "num_heads": 3, "num_layers": 1}),
+}
+
+
+def test_every_module_that_decodes_is_tested_to_be_causal():
+    decoders = {n for n in attention_nnx.__all__ if hasattr(getattr(attention_nnx, n), "decode")}
+    assert decoders == set(DECODERS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in DECODED_FIRST else pytest.mark.slow) for n in DECODERS],
+)
+def test_every_module_decodes_causally_by_default(name):
+    """Without a mask, later tokens of the same call change nothing, in both APIs."""
+    sizes, options = DECODERS[name]
+    module = getattr(attention_nnx, name)(*sizes, **options, rngs=nnx.Rngs(0))
+    twin = getattr(attention_linen, name)(*sizes, **options)
+    of_tokens = hasattr(module, "generate")
+    tokens = jnp.arange(10).reshape(2, 5) if of_tokens else X[:, :5]
+    memory = (X[:, 5:7],) if name == "EncoderDecoder" else ()
+
+    def decoded(module):
+        state = module.init_cache(2, 5)
+        return [module.decode(tokens[:, :n], state, *memory)[0] for n in (5, 2)]
+
+    tree = {"params": nnx.to_pure_dict(nnx.state(module, nnx.Param))}
+    whole, first = nnx.jit(decoded)(module)
+    assert np.any(np.abs(whole[:, 0] - whole[:, 1]) > 1e-3)
+    chex.assert_trees_all_close(whole[:, :2], first, atol=1e-5)
+    of_twin = jax.jit(functools.partial(twin.apply, method=decoded))(tree)
+    chex.assert_trees_all_close(of_twin, [whole, first], atol=1e-5)
 
 
 @pytest.mark.slow
@@ -418,8 +489,8 @@ NEW = jnp.ones((2, 3, 1, 2))
                 NEW, cache.extend(cache.init(2, 8, 1, 2), NEW, NEW)[1], scale=3
             ),
             TypeError,
-            "attend_cached: there is no option scale; it takes mask, score, bias, normalizer, "
-            "dropout_rate, dropout_key, implementation, tile_sizes, return_weights, "
+            "attend_cached: there is no option scale; it takes mask, causal, score, bias, "
+            "normalizer, dropout_rate, dropout_key, implementation, tile_sizes, return_weights, "
             "return_logsumexp.",
         ),
     ],

@@ -131,6 +131,30 @@ def at_least(operation: str, smallest: int, /, **arguments: Any) -> None:
             raise ValueError(f"{operation}: {name} must be {smallest} or more, got {value}.")
 
 
+def sizes(operation: str, /, **given: int | None) -> None:
+    """Require sizes to be 1 or more; None is a size that is not given.
+
+    Raises:
+      ValueError: a size below 1, or one that is not whole.
+    """
+    at_least(operation, 1, **{name: size for name, size in given.items() if size is not None})
+
+
+def size_or(default: int, operation: str, /, **size: int | None) -> int:
+    """Return a size where it is given, else the default; neither may be 0.
+
+    Raises:
+      ValueError: a size below 1, or one that is not whole.
+
+    >>> size_or(8, "additive", attention_size=None), size_or(8, "additive", attention_size=4)
+    (8, 4)
+    """
+    ((name, given),) = size.items()
+    chosen = default if given is None else given
+    at_least(operation, 1, **{name: chosen})
+    return chosen
+
+
 def tokens(operation: str, count: Any, length: int, examples: tuple[int, ...]) -> jax.Array:
     """Return how many of `length` rows are tokens, one number or one for each example.
 

@@ -6,6 +6,7 @@ of either is named here, and is honoured or refused, never dropped.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from flax import linen, nnx
 
 from attention_jax import masks
 from attention_jax.attention import attend
-from attention_jax.interop import layout
+from attention_jax.base.typing import at_least_float32
 from attention_jax.interop.dropout import same_in_every_head
+from attention_jax.interop.layout import Layout, is_array, last_allowed
 from attention_jax.normalizers import softmax
+from attention_jax.positions.shifting import Rows, shifted_array, shifted_bias, shifted_score
 from attention_jax.request import function_of
 from attention_jax.scores import scaled_dot, separate
 from attention_jax.scores.composition import is_positional
@@ -40,8 +43,7 @@ def attention_fn(
 
     context_i = sum_j normalizer(score(q_i, k_j) + bias_ij)_j v_j, over the keys j that this mask,
     the layer's mask and its `is_causal` all allow. A query that may attend to nothing gets zeros,
-    where Flax averages all values. The docstring of the returned function says what it does with
-    each keyword of the layers.
+    where Flax averages all values. `FlaxAttention.__call__` documents each keyword of the layers.
 
     Args:
       score: as in `attend`.
@@ -50,10 +52,10 @@ def attention_fn(
       bias: as in `attend`. An array broadcasts to [*batch, N, T, S].
       normalizer: as in `attend`.
       implementation: as in `attend`.
-      decode: where a single query (T = 1 < S) stands, if this mask, this bias, a score that knows
-        positions or `is_causal` is to be asked. True: the layer decodes; the query stands at the
-        last key that the layer's mask allows, which is the one just written to the cache. False:
-        at position 0, as the first of several queries does. None refuses to guess.
+      decode: the position of a single query (T = 1 < S), where this mask, this bias, a
+        `positional` score or `is_causal` depends on it. True: the layer decodes; the query is at
+        the last key that the layer's mask allows, which is the one just written to the cache.
+        False: at position 0, as the first of several queries. None refuses to guess.
 
     Returns:
       A function of query [*batch, T, N, Hq], key [*batch, S, K, Hk], value [*batch, S, K, V] and
@@ -71,10 +73,23 @@ def attention_fn(
     (3, 5, 8)
     """
     _refuse_modules(score=score, mask=mask, bias=bias, normalizer=normalizer)
-    bound_mask = mask if mask is None or layout.is_array(mask) else masks.as_mask(mask)
-    bound_bias = bias
+    bound_mask = mask if mask is None or is_array(mask) else masks.as_mask(mask)
+    return FlaxAttention(score, bound_mask, bias, normalizer, implementation, decode)
 
-    def attention(
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlaxAttention:
+    """An `attention_fn` of Flax's layers with a score, mask, bias and normalizer of its own."""
+
+    score: Any
+    mask: Any
+    bias: Any
+    normalizer: Any
+    implementation: str | None
+    decode: bool | None
+
+    def __call__(
+        self,
         query: Array,
         key: Array,
         value: Array,
@@ -123,69 +138,83 @@ def attention_fn(
             attn_weights_value_einsum=attn_weights_value_einsum,
             input_positions=input_positions,
         )
-        batch = layout.batch_axes(query=query, key=key, value=value)
+        layout = Layout.of(query, key, value)
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
-        query, key, value = (layout.joined(x.astype(dtype)) for x in (query, key, value))
-        pairs = query.shape[2], query.shape[1], key.shape[1]
-        mask = layout.as_masked(mask, batch, pairs)
-        bias = layout.as_bias(bias, batch, pairs, dtype)
-
-        position = None
-        is_asked = is_causal or bound_mask is not None or bound_bias is not None
-        if pairs[1] == 1 < pairs[2] and decode is not False and (is_asked or _has_places(score)):
-            _check_decode(decode, mask)
-            position = layout.last_allowed(mask, pairs[2])
-        at = functools.partial(layout.placed, position=position, num_heads=pairs[0])
-        causal = at(masks.Causal()) if is_causal else None
-        own_mask = layout.as_masked(at(bound_mask), batch, pairs)
-        own_bias = layout.as_bias(at(bound_bias), batch, pairs, dtype)
-        given = [part for part in (causal, own_mask, mask) if part is not None]
+        operands = [layout.joined(x.astype(dtype)) for x in (query, key, value)]
+        position = self._position(layout, mask, is_causal)
         attend_with = functools.partial(
             attend,
-            query,
-            key,
-            value,
-            score=layout.placed_score(score, position, pairs[0]),
-            mask=functools.reduce(operator.and_, given) if given else None,
-            bias=_sum(own_bias, bias),
-            normalizer=normalizer,
-            implementation=implementation,
+            *operands,
+            **self._score_and_bias(layout, bias, position, dtype),
+            mask=self._mask(layout, mask, position, is_causal),
+            normalizer=self.normalizer,
+            implementation=self.implementation,
         )
+        if module is not None:
+            weights = attend_with(return_weights=True).weights
+            _sow(module, layout.split(weights.astype(dtype)))
         dropout = {}
         if dropout_rate and not deterministic:
             dropout = _dropout(dropout_rate, dropout_rng, broadcast_dropout)
-        if module is not None:
-            weights = attend_with(return_weights=True).weights
-            _sow(module, weights.astype(dtype).reshape(*batch, *pairs))
-        context = attend_with(**dropout)
-        return context.reshape(*batch, *context.shape[1:])
+        return layout.split(attend_with(**dropout))
 
-    return attention
-
-
-def _has_places(score: Any) -> bool:
-    return is_positional(separate(function_of(score)).pairs)
-
-
-def _check_decode(decode: bool | None, mask: Any) -> None:
-    """Require what it takes to know where a single query stands."""
-    if decode is None:
-        raise ValueError(
-            "attention_fn: a single query meets several keys, and score, mask, bias or is_causal "
-            "asks where it stands; give attention_fn decode=True if the layer decodes, "
-            "decode=False if the query stands at position 0."
+    def _position(self, layout: Layout, mask: Any, is_causal: bool) -> Array | None:
+        """Return the position of a single query of a layer that decodes; None where it is 0."""
+        num_queries, num_keys = layout.pairs[1:]
+        needed = (
+            is_causal
+            or self.mask is not None
+            or self.bias is not None
+            or is_positional(separate(function_of(self.score)).pairs)
         )
-    if not isinstance(mask, masks.Table):
-        raise ValueError(
-            "attention_fn: decode=True reads from the mask of the layer's cache where the query "
-            "stands, and there is no such mask; give decode=False if the layer does not decode."
-        )
+        if not needed or self.decode is False or not num_queries == 1 < num_keys:
+            return None
+        if self.decode is None:
+            raise ValueError(
+                "attention_fn: the position of a single query among several keys is not known, and "
+                "score, mask, bias or is_causal depends on it; give attention_fn decode=True if "
+                "the layer decodes, decode=False if the query is at position 0."
+            )
+        if mask is None or not is_array(mask):
+            raise ValueError(
+                "attention_fn: decode=True takes the position of the query from the mask of the "
+                "layer's cache, and there is no such mask; give decode=False if the layer does not "
+                "decode."
+            )
+        return last_allowed(layout.table(mask))
+
+    def _mask(self, layout: Layout, passed: Any, position: Array | None, is_causal: bool) -> Any:
+        """Return the mask of these queries: what is bound, passed and causal, joined by `&`."""
+        bound = self.mask
+        if bound is not None and position is not None:
+            is_table = is_array(bound)
+            rows = Rows(position)
+            bound = shifted_array(bound, rows) if is_table else masks.Shift(bound, query=position)
+        causal = masks.Causal(0 if position is None else position) if is_causal else None
+        parts = (layout.table(x) if is_array(x) else x for x in (causal, bound, passed))
+        given = [masks.as_mask(part) for part in parts if part is not None]
+        return functools.reduce(operator.and_, given) if given else None
+
+    def _score_and_bias(
+        self, layout: Layout, passed: Array | None, position: Array | None, dtype: Any
+    ) -> dict[str, Any]:
+        """Return score and bias at the position of the query; the passed bias is added."""
+        score, bias = self.score, self.bias
+        if position is not None:
+            rows, num_heads = Rows(position), layout.pairs[0]
+            score = shifted_score(score, rows, num_heads)
+            bias = shifted_bias(bias, rows, num_heads, num_queries=1)
+        dtype = at_least_float32(dtype)
+        bias = layout.fitted("bias", bias).astype(dtype) if is_array(bias) else bias
+        if passed is not None:
+            passed = layout.fitted("bias", passed).astype(dtype)
+        return {"score": score, "bias": _sum(bias, passed)}
 
 
 def _sum(bound: Any, passed: Array | None) -> Any:
     if bound is None or passed is None:
         return passed if bound is None else bound
-    if not layout.is_array(bound):
+    if not is_array(bound):
         raise ValueError(
             "attention_fn: bias is bound as a function and passed as an array, which are not "
             "added; bind or pass their sum."

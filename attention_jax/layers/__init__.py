@@ -1,7 +1,19 @@
 """Layers as the two Flax APIs share them: heads, multi-head attention, Transformer blocks."""
 
-from attention_jax.layers.heads import HeadSizes, Projected, Projections
+from attention_jax.layers.heads import HeadOptions, HeadSizes, ProjectedMemory, Projections
 from attention_jax.layers.linear import LinearLayer, LinformerLayer
+from attention_jax.layers.models import generate
 from attention_jax.layers.multi_head import MultiHead
+from attention_jax.layers.transformer import BlockWeights
 
-__all__ = ["HeadSizes", "LinearLayer", "LinformerLayer", "MultiHead", "Projected", "Projections"]
+__all__ = [
+    "BlockWeights",
+    "HeadOptions",
+    "HeadSizes",
+    "LinearLayer",
+    "LinformerLayer",
+    "MultiHead",
+    "ProjectedMemory",
+    "Projections",
+    "generate",
+]

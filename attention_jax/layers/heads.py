@@ -1,82 +1,164 @@
-"""How a layer of D features becomes heads and comes back: what the Flax modules share."""
+"""From features to heads and back: the options and the computation that the Flax layers share."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.nn import initializers as standard
 
 from attention_jax.base import checks
+from attention_jax.base.parameters import Initializer
 from attention_jax.base.typing import at_least_float32
 from attention_jax.masks.intervals import indices
 
 Array = jax.Array
+Position = Callable[[Array, Array], Array]
+"""`position(x [T, H], positions [T]) -> [T, H]`, applied to queries and keys, such as `rotary`."""
 
 
 class HeadSizes(NamedTuple):
-    """N query heads and K key heads of a layer, and their depths Hq, Hk and V."""
+    """N query heads and K key heads, their depths Hq, Hk and V, and the features outside."""
 
     num_heads: int
     num_key_heads: int
     query_depth: int
     key_depth: int
     value_depth: int
+    in_features: int
+    memory_features: int
+    out_features: int
 
-    @classmethod
-    def of(
-        cls,
-        operation: str,
-        in_features: int,
-        memory_features: int,
-        *,
-        num_heads: int,
-        num_key_heads: int | None = None,
-        query_depth: int | None = None,
-        key_depth: int | None = None,
-        value_depth: int | None = None,
-        projections: bool = True,
-        share_query_key: bool = False,
-    ) -> HeadSizes:
-        """Complete what is not given, and refuse what does not fit.
 
-        Raises:
-          ValueError: heads that do not divide, or options that exclude each other.
-        """
-        num_key_heads = num_heads if num_key_heads is None else num_key_heads
-        checks.multiple(operation, "num_heads", num_heads, "num_key_heads", num_key_heads)
-        given = (query_depth, key_depth, value_depth)
-        if not projections:
-            if given != (None, None, None) or share_query_key:
-                raise ValueError(
-                    f"{operation}: without projections the depths follow from the inputs and "
-                    "nothing is shared; leave out query_depth, key_depth, value_depth and "
-                    "share_query_key."
-                )
-            depth = checks.multiple(operation, "in_features", in_features, "num_heads", num_heads)
-            memory_depth = checks.multiple(
-                operation, "memory_features", memory_features, "num_key_heads", num_key_heads
-            )
-            return cls(num_heads, num_key_heads, depth, memory_depth, memory_depth)
+class LinearShape(NamedTuple):
+    """The axes that a projection contracts, those that it returns, and where the former are."""
+
+    inputs: int | tuple[int, ...]
+    outputs: int | tuple[int, ...]
+    axis: int | tuple[int, ...] = -1
+
+
+@dataclasses.dataclass
+class HeadOptions:
+    """The options that every multi-head layer has; they are fields of the Linen modules.
+
+    Args:
+      num_heads: N.
+      in_features: D of the queries' input.
+      memory_features: D of the input of keys and values; `in_features` unless given.
+      out_features: of the result; `in_features` unless given.
+      num_key_heads: K, a divisor of N (grouped-query; 1 is multi-query); N unless given.
+      query_depth: Hq; in_features / N unless given.
+      key_depth: Hk; Hq unless given. Another depth needs a score for two depths.
+      value_depth: V; Hq unless given.
+      position: `position(x [T, H], positions [T])` applied to queries and keys (rotary).
+      qk_norm: Flax's `RMSNorm` or `LayerNorm`, applied to the depth of queries and of keys.
+      share_query_key: one projection for query and key.
+      projections: False attends to the input as it is, cut into heads: X X^T.
+      combine: "concat" or "sum" of the heads.
+      use_bias: of the four projections.
+      kernel_init: of the four projections.
+      bias_init: of the four projections.
+      dtype: of the computation; that of inputs and parameters unless given.
+      param_dtype: of the parameters.
+    """
+
+    num_heads: int
+    in_features: int
+    _: dataclasses.KW_ONLY
+    memory_features: int | None = None
+    out_features: int | None = None
+    num_key_heads: int | None = None
+    query_depth: int | None = None
+    key_depth: int | None = None
+    value_depth: int | None = None
+    position: Position | None = None
+    qk_norm: Callable[..., Any] | None = None
+    share_query_key: bool = False
+    projections: bool = True
+    combine: str = "concat"
+    use_bias: bool = True
+    kernel_init: Initializer = standard.glorot_uniform()  # noqa: RUF009
+    bias_init: Initializer = standard.zeros
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+
+def head_sizes(operation: str, options: HeadOptions) -> HeadSizes:
+    """Complete the sizes of a layer, and check that its options fit each other.
+
+    Raises:
+      ValueError: heads that do not divide, a size below 1, or options that exclude each other.
+    """
+    if options.combine not in ("concat", "sum"):
+        raise ValueError(
+            f"{operation}: combine must be 'concat' or 'sum', got {options.combine!r}."
+        )
+    checks.sizes(operation, **{name: getattr(options, name) for name in HeadSizes._fields})
+    num_heads, in_features = options.num_heads, options.in_features
+    num_key_heads = _or(options.num_key_heads, num_heads)
+    memory_features = _or(options.memory_features, in_features)
+    checks.multiple(operation, "num_heads", num_heads, "num_key_heads", num_key_heads)
+    if not options.projections:
+        depths = _depths_of_inputs(operation, options, num_key_heads, memory_features)
+    else:
+        query_depth = options.query_depth
         if query_depth is None:
-            query_depth = checks.multiple(
-                operation, "in_features", in_features, "num_heads", num_heads
-            )
-        key_depth = query_depth if key_depth is None else key_depth
-        value_depth = query_depth if value_depth is None else value_depth
-        if share_query_key:
-            query = (in_features, num_heads, query_depth)
-            key = (memory_features, num_key_heads, key_depth)
-            if query != key:
-                raise ValueError(
-                    f"{operation}: share_query_key needs one shape for query and key, got "
-                    f"(features, heads, depth) = {query} and {key}."
-                )
-        return cls(num_heads, num_key_heads, query_depth, key_depth, value_depth)
+            divided = ("in_features", in_features, "num_heads", num_heads)
+            query_depth = checks.multiple(operation, *divided)
+        depths = (query_depth, _or(options.key_depth, query_depth))
+        depths = (*depths, _or(options.value_depth, query_depth))
+    features = (in_features, memory_features, _or(options.out_features, in_features))
+    sizes = HeadSizes(num_heads, num_key_heads, *depths, *features)
+    query = (in_features, num_heads, sizes.query_depth)
+    key = (memory_features, num_key_heads, sizes.key_depth)
+    if options.share_query_key and query != key:
+        raise ValueError(
+            f"{operation}: share_query_key needs one shape for query and key, got (features, "
+            f"heads, depth) = {query} and {key}."
+        )
+    return sizes
 
 
-class Projected(NamedTuple):
+def _depths_of_inputs(
+    operation: str, options: HeadOptions, num_key_heads: int, memory_features: int
+) -> tuple[int, int, int]:
+    """Return the depths of heads that are cut out of the inputs without a projection."""
+    given = (options.query_depth, options.key_depth, options.value_depth)
+    if given != (None, None, None) or options.share_query_key:
+        raise ValueError(
+            f"{operation}: without projections the depths follow from the inputs and nothing is "
+            "shared; leave out query_depth, key_depth, value_depth and share_query_key."
+        )
+    divided = ("in_features", options.in_features, "num_heads", options.num_heads)
+    of_query = checks.multiple(operation, *divided)
+    divided = ("memory_features", memory_features, "num_key_heads", num_key_heads)
+    of_memory = checks.multiple(operation, *divided)
+    return of_query, of_memory, of_memory
+
+
+def linear_shapes(options: HeadOptions, sizes: HeadSizes) -> dict[str, LinearShape]:
+    """Return what the projections of a layer map, by their names in Flax's own layers."""
+    if not options.projections:
+        return {}
+    num_heads, num_key_heads = sizes.num_heads, sizes.num_key_heads
+    shapes = {
+        "query": LinearShape(sizes.in_features, (num_heads, sizes.query_depth)),
+        "key": LinearShape(sizes.memory_features, (num_key_heads, sizes.key_depth)),
+        "value": LinearShape(sizes.memory_features, (num_key_heads, sizes.value_depth)),
+        "out": LinearShape((num_heads, sizes.value_depth), sizes.out_features, (-2, -1)),
+    }
+    if options.share_query_key:
+        del shapes["key"]
+    if options.combine == "sum":
+        shapes["out"] = LinearShape(sizes.value_depth, sizes.out_features)
+    return shapes
+
+
+class ProjectedMemory(NamedTuple):
     """A memory that has been projected: keys [B, S, K, Hk] and values [B, S, K, V]."""
 
     key: Array
@@ -84,15 +166,13 @@ class Projected(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """The way from x to heads x W_n^Q, m W_n^K and m W_n^V, and from their contexts back by W^O.
+    """From x to heads x W_n^Q, m W_n^K and m W_n^V, and from their contexts back by W^O.
 
     `query`, `key`, `value`, `out`, `query_ln` and `key_ln` map arrays, or are None. `dtype` is
-    what a cache keeps keys and values in, unless told otherwise.
+    that of a cache, unless told otherwise.
     """
 
     name: str
-    in_features: int
-    memory_features: int
     sizes: HeadSizes
     query: Any
     key: Any
@@ -100,14 +180,14 @@ class Projections(NamedTuple):
     out: Any
     query_ln: Any
     key_ln: Any
-    position: Callable[[Array, Array], Array] | None
+    position: Position | None
     combine: str
     dtype: Any
 
     def heads(
         self,
         query: Array,
-        memory: Array | Projected | None = None,
+        memory: Array | ProjectedMemory | None = None,
         value: Array | None = None,
         positions: Array | None = None,
         memory_positions: Array | None = None,
@@ -115,37 +195,37 @@ class Projections(NamedTuple):
         """Return queries [B, T, N, Hq], keys [B, S, K, Hk] and values [B, S, K, V].
 
         Raises:
-          ValueError: a value or positions of a memory that has been projected without them.
+          ValueError: a value or positions of a memory that is already projected.
         """
-        if isinstance(memory, Projected):
+        if isinstance(memory, ProjectedMemory):
             _refuse_too_late(self.name, value=value, memory_positions=memory_positions)
         if memory is None:
             memory = query
             memory_positions = positions if memory_positions is None else memory_positions
         queries = self.queries(query, positions)
-        if not isinstance(memory, Projected):
+        if not isinstance(memory, ProjectedMemory):
             memory = self.memory(memory, value, memory_positions)
         return queries, memory.key, memory.value
 
     def queries(self, x: Array, positions: Array | None = None) -> Array:
         """Return the queries [B, T, N, Hq] of x [B, T, D]."""
         checks.axes(self.name, query=(x, "BTD"))
-        checks.features(self.name, "query", x, self.in_features)
+        checks.features(self.name, "query", x, self.sizes.in_features)
         heads = _apply(self.query, x, self.sizes.num_heads)
         heads = heads if self.query_ln is None else self.query_ln(heads)
-        return place(self.position, heads, positions)
+        return apply_position(self.position, heads, positions)
 
     def memory(
         self, memory: Array, value: Array | None = None, positions: Array | None = None
-    ) -> Projected:
+    ) -> ProjectedMemory:
         """Return the keys [B, S, K, Hk] of a memory [B, S, D], and the values [B, S, K, V]."""
         value = memory if value is None else value
         checks.axes(self.name, memory=(memory, "BSD"), value=(value, "BSD"))
-        checks.features(self.name, "memory", memory, self.memory_features)
+        checks.features(self.name, "memory", memory, self.sizes.memory_features)
         heads = _apply(self.key, memory, self.sizes.num_key_heads)
         heads = heads if self.key_ln is None else self.key_ln(heads)
         values = _apply(self.value, value, self.sizes.num_key_heads)
-        return Projected(place(self.position, heads, positions), values)
+        return ProjectedMemory(apply_position(self.position, heads, positions), values)
 
     def join(self, context: Array) -> Array:
         """Join the heads of a context [B, T, N, V] and project: [B, T, out_features]."""
@@ -156,12 +236,24 @@ class Projections(NamedTuple):
         return context if self.out is None else self.out(context)
 
 
-def kept_dtype(dtype: Any, param_dtype: Any) -> Any:
-    """Return what keys and values are kept in: the dtype of a layer's computation.
+class KeysMethod:
+    """The method of every module that projects a memory once for several calls."""
+
+    def _projections(self) -> Projections:
+        """Return the projections with this module's parameters."""
+        raise NotImplementedError
+
+    def keys(self, memory: Array, positions: Array | None = None) -> ProjectedMemory:
+        """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
+        return self._projections().memory(memory, None, positions)
+
+
+def cache_dtype(dtype: Any, param_dtype: Any) -> Any:
+    """Return the dtype of cached keys and values: that of a layer's computation.
 
     Where it is not given, that of the parameters, or float32 if that is better: the input may be.
 
-    >>> kept_dtype(None, jnp.bfloat16), kept_dtype(jnp.bfloat16, jnp.float32)
+    >>> cache_dtype(None, jnp.bfloat16), cache_dtype(jnp.bfloat16, jnp.float32)
     (dtype('float32'), dtype(bfloat16))
     """
     return at_least_float32(param_dtype) if dtype is None else jnp.dtype(dtype)
@@ -182,15 +274,13 @@ def sum_heads(context: Array) -> Array:
     return jnp.sum(context, axis=-2)
 
 
-def place(
-    position: Callable[[Array, Array], Array] | None, x: Array, positions: Array | None
-) -> Array:
+def apply_position(position: Position | None, x: Array, positions: Array | None) -> Array:
     """Apply `position(x [T, H], positions [T])`, such as a rotation, to every head.
 
     Args:
       position: the function of one head; None leaves x as it is.
       x: [B, T, N, H].
-      positions: [T], or [B, T] where examples stand at different places; None is 0, 1, ...
+      positions: [T], or [B, T] where examples have different ones; None is 0, 1, ...
     """
     if position is None:
         return x
@@ -199,25 +289,18 @@ def place(
     return jax.vmap(by_head, in_axes=(0, 0 if positions.ndim == 2 else None))(x, positions)
 
 
-def check_combine(operation: str, combine: str) -> str:
-    """Return the way heads are joined.
-
-    Raises:
-      ValueError: neither "concat" nor "sum".
-    """
-    if combine not in ("concat", "sum"):
-        raise ValueError(f"{operation}: combine must be 'concat' or 'sum', got {combine!r}.")
-    return combine
-
-
 def _refuse_too_late(operation: str, **options: Any) -> None:
     given = [name for name, option in options.items() if option is not None]
     if given:
         raise ValueError(
-            f"{operation}: {' and '.join(given)} cannot be honoured, because the memory has been "
-            "projected already; give the memory itself, or its positions to keys."
+            f"{operation}: {' and '.join(given)} cannot be honoured, because the memory is already "
+            "projected; give the memory itself, or its positions to keys."
         )
 
 
 def _apply(projection: Any, x: Array, num_heads: int) -> Array:
     return split_heads(x, num_heads) if projection is None else projection(x)
+
+
+def _or(size: int | None, default: int) -> int:
+    return default if size is None else size

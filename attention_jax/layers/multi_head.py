@@ -1,4 +1,4 @@
-"""The computation of multi-head attention, whichever of the two Flax APIs holds its parameters."""
+"""Multi-head attention, whichever of the two Flax APIs holds its parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attention_jax.cache import (
     next_positions,
     view_of,
 )
-from attention_jax.layers.heads import Projected, Projections
+from attention_jax.layers.heads import KeysMethod, ProjectedMemory, Projections
 
 Array = jax.Array
 
@@ -37,7 +37,7 @@ class MultiHead(NamedTuple):
     def __call__(
         self,
         query: Array,
-        memory: Array | Projected | None,
+        memory: Array | ProjectedMemory | None,
         value: Array | None,
         *,
         mask: Any,
@@ -60,64 +60,125 @@ class MultiHead(NamedTuple):
         context, weights = result[:2] if return_weights else (result, None)
         return self.projections.join(context), weights
 
-    def decode(
-        self,
-        query: Array,
-        cache: KeyValueCache,
-        *,
-        mask: Any,
-        bias: Any,
-        count: Any,
-        return_weights: bool,
-    ) -> tuple[Any, ...]:
-        """Return the output [B, T, out_features], the next cache and, if asked for, the weights."""
-        positions = next_positions(cache, query.shape[1])
-        heads, key, value = self.projections.heads(query, positions=positions)
-        cache, view = extend(cache, key, value, count)
-        output, *weights = self._attend_view(heads, view, bias, mask, return_weights)
-        return output, cache, *weights
-
-    def decode_memory(
-        self,
-        query: Array,
-        memory: Array | Projected,
-        cache: KeyValueCache,
-        *,
-        mask: Any,
-        bias: Any,
-        return_weights: bool,
-    ) -> tuple[Any, ...]:
-        """Return the output for tokens that come after those in the cache, and the weights."""
-        positions = next_positions(cache, query.shape[1])
-        heads, key, value = self.projections.heads(query, memory, positions=positions)
-        view = view_of((key, value), cache, query.shape[1])
-        return self._attend_view(heads, view, bias, mask, return_weights)
-
-    def empty_cache(
-        self, batch: int, capacity: int, *, dtype: Any, **options: Any
-    ) -> KeyValueCache:
-        """Return an empty cache for `decode`."""
-        sizes = self.projections.sizes
-        depths = (sizes.num_key_heads, sizes.key_depth, sizes.value_depth)
-        dtype = self.projections.dtype if dtype is None else dtype
-        return init(batch, capacity, *depths, dtype=dtype, **options)
-
     def functions(self, bias: Any = None) -> dict[str, Any]:
         """Return score, bias and normalizer with their parameters bound, as `attend` takes them."""
         if bias is None and self.bias is not None:
             bias = self.bias()
         return {"score": self.score(), "bias": bias, "normalizer": self.normalizer()}
 
-    def _attend_view(
-        self, heads: Array, view: View, bias: Any, mask: Any, return_weights: bool
+    def attend_view(
+        self, heads: Array, view: View, *, bias: Any, return_weights: bool, **options: Any
     ) -> tuple[Any, ...]:
+        """Return the output of query heads that attend to a view, and the weights if asked for."""
         result = attend_cached(
             heads,
             view,
-            mask=mask,
             **self.functions(bias),
+            **options,
             implementation=self.implementation,
             return_weights=return_weights,
         )
         context, *weights = result[:2] if return_weights else (result,)
         return self.projections.join(context), *weights
+
+
+class MultiHeadMethods(KeysMethod):
+    """The methods of `MultiHeadAttention` that the two APIs share."""
+
+    def _layer(self) -> MultiHead:
+        """Return the computation with this module's parameters."""
+        raise NotImplementedError
+
+    def init_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        window: int | None = None,
+        ragged: bool = False,
+        dtype: Any = None,
+    ) -> KeyValueCache:
+        """Return an empty cache for `decode`; see `attention_jax.cache.init`.
+
+        Its dtype is that of the layer's computation unless given.
+        """
+        projections = self._projections()
+        sizes = projections.sizes
+        depths = (sizes.num_key_heads, sizes.key_depth, sizes.value_depth)
+        dtype = projections.dtype if dtype is None else dtype
+        return init(batch, capacity, *depths, window=window, ragged=ragged, dtype=dtype)
+
+    def decode(
+        self,
+        query: Array,
+        cache: KeyValueCache,
+        *,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        count: Any = None,
+        return_weights: bool = False,
+    ) -> Any:
+        """Attend from the next tokens of a sequence to all tokens so far, without dropout.
+
+        Args:
+          query: [B, T, in_features], any number T of tokens.
+          cache: from `init_cache`, or from the previous call.
+          mask: the mask of the whole sequence.
+          bias: of the whole sequence, instead of the module's own.
+          causal: no token attends to a later one, whatever the mask allows; False leaves that to
+            the mask, for a prefix (`masks.Prefix`) that is given in one call.
+          count: how many of the T are tokens, [B] in a ragged batch; the rest is padding.
+          return_weights: also return the weights, by slot of the cache.
+
+        Returns:
+          What the full causal pass gives at these positions, [B, T, out_features], and the next
+          cache; with them the weights [B, N, T, C] where asked for.
+
+        Raises:
+          ShapeError: inputs that do not fit each other or the module.
+          ValueError: more tokens than the capacity.
+        """
+        layer = self._layer()
+        positions = next_positions(cache, query.shape[1])
+        heads, key, value = layer.projections.heads(query, positions=positions)
+        cache, view = extend(cache, key, value, count)
+        options = {"mask": mask, "causal": causal}
+        output, *weights = layer.attend_view(
+            heads, view, bias=bias, return_weights=return_weights, **options
+        )
+        return output, cache, *weights
+
+    def decode_memory(
+        self,
+        query: Array,
+        memory: Array | ProjectedMemory,
+        cache: KeyValueCache,
+        *,
+        mask: Any = None,
+        bias: Any = None,
+        return_weights: bool = False,
+    ) -> Any:
+        """Attend from the next tokens of a sequence to a memory, without dropout.
+
+        Args:
+          query: [B, T, in_features], any number T of tokens.
+          memory: [B, S, memory_features], or what `keys` made of it.
+          cache: of the tokens before these.
+          mask: as in the full pass, over the whole sequence and the memory.
+          bias: likewise, instead of the module's own.
+          return_weights: also return the weights [B, N, T, S].
+
+        Returns:
+          What the full pass gives at these positions, [B, T, out_features]; with it the weights
+          where asked for.
+        """
+        layer = self._layer()
+        positions = next_positions(cache, query.shape[1])
+        heads, key, value = layer.projections.heads(query, memory, positions=positions)
+        view = view_of((key, value), cache, query.shape[1])
+        options = {"mask": mask, "causal": False}
+        output, *weights = layer.attend_view(
+            heads, view, bias=bias, return_weights=return_weights, **options
+        )
+        return (output, *weights) if return_weights else output

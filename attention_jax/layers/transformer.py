@@ -1,7 +1,7 @@
-"""The computation of Transformers, whichever of the two Flax APIs holds their parameters.
+"""Transformer blocks, stacks and embeddings, whichever of the two Flax APIs holds their parameters.
 
-A layer returns its output, or a tuple of it and what is beside it: attention weights where they
-are asked for, or the next cache.
+A layer returns its output, or a tuple of it and its extras: attention weights where they are asked
+for, or the next cache.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
-from attention_jax import masks
 from attention_jax.base import checks
 from attention_jax.cache import KeyValueCache
+from attention_jax.layers.heads import ProjectedMemory
 from attention_jax.linear import LinearState
 from attention_jax.masks.intervals import indices
-from attention_jax.positions import learned_table
 
 Array = jax.Array
 Cache = KeyValueCache | LinearState
@@ -33,7 +31,7 @@ class BlockWeights(NamedTuple):
     cross_attention: Array | None = None
 
 
-class TransformerBlock(NamedTuple):
+class Block(NamedTuple):
     """Self-attention, attention to a memory (or None) and feed-forward, each with a residual."""
 
     attention: Any
@@ -45,71 +43,14 @@ class TransformerBlock(NamedTuple):
     dropout: Callable[[Array], Array]
     norm_first: bool
 
-    def __call__(
-        self,
-        x: Array,
-        memory: Any,
-        *,
-        mask: Any,
-        memory_mask: Any,
-        deterministic: bool | None,
-        **options: Any,
-    ) -> Any:
-        """Return the output [B, T, D] and, where the options ask for them, the weights."""
-        self._check(memory)
-        options["deterministic"] = deterministic
-        attention = functools.partial(self.attention, mask=mask, **_known(self.attention, options))
-        x, *weights = self._add(x, self.attention_norm, attention)
-        if memory is not None:
-            known = _known(self.cross_attention, options)
-            attention = functools.partial(self.cross_attention, mask=memory_mask, **known)
-            x, *more = self._add(x, self.cross_attention_norm, lambda x: attention(x, memory))
-            weights += more
-        (x,) = self._add(x, self.feed_forward_norm, self.feed_forward)
-        return (x, BlockWeights(*weights)) if weights else x
-
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> Cache:
-        """Return an empty cache for `decode`.
-
-        Raises:
-          TypeError: the attention cannot decode.
-        """
-        if not hasattr(self.attention, "init_cache"):
-            raise TypeError(
-                f"TransformerBlock: {type(self.attention).__name__} keeps nothing of the past; "
-                "build the block with MultiHeadAttention or LinearAttention to decode token by "
-                "token."
-            )
-        return self.attention.init_cache(batch, capacity, **options)
-
-    def decode(
-        self,
-        x: Array,
-        cache: Cache,
-        memory: Any,
-        *,
-        mask: Any,
-        memory_mask: Any,
-        count: Any,
-    ) -> tuple[Array, Cache]:
-        """Return what the full pass gives for the next tokens, and the next cache."""
-        self._check(memory)
-        attention = functools.partial(self.attention.decode, cache=cache, mask=mask, count=count)
-        x, following = self._add(x, self.attention_norm, attention)
-        if memory is not None:
-            to_memory = self.cross_attention.decode_memory
-            attention = functools.partial(to_memory, memory=memory, cache=cache, mask=memory_mask)
-            (x,) = self._add(x, self.cross_attention_norm, attention)
-        (x,) = self._add(x, self.feed_forward_norm, self.feed_forward)
-        return x, following
-
-    def _add(self, x: Array, norm: Any, function: Callable[[Array], Any]) -> tuple[Any, ...]:
-        """Return x + f(norm(x)) where norms come first, else norm(x + f(x)); and what is beside."""
-        change, *beside = _parts(function(norm(x) if self.norm_first else x))
+    def add(self, x: Array, norm: Any, function: Callable[[Array], Any]) -> tuple[Any, ...]:
+        """Return x + f(norm(x)) where norms come first, else norm(x + f(x)); and f's extras."""
+        change, *extras = output_and_extras(function(norm(x) if self.norm_first else x))
         x = x + self.dropout(change).astype(x.dtype)
-        return (x if self.norm_first else norm(x)), *beside
+        return (x if self.norm_first else norm(x)), *extras
 
-    def _check(self, memory: Any) -> None:
+    def check_memory(self, memory: Any) -> None:
+        """Require a memory where the block attends to one, and none where it does not."""
         if self.cross_attention is None and memory is not None:
             raise ValueError(
                 "TransformerBlock: it was built without attention to a memory; give "
@@ -119,13 +60,167 @@ class TransformerBlock(NamedTuple):
             raise ValueError("TransformerBlock: it attends to a memory, and none was given.")
 
 
-def one_after_another(
+class BlockMethods:
+    """The methods of `TransformerBlock` that the two APIs share."""
+
+    def _layer(self, deterministic: bool | None = None) -> Block:
+        """Return the computation with this module's parameters."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x: Array,
+        memory: Array | ProjectedMemory | None = None,
+        *,
+        mask: Any = None,
+        memory_mask: Any = None,
+        deterministic: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Apply the block.
+
+        Args:
+          x: [B, T, features].
+          memory: [B, S, memory_features], or what `keys` made of it.
+          mask: of the self-attention.
+          memory_mask: of the attention to the memory.
+          deterministic: instead of the module's own.
+          **options: positions, return_weights and sow_weights of `MultiHeadAttention`.
+
+        Returns:
+          [B, T, features]; with it `attention_jax.layers.BlockWeights` where asked for.
+
+        Raises:
+          ValueError: a memory for a block without, or none for one with.
+        """
+        block = self._layer(deterministic)
+        block.check_memory(memory)
+        options["deterministic"] = deterministic
+        known = _known(block.attention, options)
+        attention = functools.partial(block.attention, mask=mask, **known)
+        x, *weights = block.add(x, block.attention_norm, attention)
+        if memory is not None:
+            known = _known(block.cross_attention, options)
+            attention = functools.partial(block.cross_attention, mask=memory_mask, **known)
+            attention = functools.partial(_call_with_memory, attention, memory)
+            x, *more = block.add(x, block.cross_attention_norm, attention)
+            weights += more
+        (x,) = block.add(x, block.feed_forward_norm, block.feed_forward)
+        return (x, BlockWeights(*weights)) if weights else x
+
+    def keys(self, memory: Array) -> ProjectedMemory:
+        """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
+        return self._layer().cross_attention.keys(memory)
+
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> Cache:
+        """Return an empty cache for `decode`; see `attention_jax.cache.init`.
+
+        Raises:
+          TypeError: the attention cannot decode.
+        """
+        attention = self._layer().attention
+        if not hasattr(attention, "init_cache"):
+            raise TypeError(
+                f"TransformerBlock: {type(attention).__name__} keeps nothing of the past; build "
+                "the block with MultiHeadAttention or LinearAttention to decode token by token."
+            )
+        return attention.init_cache(batch, capacity, **options)
+
+    def decode(
+        self,
+        x: Array,
+        cache: Cache,
+        memory: Array | ProjectedMemory | None = None,
+        *,
+        mask: Any = None,
+        memory_mask: Any = None,
+        causal: bool = True,
+        count: Any = None,
+    ) -> tuple[Array, Cache]:
+        """Apply the block to the next tokens of a sequence, as `MultiHeadAttention.decode` does.
+
+        Args:
+          x: [B, T, features], any number T of tokens.
+          cache: from `init_cache`, or from the previous call.
+          memory: as in the full pass.
+          mask: the mask of the whole sequence.
+          memory_mask: as in the full pass.
+          causal: no token attends to a later one, whatever the mask allows.
+          count: how many of the T are tokens, [B] in a ragged batch; the rest is padding.
+
+        Returns:
+          What the full causal pass gives at these positions, [B, T, features], and the next cache.
+        """
+        block = self._layer(deterministic=True)
+        block.check_memory(memory)
+        options = {"mask": mask, "causal": causal, "count": count}
+        attention = functools.partial(block.attention.decode, cache=cache, **options)
+        x, following = block.add(x, block.attention_norm, attention)
+        if memory is not None:
+            to_memory = block.cross_attention.decode_memory
+            attention = functools.partial(to_memory, memory=memory, cache=cache, mask=memory_mask)
+            (x,) = block.add(x, block.cross_attention_norm, attention)
+        (x,) = block.add(x, block.feed_forward_norm, block.feed_forward)
+        return x, following
+
+
+class StackMethods:
+    """The methods of `TransformerStack` that the two APIs share."""
+
+    def _layers(self) -> tuple[list[Any], Any]:
+        """Return the blocks, lowest first, and the last norm or None."""
+        raise NotImplementedError
+
+    def _rematerialized(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `apply(block, x, memory)`, rematerialized where the module says so."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x: Array,
+        memory: Array | Sequence[ProjectedMemory] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Apply the blocks to [B, T, features]; options are those of a block's call.
+
+        The memory is one array for all blocks, or what `keys` made of it. With
+        `return_weights` a list with the weights of every block comes with the result.
+        """
+
+        def apply(block: Any, x: Array, memory: Any) -> Any:
+            return block(x, memory, **options)
+
+        blocks, norm = self._layers()
+        return _apply_blocks(self._rematerialized(apply), blocks, x, memory, norm)
+
+    def keys(self, memory: Array) -> list[ProjectedMemory]:
+        """Project a memory [B, S, memory_features] for every block, once for all calls."""
+        return [block.keys(memory) for block in self._layers()[0]]
+
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[Cache]:
+        """Return an empty cache for every block; see `attention_jax.cache.init`."""
+        return [block.init_cache(batch, capacity, **options) for block in self._layers()[0]]
+
+    def decode(
+        self,
+        x: Array,
+        caches: Sequence[Cache],
+        memory: Array | Sequence[ProjectedMemory] | None = None,
+        **options: Any,
+    ) -> tuple[Array, list[Cache]]:
+        """Apply the blocks to the next tokens; options are those of a block's `decode`."""
+        blocks, norm = self._layers()
+        apply = functools.partial(_decode_block, options)
+        return _apply_blocks(apply, blocks, x, memory, norm, caches)
+
+
+def _apply_blocks(
     apply: Callable[..., Any], blocks: Sequence[Any], x: Array, memory: Any, norm: Any, *each: Any
 ) -> Any:
-    """Apply `apply(block, x, memory, ...)` block after block, and a last norm where there is one.
+    """Apply `apply(block, x, memory, ...)` block after block, then the last norm.
 
     Args:
-      apply: of one block, to x [B, T, D]; returns it, and what else comes of the block.
+      apply: of one block, to x [B, T, D]; returns it, and the block's extras.
       blocks: lowest first.
       x: [B, T, D].
       memory: one array for all blocks, or what `keys` made for each.
@@ -133,42 +228,52 @@ def one_after_another(
       *each: more arguments, a sequence with one for each block.
 
     Returns:
-      x [B, T, D]; with it a list of what else came of every block, where something did.
+      x [B, T, D]; with it a list of the extras of every block, where there are any.
     """
     memories = memory if isinstance(memory, list) else [memory] * len(blocks)
-    beside = []
+    extras = []
     for block, *others in zip(blocks, memories, *each, strict=True):
-        x, *more = _parts(apply(block, x, *others))
-        beside += more
+        x, *more = output_and_extras(apply(block, x, *others))
+        extras += more
     x = x if norm is None else norm(x)
-    return (x, beside) if beside else x
+    return (x, extras) if extras else x
 
 
-def decoded_one_after_another(
-    blocks: Sequence[Any], x: Array, caches: Sequence[Cache], memory: Any, norm: Any, **options: Any
-) -> tuple[Array, list[Cache]]:
-    """Let every block decode, each with its own cache; returns x and the next caches."""
-
-    def decode(block: Any, x: Array, memory: Any, cache: Cache) -> tuple[Array, Cache]:
-        return block.decode(x, cache, memory, **options)
-
-    return one_after_another(decode, blocks, x, memory, norm, caches)
+def _call_with_memory(attention: Callable[..., Any], memory: Any, x: Array) -> Any:
+    return attention(x, memory)
 
 
-def on_output(function: Callable[[Array], Array], result: Any) -> Any:
-    """Apply a function to the output of a layer and leave what is beside it.
+def _decode_block(
+    options: dict[str, Any], block: Any, x: Array, memory: Any, cache: Cache
+) -> tuple[Array, Cache]:
+    return block.decode(x, cache, memory, **options)
 
-    >>> on_output(jnp.negative, (jnp.array(1.0), "weights"))
+
+def map_output(function: Callable[[Array], Array], result: Any) -> Any:
+    """Apply a function to the output of a layer and leave its extras.
+
+    >>> map_output(jnp.negative, (jnp.array(1.0), "weights"))
     (Array(-1., dtype=float32, weak_type=True), 'weights')
     """
-    output, *beside = _parts(result)
-    return (function(output), *beside) if beside else function(output)
+    output, *extras = output_and_extras(result)
+    return (function(output), *extras) if extras else function(output)
 
 
-def dropout_options(dropout_rate: float, deterministic: bool) -> dict[str, Any]:
-    """Return what an attention is told of dropout: nothing where there is none."""
-    dropped = {"dropout_rate": dropout_rate, "deterministic": deterministic}
-    return dropped if dropout_rate else {}
+def output_and_extras(result: Any) -> tuple[Any, ...]:
+    """Return the result of a layer as a tuple, whether or not extras come with the output."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def attention_dropout(dropout_rate: float, deterministic: bool) -> dict[str, Any]:
+    """Return the dropout options of an attention: none where it drops nothing."""
+    options = {"dropout_rate": dropout_rate, "deterministic": deterministic}
+    return options if dropout_rate else {}
+
+
+def hidden_size(features: int, hidden_features: int | None) -> int:
+    """Return the features inside of a feed-forward layer, 4 D unless given."""
+    checks.sizes("FeedForward", features=features)
+    return checks.size_or(4 * features, "FeedForward", hidden_features=hidden_features)
 
 
 def embed(
@@ -178,7 +283,7 @@ def embed(
     position: Callable[[Array], Array] | None,
     positions: Array | None,
 ) -> Array:
-    """Return the tokens' vectors [B, T, D], scaled, plus those of where they stand, if any."""
+    """Return the tokens' vectors [B, T, D], scaled, plus those of their positions, if any."""
     checks.axes("Embedding", tokens=(tokens, "BT"))
     vectors = token(_as_indices(tokens))
     vectors = vectors * jnp.asarray(scale, vectors.dtype)
@@ -194,153 +299,9 @@ def _as_indices(tokens: Array) -> Array:
     return tokens.astype(jnp.int32) if is_whole else tokens
 
 
-def table_unless(position: Any, max_length: int | None, features: int) -> Any:
-    """Return the position that is given, or a learned table where a length is given.
-
-    Raises:
-      ValueError: both are given.
-    """
-    if position is not None and max_length is not None:
-        raise ValueError(
-            f"positions: give a position, or max_length = {max_length} for a learned table of "
-            "them, not both."
-        )
-    return position if max_length is None else learned_table(max_length, features)
-
-
-def check_length(length: int, max_length: int | None) -> None:
-    """Refuse positions that a learned table does not have.
-
-    Raises:
-      ValueError: more tokens than positions.
-    """
-    if max_length is not None and length > max_length:
-        raise ValueError(
-            f"positions: {length} tokens were given and the learned table has {max_length} "
-            "positions; give fewer tokens, or build the model with a larger max_length."
-        )
-
-
-def causal(mask: Any) -> masks.Mask:
-    """Forbid the future, beside what the mask forbids."""
-    return masks.Causal() & masks.as_mask(mask)
-
-
-def patch_count(image_size: tuple[int, int], patch_size: int) -> int:
-    """Return how many squares an image is cut into.
-
-    Raises:
-      ShapeError: height or width is not a multiple of the size.
-
-    >>> patch_count((8, 6), 2)
-    12
-    """
-    rows, columns = (
-        checks.multiple("patches", name, length, "the patch size", patch_size)
-        for name, length in zip(("the height", "the width"), image_size, strict=True)
-    )
-    return rows * columns
-
-
-def patches(images: Array, size: int) -> Array:
-    """Cut images [B, height, width, C] into squares, row by row: [B, S, size size C].
-
-    Raises:
-      ShapeError: height or width is not a multiple of the size.
-
-    Dosovitskiy et al. 2021 (ViT), section 3.1.
-
-    >>> patches(jnp.zeros((2, 8, 6, 3)), 2).shape
-    (2, 12, 12)
-    """
-    batch, height, width, channels = checks.axes("patches", images=(images, "BHWC")).values()
-    count = patch_count((height, width), size)
-    grid = images.reshape(batch, height // size, size, width // size, size, channels)
-    return grid.swapaxes(2, 3).reshape(batch, count, size * size * channels)
-
-
-def with_class_token(x: Array, class_token: Array, positions: Array) -> Array:
-    """Put the class token [D] before patches [B, S, D], and add positions [1 + S, D].
-
-    Raises:
-      ShapeError: more or fewer patches than positions.
-
-    Dosovitskiy et al. 2021 (ViT), equation 1.
-
-    >>> with_class_token(jnp.zeros((2, 3, 5)), jnp.ones(5), jnp.zeros((4, 5))).shape
-    (2, 4, 5)
-    """
-    first = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
-    x = jnp.concatenate([first, x], axis=1)
-    checks.axes("with_class_token", positions=(positions, "SD"), patches=(x, "BSD"))
-    return x + jnp.broadcast_to(positions.astype(x.dtype), x.shape)
-
-
-def generate(
-    decode: Callable[[Array, Any, Any], tuple[Array, Any]],
-    caches: Any,
-    prompt: Array,
-    steps: int,
-    *,
-    lengths: Array | Sequence[int] | None = None,
-    key: Array | None = None,
-    temperature: float | Array = 1.0,
-) -> Array:
-    """Continue prompts, by the most likely token at each step or by one that is drawn.
-
-    Args:
-      decode: `decode(tokens [B, T], caches, count) -> (logits [B, T, vocabulary], caches)`.
-      caches: empty; ragged if `lengths` is given.
-      prompt: tokens [B, T], of any integer type, which the result has too.
-      steps: how many tokens to add.
-      lengths: how many tokens of each prompt count, [B]; the rest is padding.
-      key: a `jax.random` key to draw tokens; None takes the most likely.
-      temperature: logits are divided by it before tokens are drawn.
-
-    Returns:
-      The tokens after each prompt, [B, steps].
-
-    Raises:
-      ValueError: no step, a temperature that is not positive where it is known outside `jit`, or
-        a prompt of a type that cannot hold every token.
-    """
-    checks.at_least("generate", 1, steps=steps)
-    if not isinstance(temperature, jax.core.Tracer) and temperature <= 0:
-        raise ValueError(f"generate: temperature must be positive, got {temperature}.")
-
-    def choose(logits: Array, step: Any) -> Array:
-        if key is None:
-            return jnp.argmax(logits, axis=-1).astype(prompt.dtype)
-        logits = logits / jnp.asarray(temperature, logits.dtype)
-        drawn = jax.random.categorical(jax.random.fold_in(key, step), logits)
-        return drawn.astype(prompt.dtype)
-
-    def step(carry: tuple[Array, Any], number: Array) -> tuple[tuple[Array, Any], Array]:
-        token, caches = carry
-        logits, caches = decode(token[:, None], caches, None)
-        following = choose(logits[:, 0], number)
-        return (following, caches), following
-
-    lengths = lengths if lengths is None else jnp.asarray(lengths)
-    logits, caches = decode(prompt, caches, lengths)
-    if logits.shape[-1] - 1 > jnp.iinfo(prompt.dtype).max:
-        raise ValueError(
-            f"generate: {prompt.dtype} cannot hold all of the {logits.shape[-1]} tokens; give the "
-            "prompt as int32."
-        )
-    last = jnp.broadcast_to(prompt.shape[1] if lengths is None else lengths, prompt.shape[:1]) - 1
-    token = choose(jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], 0)
-    _, rest = jax.lax.scan(step, (token, caches), jnp.arange(1, steps))
-    return jnp.concatenate([token[:, None], rest.swapaxes(0, 1)], axis=1)
-
-
 def _known(attention: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that are given; `deterministic` only to what drops weights."""
     given = {name: value for name, value in options.items() if value is not None}
     if not getattr(attention, "dropout_rate", 0.0):
         given.pop("deterministic", None)
     return given
-
-
-def _parts(result: Any) -> tuple[Any, ...]:
-    return result if isinstance(result, tuple) else (result,)

@@ -129,7 +129,7 @@ def random_projection(rng: Array, rank: int, length: int, dtype: Any = jnp.float
     >>> random_projection(jax.random.key(0), 3, 9).shape
     (3, 9)
     """
-    _check_rank("random_projection", rank, length)
+    check_rank("random_projection", rank, length)
     return jax.random.normal(rng, (rank, length), dtype) * rank**-0.5
 
 
@@ -153,7 +153,7 @@ def mean_pooling(rank: int, length: int, dtype: Any = jnp.float32) -> Array:
     Array([[0.5, 0.5, 0. , 0. ],
            [0. , 0. , 0.5, 0.5]], dtype=float32)
     """
-    _check_rank("mean_pooling", rank, length)
+    check_rank("mean_pooling", rank, length)
     run = jnp.arange(length) * rank // length
     members = (run[None, :] == jnp.arange(rank)[:, None]).astype(dtype)
     return members / jnp.sum(members, axis=1, keepdims=True)
@@ -187,7 +187,8 @@ def _check_projection(name: str, projection: Array, sizes: dict[str, int]) -> No
         )
 
 
-def _check_rank(operation: str, rank: int, length: int) -> None:
+def check_rank(operation: str, rank: int, length: int) -> None:
+    """Require a rank of a projection from 1 to its length."""
     if not 1 <= rank <= length:
         raise ValueError(
             f"{operation}: rank must be 1 or more and at most the length {length}, got {rank}."

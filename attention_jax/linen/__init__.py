@@ -11,7 +11,7 @@
 ((2, 16), (2, 5))
 """
 
-import attention_jax.layers.tables  # noqa: F401  (lets Flax print masks)
+import attention_jax.layers.tabulate  # noqa: F401  (lets Flax print masks)
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.decoder import AdditiveAttention, DecoderAttention, GlobalAttention
 from attention_jax.linen.linear import LinearAttention, LinformerAttention

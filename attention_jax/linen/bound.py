@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attention_jax.base import checks
 from attention_jax.base.binding import as_pytree
 from attention_jax.base.parameters import (
     Initializer,
@@ -25,13 +27,14 @@ class Bound(nn.Module):
     The twin of `attention_jax.nnx.Bound`, where its fields are described.
 
     >>> from attention_jax import scores
-    >>> module = Bound(scores.bilinear, 4, 6)
+    >>> module = Bound(scores.bilinear, query_depth=4, key_depth=6)
     >>> score, variables = module.init_with_output(jax.random.key(0))
     >>> score(jnp.ones((1, 4)), jnp.ones((2, 6))).shape
     (1, 2)
     """
 
     function: Any
+    _: dataclasses.KW_ONLY
     query_depth: int | None = None
     key_depth: int | None = None
     attention_size: int | Sequence[int] | None = None
@@ -41,11 +44,13 @@ class Bound(nn.Module):
 
     def __call__(self) -> Any:
         """Return the function with its parameters bound, a pytree."""
-        return as_pytree(self._function())
+        return as_pytree(self.resolve())
 
     @nn.compact
-    def _function(self) -> Any:
-        """Return the function as it is where it has no parameters, which `attend` may know."""
+    def resolve(self) -> Any:
+        """Return the function with its parameters bound; the function itself if it has none."""
+        depths = {"query_depth": self.query_depth, "key_depth": self.key_depth}
+        checks.sizes("Bound", **depths, num_heads=self.num_heads)
         declared = parameters_of(
             self.function, self.query_depth, self.key_depth, self.attention_size
         )

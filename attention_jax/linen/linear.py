@@ -1,4 +1,4 @@
-"""Layers whose attention forms no pairs: linear attention (with FAVOR+) and Linformer."""
+"""Layers in time linear in the sequence: linear attention (with FAVOR+) and Linformer."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ import flax.linen as nn
 import jax
 
 from attention_jax.base.parameters import Initializer
-from attention_jax.layers.heads import Projected
+from attention_jax.layers.heads import ProjectedMemory
 from attention_jax.layers.linear import (
     LinearLayer,
+    LinearMethods,
     LinformerLayer,
     check_linear,
     check_linformer,
     projection_shape,
 )
-from attention_jax.linear import LinearState
 from attention_jax.linear.feature_maps import elu_plus_one
 from attention_jax.linear.linformer import projection_init as along_the_sequence
 from attention_jax.linen.bound import Bound
-from attention_jax.linen.projecting import Projecting, dropout_of_weights
-from attention_jax.masks import Causal
+from attention_jax.linen.heads import MultiHeadLayer, dropout_options
 
 Array = jax.Array
 
 
-class LinearAttention(Projecting):
+class LinearAttention(LinearMethods, MultiHeadLayer, kw_only=True):
     r"""Multi-head linear attention: y = linear_attention(x W^Q, m W^K, m W^V) W^O.
 
     The twin of `attention_jax.nnx.LinearAttention`, where its fields are described.
@@ -34,6 +33,7 @@ class LinearAttention(Projecting):
     Katharopoulos et al. 2020, section 3; Choromanski et al. 2021.
 
     >>> import jax.numpy as jnp
+    >>> from attention_jax.masks import Causal
     >>> x = jnp.ones((2, 5, 16))
     >>> y, _ = LinearAttention(4, 16).init_with_output(jax.random.key(0), x, mask=Causal())
     >>> y.shape
@@ -48,71 +48,26 @@ class LinearAttention(Projecting):
     dropout_rate: float = 0.0
     deterministic: bool = False
 
-    def __call__(
-        self,
-        query: Array,
-        memory: Array | Projected | None = None,
-        *,
-        mask: Any = None,
-        positions: Array | None = None,
-        memory_positions: Array | None = None,
-        **others: Any,
-    ) -> Array:
-        """Attend from the query to the memory, or to itself, as the twin does."""
-        where = {"positions": positions, "memory_positions": memory_positions}
-        return self._layer()(query, memory, mask=mask, **where, **others)
-
-    def keys(self, memory: Array, positions: Array | None = None) -> Projected:
-        """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self._ways().memory(memory, None, positions)
-
-    def init_cache(
-        self,
-        batch: int,
-        capacity: int | None = None,
-        *,
-        window: int | None = None,
-        ragged: bool = True,
-        dtype: Any = None,
-    ) -> LinearState:
-        """Return the state before any token, for `decode`, as the twin does."""
-        return self._layer().empty_state(batch, window, dtype)
-
-    def decode(
-        self,
-        query: Array,
-        cache: LinearState,
-        *,
-        mask: Any = Causal(),  # noqa: B008
-        count: Any = None,
-    ) -> tuple[Array, LinearState]:
-        """Attend from the next tokens of a sequence to all tokens so far, as the twin does."""
-        return self._layer().decode(query, cache, mask, count)
-
-    def decode_memory(
-        self, query: Array, memory: Array | Projected, cache: LinearState, *, mask: Any = None
-    ) -> Array:
-        """Attend from the next tokens of a sequence to a memory, as the twin does."""
-        return self._layer().decode_memory(query, memory, cache, mask)
+    __call__ = LinearMethods.__call__
 
     @nn.compact
     def _layer(self) -> LinearLayer:
         """Return the computation with this module's parameters."""
-        ways = self._ways()
-        check_linear(ways.name, ways.sizes, self.dropout_rate)
+        projections = self._projections()
+        check_linear(projections.name, projections.sizes, self.feature_size, self.dropout_rate)
         feature_map = Bound(
             self.feature_map,
-            ways.sizes.key_depth,
-            ways.sizes.key_depth,
-            self.feature_size,
-            num_heads=None if self.share_features else ways.sizes.num_key_heads,
+            query_depth=projections.sizes.key_depth,
+            key_depth=projections.sizes.key_depth,
+            attention_size=self.feature_size,
+            num_heads=None if self.share_features else projections.sizes.num_key_heads,
             param_dtype=self.param_dtype,
             name="feature_map",
         )
-        return LinearLayer(ways, feature_map._function(), self.normalize, self.chunk_size)
+        return LinearLayer(projections, feature_map.resolve(), self.normalize, self.chunk_size)
 
 
-class LinformerAttention(Projecting, kw_only=True):
+class LinformerAttention(MultiHeadLayer, kw_only=True):
     r"""Multi-head Linformer attention: y = linformer_attention(x W^Q, m W^K, m W^V; E, F) W^O.
 
     The twin of `attention_jax.nnx.LinformerAttention`, where its fields are described.
@@ -139,27 +94,27 @@ class LinformerAttention(Projecting, kw_only=True):
     def __call__(
         self,
         query: Array,
-        memory: Array | Projected | None = None,
+        memory: Array | ProjectedMemory | None = None,
         *,
         mask: Any = None,
         deterministic: bool | None = None,
         **others: Any,
     ) -> Array:
         """Attend from the query to the memory, or to itself, as the twin does."""
-        dropout = dropout_of_weights(self, deterministic)
+        dropout = dropout_options(self, deterministic)
         return self._layer()(query, memory, mask=mask, dropout=dropout, **others)
 
     @nn.compact
     def _layer(self) -> LinformerLayer:
         """Return the computation with this module's parameters."""
-        ways = self._ways()
-        check_linformer(ways.name, self.position)
-        heads = None if self.share_heads else ways.sizes.num_key_heads
-        shape = projection_shape(ways.name, self.rank, self.length, heads, self.fixed)
+        projections = self._projections()
+        check_linformer(projections.name, self.position)
+        heads = None if self.share_heads else projections.sizes.num_key_heads
+        shape = projection_shape(projections.name, self.rank, self.length, heads, self.fixed)
         if self.fixed is not None:
-            return LinformerLayer(ways, self.fixed, self.fixed)
+            return LinformerLayer(projections, self.fixed, self.fixed)
         drawn = (self.projection_init, shape, self.param_dtype)
         key = value = self.param("key_projection", *drawn)
         if not self.share_key_value:
             value = self.param("value_projection", *drawn)
-        return LinformerLayer(ways, key, value)
+        return LinformerLayer(projections, key, value)

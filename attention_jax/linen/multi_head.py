@@ -10,22 +10,21 @@ import jax
 
 from attention_jax import scores
 from attention_jax.base.parameters import Initializer
-from attention_jax.cache import KeyValueCache
-from attention_jax.layers.heads import Projected
-from attention_jax.layers.multi_head import MultiHead
+from attention_jax.layers.heads import ProjectedMemory
+from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
 from attention_jax.linen.bound import Bound
-from attention_jax.linen.projecting import Projecting, dropout_of_weights
+from attention_jax.linen.heads import MultiHeadLayer, dropout_options
 from attention_jax.normalizers import softmax
 
 Array = jax.Array
 
 
-class MultiHeadAttention(Projecting):
+class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
     r"""Multi-head attention: y = combine_n(attend(x W_n^Q, m W_n^K, m W_n^V)) W^O.
 
     The twin of `attention_jax.nnx.MultiHeadAttention`, where its fields are described, with the
     same parameters; `qk_norm` is `nn.RMSNorm` or `nn.LayerNorm`, and a bias that is a module
-    cannot be used (declare its parameters with `attention_jax.parameters.learned`). Sown weights
+    cannot be used (declare its parameters with `attention_jax.learned`). Sown weights
     are in the collection "intermediates".
 
     Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023 (grouped-query); Henry et al. 2020
@@ -52,25 +51,32 @@ class MultiHeadAttention(Projecting):
     @nn.compact
     def _layer(self) -> MultiHead:
         """Return the computation with this module's parameters: projections, score, join."""
-        ways = self._ways()
+        projections = self._projections()
         each_head: dict[str, Any] = {"num_heads": self.num_heads, "param_dtype": self.param_dtype}
         score = Bound(
             self.score,
-            ways.sizes.query_depth,
-            ways.sizes.key_depth,
-            self.attention_size,
+            query_depth=projections.sizes.query_depth,
+            key_depth=projections.sizes.key_depth,
+            attention_size=self.attention_size,
+            num_heads=None if self.share_score else self.num_heads,
             initializers=self.initializers,
+            param_dtype=self.param_dtype,
             name="score",
-            **{**each_head, "num_heads": None if self.share_score else self.num_heads},
         )
-        bias = None if self.bias is None else Bound(self.bias, **each_head, name="bias")._function
-        normalizer = Bound(self.normalizer, **each_head, name="normalizer")._function
-        return MultiHead(ways, score._function, bias, normalizer, self.implementation)
+        bias = None if self.bias is None else Bound(self.bias, **each_head, name="bias")
+        normalizer = Bound(self.normalizer, **each_head, name="normalizer")
+        return MultiHead(
+            projections,
+            score.resolve,
+            None if bias is None else bias.resolve,
+            normalizer.resolve,
+            self.implementation,
+        )
 
     def __call__(
         self,
         query: Array,
-        memory: Array | Projected | None = None,
+        memory: Array | ProjectedMemory | None = None,
         value: Array | None = None,
         *,
         mask: Any = None,
@@ -90,60 +96,9 @@ class MultiHeadAttention(Projecting):
             bias=bias,
             positions=positions,
             memory_positions=memory_positions,
-            dropout=dropout_of_weights(self, deterministic),
+            dropout=dropout_options(self, deterministic),
             return_weights=return_weights or sow_weights,
         )
         if sow_weights:
             self.sow("intermediates", "attention_weights", weights)
         return (output, weights) if return_weights else output
-
-    def keys(self, memory: Array, positions: Array | None = None) -> Projected:
-        """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self._ways().memory(memory, None, positions)
-
-    def init_cache(
-        self,
-        batch: int,
-        capacity: int,
-        *,
-        window: int | None = None,
-        ragged: bool = False,
-        dtype: Any = None,
-    ) -> KeyValueCache:
-        """Return an empty cache for `decode`; see `attention_jax.cache.init`.
-
-        Its dtype is that of the layer's computation unless given.
-        """
-        options = {"window": window, "ragged": ragged, "dtype": dtype}
-        return self._layer().empty_cache(batch, capacity, **options)
-
-    def decode(
-        self,
-        query: Array,
-        cache: KeyValueCache,
-        *,
-        mask: Any = None,
-        bias: Any = None,
-        count: Any = None,
-        return_weights: bool = False,
-    ) -> Any:
-        """Attend from the next tokens of a sequence to all tokens so far, as the twin does."""
-        return self._layer().decode(
-            query, cache, mask=mask, bias=bias, count=count, return_weights=return_weights
-        )
-
-    def decode_memory(
-        self,
-        query: Array,
-        memory: Array | Projected,
-        cache: KeyValueCache,
-        *,
-        mask: Any = None,
-        bias: Any = None,
-        return_weights: bool = False,
-    ) -> Any:
-        """Attend from the next tokens of a sequence to a memory, as the twin does."""
-        output, *weights = self._layer().decode_memory(
-            query, memory, cache, mask=mask, bias=bias, return_weights=return_weights
-        )
-        return (output, *weights) if return_weights else output

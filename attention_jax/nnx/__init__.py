@@ -9,7 +9,7 @@
 ((2, 16), (2, 5))
 """
 
-import attention_jax.layers.tables  # noqa: F401  (lets Flax print masks)
+import attention_jax.layers.tabulate  # noqa: F401  (lets Flax print masks)
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.decoder import AdditiveAttention, DecoderAttention, GlobalAttention
 from attention_jax.nnx.linear import LinearAttention, LinformerAttention

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention_jax.base import checks
 from attention_jax.base.binding import as_pytree
 from attention_jax.base.parameters import (
     Initializer,
@@ -19,14 +20,23 @@ from attention_jax.base.parameters import (
 )
 
 
+class Declaration(NamedTuple):
+    """The tree of the declared parameters, the attributes that hold them, and if heads differ."""
+
+    structure: Any
+    attributes: tuple[str, ...]
+    per_head: bool
+
+
 class Bound(nnx.Module):
     """Creates the parameters that a function declares; called, it returns the bound function.
 
     A function without parameters, one that is bound already (its numbers stay as they are) and
-    a Module that is itself the function stay what they are.
+    a Module that is itself the function stay what they are. A parameter is the attribute of its
+    name; an underscore is added to a name that NNX itself uses, such as `train`.
 
     Args:
-      function: a score, bias or normalizer; see `attention_jax.parameters.parameters_of`.
+      function: a score, bias or normalizer; see `attention_jax.base.parameters_of`.
       query_depth: Hq, where the shapes depend on it.
       key_depth: Hk, where the shapes depend on it.
       attention_size: A, where the function has a size to choose.
@@ -36,10 +46,10 @@ class Bound(nnx.Module):
       rngs: the stream `params` draws them.
 
     Raises:
-      ValueError: an initialiser for a parameter that is not there, or a missing depth.
+      ValueError: an initialiser for an unknown parameter, or a missing depth.
 
     >>> from attention_jax import scores
-    >>> score = Bound(scores.bilinear, 4, 6, rngs=nnx.Rngs(0))
+    >>> score = Bound(scores.bilinear, query_depth=4, key_depth=6, rngs=nnx.Rngs(0))
     >>> score.weight.shape, score()(jnp.ones((1, 4)), jnp.ones((2, 6))).shape
     ((4, 6), (1, 2))
     """
@@ -47,33 +57,40 @@ class Bound(nnx.Module):
     def __init__(
         self,
         function: Callable[..., Any] | Any,
+        *,
         query_depth: int | None = None,
         key_depth: int | None = None,
         attention_size: int | Sequence[int] | None = None,
-        *,
         num_heads: int | None = None,
         initializers: Mapping[str, Initializer] | None = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        checks.sizes("Bound", query_depth=query_depth, key_depth=key_depth, num_heads=num_heads)
         declared = parameters_of(function, query_depth, key_depth, attention_size)
         flat = with_initializers(flat_names(declared), initializers)
-        for name, parameter in flat.items():
-            setattr(self, name, nnx.Param(parameter.create(rngs.params(), param_dtype, num_heads)))
-        self.structure = jax.tree.structure(declared)
-        self.names = tuple(flat)
-        self.has_heads = num_heads is not None
         is_plain = not jax.tree.leaves(function) or jax.tree_util.all_leaves([function])
-        self.function = function if is_plain else nnx.data(function)
-
-    def _values(self) -> Any:
-        """Return the values of the parameters, in the tree that was declared."""
-        return self.structure.unflatten([getattr(self, name)[...] for name in self.names])
+        self._function = function if is_plain else nnx.data(function)
+        self._declaration = Declaration(jax.tree.structure(declared), (), num_heads is not None)
+        attributes = []
+        for name, parameter in flat.items():
+            attributes.append(self._free_attribute(name))
+            value = parameter.create(rngs.params(), param_dtype, num_heads)
+            setattr(self, attributes[-1], nnx.Param(value))
+        self._declaration = self._declaration._replace(attributes=tuple(attributes))
 
     def __call__(self) -> Any:
         """Return the function with its parameters bound, a pytree."""
-        return as_pytree(self._function())
+        return as_pytree(self.resolve())
 
-    def _function(self) -> Any:
-        """Return the function as it is where it has no parameters, which `attend` may know."""
-        return bind_parameters(self.function, self._values(), self.has_heads)
+    def resolve(self) -> Any:
+        """Return the function with its parameters bound; the function itself if it has none."""
+        structure, attributes, per_head = self._declaration
+        values = structure.unflatten([getattr(self, name)[...] for name in attributes])
+        return bind_parameters(self._function, values, per_head)
+
+    def _free_attribute(self, name: str) -> str:
+        """Return the name, with underscores if it is an attribute or set by `train` and `eval`."""
+        while hasattr(self, name) or name in ("deterministic", "use_running_average"):
+            name += "_"
+        return name

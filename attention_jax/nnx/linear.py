@@ -1,4 +1,4 @@
-"""Layers whose attention forms no pairs: linear attention (with FAVOR+) and Linformer."""
+"""Layers in time linear in the sequence: linear attention (with FAVOR+) and Linformer."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.base.parameters import Initializer
-from attention_jax.layers.heads import Projected
+from attention_jax.layers.heads import ProjectedMemory
 from attention_jax.layers.linear import (
     LinearLayer,
+    LinearMethods,
     LinformerLayer,
     check_linear,
     check_linformer,
     projection_shape,
 )
-from attention_jax.linear import LinearState
 from attention_jax.linear.feature_maps import elu_plus_one
 from attention_jax.linear.linformer import projection_init as along_the_sequence
-from attention_jax.masks import Causal
 from attention_jax.nnx.bound import Bound
-from attention_jax.nnx.projecting import Projecting, dropout_of_weights
+from attention_jax.nnx.heads import MultiHeadLayer, dropout_options
 
 Array = jax.Array
 
 
-class LinearAttention(Projecting):
+class LinearAttention(LinearMethods, MultiHeadLayer):
     r"""Multi-head linear attention: y = linear_attention(x W^Q, m W^K, m W^V) W^O.
 
     The projections have the names and shapes of `MultiHeadAttention`, so its parameters fit. A
@@ -35,7 +34,8 @@ class LinearAttention(Projecting):
     function of q . k, as those of FAVOR+ do, they then depend on distance alone.
 
     Args:
-      *sizes: num_heads, in_features, memory_features and out_features, of `Projecting`.
+      num_heads: N.
+      in_features: D of the queries' input.
       feature_map: phi, see `linear_attention`; what it declares is created here. Random features
         are bound to it already, and stay as they are: `bind(performer.positive, projection=...)`.
       feature_size: A, where the feature map has a size to choose.
@@ -46,13 +46,15 @@ class LinearAttention(Projecting):
       deterministic: without effect.
       param_dtype: of the parameters.
       rngs: the stream `params` draws the parameters.
-      **options: of `Projecting`, such as `num_key_heads`, `position` or `qk_norm`.
+      **options: of `attention_jax.layers.HeadOptions`, such as `num_key_heads` or `position`.
 
     Raises:
-      ValueError: heads that do not divide, two depths for queries and keys, or dropout.
+      ValueError: heads that do not divide, a size below 1, two depths for queries and keys, or
+        dropout.
 
     Katharopoulos et al. 2020, section 3; Choromanski et al. 2021.
 
+    >>> from attention_jax.masks import Causal
     >>> layer = LinearAttention(4, 16, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((2, 5, 16)), mask=Causal()).shape
     (2, 5, 16)
@@ -60,7 +62,9 @@ class LinearAttention(Projecting):
 
     def __init__(
         self,
-        *sizes: int,
+        num_heads: int,
+        in_features: int,
+        *,
         feature_map: Any = elu_plus_one,
         feature_size: int | None = None,
         share_features: bool = False,
@@ -72,135 +76,33 @@ class LinearAttention(Projecting):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        super().__init__(*sizes, param_dtype=param_dtype, rngs=rngs, **options)
-        check_linear(type(self).__name__, self.sizes, dropout_rate)
+        super().__init__(num_heads, in_features, param_dtype=param_dtype, rngs=rngs, **options)
+        check_linear(type(self).__name__, self.sizes, feature_size, dropout_rate)
         self.normalize = normalize
         self.chunk_size = chunk_size
         depth = self.sizes.key_depth
         self.feature_map = Bound(
             feature_map,
-            depth,
-            depth,
-            feature_size,
+            query_depth=depth,
+            key_depth=depth,
+            attention_size=feature_size,
             num_heads=None if share_features else self.sizes.num_key_heads,
             param_dtype=param_dtype,
             rngs=rngs,
         )
 
-    def __call__(
-        self,
-        query: Array,
-        memory: Array | Projected | None = None,
-        *,
-        mask: Any = None,
-        positions: Array | None = None,
-        memory_positions: Array | None = None,
-        **others: Any,
-    ) -> Array:
-        """Attend from the query to the memory, or to itself.
-
-        Args:
-          query: [B, T, in_features].
-          memory: [B, S, memory_features], or what `keys` made of it; the query unless given.
-          mask: `masks.Causal` and padding, as in `linear_attention`.
-          positions: where the queries stand, [T] or [B, T]; 0, 1, ... unless given.
-          memory_positions: where the keys stand; as `positions` for self-attention.
-          **others: of `MultiHeadAttention`, refused by name.
-
-        Returns:
-          [B, T, out_features].
-
-        Raises:
-          ShapeError: inputs that do not fit each other or the module.
-          ValueError: a mask or an option that cannot be honoured.
-        """
-        where = {"positions": positions, "memory_positions": memory_positions}
-        return self._layer()(query, memory, mask=mask, **where, **others)
-
-    def keys(self, memory: Array, positions: Array | None = None) -> Projected:
-        """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self._ways().memory(memory, None, positions)
-
-    def init_cache(
-        self,
-        batch: int,
-        capacity: int | None = None,
-        *,
-        window: int | None = None,
-        ragged: bool = True,
-        dtype: Any = None,
-    ) -> LinearState:
-        """Return the state before any token, for `decode`.
-
-        Its size never grows: any capacity will do, and every example has its own length, asked
-        for (ragged) or not.
-
-        Args:
-          batch: B.
-          capacity: how many tokens there may be; the state is as large for all.
-          window: refused, as a sum forgets nothing.
-          ragged: without effect.
-          dtype: of the tokens, that of the computation unless given; the state is in float32 or
-            better.
-
-        Raises:
-          ValueError: a window.
-        """
-        return self._layer().empty_state(batch, window, dtype)
-
-    def decode(
-        self,
-        query: Array,
-        cache: LinearState,
-        *,
-        mask: Any = Causal(),  # noqa: B008
-        count: Any = None,
-    ) -> tuple[Array, LinearState]:
-        """Attend from the next tokens of a sequence to all tokens so far.
-
-        Args:
-          query: [B, T, in_features], any number T of tokens.
-          cache: from `init_cache`, or from the previous call.
-          mask: the mask of the whole sequence: `masks.Causal()`, and padding joined by `&`.
-          count: how many of the T are tokens, [B] where examples differ; the rest is padding.
-
-        Returns:
-          What the full causal pass gives at these positions, [B, T, out_features], and the next
-          state.
-
-        Raises:
-          ShapeError: inputs that do not fit each other or the module.
-          ValueError: a mask that cannot be honoured.
-        """
-        return self._layer().decode(query, cache, mask, count)
-
-    def decode_memory(
-        self, query: Array, memory: Array | Projected, cache: LinearState, *, mask: Any = None
-    ) -> Array:
-        """Attend from the next tokens of a sequence to a memory.
-
-        Args:
-          query: [B, T, in_features], any number T of tokens.
-          memory: [B, S, memory_features], or what `keys` made of it.
-          cache: of the tokens before these.
-          mask: padding, as in the full pass.
-
-        Returns:
-          What the full pass gives at these positions, [B, T, out_features].
-        """
-        return self._layer().decode_memory(query, memory, cache, mask)
-
     def _layer(self) -> LinearLayer:
         """Return the computation with this module's parameters."""
-        feature_map = self.feature_map._function()
-        return LinearLayer(self._ways(), feature_map, self.normalize, self.chunk_size)
+        feature_map = self.feature_map.resolve()
+        return LinearLayer(self._projections(), feature_map, self.normalize, self.chunk_size)
 
 
-class LinformerAttention(Projecting):
+class LinformerAttention(MultiHeadLayer):
     r"""Multi-head Linformer attention: y = linformer_attention(x W^Q, m W^K, m W^V; E, F) W^O.
 
     Args:
-      *sizes: num_heads, in_features, memory_features and out_features, of `Projecting`.
+      num_heads: N.
+      in_features: D of the queries' input.
       length: L, the most keys there can be.
       rank: R, how many rows they are projected to.
       share_heads: False learns projections for each key head.
@@ -213,7 +115,7 @@ class LinformerAttention(Projecting):
       deterministic: True leaves dropout out; `model.train()` and `model.eval()` set it.
       param_dtype: of the parameters.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
-      **options: of `Projecting`, such as `num_key_heads` or `qk_norm`.
+      **options: of `attention_jax.layers.HeadOptions`, such as `num_key_heads` or `qk_norm`.
 
     Raises:
       ValueError: a rank below 1 or above the length, heads that do not divide, fixed projections of
@@ -228,7 +130,9 @@ class LinformerAttention(Projecting):
 
     def __init__(
         self,
-        *sizes: int,
+        num_heads: int,
+        in_features: int,
+        *,
         length: int,
         rank: int,
         share_heads: bool = True,
@@ -247,7 +151,7 @@ class LinformerAttention(Projecting):
         self.dropout_rate = dropout_rate
         self.deterministic = deterministic
         self.rngs = rngs.dropout.fork() if dropout_rate else None
-        super().__init__(*sizes, param_dtype=param_dtype, rngs=rngs, **options)
+        super().__init__(num_heads, in_features, param_dtype=param_dtype, rngs=rngs, **options)
         heads = None if share_heads else self.sizes.num_key_heads
         shape = projection_shape(name, rank, length, heads, fixed)
 
@@ -261,7 +165,7 @@ class LinformerAttention(Projecting):
     def __call__(
         self,
         query: Array,
-        memory: Array | Projected | None = None,
+        memory: Array | ProjectedMemory | None = None,
         *,
         mask: Any = None,
         deterministic: bool | None = None,
@@ -285,11 +189,11 @@ class LinformerAttention(Projecting):
           ShapeError: inputs that do not fit each other or the module.
           ValueError: a mask or an option that cannot be honoured.
         """
-        dropout = dropout_of_weights(self, deterministic, rngs)
+        dropout = dropout_options(self, deterministic, rngs)
         return self._layer()(query, memory, mask=mask, dropout=dropout, **others)
 
     def _layer(self) -> LinformerLayer:
         """Return the computation with this module's parameters."""
         key = self.key_projection[...]
         value = key if self.value_projection is None else self.value_projection[...]
-        return LinformerLayer(self._ways(), key, value)
+        return LinformerLayer(self._projections(), key, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers as standard
 
+from attention_jax.base import checks
 from attention_jax.base.parameters import Initializer
 from attention_jax.layers import transformer
-from attention_jax.layers.heads import Projected
-from attention_jax.layers.transformer import Cache
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.multi_head import MultiHeadAttention
 
@@ -41,8 +40,8 @@ class FeedForward(nnx.Module):
     def __init__(
         self,
         features: int,
-        hidden_features: int | None = None,
         *,
+        hidden_features: int | None = None,
         activation: Callable[[Array], Array] = jax.nn.relu,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -55,7 +54,7 @@ class FeedForward(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        hidden_features = hidden_features or 4 * features
+        hidden_features = transformer.hidden_size(features, hidden_features)
         self.hidden = linear(features, hidden_features)
         self.out = linear(hidden_features, features)
         self.activation = activation
@@ -65,7 +64,7 @@ class FeedForward(nnx.Module):
         return self.out(self.activation(self.hidden(x)))
 
 
-class TransformerBlock(nnx.Module):
+class TransformerBlock(transformer.BlockMethods, nnx.Module):
     r"""Self-attention, attention to a memory if there is one, feed-forward; each with a residual.
 
     y = x + f(norm(x)) with `norm_first`, else y = norm(x + f(x)) as in the paper.
@@ -100,9 +99,9 @@ class TransformerBlock(nnx.Module):
         self,
         features: int,
         num_heads: int,
+        *,
         hidden_features: int | None = None,
         memory_features: int | None = None,
-        *,
         attention: Callable[..., Any] = MultiHeadAttention,
         cross_attention: Callable[..., Any] = MultiHeadAttention,
         norm: Callable[..., Any] = nnx.LayerNorm,
@@ -115,89 +114,27 @@ class TransformerBlock(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        numbers: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         rate = dropout_rate if attention_dropout_rate is None else attention_dropout_rate
-        dropped = transformer.dropout_options(rate, deterministic)
-        self.attention = attention(num_heads, features, **dropped, **numbers)
-        self.attention_norm = norm(features, **numbers)
+        dropped = transformer.attention_dropout(rate, deterministic)
+        self.attention = attention(num_heads, features, **dropped, **dtypes)
+        self.attention_norm = norm(features, **dtypes)
         self.cross_attention = self.cross_attention_norm = nnx.data(None)
         if memory_features is not None:
             self.cross_attention = cross_attention(
-                num_heads, features, memory_features=memory_features, **dropped, **numbers
+                num_heads, features, memory_features=memory_features, **dropped, **dtypes
             )
-            self.cross_attention_norm = norm(features, **numbers)
-        self.feed_forward = FeedForward(features, hidden_features, activation=activation, **numbers)
-        self.feed_forward_norm = norm(features, **numbers)
+            self.cross_attention_norm = norm(features, **dtypes)
+        self.feed_forward = FeedForward(
+            features, hidden_features=hidden_features, activation=activation, **dtypes
+        )
+        self.feed_forward_norm = norm(features, **dtypes)
         self.dropout = dropout_of(dropout_rate, deterministic, rngs)
         self.norm_first = norm_first
 
-    def __call__(
-        self,
-        x: Array,
-        memory: Array | Projected | None = None,
-        *,
-        mask: Any = None,
-        memory_mask: Any = None,
-        deterministic: bool | None = None,
-        **options: Any,
-    ) -> Any:
-        """Apply the block.
-
-        Args:
-          x: [B, T, features].
-          memory: [B, S, memory_features], or what `keys` made of it.
-          mask: of the self-attention.
-          memory_mask: of the attention to the memory.
-          deterministic: instead of the module's own.
-          **options: positions, return_weights and sow_weights of `MultiHeadAttention`.
-
-        Returns:
-          [B, T, features]; with it `attention_jax.transformer.BlockWeights` where asked for.
-
-        Raises:
-          ValueError: a memory for a block without, or none for one with.
-        """
-        layer = self._layer(deterministic)
-        masks = {"mask": mask, "memory_mask": memory_mask}
-        return layer(x, memory, **masks, deterministic=deterministic, **options)
-
-    def keys(self, memory: Array) -> Projected:
-        """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self._layer().cross_attention.keys(memory)
-
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> Cache:
-        """Return an empty cache for `decode`; see `attention_jax.cache.init`."""
-        return self._layer().init_cache(batch, capacity, **options)
-
-    def decode(
-        self,
-        x: Array,
-        cache: Cache,
-        memory: Array | Projected | None = None,
-        *,
-        mask: Any = None,
-        memory_mask: Any = None,
-        count: Any = None,
-    ) -> tuple[Array, Cache]:
-        """Apply the block to the next tokens of a sequence, as `MultiHeadAttention.decode` does.
-
-        Args:
-          x: [B, T, features], any number T of tokens.
-          cache: from `init_cache`, or from the previous call.
-          memory: as in the full pass.
-          mask: the mask of the whole sequence, such as `masks.Causal()`.
-          memory_mask: as in the full pass.
-          count: how many of the T are tokens, [B] in a ragged batch; the rest is padding.
-
-        Returns:
-          What the full pass gives at these positions, [B, T, features], and the next cache.
-        """
-        options = {"mask": mask, "memory_mask": memory_mask, "count": count}
-        return self._layer(deterministic=True).decode(x, cache, memory, **options)
-
-    def _layer(self, deterministic: bool | None = None) -> transformer.TransformerBlock:
+    def _layer(self, deterministic: bool | None = None) -> transformer.Block:
         """Return the computation with this module's parameters."""
-        return transformer.TransformerBlock(
+        return transformer.Block(
             attention=self.attention,
             attention_norm=self.attention_norm,
             cross_attention=self.cross_attention,
@@ -209,7 +146,7 @@ class TransformerBlock(nnx.Module):
         )
 
 
-class TransformerStack(nnx.Module):
+class TransformerStack(transformer.StackMethods, nnx.Module):
     """Blocks one above the other, with a last norm where blocks norm first.
 
     Args:
@@ -227,7 +164,7 @@ class TransformerStack(nnx.Module):
 
     Vaswani et al. 2017, figure 1; Chen et al. 2016 (remat: "sublinear memory cost").
 
-    >>> stack = TransformerStack(2, 8, 2, rngs=nnx.Rngs(0))
+    >>> stack = TransformerStack(2, 8, num_heads=2, rngs=nnx.Rngs(0))
     >>> stack(jnp.ones((2, 5, 8))).shape
     (2, 5, 8)
     """
@@ -236,8 +173,8 @@ class TransformerStack(nnx.Module):
         self,
         num_layers: int,
         features: int,
-        num_heads: int,
         *,
+        num_heads: int,
         remat: bool = False,
         norm: Callable[..., Any] = nnx.LayerNorm,
         norm_first: bool = True,
@@ -246,56 +183,36 @@ class TransformerStack(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        numbers: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        options = {"norm": norm, "norm_first": norm_first, **numbers, **options}
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options = {"norm": norm, "norm_first": norm_first, **dtypes, **options}
+        checks.at_least("TransformerStack", 0, num_layers=num_layers)
         for n in range(num_layers):
             setattr(self, f"block_{n}", TransformerBlock(features, num_heads, **options))
-        self.norm = norm(features, **numbers) if norm_first else nnx.data(None)
+        self.norm = norm(features, **dtypes) if norm_first else nnx.data(None)
         self.num_layers = num_layers
         self.remat = remat
-
-    def __call__(self, x: Array, memory: Any = None, **options: Any) -> Any:
-        """Apply the blocks to [B, T, features]; options are those of a block's call.
-
-        The memory is one array for all blocks, or what `keys` made of it. With
-        `return_weights` a list with the weights of every block comes with the result.
-        """
-
-        def apply(block: TransformerBlock, x: Array, memory: Any) -> Any:
-            return block(x, memory, **options)
-
-        apply = nnx.remat(apply) if self.remat else apply
-        return transformer.one_after_another(apply, self.blocks, x, memory, self.norm)
-
-    def keys(self, memory: Array) -> list[Projected]:
-        """Project a memory [B, S, memory_features] for every block, once for all calls."""
-        return [block.keys(memory) for block in self.blocks]
-
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[Cache]:
-        """Return an empty cache for every block; see `attention_jax.cache.init`."""
-        return [block.init_cache(batch, capacity, **options) for block in self.blocks]
-
-    def decode(
-        self, x: Array, caches: Sequence[Cache], memory: Any = None, **options: Any
-    ) -> tuple[Array, list[Cache]]:
-        """Apply the blocks to the next tokens; options are those of a block's `decode`."""
-        return transformer.decoded_one_after_another(
-            self.blocks, x, caches, memory, self.norm, **options
-        )
 
     @property
     def blocks(self) -> list[TransformerBlock]:
         """The blocks, lowest first."""
         return [getattr(self, f"block_{n}") for n in range(self.num_layers)]
 
+    def _layers(self) -> tuple[list[TransformerBlock], Any]:
+        """Return the blocks, lowest first, and the last norm or None."""
+        return self.blocks, self.norm
+
+    def _rematerialized(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `apply(block, x, memory)`, rematerialized where the module says so."""
+        return nnx.remat(apply) if self.remat else apply
+
 
 class Embedding(nnx.Module):
-    """Tokens as vectors, and with what is added to say where they stand.
+    """Tokens as vectors, with vectors of their positions added if there are any.
 
     Other kinds of position belong to the attention: `position`, `bias` or `score` there.
 
     Args:
-      vocabulary: how many tokens there are.
+      vocabulary_size: how many tokens there are.
       features: D.
       position: `position(positions [T]) -> [T, D]`, such as
         `functools.partial(positions.sinusoidal, depth=D)` or `positions.learned_table(L, D)`;
@@ -316,7 +233,7 @@ class Embedding(nnx.Module):
 
     def __init__(
         self,
-        vocabulary: int,
+        vocabulary_size: int,
         features: int,
         *,
         position: Any = None,
@@ -328,8 +245,9 @@ class Embedding(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        checks.sizes("Embedding", vocabulary_size=vocabulary_size, features=features)
         self.token = nnx.Embed(
-            vocabulary,
+            vocabulary_size,
             features,
             embedding_init=embedding_init,
             dtype=dtype,
@@ -348,8 +266,8 @@ class Embedding(nnx.Module):
         positions: Array | None = None,
         deterministic: bool | None = None,
     ) -> Array:
-        """Map tokens [B, T], standing at positions [T] or [B, T], to [B, T, features]."""
-        position = None if self.position is None else self.position._function()
+        """Map tokens [B, T] at positions [T] or [B, T] to [B, T, features]."""
+        position = None if self.position is None else self.position.resolve()
         x = transformer.embed(self.token, tokens, self.scale, position, positions)
         return self.dropout(x, deterministic=deterministic)
 

@@ -47,7 +47,9 @@ def trained_tagger(
 
     def build(rngs: nnx.Rngs) -> TokenEncoder:
         sizes = {"hidden_features": 2 * WIDTH, "norm_first": True}
-        return TokenEncoder(SYMBOLS + 1, WIDTH, HEADS, 2, **sizes, **options, rngs=rngs)
+        return TokenEncoder(
+            SYMBOLS + 1, WIDTH, num_heads=HEADS, num_layers=2, **sizes, **options, rngs=rngs
+        )
 
     arm: Arm = arm_of(build, lambda model, batch: cross_entropy(logits(model, batch), batch.labels))
 

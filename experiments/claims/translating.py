@@ -102,7 +102,8 @@ def transformer(given: Material, heads: int, **options: Any) -> Model:
     words = len(given.source_vocabulary), len(given.target_vocabulary)
     attention = functools.partial(MultiHeadAttention, **options)
     given_options = {"hidden_features": 2 * WIDTH, "norm_first": True, "attention": attention}
-    model = functools.partial(EncoderDecoder, *words, WIDTH, heads, 1, **given_options)
+    given_options |= {"features": WIDTH, "num_heads": heads, "num_layers": 1}
+    model = functools.partial(EncoderDecoder, *words, **given_options)
 
     def build(rngs: nnx.Rngs) -> EncoderDecoder:
         return model(rngs=rngs)

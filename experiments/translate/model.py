@@ -187,7 +187,9 @@ class Decoder(nnx.Module):
         else:
             options = {"tied": sizes.tied, "normed": sizes.normed}
             bound = score_of(score, width, width, sizes.attention_size, **options)
-            self.attention = DecoderAttention(bound, width, width, sizes.attention_size, rngs=rngs)
+            self.attention = DecoderAttention(
+                bound, width, memory_features=width, attention_size=sizes.attention_size, rngs=rngs
+            )
             self.context = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
         seen = (2 if score == "none" else 3) * width
         self.readout = nnx.Linear(seen, 2 * sizes.readout_size, rngs=rngs)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.layers.heads import Projected
+from attention_jax.layers import ProjectedMemory
 from attention_jax.masks import Lengths
 from attention_jax.nnx import EncoderDecoder, MultiHeadAttention
 from attention_jax.positions import rotary
@@ -27,7 +27,7 @@ Array = jax.Array
 class Memory(NamedTuple):
     """An encoded source: its keys and values for every layer, and its lengths [B]."""
 
-    projected: list[Projected]
+    projected: list[ProjectedMemory]
     lengths: Array
 
 
@@ -70,9 +70,9 @@ class TransformerTranslator(nnx.Module):
         self.model = EncoderDecoder(
             sizes.source_words,
             sizes.target_words,
-            sizes.width,
-            sizes.heads,
-            sizes.layers,
+            features=sizes.width,
+            num_heads=sizes.heads,
+            num_layers=sizes.layers,
             hidden_features=sizes.readout_size,
             position=None if sizes.positions == "sinusoidal" else nowhere,
             attention=functools.partial(attention, position=rotary if rotated else None),
@@ -127,7 +127,7 @@ class TransformerTranslator(nnx.Module):
     def step(self, memory: Memory, carry: Any, previous: Array) -> tuple[Any, Array]:
         """Return the next carry and logits [B, W] of the word after the previous one, [B]."""
         logits, carry = self.model.decode(
-            previous[:, None], carry, memory.projected, Lengths(memory.lengths)
+            previous[:, None], carry, memory.projected, source_mask=Lengths(memory.lengths)
         )
         return carry, logits[:, 0]
 

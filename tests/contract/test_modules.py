@@ -1,5 +1,7 @@
 """Every exported module: Linen and NNX have the same parameters, and with them the same results."""
 
+import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +14,9 @@ from flax import nnx
 from attention_jax import linen as attention_linen
 from attention_jax import masks, positions, scores
 from attention_jax import nnx as attention_nnx
+from attention_jax.layers import HeadOptions
+from attention_jax.linear import feature_maps
+from attention_jax.nnx.heads import MultiHeadLayer
 
 
 class Example(NamedTuple):
@@ -41,41 +46,54 @@ NORM = 2 * 8
 BLOCK = ATTENTION + NORM + FEED_FORWARD + NORM
 CROSS = 2 * (8 * 8 + 8) + 2 * (6 * 8 + 8) + NORM
 WITH_MEMORY = {"memory_features": 6}
+LAYERS = {"num_heads": 2, "num_layers": 1}
 
 EXAMPLES = {
-    "AdditiveAttention": Example((8, 6, 4), (STATE, MEMORY), 8 * 4 + 6 * 4 + 4 + 4),
-    "Bound": Example((scores.bilinear, 4, 6), (), 4 * 6),
-    "CausalDecoder": Example((10, 8, 2, 1, 5), (TOKENS,), 10 * 8 + 5 * 8 + BLOCK + NORM),
-    "DecoderAttention": Example((scores.bilinear, 8, 6), (STATE, MEMORY), 8 * 6),
+    "AdditiveAttention": Example(
+        (8, 6), (STATE, MEMORY), 8 * 4 + 6 * 4 + 4 + 4, {"attention_size": 4}
+    ),
+    "Bound": Example((scores.bilinear,), (), 4 * 6, {"query_depth": 4, "key_depth": 6}),
+    "CausalDecoder": Example(
+        (10, 8), (TOKENS,), 10 * 8 + 5 * 8 + BLOCK + NORM, {**LAYERS, "max_length": 5}
+    ),
+    "DecoderAttention": Example((scores.bilinear, 8), (STATE, MEMORY), 8 * 6, WITH_MEMORY),
     "Embedding": Example(
         (10, 8), (TOKENS,), 10 * 8 + 5 * 8, {"position": positions.learned_table(5, 8)}
     ),
     "EncoderDecoder": Example(
-        (10, 12, 8, 2, 1),
+        (10, 12),
         (TOKENS, TOKENS, LENGTHS),
         10 * 8 + 12 * 8 + BLOCK + BLOCK + ATTENTION + NORM,
+        {"features": 8, **LAYERS},
     ),
     "FeedForward": Example((8,), (x(3),), FEED_FORWARD),
-    "GlobalAttention": Example((scores.bilinear, 8, 6), (STATE, MEMORY), 8 * 6 + 14 * 8),
+    "GlobalAttention": Example((scores.bilinear, 8), (STATE, MEMORY), 8 * 6 + 14 * 8, WITH_MEMORY),
     "LinearAttention": Example(
-        (2, 8, 6), (x(3), MEMORY), CROSS - NORM, call={"mask": masks.Lengths(jnp.array([5, 2]))}
+        (2, 8),
+        (x(3), MEMORY),
+        CROSS - NORM,
+        WITH_MEMORY,
+        call={"mask": masks.Lengths(jnp.array([5, 2]))},
     ),
     "LinformerAttention": Example(
-        (2, 8, 6),
+        (2, 8),
         (x(3), MEMORY),
         CROSS - NORM + 2 * (3 * 5),
-        {"length": 5, "rank": 3},
+        {"length": 5, "rank": 3, **WITH_MEMORY},
         call={"mask": LENGTHS},
     ),
     "MultiHeadAttention": Example(
-        (2, 8, 6), (x(3), MEMORY), CROSS - NORM, call={"return_weights": True}
+        (2, 8), (x(3), MEMORY), CROSS - NORM, WITH_MEMORY, call={"return_weights": True}
     ),
     "PatchEncoder": Example(
-        ((4, 6), 2, 3, 5, 8, 2, 1),
+        ((4, 6), 2),
         (jax.random.normal(jax.random.key(3), (2, 4, 6, 3)),),
         (12 * 8 + 8) + 8 + 7 * 8 + BLOCK + NORM + (8 * 5 + 5),
+        {"num_channels": 3, "num_classes": 5, "features": 8, **LAYERS},
     ),
-    "TokenEncoder": Example((10, 8, 2, 1, 5), (TOKENS, LENGTHS), 10 * 8 + 5 * 8 + BLOCK),
+    "TokenEncoder": Example(
+        (10, 8), (TOKENS, LENGTHS), 10 * 8 + 5 * 8 + BLOCK, {**LAYERS, "max_length": 5}
+    ),
     "TransformerBlock": Example(
         (8, 2),
         (x(3), MEMORY),
@@ -84,11 +102,11 @@ EXAMPLES = {
         call={"mask": masks.Causal(), "return_weights": True},
     ),
     "TransformerStack": Example(
-        (2, 8, 2),
+        (2, 8),
         (x(3), MEMORY),
         2 * (BLOCK + CROSS) + NORM,
-        WITH_MEMORY,
-        {"options": WITH_MEMORY},
+        {"num_heads": 2, **WITH_MEMORY},
+        {"num_heads": 2, "options": WITH_MEMORY},
         call={"mask": masks.Causal()},
     ),
 }
@@ -98,6 +116,47 @@ def test_every_export_has_a_twin_and_an_example():
     assert set(attention_nnx.__all__) == set(attention_linen.__all__)
     missing = set(attention_nnx.__all__) - set(EXAMPLES)
     assert not missing, f"add to tests/contract/test_modules.py: {sorted(missing)}"
+
+
+SIZE_TYPES = {"int", "int | None", "int | Sequence[int] | None"}
+MAY_BE_ZERO = {"num_layers"}
+# A function with a size to choose, where the default has none.
+WITH_SIZE = {
+    "attention_size": {"score": scores.additive, "function": scores.additive},
+    "feature_size": {"feature_map": feature_maps.hedgehog},
+}
+
+
+def sizes_of(name):
+    """Return the names of the whole numbers that a module is built from."""
+    module = getattr(attention_nnx, name)
+    types = {p.name: p.annotation for p in inspect.signature(module.__init__).parameters.values()}
+    if issubclass(module, MultiHeadLayer):
+        types |= {field.name: field.type for field in dataclasses.fields(HeadOptions)}
+    return sorted({n for n, kind in types.items() if kind in SIZE_TYPES} - MAY_BE_ZERO)
+
+
+SIZES = [(name, size) for name in EXAMPLES for size in sizes_of(name)]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES, ids=lambda part: part)
+def test_a_size_of_zero_is_refused(name, size):
+    """It neither becomes another size in silence nor fails somewhere below."""
+    sizes, inputs, _, options, linen_options, call = EXAMPLES[name]
+    build, twin = getattr(attention_nnx, name), getattr(attention_linen, name)
+    names = list(inspect.signature(build.__init__).parameters)[1:]
+    with_size = {n: x for n, x in WITH_SIZE.get(size, {}).items() if n in names}
+    changed = {**dict(zip(names, sizes, strict=False)), **with_size, size: 0}
+    message = rf"{size} must be (1 or more|a multiple|positive)"
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: build(**{**options, **changed}, rngs=nnx.Rngs(0))(*inputs, **call))
+    module = twin(**{**(linen_options or options), **changed})
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda key: module.init(key, *inputs, **call), jax.random.key(0))
+
+
+def test_sizes_are_found():
+    assert ("MultiHeadAttention", "num_key_heads") in SIZES and len(SIZES) > 40
 
 
 @pytest.mark.slow

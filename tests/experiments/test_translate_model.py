@@ -66,7 +66,9 @@ def translate(graph, parameters):
 @pytest.mark.slow
 @pytest.mark.parametrize("score", SCORES + CONTROLS[:1])
 def test_every_score_attends_and_every_parameter_of_it_learns(score):
-    attention = DecoderAttention(score_of(score, 6, 6, 5), 6, 6, 5, rngs=nnx.Rngs(0))
+    attention = DecoderAttention(
+        score_of(score, 6, 6, 5), 6, memory_features=6, attention_size=5, rngs=nnx.Rngs(0)
+    )
     graph, parameters = nnx.split(attention, nnx.Param)
     state, memory, wanted = (
         jax.random.normal(jax.random.key(n), shape)

@@ -386,14 +386,14 @@ def test_single_query_at_position_zero():
 ONE = QUERY[:, :1]
 OCCUPIED = np.ones((B, 1, 1, S), bool)
 ERRORS = {
-    "a single query meets several keys, and score, mask, bias or is_causal asks where it stands; "
-    "give attention_fn decode=True if the layer decodes, decode=False": [
+    "the position of a single query among several keys is not known, and score, mask, bias or "
+    "is_causal depends on it; give attention_fn decode=True if the layer decodes, decode=False": [
         ({"mask": masks.Causal()}, {"query": ONE}),
         ({"bias": ALIBI}, {"query": ONE, "mask": OCCUPIED}),
         ({"score": bind(relative_key, table=jnp.zeros((3, H)))}, {"query": ONE}),
         ({}, {"query": ONE, "is_causal": True}),
     ],
-    "decode=True reads from the mask of the layer's cache where the query stands, and there is "
+    "decode=True takes the position of the query from the mask of the layer's cache, and there is "
     "no such mask": [({"mask": masks.Causal(), "decode": True}, {"query": ONE})],
     "precision Precision.HIGHEST is not done for one layer; leave it out and call the whole "
     "function under jax.default_matmul_precision": [({}, {"precision": jax.lax.Precision.HIGHEST})],

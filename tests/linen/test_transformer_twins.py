@@ -33,14 +33,18 @@ def parameters(module):
 
 def stacks(norm_first=True, norm="LayerNorm", **options):
     """Build a stack in both APIs; the attention has positions of its own."""
-    build = functools.partial(attention_nnx.TransformerStack, 2, 8, 2, norm_first=norm_first)
+    build = functools.partial(
+        attention_nnx.TransformerStack, 2, 8, num_heads=2, norm_first=norm_first
+    )
     attention = functools.partial(attention_nnx.MultiHeadAttention, **LAYER)
     module = build(attention=attention, norm=getattr(nnx, norm), rngs=nnx.Rngs(0), **options)
     remat = options.pop("remat", False)
     attention = functools.partial(attention_linen.MultiHeadAttention, **LAYER)
     options = {"attention": attention, **options}
     norms = {"norm": getattr(nn, norm), "norm_first": norm_first}
-    return module, attention_linen.TransformerStack(2, 8, 2, remat, **norms, options=options)
+    return module, attention_linen.TransformerStack(
+        2, 8, num_heads=2, remat=remat, **norms, options=options
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,13 +123,13 @@ def test_dropout():
 
 
 def test_generation():
-    sizes = (9, 8, 2, 1)
-    module = attention_nnx.CausalDecoder(*sizes, 8, rngs=nnx.Rngs(0))
-    twin = attention_linen.CausalDecoder(*sizes, 8)
+    sizes = {"num_heads": 2, "num_layers": 1, "max_length": 8}
+    module = attention_nnx.CausalDecoder(9, 8, **sizes, rngs=nnx.Rngs(0))
+    twin = attention_linen.CausalDecoder(9, 8, **sizes)
     run = nnx.jit(lambda module: module.generate(PROMPT, 4, lengths=LENGTHS))
     variables = parameters(module)
     expected = run(module)
-    generate = functools.partial(twin.apply, steps=4, lengths=LENGTHS, method="generate")
+    generate = functools.partial(twin.apply, num_steps=4, lengths=LENGTHS, method="generate")
     np.testing.assert_array_equal(jax.jit(generate)(variables, PROMPT), expected)
     assert len(np.unique(expected)) > 1
 
@@ -139,22 +143,22 @@ def test_generation():
 
 
 def test_generation_from_a_source():
-    sizes = (9, 9, 8, 2, 1)
-    module = attention_nnx.EncoderDecoder(*sizes, rngs=nnx.Rngs(0))
-    twin = attention_linen.EncoderDecoder(*sizes)
+    sizes = {"features": 8, "num_heads": 2, "num_layers": 1}
+    module = attention_nnx.EncoderDecoder(9, 9, **sizes, rngs=nnx.Rngs(0))
+    twin = attention_linen.EncoderDecoder(9, 9, **sizes)
     variables = parameters(module)
     begin, mask, key = PROMPT[:, :1], masks.Lengths(LENGTHS), jax.random.key(0)
     run = nnx.jit(lambda module: module.generate(PROMPT, begin, 4, mask, key=key))
     expected = run(module)
-    generate = functools.partial(twin.apply, steps=4, method="generate", key=key)
+    generate = functools.partial(twin.apply, num_steps=4, method="generate", key=key)
     result = jax.jit(generate)(variables, PROMPT, begin, source_mask=mask)
     np.testing.assert_array_equal(result, expected)
     assert len(np.unique(expected)) > 1
 
     def decode(model):
         memory, caches = model.keys(model.encode(PROMPT, mask)), model.init_cache(2, 4)
-        first, caches = model.decode(PROMPT[:, :3], caches, memory, mask)
-        second, _ = model.decode(PROMPT[:, 3:], caches, memory, mask)
+        first, caches = model.decode(PROMPT[:, :3], caches, memory, source_mask=mask)
+        second, _ = model.decode(PROMPT[:, 3:], caches, memory, source_mask=mask)
         return jnp.concatenate([first, second], axis=1)
 
     decoded = jax.jit(lambda variables: twin.apply(variables, method=decode))(variables)
@@ -173,6 +177,10 @@ def test_bad_arguments_are_explained():
     with pytest.raises(ValueError, match=r"TransformerBlock: it was built without .* memory_feat"):
         attention_linen.TransformerBlock(8, 2).init(key, X, MEMORY)
     with pytest.raises(ValueError, match=r"positions: 4 tokens .* has 3 positions"):
-        attention_linen.TokenEncoder(9, 8, 2, 1, 3).init(key, PROMPT)
+        attention_linen.TokenEncoder(9, 8, num_heads=2, num_layers=1, max_length=3).init(
+            key, PROMPT
+        )
     with pytest.raises(ValueError, match=r"patches: the width must be a multiple of"):
-        attention_linen.PatchEncoder((8, 6), 4, 3, 10, 8, 2, 1).init(key, jnp.zeros((1, 8, 6, 3)))
+        attention_linen.PatchEncoder(
+            (8, 6), 4, num_channels=3, num_classes=10, features=8, num_heads=2, num_layers=1
+        ).init(key, jnp.zeros((1, 8, 6, 3)))

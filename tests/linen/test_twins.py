@@ -36,7 +36,7 @@ MULTI_HEAD = {
     "bias": {"bias": DISTANCE, "use_bias": False},
     "sink": {"normalizer": SINK},
 }
-PAIRLESS = {
+LINEAR = {
     "turned": ("LinearAttention", {"position": positions.rotary, "query_depth": 4}),
     "features": ("LinearAttention", {"feature_map": feature_maps.hedgehog, "combine": "sum"}),
     "each head": (
@@ -45,7 +45,7 @@ PAIRLESS = {
     ),
 }
 DECODER = {
-    score.__name__: (score, 8, 8, 5)
+    score.__name__: score
     for score in (scores.dot, scores.bilinear, scores.additive, scores.concat, scores.cosine)
 }
 
@@ -69,19 +69,19 @@ def same(twin, module, *arguments, **options):
 @pytest.mark.parametrize("options", MULTI_HEAD.values(), ids=MULTI_HEAD)
 def test_multi_head(options):
     one_width = "share_query_key" in options or "projections" in options
-    arguments = (4, 12) if one_width else (4, 12, 8)
-    module = attention_nnx.MultiHeadAttention(*arguments, rngs=nnx.Rngs(0), **options)
-    twin = attention_linen.MultiHeadAttention(*arguments, **options)
-    x, memory = inputs(5, 12, 1), inputs(7, module.memory_features, 2)
+    options = options if one_width else {"memory_features": 8, **options}
+    module = attention_nnx.MultiHeadAttention(4, 12, rngs=nnx.Rngs(0), **options)
+    twin = attention_linen.MultiHeadAttention(4, 12, **options)
+    x, memory = inputs(5, 12, 1), inputs(7, module.sizes.memory_features, 2)
     same(twin, module, x, memory, mask=masks.Window(2, 3), return_weights=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", PAIRLESS.values(), ids=PAIRLESS)
+@pytest.mark.parametrize("options", LINEAR.values(), ids=LINEAR)
 def test_linear_and_linformer(options):
     kind, options = options
-    module = getattr(attention_nnx, kind)(4, 12, 8, rngs=nnx.Rngs(0), **options)
-    twin = getattr(attention_linen, kind)(4, 12, 8, **options)
+    module = getattr(attention_nnx, kind)(4, 12, memory_features=8, rngs=nnx.Rngs(0), **options)
+    twin = getattr(attention_linen, kind)(4, 12, memory_features=8, **options)
     mask = masks.Lengths(jnp.array([7, 3]))
     same(twin, module, inputs(5, 12, 1), inputs(7, 8, 2), mask=mask)
 
@@ -95,10 +95,11 @@ def test_norm_of_query_and_key(norms):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", DECODER.values(), ids=DECODER)
-def test_decoder_attention(arguments):
-    module = attention_nnx.DecoderAttention(*arguments, rngs=nnx.Rngs(0))
-    twin = attention_linen.DecoderAttention(*arguments)
+@pytest.mark.parametrize("score", DECODER.values(), ids=DECODER)
+def test_decoder_attention(score):
+    sizes = {"memory_features": 8, "attention_size": 5}
+    module = attention_nnx.DecoderAttention(score, 8, **sizes, rngs=nnx.Rngs(0))
+    twin = attention_linen.DecoderAttention(score, 8, **sizes)
     state, memory = inputs(1, 8, 1)[:, 0], inputs(7, 8, 2)
     mask = masks.Lengths(jnp.array([7, 3]))
     expected = same(twin, module, state, memory, mask)
@@ -119,8 +120,12 @@ def test_additive_and_global_attention():
     )
     for score in (scores.bilinear, scores.concat):
         same(
-            attention_linen.GlobalAttention(score, 8, 6, 4, options={"attention_size": 5}),
-            attention_nnx.GlobalAttention(score, 8, 6, 4, attention_size=5, rngs=nnx.Rngs(0)),
+            attention_linen.GlobalAttention(
+                score, 8, memory_features=6, out_features=4, options={"attention_size": 5}
+            ),
+            attention_nnx.GlobalAttention(
+                score, 8, memory_features=6, out_features=4, attention_size=5, rngs=nnx.Rngs(0)
+            ),
             state,
             memory,
         )

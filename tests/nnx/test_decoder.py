@@ -37,7 +37,7 @@ def data(state_features=8, memory_features=8, length=7, batch=3):
 def test_equals_attend_with_the_same_bound_score(score):
     state, memory = data()
     states = jnp.stack([state, 2 * state, -state, state + 1], axis=1)
-    module = DecoderAttention(score, 8, 8, 5, rngs=nnx.Rngs(0))
+    module = DecoderAttention(score, 8, memory_features=8, attention_size=5, rngs=nnx.Rngs(0))
     mask = masks.Lengths(jnp.array([7, 0, 3]))
     context, weights = module(states, memory, mask)
     expected = attend(
@@ -57,7 +57,7 @@ def test_equals_attend_with_the_same_bound_score(score):
 @pytest.mark.parametrize("score", ALL, ids=lambda score: score.__name__)
 def test_one_state_is_several_states_one_at_a_time(score):
     state, memory = data()
-    module = DecoderAttention(score, 8, 8, rngs=nnx.Rngs(0))
+    module = DecoderAttention(score, 8, memory_features=8, rngs=nnx.Rngs(0))
     source = module.keys(memory)
     context, weights = module(jnp.stack([state, -state], axis=1), source)
     for t, one in enumerate([state, -state]):
@@ -70,7 +70,7 @@ def test_one_state_is_several_states_one_at_a_time(score):
 @pytest.mark.slow
 def test_additive_is_the_formula_of_the_paper():
     state, memory = data(8, 16)
-    module = AdditiveAttention(8, 16, 5, initializers=LARGE, rngs=nnx.Rngs(0))
+    module = AdditiveAttention(8, 16, attention_size=5, initializers=LARGE, rngs=nnx.Rngs(0))
     p = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(module, nnx.Param)))["score"]
     projected_query = (np.asarray(state) @ p["query_weight"])[:, None]
     projected_keys = np.asarray(memory) @ p["key_weight"] + p["bias"][None, None]
@@ -121,7 +121,7 @@ def test_padding(mask):
 def test_a_mask_of_any_numbers_is_the_mask_of_attend(make):
     """Also one axis of size 1 for all examples, a table of each, and 64-bit numbers."""
     state, memory = data()
-    module = DecoderAttention(scores.bilinear, 8, 8, rngs=nnx.Rngs(0))
+    module = DecoderAttention(scores.bilinear, 8, memory_features=8, rngs=nnx.Rngs(0))
     table = jax.random.bernoulli(jax.random.key(3), 0.7, (3, 1, 7))
     first = masks.Segment(make([1]), make([0, 1, 1, 1, 1, 0, 1]))
     mask = first & masks.Lengths(make([5, 3, 7])) & masks.Prefix(make([6]))
@@ -139,7 +139,7 @@ def test_a_mask_of_any_numbers_is_the_mask_of_attend(make):
 
 def test_a_mask_of_another_length_is_refused():
     state, memory = data()
-    module = DecoderAttention(scores.dot, 8, 8, rngs=nnx.Rngs(0))
+    module = DecoderAttention(scores.dot, 8, memory_features=8, rngs=nnx.Rngs(0))
     for mask, message in (
         (masks.Segment([1], [0, 1]), "read: Segment.key_ids must hold an entry for each of the S"),
         (masks.Lengths([5, 3, 7]) & jnp.ones((3, 7), bool), "read: Table.allowed must broadcast"),
@@ -169,7 +169,9 @@ def scan(module, states, memory):
 def test_inside_scan_and_under_vmap_over_seeds(score):
     states = jax.random.normal(jax.random.key(2), (5, 3, 8))
     memory = data()[1]
-    modules = [DecoderAttention(score, 8, 8, rngs=nnx.Rngs(seed)) for seed in range(2)]
+    modules = [
+        DecoderAttention(score, 8, memory_features=8, rngs=nnx.Rngs(seed)) for seed in range(2)
+    ]
     graph = nnx.graphdef(modules[0])
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(module) for module in modules))
 
@@ -193,7 +195,7 @@ def test_learns_to_find_the_key_that_the_state_names():
     keys = jax.random.split(jax.random.key(0), 3)
     state = jax.random.normal(keys[0], (64, 4))
     memory = jax.random.normal(keys[1], (64, 5, 4)).at[:, 2].set(state)
-    module = AdditiveAttention(4, 4, 16, rngs=nnx.Rngs(0))
+    module = AdditiveAttention(4, 4, attention_size=16, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(module, optax.adam(0.03), wrt=nnx.Param)
 
     @nnx.jit
@@ -219,7 +221,7 @@ def test_learns_to_find_the_key_that_the_state_names():
 )
 def test_luongs_attentional_vector(score):
     state, memory = data()
-    module = GlobalAttention(score, 8, 8, 6, rngs=nnx.Rngs(0))
+    module = GlobalAttention(score, 8, memory_features=8, out_features=6, rngs=nnx.Rngs(0))
     vector, weights = module(state, memory)
     context, expected_weights = module.attention(state, module.keys(memory))
     kernel = module.combine.kernel[...]
@@ -236,7 +238,7 @@ def test_a_learned_sink_lets_a_state_attend_to_nothing():
     module = DecoderAttention(
         scores.dot,
         8,
-        8,
+        memory_features=8,
         normalizer=learned(normalizers.softmax_with_sink, sink=sink),
         rngs=nnx.Rngs(0),
     )
@@ -277,7 +279,7 @@ def test_bad_input_is_explained():
         DecoderAttention(
             scores.bilinear,
             8,
-            8,
+            memory_features=8,
             initializers={"kernel": jax.nn.initializers.ones},
             rngs=nnx.Rngs(0),
         )

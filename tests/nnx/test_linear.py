@@ -10,7 +10,7 @@ from flax import nnx
 
 from attention_jax import attend, bind, masks, positions
 from attention_jax import linen as attention_linen
-from attention_jax.layers.heads import place
+from attention_jax.layers.heads import apply_position
 from attention_jax.linear import feature_maps, linear_attention, linformer, performer
 from attention_jax.linear.linformer import linformer_attention
 from attention_jax.nnx import (
@@ -45,8 +45,12 @@ def heads(module, x):
 
 @pytest.mark.slow
 def test_the_parameters_are_those_of_multi_head_attention():
-    ours = LinearAttention(4, 12, 10, 7, num_key_heads=2, rngs=nnx.Rngs(0))
-    theirs = MultiHeadAttention(4, 12, 10, 7, num_key_heads=2, rngs=nnx.Rngs(0))
+    ours = LinearAttention(
+        4, 12, memory_features=10, out_features=7, num_key_heads=2, rngs=nnx.Rngs(0)
+    )
+    theirs = MultiHeadAttention(
+        4, 12, memory_features=10, out_features=7, num_key_heads=2, rngs=nnx.Rngs(0)
+    )
     assert shapes(ours) == shapes(theirs)
     assert jax.eval_shape(lambda x, y: ours(x, y), inputs(), inputs(9, 10)).shape == (2, 5, 7)
 
@@ -119,7 +123,7 @@ def test_positions_turn_queries_and_keys_before_the_feature_map():
     @nnx.jit
     def run(module, x):
         query, key, value = heads(module, x)
-        turned = [place(positions.rotary, heads, at) for heads in (query, key)]
+        turned = [apply_position(positions.rotary, heads, at) for heads in (query, key)]
         context = linear_attention(*turned, value, feature_map=favor(4, 4096))
         exact = [attend(*pair, value) for pair in (turned, (query, key))]
         return module(x, positions=at), *map(module.out, (context, *exact))
@@ -134,12 +138,14 @@ def decoders(**options):
     """Return a decoder of linear attention, its twin and the parameters, drawn far from zero."""
     attention = {"feature_map": favor(4), "position": positions.rotary} | options
     build = functools.partial(LinearAttention, **attention)
-    model = CausalDecoder(9, 8, 2, 2, attention=build, rngs=nnx.Rngs(0))
+    model = CausalDecoder(9, 8, num_heads=2, num_layers=2, attention=build, rngs=nnx.Rngs(0))
     keys = nnx.Rngs(1)
     state = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda p: 0.5 * jax.random.normal(keys(), p.shape), state))
     build = functools.partial(attention_linen.LinearAttention, **attention)
-    twin = attention_linen.CausalDecoder(9, 8, 2, 2, options={"attention": build})
+    twin = attention_linen.CausalDecoder(
+        9, 8, num_heads=2, num_layers=2, options={"attention": build}
+    )
     return model, twin, {"params": parameters(model)}
 
 
@@ -148,7 +154,7 @@ def test_a_decoder_of_linear_attention_generates_from_a_state_of_constant_size()
     """Tokens are drawn as the full pass says, in both APIs, after prompts of 4 and 2 tokens."""
     model, twin, variables = decoders()
     prompt, lengths = jnp.array([[1, 5, 2, 7], [3, 3, 0, 6]]), jnp.array([4, 2])
-    options = {"steps": 4, "lengths": lengths, "key": jax.random.key(2)}
+    options = {"num_steps": 4, "lengths": lengths, "key": jax.random.key(2)}
     generated = np.asarray(nnx.jit(lambda model: model.generate(prompt, **options))(model))
     assert len(np.unique(generated)) > 2
     run = functools.partial(twin.apply, **options, method="generate")
@@ -304,9 +310,10 @@ def test_what_cannot_be_is_refused_by_name():
     with pytest.raises(ValueError, match=r"window = 3 cannot be honoured, .* a sum forgets no key"):
         linear.init_cache(2, 8, window=3)
     state = linear.init_cache(2)
-    for mask in (None, masks.Lengths(3), masks.Causal(-1)):
-        with pytest.raises(ValueError, match=r"decode: the mask must be masks.Causal\(\) with off"):
-            linear.decode(x, state, mask=mask)
+    with pytest.raises(ValueError, match=r"decode: the mask must be masks.Causal\(\) with off"):
+        linear.decode(x, state, mask=masks.Causal(-1))
+    with pytest.raises(ValueError, match=r"causal=False cannot be honoured, .* no later token"):
+        linear.decode(x, state, causal=False)
     with pytest.raises(ValueError, match="decode: the mask Window cannot be honoured"):
         linear.decode(x, state, mask=masks.Causal() & masks.Window(2, 0))
     with pytest.raises(ValueError, match=r"LinearAttention: the mask Causal .* one sum over the m"):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from attention_jax import masks, positions
-from attention_jax.layers import transformer
+from attention_jax.layers import generate, models
 from attention_jax.nnx import (
     CausalDecoder,
     EncoderDecoder,
@@ -76,7 +76,9 @@ def words(key, length, batch=64):
 @pytest.mark.slow
 def test_an_encoder_learns_to_reverse():
     """Each token is said where its mirror image stands: positions, and both directions."""
-    model = TokenEncoder(9, 32, 2, 1, max_length=6, norm_first=True, rngs=nnx.Rngs(0))
+    model = TokenEncoder(
+        9, 32, num_heads=2, num_layers=1, max_length=6, norm_first=True, rngs=nnx.Rngs(0)
+    )
 
     def batch_of(key):
         tokens = words(key, 6)
@@ -89,7 +91,7 @@ def test_an_encoder_learns_to_reverse():
 @pytest.mark.slow
 def test_a_decoder_learns_to_go_on():
     """Every token is the one before and one more, after a start that differs."""
-    model = CausalDecoder(9, 16, 2, 1, max_length=8, rngs=nnx.Rngs(0))
+    model = CausalDecoder(9, 16, num_heads=2, num_layers=1, max_length=8, rngs=nnx.Rngs(0))
 
     def batch_of(key):
         start = jax.random.randint(key, (32, 1), 0, 9)
@@ -104,7 +106,9 @@ def test_a_decoder_learns_to_go_on():
 
 @pytest.mark.slow
 def test_an_encoder_decoder_learns_to_reverse_a_source_of_any_length():
-    model = EncoderDecoder(9, 9, 32, 2, 1, norm_first=True, rngs=nnx.Rngs(0))
+    model = EncoderDecoder(
+        9, 9, features=32, num_heads=2, num_layers=1, norm_first=True, rngs=nnx.Rngs(0)
+    )
 
     def batch_of(key):
         source = words(key, 5)
@@ -128,7 +132,16 @@ def test_an_encoder_decoder_learns_to_reverse_a_source_of_any_length():
 
 @pytest.mark.slow
 def test_an_encoder_of_patches_learns_where_the_light_is():
-    model = PatchEncoder((8, 8), 4, 1, 4, 16, 2, 1, rngs=nnx.Rngs(0))
+    model = PatchEncoder(
+        (8, 8),
+        4,
+        num_channels=1,
+        num_classes=4,
+        features=16,
+        num_heads=2,
+        num_layers=1,
+        rngs=nnx.Rngs(0),
+    )
 
     def batch_of(key):
         patch, pixel, noise = jax.random.split(key, 3)
@@ -144,7 +157,7 @@ def test_an_encoder_of_patches_learns_where_the_light_is():
 
 @pytest.mark.slow
 def test_nothing_comes_from_the_future():
-    model = CausalDecoder(9, 8, 2, 1, 9, rngs=nnx.Rngs(0))
+    model = CausalDecoder(9, 8, num_heads=2, num_layers=1, max_length=9, rngs=nnx.Rngs(0))
     run = nnx.jit(lambda model, tokens: model(tokens))
     logits, changed = run(model, PROMPT), run(model, PROMPT.at[:, 2].set(8))
     np.testing.assert_array_equal(logits[:, :2], changed[:, :2])
@@ -163,7 +176,7 @@ def drawn_anew(model):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_decoding_with_a_cache_is_the_full_pass(kind):
     """Where every example has its own length, for every kind of position."""
-    model = drawn_anew(CausalDecoder(9, 8, 2, 2, **kind, rngs=nnx.Rngs(0)))
+    model = drawn_anew(CausalDecoder(9, 8, num_heads=2, num_layers=2, **kind, rngs=nnx.Rngs(0)))
     following = jnp.array([[4, 8], [5, 1]])
 
     whole = jnp.pad(PROMPT, ((0, 0), (0, 2)))
@@ -171,7 +184,7 @@ def test_decoding_with_a_cache_is_the_full_pass(kind):
 
     @nnx.jit
     def run(model):
-        first, caches = model.decode(PROMPT, model.init_cache(2, 6, ragged=True), LENGTHS)
+        first, caches = model.decode(PROMPT, model.init_cache(2, 6, ragged=True), count=LENGTHS)
         second, caches = model.decode(following[:, :1], caches)
         third, _ = model.decode(following[:, 1:], caches)
         return first, jnp.concatenate([second, third], axis=1), model(whole.at[at].set(following))
@@ -184,7 +197,9 @@ def test_decoding_with_a_cache_is_the_full_pass(kind):
 
 @pytest.mark.slow
 def test_generation_draws_from_what_the_full_pass_says():
-    model = drawn_anew(CausalDecoder(9, 8, 2, 1, 8, rngs=nnx.Rngs(0)))
+    model = drawn_anew(
+        CausalDecoder(9, 8, num_heads=2, num_layers=1, max_length=8, rngs=nnx.Rngs(0))
+    )
     key = jax.random.key(2)
     run = nnx.jit(lambda model: model.generate(PROMPT, 4, lengths=LENGTHS, key=key))
     generated = np.asarray(run(model))
@@ -201,7 +216,7 @@ def test_generation_draws_from_what_the_full_pass_says():
 
 @pytest.mark.slow
 def test_an_encoder_decoder_decodes_as_it_trains():
-    model = EncoderDecoder(9, 9, 8, 2, 1, rngs=nnx.Rngs(0))
+    model = EncoderDecoder(9, 9, features=8, num_heads=2, num_layers=1, rngs=nnx.Rngs(0))
     seen = masks.Lengths(LENGTHS)
 
     @nnx.jit
@@ -209,7 +224,7 @@ def test_an_encoder_decoder_decodes_as_it_trains():
         memory = model.encode(PROMPT, seen)
         caches, decoded = model.init_cache(2, 4, ragged=True), []
         for piece in (PROMPT[:, :3], PROMPT[:, 3:]):
-            logits, caches = model.decode(piece, caches, model.keys(memory), seen)
+            logits, caches = model.decode(piece, caches, model.keys(memory), source_mask=seen)
             decoded.append(logits)
         spoiled = PROMPT.at[1, 2:].set(8)
         return jnp.concatenate(decoded, axis=1), *(
@@ -229,7 +244,7 @@ def test_tokens_are_drawn_with_a_key():
         return jnp.broadcast_to(odds, (*tokens.shape, 3)), caches
 
     prompt = jnp.zeros((500, 2), jnp.int32)
-    draw = functools.partial(transformer.generate, decode, (), prompt, 8)
+    draw = functools.partial(generate, decode, (), prompt, 8)
     drawn = draw(key=jax.random.key(0))
     share = np.bincount(np.ravel(drawn), minlength=3) / 4000
     np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)
@@ -249,7 +264,7 @@ def test_a_temperature_may_be_known_only_inside_jit():
             return jnp.broadcast_to(odds, (*tokens.shape, 3)), caches
 
         prompt, key = jnp.zeros((50, 2), jnp.int32), jax.random.key(0)
-        return transformer.generate(decode, (), prompt, 3, key=key, temperature=temperature)
+        return generate(decode, (), prompt, 3, key=key, temperature=temperature)
 
     np.testing.assert_array_equal(jax.jit(draw)(0.5), draw(0.5))
     np.testing.assert_array_equal(jax.jit(draw)(2), draw(np.int64(2)))
@@ -258,7 +273,7 @@ def test_a_temperature_may_be_known_only_inside_jit():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint32])
 def test_prompts_of_any_integers_and_lengths_in_a_list(dtype):
-    model = CausalDecoder(100, 8, 2, 1, rngs=nnx.Rngs(0))
+    model = CausalDecoder(100, 8, num_heads=2, num_layers=1, rngs=nnx.Rngs(0))
     run = nnx.jit(lambda model, prompt: model.generate(prompt, 2, lengths=[4, 2]))
     drawn = run(model, PROMPT.astype(dtype))
     assert drawn.dtype == dtype
@@ -267,7 +282,7 @@ def test_prompts_of_any_integers_and_lengths_in_a_list(dtype):
 
 def test_patches_are_squares_row_by_row():
     images = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
-    cut = transformer.patches(images, 2)
+    cut = models.patches(images, 2)
     for n in range(6):
         row, column = n // 3 * 2, n % 3 * 2
         square = images[:, row : row + 2, column : column + 2]
@@ -276,7 +291,7 @@ def test_patches_are_squares_row_by_row():
 
 @pytest.mark.slow
 def test_weights_come_with_the_logits():
-    model = EncoderDecoder(9, 9, 8, 2, 1, rngs=nnx.Rngs(0))
+    model = EncoderDecoder(9, 9, features=8, num_heads=2, num_layers=1, rngs=nnx.Rngs(0))
     run = nnx.jit(lambda model, *tokens: model(*tokens, return_weights=True))
     logits, (weights,) = run(model, PROMPT, PROMPT[:, :3])
     assert logits.shape == (2, 3, 9)
@@ -289,7 +304,7 @@ def test_weights_come_with_the_logits():
 
 @pytest.mark.slow
 def test_packed_documents_stand_where_each_begins():
-    model = TokenEncoder(9, 8, 2, 1, max_length=5, rngs=nnx.Rngs(0))
+    model = TokenEncoder(9, 8, num_heads=2, num_layers=1, max_length=5, rngs=nnx.Rngs(0))
     documents = masks.Segment(jnp.array([[0, 0, 0, 0], [0, 0, 1, 1]]))
     at = jnp.array([[0, 1, 2, 3], [0, 1, 0, 1]])
     run = nnx.jit(lambda model: (model(PROMPT, documents, positions=at), model(PROMPT[1:, 2:])))
@@ -299,21 +314,49 @@ def test_packed_documents_stand_where_each_begins():
 
 @pytest.mark.slow
 def test_bad_arguments_are_explained():
-    model = CausalDecoder(9, 8, 2, 1, 5, rngs=nnx.Rngs(0))
+    model = CausalDecoder(9, 8, num_heads=2, num_layers=1, max_length=5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"positions: 6 tokens .* has 5 positions; .* max_length"):
         model(jnp.zeros((1, 6), int))
     with pytest.raises(ValueError, match=r"positions: 7 tokens were given"):
         model.generate(PROMPT, 4)
-    with pytest.raises(ValueError, match=r"generate: steps must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"generate: num_steps must be 1 or more, got 0"):
         model.generate(PROMPT[:, :1], 0)
     with pytest.raises(ValueError, match=r"generate: temperature must be positive, got 0"):
         model.generate(PROMPT[:, :1], 1, temperature=0)
     with pytest.raises(ValueError, match=r"generate: uint8 cannot hold all of the 300 tokens"):
-        CausalDecoder(300, 8, 2, 1, rngs=nnx.Rngs(0)).generate(PROMPT.astype(jnp.uint8), 1)
+        CausalDecoder(300, 8, num_heads=2, num_layers=1, rngs=nnx.Rngs(0)).generate(
+            PROMPT.astype(jnp.uint8), 1
+        )
     with pytest.raises(ValueError, match=r"give a position, or max_length = 5 .* not both"):
-        CausalDecoder(9, 8, 2, 1, 5, position=positions.sinusoidal, rngs=nnx.Rngs(0))
+        CausalDecoder(
+            9,
+            8,
+            num_heads=2,
+            num_layers=1,
+            max_length=5,
+            position=positions.sinusoidal,
+            rngs=nnx.Rngs(0),
+        )
     with pytest.raises(ValueError, match=r"patches: the width must be a multiple of .* 6 and .* 4"):
-        PatchEncoder((8, 6), 4, 3, 10, 8, 2, 1, rngs=nnx.Rngs(0))
-    vision = PatchEncoder((8, 8), 4, 3, 10, 8, 2, 1, rngs=nnx.Rngs(0))
+        PatchEncoder(
+            (8, 6),
+            4,
+            num_channels=3,
+            num_classes=10,
+            features=8,
+            num_heads=2,
+            num_layers=1,
+            rngs=nnx.Rngs(0),
+        )
+    vision = PatchEncoder(
+        (8, 8),
+        4,
+        num_channels=3,
+        num_classes=10,
+        features=8,
+        num_heads=2,
+        num_layers=1,
+        rngs=nnx.Rngs(0),
+    )
     with pytest.raises(ValueError, match=r"axis S .* of patches \[B, S, D\] must be 5 .* got 7"):
         vision(jnp.zeros((1, 8, 12, 3)))

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from attention_jax import attend, bind, masks, normalizers, per_head, scores
+from attention_jax.base import PerHead
 from attention_jax.base.parameters import Parameter, learned
 from attention_jax.nnx import MultiHeadAttention
 
@@ -31,9 +32,9 @@ def inputs(length=5, features=12, batch=2, seed=1):
 
 
 def projected(module, x, memory=None):
-    ways = module._ways()
+    projections = module._projections()
     memory = x if memory is None else memory
-    return ways.queries(x), ways.memory(memory)
+    return projections.queries(x), projections.memory(memory)
 
 
 def parameters(module):
@@ -79,10 +80,12 @@ def test_any_score_equals_attention_of_each_head_alone(score, share_score):
     x, memory = inputs(), inputs(7, seed=2)
     query, (key, value) = projected(module, x, memory)
     output, weights = module(x, memory, return_weights=True)
-    values = module.score._values()
+    bound = module.score()
+    assert isinstance(bound, PerHead) == (not share_score and bool(jax.tree.leaves(bound)))
     for n in range(4):
-        mine = values if share_score else jax.tree.map(lambda leaf, n=n: leaf[n], values)
-        head = functools.partial(score, **mine)
+        head = bound
+        if isinstance(bound, PerHead):
+            head = jax.tree.map(lambda leaf, n=n: leaf[n], bound.function)
         alone = attend(
             query[:, :, n : n + 1],
             key[:, :, n // 2 : n // 2 + 1],
@@ -100,8 +103,8 @@ def test_depths_of_query_key_and_value_may_differ():
     module = MultiHeadAttention(
         3,
         12,
-        10,
-        8,
+        memory_features=10,
+        out_features=8,
         query_depth=4,
         key_depth=5,
         value_depth=6,
@@ -340,7 +343,11 @@ def test_bad_arguments_are_explained():
         ((5, 12), {}, r"in_features must be a multiple of num_heads, got in_features = 12"),
         ((4, 12), {"num_key_heads": 3}, r"num_heads must be a multiple of num_key_heads"),
         ((4, 12), {"combine": "mean"}, r"combine must be 'concat' or 'sum', got 'mean'"),
-        ((4, 12, 8), {"share_query_key": True}, r"one shape for query and key, got .* \(8, 4, 3\)"),
+        (
+            (4, 12),
+            {"memory_features": 8, "share_query_key": True},
+            r"one shape for query and key, got .* \(8, 4, 3\)",
+        ),
         ((4, 12), {"projections": False, "query_depth": 2}, r"without projections the depths"),
         ((4, 12), {"initializers": {"weight": None}}, r"there is no parameter 'weight'"),
     ]
@@ -358,6 +365,6 @@ def test_bad_arguments_are_explained():
     with pytest.raises(ValueError) as error:
         module(inputs(), module.keys(inputs()), **given)
     assert str(error.value) == (
-        "MultiHeadAttention: value and memory_positions cannot be honoured, because the memory has "
-        "been projected already; give the memory itself, or its positions to keys."
+        "MultiHeadAttention: value and memory_positions cannot be honoured, because the memory is "
+        "already projected; give the memory itself, or its positions to keys."
     )

@@ -85,7 +85,9 @@ def block_in_numpy(x, memory, p, norm_first):
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_a_block_is_its_formula(norm_first, x64):
     options = {"norm": Norm, "norm_first": norm_first, "param_dtype": jnp.float64}
-    module = moved(TransformerBlock(8, 2, 12, 6, **options, rngs=nnx.Rngs(0)))
+    module = moved(
+        TransformerBlock(8, 2, hidden_features=12, memory_features=6, **options, rngs=nnx.Rngs(0))
+    )
     x, memory = X.astype(jnp.float64), MEMORY.astype(jnp.float64)
     result = nnx.jit(lambda module, *xs: module(*xs, mask=masks.Causal()))(module, x, memory)
     expected = block_in_numpy(np.asarray(x), np.asarray(memory), numbers(module), norm_first)
@@ -96,7 +98,7 @@ def test_a_block_is_its_formula(norm_first, x64):
 @pytest.mark.slow
 def test_gradients_of_a_block(x64):
     options = {"norm": Norm, "activation": jnp.tanh, "param_dtype": jnp.float64}
-    module = moved(TransformerBlock(4, 2, 5, **options, rngs=nnx.Rngs(0)))
+    module = moved(TransformerBlock(4, 2, hidden_features=5, **options, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(module)
     x = X[:1, :3, :4].astype(jnp.float64)
 
@@ -109,17 +111,17 @@ def test_gradients_of_a_block(x64):
 
 @pytest.mark.slow
 def test_a_stack_is_its_blocks_and_a_last_norm():
-    first = moved(TransformerStack(2, 8, 2, rngs=nnx.Rngs(0)))
+    first = moved(TransformerStack(2, 8, num_heads=2, rngs=nnx.Rngs(0)))
     expected = first.norm(first.block_1(first.block_0(X)))
     np.testing.assert_array_equal(first(X), expected)
-    last = moved(TransformerStack(1, 8, 2, norm_first=False, rngs=nnx.Rngs(0)))
+    last = moved(TransformerStack(1, 8, num_heads=2, norm_first=False, rngs=nnx.Rngs(0)))
     assert last.norm is None
     np.testing.assert_array_equal(last(X), last.block_0(X))
 
 
 @pytest.mark.slow
 def test_each_block_gets_the_memory_or_its_own_keys():
-    stack = moved(TransformerStack(2, 8, 2, memory_features=6, rngs=nnx.Rngs(0)))
+    stack = moved(TransformerStack(2, 8, num_heads=2, memory_features=6, rngs=nnx.Rngs(0)))
     keys = stack.keys(MEMORY)
     assert not np.allclose(keys[0].key, keys[1].key)
     np.testing.assert_array_equal(stack(X, keys), stack(X, MEMORY))
@@ -163,7 +165,7 @@ def test_remat_keeps_less_and_gives_the_same_numbers():
     results, kept = [], []
     for remat in (False, True):
         rngs = nnx.Rngs(0, dropout=1)
-        stack = TransformerStack(1, 8, 2, dropout_rate=0.3, remat=remat, rngs=rngs)
+        stack = TransformerStack(1, 8, num_heads=2, dropout_rate=0.3, remat=remat, rngs=rngs)
         graph, params, rest = nnx.split(stack, nnx.Param, ...)
 
         def run(params, graph=graph, rest=rest):
@@ -179,7 +181,7 @@ def test_remat_keeps_less_and_gives_the_same_numbers():
 
 @pytest.mark.slow
 def test_weights_are_returned_and_sown():
-    stack = TransformerStack(2, 8, 2, memory_features=6, remat=True, rngs=nnx.Rngs(0))
+    stack = TransformerStack(2, 8, num_heads=2, memory_features=6, remat=True, rngs=nnx.Rngs(0))
     options = {"mask": masks.Causal(), "memory_mask": masks.Lengths(jnp.array([7, 3]))}
     output, weights = stack(X, MEMORY, **options, return_weights=True)
     assert [w.attention.shape for w in weights] == 2 * [(2, 2, 5, 5)]
@@ -206,7 +208,9 @@ KINDS = {
 def test_decoding_is_the_full_pass(kind, ragged):
     """Also to a memory, under a mask, bias, score and rotation that know where queries stand."""
     layer = functools.partial(MultiHeadAttention, **KINDS[kind])
-    build = functools.partial(TransformerStack, 1, 8, 2, memory_features=6, rngs=nnx.Rngs(0))
+    build = functools.partial(
+        TransformerStack, 1, 8, num_heads=2, memory_features=6, rngs=nnx.Rngs(0)
+    )
     stack = moved(build(attention=layer, cross_attention=layer))
     options = {"mask": masks.Causal(), "memory_mask": masks.Window(1, 2)}
 
@@ -262,7 +266,7 @@ def test_embedding_adds_what_says_where_tokens_stand():
 
 @pytest.mark.slow
 def test_feed_forward_takes_any_activation():
-    module = moved(FeedForward(8, 3, activation=jnp.tanh, rngs=nnx.Rngs(0)))
+    module = moved(FeedForward(8, hidden_features=3, activation=jnp.tanh, rngs=nnx.Rngs(0)))
     hidden = jnp.tanh(module.hidden(X))
     assert hidden.shape == (2, 5, 3)
     np.testing.assert_array_equal(module(X), module.out(hidden))
@@ -285,7 +289,9 @@ def test_a_block_takes_any_attention():
     with pytest.raises(TypeError, match=r"TransformerBlock: Mean keeps nothing of the past"):
         block.init_cache(2, 3)
     additive = functools.partial(MultiHeadAttention, score=scores.additive)
-    stack = TransformerStack(1, 8, 2, norm=nnx.RMSNorm, attention=additive, rngs=nnx.Rngs(0))
+    stack = TransformerStack(
+        1, 8, num_heads=2, norm=nnx.RMSNorm, attention=additive, rngs=nnx.Rngs(0)
+    )
     assert stack.block_0.attention.score.key_weight.shape == (2, 4, 4)
     assert isinstance(stack.norm, nnx.RMSNorm) and stack(X).shape == X.shape
 

@@ -39,7 +39,7 @@ def measure(setting: Setting, rng: jax.Array) -> Data:
     tokens = jax.random.randint(rng, (2, LENGTH), 0, 20)
 
     def differences(options: dict) -> dict[str, float]:
-        model = CausalDecoder(20, 32, 4, 2, rngs=nnx.Rngs(rng), **options)
+        model = CausalDecoder(20, 32, num_heads=4, num_layers=2, rngs=nnx.Rngs(rng), **options)
         decode = nnx.jit(lambda model, tokens, caches: model.decode(tokens, caches))
         whole = model(tokens)
         found = {}

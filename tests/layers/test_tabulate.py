@@ -30,7 +30,9 @@ def test_nnx_draws_a_table_of_a_layer():
 
 @pytest.mark.slow
 def test_nnx_draws_a_table_of_a_model():
-    model = attention_nnx.CausalDecoder(10, 8, 2, 1, 8, rngs=nnx.Rngs(0))
+    model = attention_nnx.CausalDecoder(
+        10, 8, num_heads=2, num_layers=1, max_length=8, rngs=nnx.Rngs(0)
+    )
     assert "CausalDecoder" in nnx.tabulate(model, TOKENS)
 
 
@@ -40,7 +42,7 @@ def test_nnx_draws_a_table_of_a_model():
     ("module", "inputs"),
     [
         (attention_linen.MultiHeadAttention(2, 8), X),
-        (attention_linen.CausalDecoder(10, 8, 2, 1, 8), TOKENS),
+        (attention_linen.CausalDecoder(10, 8, num_heads=2, num_layers=1, max_length=8), TOKENS),
     ],
     ids=["layer", "model"],
 )
