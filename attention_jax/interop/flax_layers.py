@@ -185,14 +185,14 @@ class FlaxAttention:
 
     def _mask(self, layout: Layout, passed: Any, position: Array | None, is_causal: bool) -> Any:
         """Return the mask of these queries: what is bound, passed and causal, joined by `&`."""
-        bound = self.mask
+        bound: Any = self.mask
         if bound is not None and position is not None:
             is_table = is_array(bound)
             rows = Rows(position)
             bound = shifted_array(bound, rows) if is_table else masks.Shift(bound, query=position)
-        causal = masks.Causal(0 if position is None else position) if is_causal else None
-        parts = (layout.table(x) if is_array(x) else x for x in (causal, bound, passed))
-        given = [masks.as_mask(part) for part in parts if part is not None]
+        causal: Any = masks.Causal(0 if position is None else position) if is_causal else None
+        parts = [part for part in (causal, bound, passed) if part is not None]
+        given = [layout.table(part) if is_array(part) else masks.as_mask(part) for part in parts]
         return functools.reduce(operator.and_, given) if given else None
 
     def _score_and_bias(

@@ -86,8 +86,8 @@ class CausalDecoderMethods(TokenModelMethods):
         `count` [B] tells how many of the T are tokens.
         """
         x = self.embedding(tokens, next_positions(caches[0], tokens.shape[1]), deterministic=True)
-        x, caches = self.stack.decode(x, caches, mask=mask, count=count)
-        return self.embedding.attend(x), caches
+        x, following = self.stack.decode(x, caches, mask=mask, count=count)
+        return self.embedding.attend(x), following
 
     def generate(
         self,
@@ -202,7 +202,7 @@ class EncoderDecoderMethods:
         target, joined with the causal one.
         """
         positions = next_positions(caches[0], tokens.shape[1])
-        x, caches = self.decoder.decode(
+        x, following = self.decoder.decode(
             self.target(tokens, positions, deterministic=True),
             caches,
             memory,
@@ -210,7 +210,7 @@ class EncoderDecoderMethods:
             memory_mask=source_mask,
             count=count,
         )
-        return self.target.attend(x), caches
+        return self.target.attend(x), following
 
     def generate(
         self,
@@ -318,7 +318,7 @@ def generate(
     num_steps: int,
     *,
     lengths: Array | Sequence[int] | None = None,
-    key: Array | None = None,
+    rng: Array | None = None,
     temperature: float | Array = 1.0,
 ) -> Array:
     """Continue prompts, by the most likely token at each step or by one that is drawn.
@@ -330,7 +330,7 @@ def generate(
       prompt: tokens [B, T], of any integer type, which the result has too.
       num_steps: how many tokens to add.
       lengths: how many tokens of each prompt count, [B]; the rest is padding.
-      key: a `jax.random` key to draw tokens; None takes the most likely.
+      rng: a `jax.random` key to draw tokens; None takes the most likely.
       temperature: logits are divided by it before tokens are drawn.
 
     Returns:
@@ -339,11 +339,16 @@ def generate(
     Raises:
       ValueError: no step, a temperature that is not positive where it is known outside `jit`, or
         a prompt of a type that cannot hold every token.
+
+    >>> def decode(tokens, caches, count):  # the next token is the last one plus 1
+    ...     return jax.nn.one_hot(tokens + 1, 10), caches
+    >>> generate(decode, (), jnp.array([[3, 4]]), 3)
+    Array([[5, 6, 7]], dtype=int32)
     """
     checks.at_least("generate", 1, num_steps=num_steps)
     if not isinstance(temperature, jax.core.Tracer) and temperature <= 0:
         raise ValueError(f"generate: temperature must be positive, got {temperature}.")
-    choose = functools.partial(_choose, key, temperature)
+    choose = functools.partial(_choose, rng, temperature)
 
     def step(carry: tuple[Array, Any], number: Array) -> tuple[tuple[Array, Any], Array]:
         token, caches = carry
@@ -365,9 +370,9 @@ def generate(
     return jnp.concatenate([token[:, None], rest.swapaxes(0, 1)], axis=1)
 
 
-def _choose(key: Array | None, temperature: float | Array, logits: Array, step: Any) -> Array:
-    """Return the most likely token of logits [B, vocabulary], or with a key one that is drawn."""
-    if key is None:
+def _choose(rng: Array | None, temperature: float | Array, logits: Array, step: Any) -> Array:
+    """Return the most likely token of logits [B, vocabulary], or with a random key one that is drawn."""
+    if rng is None:
         return jnp.argmax(logits, axis=-1)
     logits = logits / jnp.asarray(temperature, logits.dtype)
-    return jax.random.categorical(jax.random.fold_in(key, step), logits)
+    return jax.random.categorical(jax.random.fold_in(rng, step), logits)

@@ -79,7 +79,7 @@ class AdditiveAttention(DecoderAttention):
     """
 
     score: Any = dataclasses.field(default=scores.additive, kw_only=True)
-    memory_features: int
+    memory_features: int  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class GlobalAttention(decoder.GlobalMethods, nn.Module):

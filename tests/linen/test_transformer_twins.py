@@ -148,9 +148,9 @@ def test_generation_from_a_source():
     twin = attention_linen.EncoderDecoder(9, 9, **sizes)
     variables = parameters(module)
     begin, mask, key = PROMPT[:, :1], masks.Lengths(LENGTHS), jax.random.key(0)
-    run = nnx.jit(lambda module: module.generate(PROMPT, begin, 4, mask, key=key))
+    run = nnx.jit(lambda module: module.generate(PROMPT, begin, 4, mask, rng=key))
     expected = run(module)
-    generate = functools.partial(twin.apply, num_steps=4, method="generate", key=key)
+    generate = functools.partial(twin.apply, num_steps=4, method="generate", rng=key)
     result = jax.jit(generate)(variables, PROMPT, begin, source_mask=mask)
     np.testing.assert_array_equal(result, expected)
     assert len(np.unique(expected)) > 1

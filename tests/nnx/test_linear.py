@@ -154,7 +154,7 @@ def test_a_decoder_of_linear_attention_generates_from_a_state_of_constant_size()
     """Tokens are drawn as the full pass says, in both APIs, after prompts of 4 and 2 tokens."""
     model, twin, variables = decoders()
     prompt, lengths = jnp.array([[1, 5, 2, 7], [3, 3, 0, 6]]), jnp.array([4, 2])
-    options = {"num_steps": 4, "lengths": lengths, "key": jax.random.key(2)}
+    options = {"num_steps": 4, "lengths": lengths, "rng": jax.random.key(2)}
     generated = np.asarray(nnx.jit(lambda model: model.generate(prompt, **options))(model))
     assert len(np.unique(generated)) > 2
     run = functools.partial(twin.apply, **options, method="generate")

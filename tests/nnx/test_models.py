@@ -201,7 +201,7 @@ def test_generation_draws_from_what_the_full_pass_says():
         CausalDecoder(9, 8, num_heads=2, num_layers=1, max_length=8, rngs=nnx.Rngs(0))
     )
     key = jax.random.key(2)
-    run = nnx.jit(lambda model: model.generate(PROMPT, 4, lengths=LENGTHS, key=key))
+    run = nnx.jit(lambda model: model.generate(PROMPT, 4, lengths=LENGTHS, rng=key))
     generated = np.asarray(run(model))
     assert len(np.unique(generated)) > 2
     tokens = np.zeros((2, 8), int)
@@ -245,12 +245,12 @@ def test_tokens_are_drawn_with_a_key():
 
     prompt = jnp.zeros((500, 2), jnp.int32)
     draw = functools.partial(generate, decode, (), prompt, 8)
-    drawn = draw(key=jax.random.key(0))
+    drawn = draw(rng=jax.random.key(0))
     share = np.bincount(np.ravel(drawn), minlength=3) / 4000
     np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)
-    squared = np.bincount(np.ravel(draw(key=jax.random.key(0), temperature=0.5))) / 4000
+    squared = np.bincount(np.ravel(draw(rng=jax.random.key(0), temperature=0.5))) / 4000
     np.testing.assert_allclose(squared, np.array([25, 9, 4]) / 38, atol=0.03)
-    np.testing.assert_array_equal(drawn, draw(key=jax.random.key(0)))
+    np.testing.assert_array_equal(drawn, draw(rng=jax.random.key(0)))
     assert len({tuple(row) for row in np.asarray(drawn)}) > 300
     assert not np.any(draw())
 
@@ -264,7 +264,7 @@ def test_a_temperature_may_be_known_only_inside_jit():
             return jnp.broadcast_to(odds, (*tokens.shape, 3)), caches
 
         prompt, key = jnp.zeros((50, 2), jnp.int32), jax.random.key(0)
-        return generate(decode, (), prompt, 3, key=key, temperature=temperature)
+        return generate(decode, (), prompt, 3, rng=key, temperature=temperature)
 
     np.testing.assert_array_equal(jax.jit(draw)(0.5), draw(0.5))
     np.testing.assert_array_equal(jax.jit(draw)(2), draw(np.int64(2)))

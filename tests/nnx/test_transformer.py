@@ -11,7 +11,7 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from attention_jax import masks, positions, scores
-from attention_jax.layers import transformer
+from attention_jax.layers import models
 from attention_jax.nnx import (
     Embedding,
     FeedForward,
@@ -309,4 +309,4 @@ def test_bad_arguments_are_explained():
     with pytest.raises(ValueError, match=r"Embedding: tokens must have the 2 axes \[B, T\]"):
         embedding(TOKENS[0])
     with pytest.raises(ValueError, match=r"give a position, or max_length = 3 .* not both"):
-        transformer.table_unless(positions.sinusoidal, 3, 8)
+        models.position_or_table(positions.sinusoidal, 3, 8)
