@@ -371,7 +371,7 @@ def generate(
 
 
 def _choose(rng: Array | None, temperature: float | Array, logits: Array, step: Any) -> Array:
-    """Return the most likely token of logits [B, vocabulary], or with a random key one that is drawn."""
+    """Return the most likely token of logits [B, vocabulary], or with a random key a drawn one."""
     if rng is None:
         return jnp.argmax(logits, axis=-1)
     logits = logits / jnp.asarray(temperature, logits.dtype)
