@@ -201,7 +201,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(done, tmp_path)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
 
     assert records(folder) == records(uninterrupted)
-    ours, theirs = parameters(folder), parameters(uninterrupted)
+    ours, theirs = parameters(folder, STEPS), parameters(uninterrupted, STEPS)
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_array_equal(array, theirs[name])
