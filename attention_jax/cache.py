@@ -32,7 +32,7 @@ from attention_jax.request import DropoutKey, as_bias
 
 Array = jax.Array
 
-EMPTY = -1
+NO_TOKEN = -1
 """The position of a slot that holds nothing."""
 
 
@@ -118,7 +118,7 @@ def init(
     return KeyValueCache(
         key=jnp.zeros((batch, capacity, num_key_heads, key_depth), dtype),
         value=jnp.zeros((batch, capacity, num_key_heads, value_depth), dtype),
-        positions=jnp.full((*examples, capacity), EMPTY, jnp.int32),
+        positions=jnp.full((*examples, capacity), NO_TOKEN, jnp.int32),
         length=jnp.zeros(examples, jnp.int32),
         window=window,
     )
@@ -166,7 +166,7 @@ def extend(
     overflow = _overflows(cache, tokens, count)
     new = next_positions(cache, tokens)
     is_token = new < (start + count)[..., None]
-    new_positions = jnp.where(is_token, new, EMPTY)
+    new_positions = jnp.where(is_token, new, NO_TOKEN)
 
     last = is_token & (new >= (start + count)[..., None] - cache.capacity)
     slots = jnp.where(last, new % cache.capacity, cache.capacity)

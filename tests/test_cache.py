@@ -116,7 +116,7 @@ def _of_table(query, key, value, bias, table):
 def test_slots_are_allowed_as_every_exported_mask_says(name):
     """Queries 4 to 6 of a sequence, in a ring of slots that has forgotten the first two keys."""
     mask, allowed = examples.mask_example(name, batch=2, heads=2, query_length=7, key_length=7)
-    positions = np.array([5, 6, 2, 3, 4, cache.EMPTY], np.int32)
+    positions = np.array([5, 6, 2, 3, 4, cache.NO_TOKEN], np.int32)
     placed = cache.Placed(
         masks.Causal() & masks.as_mask(mask),
         start=np.int32(4),

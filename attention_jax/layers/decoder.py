@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.base import checks
-from attention_jax.scores.prepared import Source, prepare, read
+from attention_jax.scores.prepared import PreparedMemory, attend_prepared, prepare
 
 Array = jax.Array
 
@@ -25,13 +25,13 @@ class DecoderMethods:
         """Return score and normalizer with their parameters bound."""
         raise NotImplementedError
 
-    def keys(self, memory: Array) -> Source:
+    def keys(self, memory: Array) -> PreparedMemory:
         """Prepare a source [B, S, memory_features], once for all the steps that attend to it."""
         checks.features("DecoderAttention", "memory", memory, self.memory_features)
         return prepare(self._functions()[0], memory)
 
     def __call__(
-        self, state: Array, memory: Array | Source, mask: Any = None
+        self, state: Array, memory: Array | PreparedMemory, mask: Any = None
     ) -> tuple[Array, Array]:
         """Attend to the source.
 
@@ -49,8 +49,8 @@ class DecoderMethods:
         """
         score, normalizer = self._functions()
         checks.features("DecoderAttention", "state", state, self.state_features)
-        source = memory if isinstance(memory, Source) else self.keys(memory)
-        context, weights = read(score, state, source, mask, normalizer)
+        source = memory if isinstance(memory, PreparedMemory) else self.keys(memory)
+        context, weights = attend_prepared(score, state, source, mask, normalizer)
         return context.astype(self.dtype or state.dtype), weights
 
 
@@ -60,12 +60,12 @@ class GlobalMethods:
     attention: Any
     combine: Callable[[Array], Array]
 
-    def keys(self, memory: Array) -> Source:
+    def keys(self, memory: Array) -> PreparedMemory:
         """Prepare a source [B, S, memory_features], once for all the steps that attend to it."""
         return self.attention.keys(memory)
 
     def __call__(
-        self, state: Array, memory: Array | Source, mask: Any = None
+        self, state: Array, memory: Array | PreparedMemory, mask: Any = None
     ) -> tuple[Array, Array]:
         """Return the attentional vector [B, out_features] and the weights [B, S].
 

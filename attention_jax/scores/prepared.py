@@ -1,8 +1,8 @@
-"""Attention over a source that is asked again and again: what concerns its rows is done once.
+"""Attention of many decoder steps to one memory, whose keys are mapped once.
 
-A recurrent decoder asks the same memory at each of its steps. `prepare` maps the keys once for a
-source (Bahdanau's U_a h_j), and `read` pairs them with one or more queries. It is dense: a step
-has few queries, and returns their weights.
+A recurrent decoder attends to the same memory at each of its steps. `prepare` maps the keys once
+(Bahdanau's U_a h_j), and `attend_prepared` pairs them with one or more queries. It is dense: a
+step has few queries, and returns their weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from attention_jax.scores.composition import Separated, require_score, separate
 Array = jax.Array
 
 
-class Source(NamedTuple):
+class PreparedMemory(NamedTuple):
     """A prepared memory: mapped keys [B, S, A] and values [B, S, V].
 
     `poison` [B, S] is NaN for a row that held NaN or Inf, which the other two do not hold.
@@ -39,8 +39,8 @@ class Source(NamedTuple):
     poison: Array
 
 
-def prepare(score: AnyScore, memory: Array, value: Array | None = None) -> Source:
-    r"""Map the keys of a source once: key_j = key_map(h_j), for additive W_k h_j + b.
+def prepare(score: AnyScore, memory: Array, value: Array | None = None) -> PreparedMemory:
+    r"""Map the keys of a memory once: key_j = key_map(h_j), for additive W_k h_j + b.
 
     Args:
       score: a bound score.
@@ -48,7 +48,7 @@ def prepare(score: AnyScore, memory: Array, value: Array | None = None) -> Sourc
       value: what is averaged, [B, S, V]; the memory itself unless given.
 
     Returns:
-      The source, for `read`; in float32 or better.
+      The memory, for `attend_prepared`; in float32 or better.
 
     Raises:
       ShapeError: memory and value of different batch or length.
@@ -67,22 +67,22 @@ def prepare(score: AnyScore, memory: Array, value: Array | None = None) -> Sourc
     memory, memory_poison = finite_rows(memory.astype(dtype))
     value, value_poison = finite_rows(value.astype(dtype))
     key = jax.vmap(separate(_cast(score, dtype)).key_map)(memory)
-    return Source(key, value, memory_poison + value_poison)
+    return PreparedMemory(key, value, memory_poison + value_poison)
 
 
-def read(
+def attend_prepared(
     score: AnyScore,
     query: Array,
-    source: Source,
+    memory: PreparedMemory,
     mask: masks.MaskLike = None,
     normalizer: Normalizer = softmax,
 ) -> tuple[Array, Array]:
-    r"""Ask a prepared source: context_i = sum_j normalizer(score(q_i, k_j))_j v_j.
+    r"""Attend to a prepared memory: context_i = sum_j normalizer(score(q_i, k_j))_j v_j.
 
     Args:
-      score: the bound score that the source was prepared with.
+      score: the bound score that the memory was prepared with.
       query: [B, T, Hq], or [B, Hq] for one step.
-      source: from `prepare`.
+      memory: from `prepare`.
       mask: a mask (`attention_jax.masks`), or a boolean array that broadcasts to the weights.
       normalizer: from logits to weights.
 
@@ -91,30 +91,33 @@ def read(
       may attend to nothing.
 
     Raises:
-      ShapeError: query, source and mask do not fit each other.
+      ShapeError: query, memory and mask do not fit each other.
 
     Bahdanau, Cho and Bengio 2015, equations 5 and 6.
 
     >>> from attention_jax.scores import dot
     >>> memory = jnp.array([[[1.0], [2.0]]])
-    >>> read(dot, jnp.zeros((1, 1)), prepare(dot, memory))
+    >>> attend_prepared(dot, jnp.zeros((1, 1)), prepare(dot, memory))
     (Array([[1.5]], dtype=float32), Array([[0.5, 0.5]], dtype=float32))
     """
     if query.ndim == 2:
         mask = mask[..., None, :] if isinstance(mask, Array | np.ndarray) else mask
-        context, weights = read(score, query[:, None], source, mask, normalizer)
+        context, weights = attend_prepared(score, query[:, None], memory, mask, normalizer)
         return context[:, 0], weights[:, 0]
     sizes = checks.axes(
-        "read", query=(query, "BTQ"), key=(source.key, "BSA"), value=(source.value, "BSV")
+        "attend_prepared",
+        query=(query, "BTQ"),
+        key=(memory.key, "BSA"),
+        value=(memory.value, "BSV"),
     )
-    dtype = source.key.dtype
+    dtype = memory.key.dtype
     parts = separate(_cast(score, dtype))
     normalizer = _cast(normalizer, dtype)
     query, query_poison = finite_rows(query.astype(dtype))
     mask_arrays, mask_axes, mask_of = _by_example(mask, sizes)
     of_example = functools.partial(_attend_example, parts, normalizer, mask_of)
     lifted = jax.vmap(of_example, in_axes=(0, 0, 0, mask_axes))
-    return lifted(query, query_poison, source, mask_arrays)
+    return lifted(query, query_poison, memory, mask_arrays)
 
 
 def _attend_example(
@@ -123,15 +126,15 @@ def _attend_example(
     mask_of: Callable[[list[Any]], masks.Mask],
     query: Array,
     poison: Array,
-    source: Source,
+    memory: PreparedMemory,
     mask_arrays: list[Any],
 ) -> tuple[Array, Array]:
-    q_idx, kv_idx = indices(query.shape[0]), indices(source.key.shape[0])
-    logits = parts.paired(parts.query_map(query), source.key, q_idx, kv_idx)
-    logits = logits + poison[:, None] + source.poison[None, :]
+    q_idx, kv_idx = indices(query.shape[0]), indices(memory.key.shape[0])
+    logits = parts.paired(parts.query_map(query), memory.key, q_idx, kv_idx)
+    logits = logits + poison[:, None] + memory.poison[None, :]
     allowed = mask_of(mask_arrays)(q_idx[:, None], kv_idx[None, :])
     weights = normalizer(logits, jnp.broadcast_to(allowed, logits.shape))
-    return weights @ source.value, weights
+    return weights @ memory.value, weights
 
 
 def _by_example(
@@ -145,16 +148,16 @@ def _by_example(
             mask = masks.Table(jnp.broadcast_to(mask.allowed, (batch, *pairs)))
         except ValueError:
             raise checks.ShapeError(
-                f"read: mask must broadcast to [B, T, S] = {(batch, *pairs)}, got shape "
+                f"attend_prepared: mask must broadcast to [B, T, S] = {(batch, *pairs)}, got shape "
                 f"{mask.allowed.shape}."
             ) from None
     for array, extra in algebra.leading_axes(mask):
         if extra > 1 or (extra and len(array) not in (1, batch)):
             raise checks.ShapeError(
-                "read: an array of the mask may have one axis more than for one example, of size "
-                f"B = {batch}; got shape {jnp.shape(array)}."
+                "attend_prepared: an array of the mask may have one axis more than for one "
+                f"example, of size B = {batch}; got shape {jnp.shape(array)}."
             )
-    fitted, letters = batch_axes.of_mask("read", _with_one_head(mask), sizes | {"N": 1})
+    fitted, letters = batch_axes.of_mask("attend_prepared", _with_one_head(mask), sizes | {"N": 1})
     arrays, structure = jax.tree.flatten(algebra.with_int32(fitted))
     return arrays, [0 if axes else None for axes in letters], structure.unflatten
 

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from attention_jax.nnx import DecoderAttention
-from attention_jax.scores.prepared import Source
+from attention_jax.scores.prepared import PreparedMemory
 from experiments.data.vocabulary import BOS, PAD
 from experiments.translate.mechanisms import score_of
 
@@ -75,7 +75,7 @@ class Memory(NamedTuple):
       carry: of the first decoding step.
     """
 
-    source: Source | None
+    source: PreparedMemory | None
     mask: Array
     carry: Carry
 

@@ -141,8 +141,14 @@ def test_a_mask_of_another_length_is_refused():
     state, memory = data()
     module = DecoderAttention(scores.dot, 8, memory_features=8, rngs=nnx.Rngs(0))
     for mask, message in (
-        (masks.Segment([1], [0, 1]), "read: Segment.key_ids must hold an entry for each of the S"),
-        (masks.Lengths([5, 3, 7]) & jnp.ones((3, 7), bool), "read: Table.allowed must broadcast"),
+        (
+            masks.Segment([1], [0, 1]),
+            "attend_prepared: Segment.key_ids must hold an entry for each of the S",
+        ),
+        (
+            masks.Lengths([5, 3, 7]) & jnp.ones((3, 7), bool),
+            "attend_prepared: Table.allowed must broadcast",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             module(state, memory, mask)
