@@ -4,15 +4,17 @@ Called outside `jit`, the loops over heads and tiles would be compiled at each c
 caches them by the functions they are made of, and these are new. So a request is split into arrays
 and what is static: that is the key of a program that takes the arrays.
 
-A function is part of the key by its identity, together with all that it refers to: what it closes
-over, its defaults, and the globals it names. Where that can change in place (a list, an object with
-attributes) or is an array under differentiation, there is no key, and the call is traced anew.
+A function is part of the key by its code and all that the code refers to: what it closes over, its
+defaults, and the globals it names. So a lambda that is written in a loop is the same at each turn.
+Where something it refers to can change in place (a list, an object with attributes) or is an array
+under differentiation, there is no key, and the call is traced anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -23,8 +25,9 @@ import numpy as np
 from jax import lax
 
 from attention_jax.base.binding import PerHead
-from attention_jax.masks import Mask, Table, algebra
+from attention_jax.masks import Mask, Predicate, Table, algebra
 from attention_jax.request import Request
+from attention_jax.scores import Separated
 
 MOST_PROGRAMS = 64
 """How many keys are kept; the one that was used longest ago is forgotten first."""
@@ -32,10 +35,10 @@ MOST_PROGRAMS = 64
 LARGEST_CONSTANT = 2**20
 """A NumPy array of more bytes is not compared at each call if a function closes over it."""
 
-_TRUSTED = ("attention_jax", "jax", "jaxlib", "numpy", "builtins", "math", "operator")
-"""Packages whose functions keep referring to the same things."""
+_TRUSTED = {"attention_jax", "jax", "jaxlib", "numpy"} | sys.stdlib_module_names - {"__main__"}
+"""Packages whose functions, classes and modules are taken to stay as they are."""
 
-_BY_IDENTITY = (types.ModuleType, types.BuiltinFunctionType, type, np.ufunc)
+_BY_IDENTITY = (types.BuiltinFunctionType, np.ufunc)
 _BY_VALUE = (type(None), bool, int, float, complex, str, bytes, np.generic, np.dtype)
 
 
@@ -47,16 +50,54 @@ def call(function: Callable[[Request], Any], request: Request) -> Any:
     """Call a function of a request: by itself within `jit`, else as a program that is kept."""
     if is_staged():
         return function(request)
-    leaves, structure = jax.tree.flatten(
-        dataclasses.replace(request, mask=with_constants(request.mask))
-    )
     functions = request.score, request.bias, request.normalizer, request.mask
     try:
-        key = structure, jax.default_backend(), tuple(_of_tree(functions, set()))
-        program = _program(function, key)
+        parts = tuple(_of_tree(functions, set()))
+        score, bias, normalizer, mask = map(_interned, functions)
+        same = dataclasses.replace(
+            request, score=score, bias=bias, normalizer=normalizer, mask=with_constants(mask)
+        )
+        leaves, structure = jax.tree.flatten(same)
+        program = _program(function, (structure, jax.default_backend(), parts))
     except TypeError:  # it can change in place, or has no hash
         return function(request)
     return program(leaves)
+
+
+def _interned(tree: Any) -> Any:
+    """Replace functions of the user by the first ones that were equal to them."""
+    if isinstance(tree, PerHead):
+        return PerHead(_interned(tree.function))
+    if isinstance(tree, jax.tree_util.Partial) and isinstance(tree.func, types.FunctionType):
+        return type(tree)(_interned(tree.func), *tree.args, **tree.keywords)
+    if isinstance(tree, Mask):
+        return jax.tree.map(_interned_predicate, tree, is_leaf=_is_predicate)
+    if isinstance(tree, Separated):
+        return Separated(*map(_interned, tree))
+    if isinstance(tree, types.FunctionType):
+        return _first_equal(_Keyed(tree, tuple(_of_value(tree, set()))))
+    return tree
+
+
+def _interned_predicate(part: Any) -> Any:
+    return Predicate(_interned(part.function)) if _is_predicate(part) else part
+
+
+def _is_predicate(part: Any) -> bool:
+    return isinstance(part, Predicate)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keyed:
+    """A function, compared by its parts."""
+
+    function: Callable[..., Any] = dataclasses.field(compare=False)
+    parts: tuple[Hashable, ...]
+
+
+@functools.lru_cache(4 * MOST_PROGRAMS)
+def _first_equal(keyed: _Keyed) -> Callable[..., Any]:
+    return keyed.function
 
 
 def is_staged() -> bool:
@@ -150,11 +191,12 @@ def _of_value(value: Any, seen: set[int]) -> Iterator[Hashable]:
     """
     if isinstance(value, _BY_VALUE):
         yield type(value), value
-    elif isinstance(value, _BY_IDENTITY):
+    elif isinstance(value, _BY_IDENTITY) or (
+        isinstance(value, types.ModuleType | type) and _is_trusted(value)
+    ):
         yield value
     elif isinstance(value, types.FunctionType):
         if id(value) not in seen:
-            yield value
             yield from _of_function(value, seen | {id(value)})
     elif isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
         yield _Same(value)
@@ -181,15 +223,18 @@ def _of_value(value: Any, seen: set[int]) -> Iterator[Hashable]:
 
 
 def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[Hashable]:
+    if _is_trusted(function) and not function.__closure__:
+        yield function
+        return
+    yield function.__code__
     for cell in function.__closure__ or ():
         yield from _of_value(cell.cell_contents, seen)
-    if _is_trusted(function):
-        return
     yield from _of_value(function.__defaults__, seen)
     for name in sorted(_names(function.__code__) & function.__globals__.keys()):
         yield from _of_value(function.__globals__[name], seen)
-    for name, value in sorted((function.__kwdefaults__ or {}).items()):
-        yield from _of_value((name, value), seen)
+    for attributes in (function.__kwdefaults__ or {}, function.__dict__):
+        for name in sorted(attributes):
+            yield from _of_value((name, attributes[name]), seen)
 
 
 def _of_class(cls: type, seen: set[int]) -> Iterator[Hashable]:
@@ -206,7 +251,8 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _is_trusted(thing: Any) -> bool:
-    return getattr(thing, "__module__", "").partition(".")[0] in _TRUSTED
+    name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__
+    return str(name).partition(".")[0] in _TRUSTED
 
 
 def _is_frozen(value: Any) -> bool:

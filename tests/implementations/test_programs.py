@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,11 @@ CASES = {
     "sink": lambda: {"normalizer": bind(normalizers.softmax_with_sink, sink=0.5)},
     "dropout": lambda: {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)},
     "bias": lambda: {"bias": np.ones((T, T), np.float32)},
+    "functions of the user": lambda: {
+        "score": lambda query, key: query @ key.T,
+        "bias": lambda q_idx, kv_idx: WEIGHT[q_idx % H, kv_idx % H],
+        "mask": masks.Causal() & masks.as_mask(lambda q_idx, kv_idx: (q_idx + kv_idx) % 3 != 1),
+    },
 }
 TRANSFORMED = {
     "value": lambda f: f,
@@ -128,6 +134,15 @@ def test_a_global_that_a_score_names_may_change(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_lambdas_of_one_line_are_told_apart_by_what_they_close_over():
+    functions = [lambda query, key, n=n: n * (query @ key.T) for n in (1.0, 2.0)]
+    functions += [functools.partial(lambda n, query, key: n * (query @ key.T), n) for n in (3.0,)]
+    for factor, score in zip((1.0, 2.0, 3.0), functions, strict=True):
+        np.testing.assert_allclose(attend(X, X, X, score=score, **TILED), times(factor), atol=1e-6)
+
+
+@pytest.mark.slow
 def test_what_a_score_closes_over_may_change():
     factors, factor = [1.0], 1.0
 
@@ -143,6 +158,25 @@ def test_what_a_score_closes_over_may_change():
     for factor in (1.0, 3.0, 1.0):
         factors[0] = factor
         for score in (of_list, of_variable, of_default):
+            np.testing.assert_allclose(
+                attend(X, X, X, score=score, **TILED), times(factor), atol=1e-6
+            )
+
+
+class Settings:
+    factor = 1.0
+
+
+@pytest.mark.slow
+def test_an_attribute_of_a_class_or_module_may_change(monkeypatch):
+    module = types.ModuleType("settings")
+    for factor in (1.0, 3.0):
+        module.factor = factor
+        monkeypatch.setattr(Settings, "factor", factor)
+        for score in (
+            lambda query, key: module.factor * (query @ key.T),
+            lambda query, key: Settings.factor * (query @ key.T),
+        ):
             np.testing.assert_allclose(
                 attend(X, X, X, score=score, **TILED), times(factor), atol=1e-6
             )
