@@ -124,14 +124,14 @@ def init(
     )
 
 
-def next_positions(cache: Any, tokens: int) -> Array:
+def next_positions(cache: Any, num_tokens: int) -> Array:
     """Return the positions of the next tokens: [T], or [B, T] where `cache.length` is [B].
 
     >>> next_positions(init(1, 8, 1, 1), 3)
     Array([0, 1, 2], dtype=int32)
     """
     return cache.length[..., None] + jnp.broadcast_to(
-        indices(tokens), (*cache.length.shape, tokens)
+        indices(num_tokens), (*cache.length.shape, num_tokens)
     )
 
 
@@ -196,15 +196,15 @@ def extend(
     return written, view
 
 
-def view_of(memory: tuple[Array, Array], cache: KeyValueCache, tokens: int) -> View:
+def view_of(memory: tuple[Array, Array], cache: KeyValueCache, num_tokens: int) -> View:
     """Return the view of a memory, for `attend_cached(..., causal=False)`.
 
     Args:
       memory: keys [B, S, K, H] and values [B, S, K, V].
       cache: of the tokens before the next ones.
-      tokens: T, how many next tokens attend to the memory.
+      num_tokens: T, how many next tokens attend to the memory.
 
-    >>> view_of(2 * (jnp.ones((1, 5, 1, 1)),), init(1, 8, 1, 1), tokens=3).positions
+    >>> view_of(2 * (jnp.ones((1, 5, 1, 1)),), init(1, 8, 1, 1), num_tokens=3).positions
     Array([0, 1, 2, 3, 4], dtype=int32)
     """
     key, value = memory
@@ -214,7 +214,7 @@ def view_of(memory: tuple[Array, Array], cache: KeyValueCache, tokens: int) -> V
         value,
         positions=jnp.broadcast_to(indices(key.shape[1]), (*start.shape, key.shape[1])),
         start=start,
-        count=jnp.full_like(start, tokens),
+        count=jnp.full_like(start, num_tokens),
         overflow=jnp.zeros_like(start, bool),
     )
 
@@ -249,9 +249,13 @@ def attend_cached(
       ShapeError: operands that do not fit each other.
       TypeError: an unknown option.
 
-    >>> cache, view = extend(init(1, 8, 2, 4), *2 * [jnp.ones((1, 3, 2, 4))])
-    >>> attend_cached(jnp.ones((1, 3, 2, 4)), view).shape
-    (1, 3, 2, 4)
+    >>> @jax.jit
+    ... def step(query, key, value, cache):
+    ...     cache, view = extend(cache, key, value)
+    ...     return attend_cached(query, view), cache
+    >>> context, cache = step(*3 * [jnp.ones((1, 3, 2, 4))], init(1, 8, 2, 4))
+    >>> context.shape, cache.length
+    ((1, 3, 2, 4), Array(3, dtype=int32))
     """
     unknown = [name for name in options if name not in _OPTIONS]
     if unknown:

@@ -10,7 +10,7 @@ goes into `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAtten
 ...     4, 16, decode=False, rngs=nnx.Rngs(0),
 ...     attention_fn=attention_fn(score=scores.cosine, mask=masks.Window(2, 2)),
 ... )
->>> layer(jnp.ones((2, 9, 16))).shape
+>>> nnx.jit(lambda layer, x: layer(x))(layer, jnp.ones((2, 9, 16))).shape
 (2, 9, 16)
 """
 

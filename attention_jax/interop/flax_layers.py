@@ -69,7 +69,8 @@ def attention_fn(
     >>> causal = attention_fn(mask=masks.Causal())
     >>> layer = linen.MultiHeadDotProductAttention(num_heads=2, attention_fn=causal)
     >>> x = jnp.ones((3, 5, 8))
-    >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
+    >>> variables = jax.jit(layer.init)(jax.random.key(0), x)
+    >>> jax.jit(layer.apply)(variables, x).shape
     (3, 5, 8)
     """
     _refuse_modules(score=score, mask=mask, bias=bias, normalizer=normalizer)

@@ -35,8 +35,9 @@ class LinearAttention(LinearMethods, MultiHeadLayer, kw_only=True):
     >>> import jax.numpy as jnp
     >>> from attention_jax.masks import Causal
     >>> x = jnp.ones((2, 5, 16))
-    >>> y, _ = LinearAttention(4, 16).init_with_output(jax.random.key(0), x, mask=Causal())
-    >>> y.shape
+    >>> layer = LinearAttention(4, 16)
+    >>> variables = jax.jit(layer.init)(jax.random.key(0), x)
+    >>> jax.jit(layer.apply)(variables, x, mask=Causal()).shape
     (2, 5, 16)
     """
 

@@ -69,7 +69,7 @@ class TokenEncoder(models.TokenEncoderMethods, TokenModel, kw_only=True):
 
     Devlin et al. 2019, section 3.
 
-    >>> model = TokenEncoder(10, 8, num_heads=2, num_layers=2, max_length=16)
+    >>> model = TokenEncoder(10, 8, num_heads=2, num_layers=1, max_length=16)
     >>> model.init_with_output(jax.random.key(0), jnp.array([[1, 2, 3]]))[0].shape
     (1, 3, 10)
     """
@@ -86,10 +86,11 @@ class CausalDecoder(models.CausalDecoderMethods, TokenModel):
 
     Radford et al. 2019, section 2.3.
 
-    >>> model, prompt = CausalDecoder(10, 8, num_heads=2, num_layers=2), jnp.array([[1, 2, 3]])
-    >>> logits, variables = model.init_with_output(jax.random.key(0), prompt)
-    >>> logits.shape, model.apply(variables, prompt, 4, method="generate").shape
-    ((1, 3, 10), (1, 4))
+    >>> model, prompt = CausalDecoder(10, 8, num_heads=2, num_layers=1), jnp.array([[1, 2, 3]])
+    >>> variables = jax.jit(model.init)(jax.random.key(0), prompt)
+    >>> generate = functools.partial(model.apply, num_steps=4, method="generate")
+    >>> jax.jit(generate)(variables, prompt).shape
+    (1, 4)
     """
 
     __call__ = models.CausalDecoderMethods.__call__
@@ -108,7 +109,7 @@ class EncoderDecoder(models.EncoderDecoderMethods, nn.Module):
 
     Vaswani et al. 2017, section 3.
 
-    >>> model = EncoderDecoder(10, 12, features=8, num_heads=2, num_layers=2)
+    >>> model = EncoderDecoder(10, 12, features=8, num_heads=2, num_layers=1)
     >>> source, target = jnp.ones((2, 1, 3), int)
     >>> model.init_with_output(jax.random.key(0), source, target)[0].shape
     (1, 3, 12)
@@ -182,7 +183,7 @@ class PatchEncoder(nn.Module):
     Dosovitskiy et al. 2021, section 3.1.
 
     >>> model = PatchEncoder(
-    ...     (8, 8), 4, num_channels=3, num_classes=10, features=8, num_heads=2, num_layers=2
+    ...     (8, 8), 4, num_channels=3, num_classes=10, features=8, num_heads=2, num_layers=1
     ... )
     >>> model.init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 3)))[0].shape
     (2, 10)

@@ -4,7 +4,8 @@
 >>> from flax import nnx
 >>> from attention_jax import nnx as attention_nnx
 >>> attention = attention_nnx.AdditiveAttention(8, 16, rngs=nnx.Rngs(0))
->>> context, weights = attention(jnp.zeros((2, 8)), jnp.zeros((2, 5, 16)))
+>>> state, memory = jnp.zeros((2, 8)), jnp.zeros((2, 5, 16))
+>>> context, weights = nnx.jit(lambda attention, *x: attention(*x))(attention, state, memory)
 >>> context.shape, weights.shape
 ((2, 16), (2, 5))
 """

@@ -56,7 +56,7 @@ class LinearAttention(LinearMethods, MultiHeadLayer):
 
     >>> from attention_jax.masks import Causal
     >>> layer = LinearAttention(4, 16, rngs=nnx.Rngs(0))
-    >>> layer(jnp.ones((2, 5, 16)), mask=Causal()).shape
+    >>> nnx.jit(lambda layer, x: layer(x, mask=Causal()))(layer, jnp.ones((2, 5, 16))).shape
     (2, 5, 16)
     """
 
@@ -124,7 +124,8 @@ class LinformerAttention(MultiHeadLayer):
     Wang et al. 2020, section 4.
 
     >>> layer = LinformerAttention(4, 16, length=9, rank=3, rngs=nnx.Rngs(0))
-    >>> layer(jnp.ones((2, 9, 16))).shape, layer.key_projection.shape
+    >>> y = nnx.jit(lambda layer, x: layer(x))(layer, jnp.ones((2, 9, 16)))
+    >>> y.shape, layer.key_projection.shape
     ((2, 9, 16), (3, 9))
     """
 

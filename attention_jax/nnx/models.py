@@ -75,8 +75,8 @@ class TokenEncoder(models.TokenEncoderMethods, TokenModel):
 
     Devlin et al. 2019, section 3.
 
-    >>> model = TokenEncoder(10, 8, num_heads=2, num_layers=2, max_length=16, rngs=nnx.Rngs(0))
-    >>> model(jnp.array([[1, 2, 3]])).shape
+    >>> model = TokenEncoder(10, 4, num_heads=2, num_layers=1, max_length=16, rngs=nnx.Rngs(0))
+    >>> nnx.jit(lambda model, tokens: model(tokens))(model, jnp.array([[1, 2, 3]])).shape
     (1, 3, 10)
     """
 
@@ -93,9 +93,10 @@ class CausalDecoder(models.CausalDecoderMethods, TokenModel):
 
     Radford et al. 2019, section 2.3.
 
-    >>> model = CausalDecoder(10, 8, num_heads=2, num_layers=2, max_length=16, rngs=nnx.Rngs(0))
-    >>> model(jnp.array([[1, 2, 3]])).shape, model.generate(jnp.array([[1, 2, 3]]), 4).shape
-    ((1, 3, 10), (1, 4))
+    >>> model = CausalDecoder(10, 4, num_heads=2, num_layers=1, max_length=16, rngs=nnx.Rngs(0))
+    >>> generate = nnx.jit(CausalDecoder.generate, static_argnames="num_steps")
+    >>> generate(model, jnp.array([[1, 2, 3]]), num_steps=4).shape
+    (1, 4)
     """
 
     def _pure_decode(self) -> Callable[..., Any]:
@@ -123,8 +124,9 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
 
     Vaswani et al. 2017, section 3.
 
-    >>> model = EncoderDecoder(10, 12, features=8, num_heads=2, num_layers=2, rngs=nnx.Rngs(0))
-    >>> model(jnp.array([[1, 2, 3]]), jnp.array([[4, 5]])).shape
+    >>> model = EncoderDecoder(10, 12, features=4, num_heads=2, num_layers=1, rngs=nnx.Rngs(0))
+    >>> source, target = jnp.array([[1, 2, 3]]), jnp.array([[4, 5]])
+    >>> nnx.jit(lambda model, *tokens: model(*tokens))(model, source, target).shape
     (1, 2, 12)
     """
 
@@ -207,10 +209,10 @@ class PatchEncoder(nnx.Module):
     Dosovitskiy et al. 2021, section 3.1.
 
     >>> model = PatchEncoder(
-    ...     (8, 8), 4, num_channels=3, num_classes=10, features=8, num_heads=2, num_layers=2,
+    ...     (8, 8), 4, num_channels=3, num_classes=10, features=4, num_heads=2, num_layers=1,
     ...     rngs=nnx.Rngs(0),
     ... )
-    >>> model(jnp.ones((2, 8, 8, 3))).shape
+    >>> nnx.jit(lambda model, images: model(images))(model, jnp.ones((2, 8, 8, 3))).shape
     (2, 10)
     """
 

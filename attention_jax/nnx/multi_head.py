@@ -53,7 +53,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
 
     >>> x = jnp.ones((2, 5, 16))
     >>> layer = MultiHeadAttention(4, 16, num_key_heads=2, score=scores.additive, rngs=nnx.Rngs(0))
-    >>> layer(x).shape, layer.key.kernel.shape, layer.score.key_weight.shape
+    >>> y = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    >>> y.shape, layer.key.kernel.shape, layer.score.key_weight.shape
     ((2, 5, 16), (16, 2, 4), (4, 4, 4))
     """
 
