@@ -166,7 +166,7 @@ def test_a_decoder_of_linear_attention_generates_from_a_state_of_constant_size()
     logits = jax.jit(twin.apply)(variables, tokens)
     for step in range(4):
         of_step = logits[jnp.arange(2), lengths - 1 + step]
-        drawn = jax.random.categorical(jax.random.fold_in(options["key"], step), of_step)
+        drawn = jax.random.categorical(jax.random.fold_in(options["rng"], step), of_step)
         np.testing.assert_array_equal(drawn, generated[:, step])
 
     small, large = (jax.eval_shape(lambda n=n: model.init_cache(2, n)) for n in (1, 10**9))
