@@ -1,4 +1,4 @@
-"""The oracle: attention of one head in the plainest code, with every number in sight.
+"""The oracle: attention of one head in the plainest code, with all logits and weights held.
 
 context = normalizer(score(query, key) + bias, mask) value
 """

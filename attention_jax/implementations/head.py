@@ -16,14 +16,14 @@ Array = jax.Array
 
 
 SAVED = ("context", "logsumexp")
-"""Names of what the backward pass of one head needs beside its operands."""
+"""Names of the results that the backward pass of one head needs, besides its operands."""
 
 
 class Head(NamedTuple):
     """The operands of one head: query [T, Hq], key [S, Hk], value [S, V], and how they meet.
 
     `bias` is None, an array that broadcasts to [T, S] or a function of (q_idx, kv_idx);
-    `dropout` is None or the two words (uint32 [2]) and the rate that decide what is kept.
+    `dropout` is None, or the two words (uint32 [2]) and the rate that decide which pairs are kept.
     """
 
     query: Array
@@ -37,7 +37,7 @@ class Head(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """What attention returns where more than the context is asked for; None is not there.
+    """What attention returns where more than the context is asked for; None where a part is absent.
 
     Attributes:
       context: [B, T, N, V].

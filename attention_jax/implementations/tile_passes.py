@@ -55,9 +55,10 @@ class Operands(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What it is not: mask, states of tiles that only run time knows, dropout, poison.
+    """What the result is not differentiated with respect to: mask, states, dropout, poison.
 
-    `captured` holds what the mask closes over, by the number of rows of a tile.
+    `states` says what the tiles are where only run time knows, else it is None. `captured` holds
+    what the mask closes over, by the number of rows of a tile.
     """
 
     mask: Mask

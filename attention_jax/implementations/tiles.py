@@ -22,7 +22,7 @@ TOGETHER_PAIRS = {"cpu": 2**19}
 """Tiles that are visited together have about this many pairs."""
 
 LARGE_PAIRS = 2**18
-"""From this many pairs on, a tile is joined to those below it only, not visited beside others."""
+"""Tiles of this many pairs or more are joined only with those below them of the same keys."""
 
 MOST_TOGETHER = 8
 """At most this many rows of tiles are visited together."""
