@@ -1,4 +1,4 @@
-"""The sweep over families of masks: shares are true, and a table tells how costs grow."""
+"""The sweep over families of masks: shares of pairs, and the table of exponents."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The translator in PyTorch is the one in JAX, and what is compared is equal work."""
+"""The translator in PyTorch computes what the one in JAX does, and both do equal work."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The program that tests claims, with two claims of its own in place of the real ones."""
+"""The program that tests claims, run on two made-up claims."""
 
 import json
 import shutil

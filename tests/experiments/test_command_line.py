@@ -1,4 +1,4 @@
-"""What all programs make of their arguments: a value, or one sentence."""
+"""Arguments of all programs: each gives a value, or one sentence that refuses it."""
 
 import os
 import subprocess

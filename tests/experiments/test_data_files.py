@@ -1,4 +1,4 @@
-"""Corpora from files: each way to be wrong has its sentence; the rest is read without shift."""
+"""Corpora from files: every mistake has its message; lines of two files stay in step."""
 
 import pytest
 

@@ -64,7 +64,7 @@ VERBS = TRANSITIVE | {
 
 
 class Parser:
-    """Reads an English sentence with one word of foresight, and translates what it understood.
+    """Parses an English sentence with one word of lookahead, and translates it.
 
     It never has a choice, which is the proof that a sentence has one analysis and one translation.
     """

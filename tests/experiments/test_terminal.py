@@ -1,4 +1,4 @@
-"""What users name as they like is printed as it is, whatever rich would make of it."""
+"""Names that users choose are printed as they are, without the markup of rich."""
 
 import types
 

@@ -35,7 +35,7 @@ DEPTH = 64
 
 
 def measure(setting: Setting, rng: jax.Array) -> Data:
-    """Read what the compiler planned."""
+    """Read temporaries from the analysis of the compiler."""
     length = setting.pick(tiny=64, quick=1024, full=2048)
     rows = jax.random.normal(rng, (3, length, DEPTH))
     own = initialize(rng, parameters_of(scores.additive, DEPTH, DEPTH, DEPTH))
@@ -73,7 +73,7 @@ def measure(setting: Setting, rng: jax.Array) -> Data:
 
 
 def verdict(data: Data) -> Verdict:
-    """Judge by what part of the excess the parameters are."""
+    """Judge by the share of the parameters in the excess of memory."""
     held, parameters = data["temporaries"], data["parameters"]
     excess = held["additive, textbook"] - held["dot, dense"]
     share = parameters / max(excess, 1e-9)

@@ -45,7 +45,7 @@ def measure(setting: Setting, rng: jax.Array) -> Data:
 
 
 def verdict(data: Data) -> Verdict:
-    """Judge the identity, then what training makes of it."""
+    """Judge the identity, then accuracy on longer sequences."""
     concat, summed = data["bleu"]["concatenated"], data["bleu"]["summed"]
     found = (
         f"The sum is concatenation with equal blocks of W^O (breach {data['breach']:.1e}). BLEU "

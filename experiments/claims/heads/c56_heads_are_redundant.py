@@ -42,7 +42,7 @@ KINDS = {
 
 
 def measure(setting: Setting, rng: jax.Array) -> Data:
-    """Measure what each head is worth, by attention and seed."""
+    """Measure the rise of the loss without each head, by attention and seed."""
     given = translating.material(setting)
     model, trained, _ = trained_transformer(setting, HEADS)
     merge, pairs = merged(model.build), (given.valid.source, given.valid.target)

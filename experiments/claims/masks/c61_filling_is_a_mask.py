@@ -23,13 +23,13 @@ Attention = Callable[..., jax.Array]
 
 
 def filled(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mask as in the textbook."""
+    """Fill masked logits with -1e9, as in the textbook."""
     logits = query @ key.T / jnp.asarray(query.shape[-1] ** 0.5, query.dtype)
     return jax.nn.softmax(jnp.where(mask, logits, jnp.float32(-1e9).astype(logits.dtype))) @ value
 
 
 def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mask as this library does."""
+    """Mask with `attend`."""
     return attend(*(x[None, :, None] for x in (query, key, value)), mask=mask)[0, :, 0]
 
 
@@ -40,7 +40,7 @@ def _total(
 
 
 def measure(setting: Setting, rng: jax.Array) -> Data:
-    """Ask both."""
+    """Apply both to every case."""
     rows = jax.random.normal(rng, (3, 6, 4))
     mask = jnp.tri(6, dtype=bool).at[2].set(False)
     hidden = jnp.tri(6, k=-1, dtype=bool).at[:, -1].set(False)
@@ -76,7 +76,7 @@ def measure(setting: Setting, rng: jax.Array) -> Data:
 
 
 def verdict(data: Data) -> Verdict:
-    """Judge by what the textbook's way does not do."""
+    """Judge by the cases that filling fails."""
     broken = [name for name, of in data.items() if not of["filled"]]
     found = (
         f"Filling with -1e9 does {len(data) - len(broken)} of {len(data)} things, `attend` "
@@ -86,7 +86,7 @@ def verdict(data: Data) -> Verdict:
 
 
 def table(data: Data) -> list[list[str]]:
-    """Show who does what."""
+    """Show which of the two passes each case."""
     words = {True: "yes", False: "no"}
     rows = [[name, words[of["filled"]], words[of["attend"]]] for name, of in data.items()]
     return [["what a mask must do", "fill with -1e9", "attend"], *rows]

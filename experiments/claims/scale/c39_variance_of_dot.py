@@ -63,7 +63,7 @@ def _trained(setting: Setting, rng: jax.Array) -> list[float]:
 
 
 def verdict(data: Data) -> Verdict:
-    """Judge by whether 1 is where the ratios are."""
+    """Judge by whether the intervals of the ratios are near 1."""
     trained = interval(data["trained"])
     found = (
         f"Var(q.k)/d is {shown(data['drawn'][-1])} at d = {data['depths'][-1]}; after training "

@@ -56,7 +56,7 @@ def _correlation(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def verdict(data: Data) -> Verdict:
-    """Judge by correlation, then by who wins."""
+    """Judge by the correlation, then by the largest key."""
     cosine, length, same = (data[name] for name in NAMES)
     found = (
         f"Correlation with the cosine is {shown(cosine[0])} for keys of one length and "

@@ -31,7 +31,7 @@ def measure(setting: Setting, rng: jax.Array) -> Data:
 
 
 def verdict(data: Data) -> Verdict:
-    """Judge by what sharing loses."""
+    """Judge by the loss of BLEU by sharing."""
     bleu = data["bleu"]
     separate, shared = bleu["separate"], bleu["shared"]
     found = (

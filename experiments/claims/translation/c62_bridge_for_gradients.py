@@ -70,7 +70,7 @@ def _logits(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the logits of the first target words, summed over sentences, and all weights."""
     model = merge(own)
-    # Every source word has its own row, so that its gradient can be told apart.
+    # Every source word has its own row, and so its own gradient.
     model.encoder.embedding = lambda tokens: embedded.swapaxes(0, 1)
     found, weights = model(source, target)
     right = jnp.take_along_axis(found, target.T[..., None], axis=-1)[:WORDS, :, 0]
