@@ -156,12 +156,15 @@ class LinformerAttention(MultiHeadLayer):
         heads = None if share_heads else self.sizes.num_key_heads
         shape = projection_shape(name, rank, length, heads, fixed)
 
-        def learned() -> nnx.Param:
-            return nnx.Param(projection_init(rngs.params(), shape, param_dtype))
-
-        self.key_projection = learned() if fixed is None else nnx.data(fixed)
-        is_one = share_key_value or fixed is not None
-        self.value_projection = nnx.data(None) if is_one else learned()
+        kind = shape, param_dtype
+        if fixed is None:
+            self.key_projection: Any = nnx.Param(projection_init(rngs.params(), *kind))
+        else:
+            self.key_projection = nnx.data(fixed)
+        if share_key_value or fixed is not None:
+            self.value_projection: Any = nnx.data(None)
+        else:
+            self.value_projection = nnx.Param(projection_init(rngs.params(), *kind))
 
     def __call__(
         self,
