@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attention_jax.base import checks
-from attention_jax.masks import as_mask
+from attention_jax.masks import MaskLike, as_mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,7 +133,7 @@ def masks(
 
 def draw_mask(
     axes: Axes,
-    mask: Any,
+    mask: MaskLike,
     query_length: int,
     key_length: int | None = None,
     tile_sizes: tuple[int, int] | None = None,
