@@ -24,13 +24,16 @@ import jax.numpy as jnp
 from attention_jax import masks
 from attention_jax.attention import attend
 from attention_jax.base import checks
-from attention_jax.base.binding import as_pytree
-from attention_jax.masks import batch_axes
+from attention_jax.base.binding import PerHead, as_pytree
+from attention_jax.base.typing import Bias
+from attention_jax.masks import MaskLike, batch_axes
 from attention_jax.masks.intervals import Lookup, indices, judge
 from attention_jax.positions.shifting import Rows, shifted_bias, shifted_score
 from attention_jax.request import DropoutKey, as_bias
 
 Array = jax.Array
+BiasLike = Bias | PerHead | Array | None
+"""A bias as `attend` takes it."""
 
 NO_TOKEN = -1
 """The position of a slot that holds nothing."""
@@ -227,7 +230,7 @@ _OPTIONS = [
 
 
 def attend_cached(
-    query: Array, view: View, *, mask: Any = None, causal: bool = True, **options: Any
+    query: Array, view: View, *, mask: MaskLike = None, causal: bool = True, **options: Any
 ) -> Any:
     """Attend from new tokens to all that the cache holds, as the full causal pass would.
 
@@ -308,7 +311,7 @@ def _mask_of_example(structure: Any, letters: list[str], arrays: list[Array]) ->
     return structure.unflatten(fitted)
 
 
-def and_causal(mask: Any) -> masks.Mask:
+def and_causal(mask: MaskLike) -> masks.Mask:
     """Return a mask that allows what the given one allows, and no later key.
 
     >>> print(masks.draw(and_causal(masks.Window(1, 1)), 3))

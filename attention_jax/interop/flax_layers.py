@@ -18,9 +18,11 @@ from flax import linen, nnx
 
 from attention_jax import masks
 from attention_jax.attention import attend
-from attention_jax.base.typing import at_least_float32
+from attention_jax.base.binding import PerHead
+from attention_jax.base.typing import AnyScore, Bias, Normalizer, at_least_float32
 from attention_jax.interop.dropout import same_in_every_head
 from attention_jax.interop.layout import Layout, is_array, last_allowed
+from attention_jax.masks import MaskLike
 from attention_jax.normalizers import softmax
 from attention_jax.positions.shifting import Rows, shifted_array, shifted_bias, shifted_score
 from attention_jax.request import function_of
@@ -32,10 +34,10 @@ Array = jax.Array
 
 def attention_fn(
     *,
-    score: Any = scaled_dot,
-    mask: Any = None,
-    bias: Any = None,
-    normalizer: Any = softmax,
+    score: AnyScore | PerHead = scaled_dot,
+    mask: MaskLike = None,
+    bias: Bias | PerHead | Array | None = None,
+    normalizer: Normalizer | PerHead = softmax,
     implementation: str | None = None,
     decode: bool | None = None,
 ) -> Callable[..., Array]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.base import checks
+from attention_jax.masks import MaskLike
 from attention_jax.scores.prepared import PreparedMemory, attend_prepared, prepare
 
 Array = jax.Array
@@ -31,7 +32,7 @@ class DecoderMethods:
         return prepare(self._functions()[0], memory)
 
     def __call__(
-        self, state: Array, memory: Array | PreparedMemory, mask: Any = None
+        self, state: Array, memory: Array | PreparedMemory, mask: MaskLike = None
     ) -> tuple[Array, Array]:
         """Attend to the source.
 
@@ -65,7 +66,7 @@ class GlobalMethods:
         return self.attention.keys(memory)
 
     def __call__(
-        self, state: Array, memory: Array | PreparedMemory, mask: Any = None
+        self, state: Array, memory: Array | PreparedMemory, mask: MaskLike = None
     ) -> tuple[Array, Array]:
         """Return the attentional vector [B, out_features] and the weights [B, S].
 

@@ -13,7 +13,7 @@ from attention_jax.cache import and_causal, next_positions
 from attention_jax.layers.heads import HeadSizes, KeysMethod, ProjectedMemory, Projections
 from attention_jax.linear import LinearState, linear_attention
 from attention_jax.linear.linformer import check_rank, linformer_attention
-from attention_jax.masks import padding
+from attention_jax.masks import MaskLike, padding
 
 Array = jax.Array
 
@@ -47,7 +47,7 @@ class LinearMethods(KeysMethod):
         query: Array,
         memory: Array | ProjectedMemory | None = None,
         *,
-        mask: Any = None,
+        mask: MaskLike = None,
         positions: Array | None = None,
         memory_positions: Array | None = None,
         **others: Any,
@@ -117,7 +117,7 @@ class LinearMethods(KeysMethod):
         query: Array,
         cache: LinearState,
         *,
-        mask: Any = None,
+        mask: MaskLike = None,
         causal: bool = True,
         count: Any = None,
     ) -> tuple[Array, LinearState]:
@@ -156,7 +156,7 @@ class LinearMethods(KeysMethod):
         memory: Array | ProjectedMemory,
         cache: LinearState,
         *,
-        mask: Any = None,
+        mask: MaskLike = None,
     ) -> Array:
         """Attend from the next tokens of a sequence to a memory.
 
@@ -201,7 +201,7 @@ class LinformerLayer(NamedTuple):
         query: Array,
         memory: Array | ProjectedMemory | None,
         *,
-        mask: Any,
+        mask: MaskLike,
         dropout: dict[str, Any],
         **others: Any,
     ) -> Array:

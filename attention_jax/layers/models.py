@@ -14,6 +14,7 @@ from attention_jax.base import checks
 from attention_jax.cache import and_causal, next_positions
 from attention_jax.layers.heads import ProjectedMemory
 from attention_jax.layers.transformer import Cache, map_output
+from attention_jax.masks import MaskLike
 from attention_jax.positions import learned_table
 
 Array = jax.Array
@@ -29,7 +30,7 @@ class TokenModelMethods:
     def encode(
         self,
         tokens: Array,
-        mask: Any = None,
+        mask: MaskLike = None,
         *,
         positions: Array | None = None,
         deterministic: bool | None = None,
@@ -53,7 +54,7 @@ class TokenModelMethods:
 class TokenEncoderMethods(TokenModelMethods):
     """The methods of `TokenEncoder` that the two APIs share."""
 
-    def __call__(self, tokens: Array, mask: Any = None, **options: Any) -> Any:
+    def __call__(self, tokens: Array, mask: MaskLike = None, **options: Any) -> Any:
         """Return logits [B, T, vocabulary] of tokens [B, T]; arguments are those of `encode`."""
         return map_output(self.embedding.attend, self.encode(tokens, mask, **options))
 
@@ -65,7 +66,7 @@ class CausalDecoderMethods(TokenModelMethods):
         """Return `decode` as a function that a loop of JAX may call."""
         raise NotImplementedError
 
-    def __call__(self, tokens: Array, mask: Any = None, **options: Any) -> Any:
+    def __call__(self, tokens: Array, mask: MaskLike = None, **options: Any) -> Any:
         """Return logits [B, T, vocabulary] of the token after each of tokens [B, T].
 
         The mask is joined with the causal one; other arguments are those of `encode`.
@@ -78,7 +79,7 @@ class CausalDecoderMethods(TokenModelMethods):
         return self.stack.init_cache(batch, capacity, **options)
 
     def decode(
-        self, tokens: Array, caches: Sequence[Cache], *, mask: Any = None, count: Any = None
+        self, tokens: Array, caches: Sequence[Cache], *, mask: MaskLike = None, count: Any = None
     ) -> tuple[Array, list[Cache]]:
         """Return logits [B, T, vocabulary] of the next tokens [B, T], and the next caches.
 
@@ -121,8 +122,8 @@ class EncoderDecoderMethods:
         self,
         source: Array,
         target: Array,
-        source_mask: Any = None,
-        mask: Any = None,
+        source_mask: MaskLike = None,
+        mask: MaskLike = None,
         **options: Any,
     ) -> Any:
         """Return logits [B, T, target vocabulary] of the token after each of the target's.
@@ -136,8 +137,8 @@ class EncoderDecoderMethods:
         self,
         source: Array,
         target: Array,
-        source_mask: Any = None,
-        mask: Any = None,
+        source_mask: MaskLike = None,
+        mask: MaskLike = None,
         *,
         deterministic: bool | None = None,
         **options: Any,
@@ -169,7 +170,7 @@ class EncoderDecoderMethods:
     def encode(
         self,
         source: Array,
-        mask: Any = None,
+        mask: MaskLike = None,
         *,
         deterministic: bool | None = None,
         **options: Any,
@@ -192,8 +193,8 @@ class EncoderDecoderMethods:
         caches: Sequence[Cache],
         memory: Array | Sequence[ProjectedMemory],
         *,
-        source_mask: Any = None,
-        mask: Any = None,
+        source_mask: MaskLike = None,
+        mask: MaskLike = None,
         count: Any = None,
     ) -> tuple[Array, list[Cache]]:
         """Return logits [B, T, target vocabulary] of the next tokens [B, T], and the next caches.
@@ -217,7 +218,7 @@ class EncoderDecoderMethods:
         source: Array,
         prompt: Array,
         num_steps: int,
-        source_mask: Any = None,
+        source_mask: MaskLike = None,
         *,
         lengths: Array | Sequence[int] | None = None,
         **options: Any,

@@ -9,6 +9,7 @@ import jax
 
 from attention_jax.attention import attend
 from attention_jax.cache import (
+    BiasLike,
     KeyValueCache,
     View,
     attend_cached,
@@ -18,6 +19,7 @@ from attention_jax.cache import (
     view_of,
 )
 from attention_jax.layers.heads import KeysMethod, ProjectedMemory, Projections
+from attention_jax.masks import MaskLike
 
 Array = jax.Array
 
@@ -40,8 +42,8 @@ class MultiHead(NamedTuple):
         memory: Array | ProjectedMemory | None,
         value: Array | None,
         *,
-        mask: Any,
-        bias: Any,
+        mask: MaskLike,
+        bias: BiasLike,
         positions: Array | None,
         memory_positions: Array | None,
         dropout: dict[str, Any],
@@ -113,8 +115,8 @@ class MultiHeadMethods(KeysMethod):
         query: Array,
         cache: KeyValueCache,
         *,
-        mask: Any = None,
-        bias: Any = None,
+        mask: MaskLike = None,
+        bias: BiasLike = None,
         causal: bool = True,
         count: Any = None,
         return_weights: bool = False,
@@ -155,8 +157,8 @@ class MultiHeadMethods(KeysMethod):
         memory: Array | ProjectedMemory,
         cache: KeyValueCache,
         *,
-        mask: Any = None,
-        bias: Any = None,
+        mask: MaskLike = None,
+        bias: BiasLike = None,
         return_weights: bool = False,
     ) -> Any:
         """Attend from the next tokens of a sequence to a memory, without dropout.

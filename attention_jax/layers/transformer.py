@@ -17,6 +17,7 @@ from attention_jax.base import checks
 from attention_jax.cache import KeyValueCache
 from attention_jax.layers.heads import ProjectedMemory
 from attention_jax.linear import LinearState
+from attention_jax.masks import MaskLike
 from attention_jax.masks.intervals import indices
 
 Array = jax.Array
@@ -72,8 +73,8 @@ class BlockMethods:
         x: Array,
         memory: Array | ProjectedMemory | None = None,
         *,
-        mask: Any = None,
-        memory_mask: Any = None,
+        mask: MaskLike = None,
+        memory_mask: MaskLike = None,
         deterministic: bool | None = None,
         **options: Any,
     ) -> Any:
@@ -132,8 +133,8 @@ class BlockMethods:
         cache: Cache,
         memory: Array | ProjectedMemory | None = None,
         *,
-        mask: Any = None,
-        memory_mask: Any = None,
+        mask: MaskLike = None,
+        memory_mask: MaskLike = None,
         causal: bool = True,
         count: Any = None,
     ) -> tuple[Array, Cache]:

@@ -21,6 +21,7 @@ from attention_jax.linear.feature_maps import elu_plus_one
 from attention_jax.linear.linformer import projection_init as along_the_sequence
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.heads import MultiHeadLayer, dropout_options
+from attention_jax.masks import MaskLike
 
 Array = jax.Array
 
@@ -97,7 +98,7 @@ class LinformerAttention(MultiHeadLayer, kw_only=True):
         query: Array,
         memory: Array | ProjectedMemory | None = None,
         *,
-        mask: Any = None,
+        mask: MaskLike = None,
         deterministic: bool | None = None,
         **others: Any,
     ) -> Array:

@@ -10,10 +10,12 @@ import jax
 
 from attention_jax import scores
 from attention_jax.base.parameters import Initializer
+from attention_jax.cache import BiasLike
 from attention_jax.layers.heads import ProjectedMemory
 from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.heads import MultiHeadLayer, dropout_options
+from attention_jax.masks import MaskLike
 from attention_jax.normalizers import softmax
 
 Array = jax.Array
@@ -79,8 +81,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
         memory: Array | ProjectedMemory | None = None,
         value: Array | None = None,
         *,
-        mask: Any = None,
-        bias: Any = None,
+        mask: MaskLike = None,
+        bias: BiasLike = None,
         positions: Array | None = None,
         memory_positions: Array | None = None,
         deterministic: bool | None = None,

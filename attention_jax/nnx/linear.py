@@ -20,6 +20,7 @@ from attention_jax.layers.linear import (
 )
 from attention_jax.linear.feature_maps import elu_plus_one
 from attention_jax.linear.linformer import projection_init as along_the_sequence
+from attention_jax.masks import MaskLike
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.heads import MultiHeadLayer, dropout_options
 
@@ -171,7 +172,7 @@ class LinformerAttention(MultiHeadLayer):
         query: Array,
         memory: Array | ProjectedMemory | None = None,
         *,
-        mask: Any = None,
+        mask: MaskLike = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         **others: Any,

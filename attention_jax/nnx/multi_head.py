@@ -11,8 +11,10 @@ from flax import nnx
 
 from attention_jax import scores
 from attention_jax.base.parameters import Initializer
+from attention_jax.cache import BiasLike
 from attention_jax.layers.heads import ProjectedMemory
 from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
+from attention_jax.masks import MaskLike
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.heads import MultiHeadLayer, dropout_options
 from attention_jax.normalizers import softmax
@@ -102,8 +104,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         memory: Array | ProjectedMemory | None = None,
         value: Array | None = None,
         *,
-        mask: Any = None,
-        bias: Any = None,
+        mask: MaskLike = None,
+        bias: BiasLike = None,
         positions: Array | None = None,
         memory_positions: Array | None = None,
         deterministic: bool | None = None,
