@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jax.nn import initializers as standard
 
 from attention_jax.base import checks
-from attention_jax.base.parameters import Initializer
+from attention_jax.base.parameters import Initializer, Learned
 from attention_jax.base.typing import at_least_float32
 from attention_jax.masks.intervals import indices
 
 Array = jax.Array
+Learnable = Callable[..., Any] | Learned
+"""A score, bias or normalizer whose declared parameters a module creates, if it has any."""
 Position = Callable[[Array, Array], Array]
 """`position(x [T, H], positions [T]) -> [T, H]`, applied to queries and keys, such as `rotary`."""
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from attention_jax import scores
 from attention_jax.base.parameters import Initializer, luong_uniform
 from attention_jax.layers import decoder
+from attention_jax.layers.heads import Learnable
 from attention_jax.linen.bound import Bound
 from attention_jax.normalizers import softmax
 
@@ -36,12 +37,12 @@ class DecoderAttention(decoder.DecoderMethods, nn.Module):
     ((2, 16), (2, 5))
     """
 
-    score: Any
+    score: Learnable
     state_features: int
     _: dataclasses.KW_ONLY
     memory_features: int
     attention_size: int | Sequence[int] | None = None
-    normalizer: Any = softmax
+    normalizer: Learnable = softmax
     initializers: Mapping[str, Initializer] | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -78,7 +79,7 @@ class AdditiveAttention(DecoderAttention):
     (16, 4)
     """
 
-    score: Any = dataclasses.field(default=scores.additive, kw_only=True)
+    score: Learnable = dataclasses.field(default=scores.additive, kw_only=True)
     memory_features: int  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -97,7 +98,7 @@ class GlobalAttention(decoder.GlobalMethods, nn.Module):
     ((2, 8), (2, 5))
     """
 
-    score: Any
+    score: Learnable
     state_features: int
     _: dataclasses.KW_ONLY
     memory_features: int

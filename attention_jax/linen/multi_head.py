@@ -11,7 +11,7 @@ import jax
 from attention_jax import scores
 from attention_jax.base.parameters import Initializer
 from attention_jax.cache import BiasLike
-from attention_jax.layers.heads import ProjectedMemory
+from attention_jax.layers.heads import Learnable, ProjectedMemory
 from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.heads import MultiHeadLayer, dropout_options
@@ -40,12 +40,12 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
     ((2, 5, 16), (16, 2, 4))
     """
 
-    score: Any = scores.scaled_dot
+    score: Learnable = scores.scaled_dot
     attention_size: int | Sequence[int] | None = None
     share_score: bool = False
     initializers: Mapping[str, Initializer] | None = None
-    bias: Any = None
-    normalizer: Any = softmax
+    bias: Learnable | None = None
+    normalizer: Learnable = softmax
     dropout_rate: float = 0.0
     deterministic: bool = False
     implementation: str | None = None

@@ -12,6 +12,7 @@ from flax import nnx
 from attention_jax import scores
 from attention_jax.base.parameters import Initializer, luong_uniform
 from attention_jax.layers import decoder
+from attention_jax.layers.heads import Learnable
 from attention_jax.nnx.bound import Bound
 from attention_jax.normalizers import softmax
 
@@ -46,12 +47,12 @@ class DecoderAttention(decoder.DecoderMethods, nnx.Module):
 
     def __init__(
         self,
-        score: Any,
+        score: Learnable,
         state_features: int,
         *,
         memory_features: int,
         attention_size: int | Sequence[int] | None = None,
-        normalizer: Any = softmax,
+        normalizer: Learnable = softmax,
         initializers: Mapping[str, Initializer] | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -119,7 +120,7 @@ class GlobalAttention(decoder.GlobalMethods, nnx.Module):
 
     def __init__(
         self,
-        score: Any,
+        score: Learnable,
         state_features: int,
         *,
         memory_features: int,

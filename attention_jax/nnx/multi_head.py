@@ -12,7 +12,7 @@ from flax import nnx
 from attention_jax import scores
 from attention_jax.base.parameters import Initializer
 from attention_jax.cache import BiasLike
-from attention_jax.layers.heads import ProjectedMemory
+from attention_jax.layers.heads import Learnable, ProjectedMemory
 from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
 from attention_jax.masks import MaskLike
 from attention_jax.nnx.bound import Bound
@@ -65,12 +65,12 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         num_heads: int,
         in_features: int,
         *,
-        score: Any = scores.scaled_dot,
+        score: Learnable = scores.scaled_dot,
         attention_size: int | Sequence[int] | None = None,
         share_score: bool = False,
         initializers: Mapping[str, Initializer] | None = None,
-        bias: Any = None,
-        normalizer: Any = softmax,
+        bias: Learnable | None = None,
+        normalizer: Learnable = softmax,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
         implementation: str | None = None,
