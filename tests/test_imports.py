@@ -45,11 +45,9 @@ def imports(path, known):
 
 
 def _loaded(tree):
-    """Yield the statements that run at import: not those of functions or for type checkers."""
+    """Yield the statements outside functions, also those for type checkers alone."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.Lambda):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         yield node
         yield from _loaded(node)
