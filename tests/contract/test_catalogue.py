@@ -53,11 +53,11 @@ def combinations():
 
     What takes long to compile meets less: other implementations and scores of several layers are
     given different masks and normalizers each, and other gradients than dense ones less often.
-    All are run with the slow tests, every 17th with the others too: a number without a factor in
+    All are run with the slow tests, every 29th with the others too: a number without a factor in
     common with the cycles, so that these few meet every normalizer.
     """
     for turn, combination in enumerate(_all_combinations()):
-        marks = [] if turn % 17 == 0 else [pytest.mark.slow]
+        marks = [] if turn % 29 == 0 else [pytest.mark.slow]
         yield pytest.param(*combination, marks=marks)
 
 

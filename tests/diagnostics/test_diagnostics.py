@@ -111,6 +111,7 @@ def test_linear_cka_by_its_definition_with_feature_covariances():
     np.testing.assert_allclose(batch, jnp.stack([cka, jnp.zeros((4, 4))]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ablation_of_weights_is_ablation_of_the_output_projection():
     layer = MultiHeadAttention(3, 6, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(layer)

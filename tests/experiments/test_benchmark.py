@@ -77,6 +77,7 @@ def kept_programs(tmp_path):
     compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 def test_a_compilation_that_is_measured_is_one(kept_programs):
     program = measure.Program(lambda x: x @ jnp.sin(x), (np.ones((3, 3), np.float32),))
     measure.compiled(program)

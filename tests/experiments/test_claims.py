@@ -80,6 +80,7 @@ def two_claims(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_a_failing_claim_is_reported_and_the_others_are_tested(two_claims, tmp_path, capsys):
     folder = tmp_path / "new" / "work"
     assert main(["--setting=tiny", f"--workdir={folder}", f"--out={tmp_path}/out/table.md"]) == 1

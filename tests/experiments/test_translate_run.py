@@ -137,6 +137,7 @@ def test_what_was_left_out_is_counted(done):
         assert notice in report
 
 
+@pytest.mark.slow
 def test_gold_alignments_of_the_third_column_are_measured(done):
     folder = done[1]
     (dot,) = json.loads((folder / "results.json").read_text("utf-8"))["mechanisms"]

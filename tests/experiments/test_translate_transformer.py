@@ -76,6 +76,7 @@ def test_weights_are_those_of_the_source(translate):
     np.testing.assert_array_equal(weights[:, 1, 3:], 0.0)
 
 
+@pytest.mark.slow
 def test_no_word_sees_itself_or_a_later_one():
     graph, parameters = drawn("additive", SIZES._replace(layers=1))
     translate = functools.partial(forward(graph), parameters)

@@ -40,6 +40,7 @@ def test_a_conversation_shows_where_words_were_read(done, samples):
     assert lines[3 + len(words) :] == ["> ", ""]
 
 
+@pytest.mark.slow
 def test_a_second_sentence_of_like_length_compiles_nothing(done):
     translators = load("dot", parse(["--mode=translate", f"--workdir={done[1]}"])).of_seed(0)
     sentences = [("one", "two")], [("five",)]

@@ -38,6 +38,7 @@ def samples(done):
     return [{k: " ".join(v) for k, v in sample.items()} for sample in outcome["samples"]]
 
 
+@pytest.mark.slow
 def test_evaluation_finds_what_training_found(done, ask):
     code, out, err = ask("evaluate")
     assert (code, err) == (0, "")

@@ -230,6 +230,7 @@ def test_ragged_prompts():
         np.testing.assert_allclose(context[b, 0], expected[-1], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_extended_in_parts():
     query, key, value = qkv()
     state = linear.init(B, K, H, V, dtype=jnp.float64)
@@ -296,6 +297,7 @@ def test_vmap_of_the_gradient_is_a_loop():
     np.testing.assert_allclose(jax.jit(jax.vmap(gradient))(*arrays), loop, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_under_shard_map():
     mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = (PartitionSpec("batch"),) * 3

@@ -204,6 +204,7 @@ def test_random_blocks_depend_on_the_key_alone():
     np.testing.assert_array_equal(traced, mask.to_dense(64))
 
 
+@pytest.mark.slow
 def test_tiles_of_random_blocks_drawn_inside_jit_are_sharp():
     @jax.jit
     def states(key):

@@ -82,6 +82,7 @@ def test_additive_is_the_formula_of_the_paper():
     np.testing.assert_allclose(module.keys(memory).key, projected_keys, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_starts_with_uniform_weights():
     state, memory = data()
     _, weights = AdditiveAttention(8, 8, rngs=nnx.Rngs(0))(state, memory)

@@ -455,6 +455,7 @@ def test_after_sum(activation, x64):
     np.testing.assert_allclose(logits, np.log1p(np.exp(total)), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_gain_of_normalized_additive_sets_its_range():
     """|e - r| <= |g| sqrt(A), however long v is."""
     rng = np.random.default_rng(4)
