@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from attention_jax import masks
-from attention_jax.base.binding import PerHead
-from attention_jax.base.typing import AnyScore, Bias, Normalizer
+from attention_jax.base.binding import BiasLike, PerHead
+from attention_jax.base.typing import AnyScore, Normalizer
 from attention_jax.implementations import choice, cudnn, programs
 from attention_jax.implementations.choice import IMPLEMENTATIONS
 from attention_jax.implementations.dense import dense
@@ -33,7 +33,7 @@ def attend(
     *,
     score: AnyScore | PerHead = scaled_dot,
     mask: masks.MaskLike = None,
-    bias: Bias | PerHead | Array | None = None,
+    bias: BiasLike = None,
     normalizer: Normalizer | PerHead = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
@@ -112,7 +112,7 @@ def explain(
     *,
     score: AnyScore | PerHead = scaled_dot,
     mask: masks.MaskLike = None,
-    bias: Bias | PerHead | Array | None = None,
+    bias: BiasLike = None,
     normalizer: Normalizer | PerHead = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,

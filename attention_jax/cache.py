@@ -24,15 +24,14 @@ import jax.numpy as jnp
 from attention_jax import masks
 from attention_jax.attention import attend
 from attention_jax.base import checks
-from attention_jax.base.binding import PerHead, as_pytree
-from attention_jax.base.typing import Bias
+from attention_jax.base.binding import BiasLike, PerHead, as_pytree
+from attention_jax.base.typing import AnyScore
 from attention_jax.masks import MaskLike, batch_axes
 from attention_jax.masks.intervals import Lookup, indices, judge
 from attention_jax.positions.shifting import Rows, shifted_bias, shifted_score
 from attention_jax.request import DropoutKey, as_bias
 
 Array = jax.Array
-BiasLike = Bias | PerHead | Array | None
 """A bias as `attend` takes it."""
 
 NO_TOKEN = -1
@@ -290,7 +289,7 @@ def _one_example(
     query: Array,
     view: View,
     mask_arrays: list[Array],
-    bias: Any,
+    bias: BiasLike,
     number: Array,
     *,
     mask_of: Callable[[list[Array]], masks.Mask],
@@ -343,7 +342,13 @@ class Placed(masks.Mask):
 
 
 def _attend(
-    query: Array, view: View, mask: masks.Mask, *, score: Any = None, bias: Any = None, **rest: Any
+    query: Array,
+    view: View,
+    mask: masks.Mask,
+    *,
+    score: AnyScore | PerHead | None = None,
+    bias: BiasLike = None,
+    **rest: Any,
 ) -> Any:
     """Attend where all examples are at the same positions."""
     num_queries, num_heads = query.shape[1:3]

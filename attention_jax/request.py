@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from attention_jax.base import checks
-from attention_jax.base.binding import PerHead, as_pytree, unbound
+from attention_jax.base.binding import BiasLike, PerHead, as_pytree, unbound
 from attention_jax.base.parameters import Learned
 from attention_jax.base.typing import (
     AnyScore,
@@ -51,7 +51,7 @@ class Request:
     value: Array
     score: AnyScore | PerHead
     mask: Mask
-    bias: Bias | PerHead | Array | None
+    bias: BiasLike
     normalizer: Normalizer | PerHead
     dropout_key: Array | DropoutKey | None
     dropout_rate: float = dataclasses.field(metadata={"static": True})
@@ -155,7 +155,7 @@ def function_of(function: Any) -> Any:
     return function.function if isinstance(function, PerHead) else function
 
 
-def as_bias(bias: Any) -> Any:
+def as_bias(bias: Any) -> BiasLike:
     """Return a bias as a function that is a pytree, or numbers as an array.
 
     Raises:

@@ -5,7 +5,7 @@ with them.
 """
 
 from attention_jax.base import checks
-from attention_jax.base.binding import PerHead, bind, per_head, rule
+from attention_jax.base.binding import BiasLike, PerHead, bind, per_head, rule
 from attention_jax.base.checks import ShapeError
 from attention_jax.base.parameters import (
     Learned,
@@ -28,6 +28,7 @@ from attention_jax.base.typing import (
 __all__ = [
     "AnyScore",
     "Bias",
+    "BiasLike",
     "FeatureMap",
     "Learned",
     "MaskFunction",

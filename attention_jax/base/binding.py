@@ -18,6 +18,7 @@ import jax
 from jax.tree_util import Partial
 
 from attention_jax.base.equality import ByValue
+from attention_jax.base.typing import Bias
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -117,6 +118,10 @@ class PerHead(ByValue):
     """Marks a bound function whose parameters carry a leading axis N, one slice per query head."""
 
     function: Any
+
+
+BiasLike = Bias | PerHead | jax.Array | None
+"""What `attend` takes as a bias."""
 
 
 def per_head(function: Any) -> PerHead:

@@ -69,12 +69,12 @@ def _over_tiles(head: Head, plan: Plan) -> tuple[Array, Array]:
     query_length, key_length = plan.pairs
     query = _padded(head.query, -query_length % plan.largest_visit)
     key, value = (_padded(x, plan.covered - key_length) for x in (head.key, head.value))
-    bias_of_pairs = head.bias if callable(head.bias) else None
+    bias_of_pairs, bias = (head.bias, None) if callable(head.bias) else (None, head.bias)
     operands = Operands(
         query=_mapped(head.score.query_map, query),
         key=_mapped(head.score.key_map, key),
         value=value,
-        bias=_padded_bias(head.bias, query, key) if bias_of_pairs is None else None,
+        bias=_padded_bias(bias, query, key),
         functions=Functions(head.score, bias_of_pairs, head.normalizer),
         captured={},
     )
@@ -139,7 +139,7 @@ def _padded(x: Array, more: int, axis: int = 0) -> Array:
     return lax.dynamic_update_slice_in_dim(jnp.broadcast_to(last, shape), x, 0, axis)
 
 
-def _padded_bias(bias: Any, query: Array, key: Array) -> Any:
+def _padded_bias(bias: Array | None, query: Array, key: Array) -> Array | None:
     if bias is None:
         return None
     for axis, length in enumerate((len(query), len(key))):

@@ -18,8 +18,8 @@ from flax import linen, nnx
 
 from attention_jax import masks
 from attention_jax.attention import attend
-from attention_jax.base.binding import PerHead
-from attention_jax.base.typing import AnyScore, Bias, Normalizer, at_least_float32
+from attention_jax.base.binding import BiasLike, PerHead
+from attention_jax.base.typing import AnyScore, Normalizer, at_least_float32
 from attention_jax.interop.dropout import same_in_every_head
 from attention_jax.interop.layout import Layout, is_array, last_allowed
 from attention_jax.masks import MaskLike
@@ -36,7 +36,7 @@ def attention_fn(
     *,
     score: AnyScore | PerHead = scaled_dot,
     mask: MaskLike = None,
-    bias: Bias | PerHead | Array | None = None,
+    bias: BiasLike = None,
     normalizer: Normalizer | PerHead = softmax,
     implementation: str | None = None,
     decode: bool | None = None,
@@ -84,10 +84,10 @@ def attention_fn(
 class FlaxAttention:
     """An `attention_fn` of Flax's layers with a score, mask, bias and normalizer of its own."""
 
-    score: Any
-    mask: Any
-    bias: Any
-    normalizer: Any
+    score: AnyScore | PerHead
+    mask: MaskLike
+    bias: BiasLike
+    normalizer: Normalizer | PerHead
     implementation: str | None
     decode: bool | None
 
@@ -97,7 +97,7 @@ class FlaxAttention:
         key: Array,
         value: Array,
         bias: Array | None = None,
-        mask: Any = None,
+        mask: MaskLike = None,
         broadcast_dropout: bool = True,
         dropout_rng: Array | None = None,
         dropout_rate: float = 0.0,
@@ -161,7 +161,7 @@ class FlaxAttention:
             dropout = _dropout(dropout_rate, dropout_rng, broadcast_dropout)
         return layout.split(attend_with(**dropout))
 
-    def _position(self, layout: Layout, mask: Any, is_causal: bool) -> Array | None:
+    def _position(self, layout: Layout, mask: MaskLike, is_causal: bool) -> Array | None:
         """Return the position of a single query of a layer that decodes; None where it is 0."""
         num_queries, num_keys = layout.pairs[1:]
         needed = (
@@ -186,7 +186,9 @@ class FlaxAttention:
             )
         return last_allowed(layout.table(mask))
 
-    def _mask(self, layout: Layout, passed: Any, position: Array | None, is_causal: bool) -> Any:
+    def _mask(
+        self, layout: Layout, passed: MaskLike, position: Array | None, is_causal: bool
+    ) -> MaskLike:
         """Return the mask of these queries: what is bound, passed and causal, joined by `&`."""
         bound: Any = self.mask
         if bound is not None and position is not None:

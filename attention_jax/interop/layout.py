@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from attention_jax.masks import Table
 Array = jax.Array
 
 
-def is_array(part: Any) -> bool:
+def is_array(part: Any) -> TypeGuard[Array]:
     """Tell an array from a mask or a function."""
     return hasattr(part, "dtype") and hasattr(part, "shape")
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from attention_jax.attention import attend
+from attention_jax.base.binding import BiasLike
 from attention_jax.cache import (
-    BiasLike,
     KeyValueCache,
     View,
     attend_cached,
@@ -62,14 +62,14 @@ class MultiHead(NamedTuple):
         context, weights = result[:2] if return_weights else (result, None)
         return self.projections.join(context), weights
 
-    def functions(self, bias: Any = None) -> dict[str, Any]:
+    def functions(self, bias: BiasLike = None) -> dict[str, Any]:
         """Return score, bias and normalizer with their parameters bound, as `attend` takes them."""
         if bias is None and self.bias is not None:
             bias = self.bias()
         return {"score": self.score(), "bias": bias, "normalizer": self.normalizer()}
 
     def attend_view(
-        self, heads: Array, view: View, *, bias: Any, return_weights: bool, **options: Any
+        self, heads: Array, view: View, *, bias: BiasLike, return_weights: bool, **options: Any
     ) -> tuple[Any, ...]:
         """Return the output of query heads that attend to a view, and the weights if asked for."""
         result = attend_cached(

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 
 from attention_jax import scores
+from attention_jax.base.binding import BiasLike
 from attention_jax.base.parameters import Initializer
-from attention_jax.cache import BiasLike
 from attention_jax.layers.heads import Learnable, ProjectedMemory
 from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
 from attention_jax.linen.bound import Bound

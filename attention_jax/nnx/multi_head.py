@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax import scores
+from attention_jax.base.binding import BiasLike
 from attention_jax.base.parameters import Initializer
-from attention_jax.cache import BiasLike
 from attention_jax.layers.heads import Learnable, ProjectedMemory
 from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
 from attention_jax.masks import MaskLike

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.binding import PerHead, bind, per_head
+from attention_jax.base.binding import BiasLike, PerHead, bind, per_head
+from attention_jax.base.typing import AnyScore, Bias, PositionalScore
 from attention_jax.masks.intervals import indices
 from attention_jax.scores import separate
 from attention_jax.scores.composition import is_positional, positional
@@ -22,7 +23,7 @@ class Rows(NamedTuple):
     keys: Array | None = None
 
 
-def shifted_score(score: Any, rows: Rows, num_heads: int) -> Any:
+def shifted_score(score: AnyScore | PerHead, rows: Rows, num_heads: int) -> AnyScore | PerHead:
     """Return a score that evaluates its rows at their positions.
 
     A score that is not `positional` is returned as it is.
@@ -40,11 +41,11 @@ def shifted_score(score: Any, rows: Rows, num_heads: int) -> Any:
     return _like(score, parts._replace(pairs=pairs))
 
 
-def shifted_bias(bias: Any, rows: Rows, num_heads: int, num_queries: int) -> Any:
+def shifted_bias(bias: BiasLike, rows: Rows, num_heads: int, num_queries: int) -> BiasLike:
     """Return a bias, a function or an array of the whole sequence, at the positions of the rows."""
     if bias is None:
         return None
-    if not callable(_function(bias)):
+    if not isinstance(bias, PerHead) and not callable(bias):
         return shifted_array(bias, rows, num_queries)
     where = _of_heads(bias, rows, num_heads)
     return _like(bias, bind(_shifted_bias, bias=_function(bias), **where))
@@ -89,7 +90,7 @@ def _shifted_pairs(
     *,
     q_idx: Array,
     kv_idx: Array,
-    pairs: Any,
+    pairs: PositionalScore,
     start: Array,
     keys: Array | None,
 ) -> Array:
@@ -97,6 +98,6 @@ def _shifted_pairs(
 
 
 def _shifted_bias(
-    q_idx: Array, kv_idx: Array, bias: Any, start: Array, keys: Array | None
+    q_idx: Array, kv_idx: Array, bias: Bias, start: Array, keys: Array | None
 ) -> Array:
     return bias(q_idx + start, _stand(keys, kv_idx))
