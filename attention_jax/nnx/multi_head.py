@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from attention_jax.base.parameters import Initializer
 from attention_jax.layers.heads import Learnable, ProjectedMemory
 from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
 from attention_jax.masks import MaskLike
-from attention_jax.nnx.bound import Bound
+from attention_jax.nnx.bound import Bound, resolve
 from attention_jax.nnx.heads import MultiHeadLayer, dropout_options
 from attention_jax.normalizers import softmax
 
@@ -155,8 +156,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         """Return the computation with this module's parameters: projections, score, join."""
         return MultiHead(
             self._projections(),
-            self.score.resolve,
-            None if self.bias is None else self.bias.resolve,
-            self.normalizer.resolve,
+            functools.partial(resolve, self.score),
+            None if self.bias is None else functools.partial(resolve, self.bias),
+            functools.partial(resolve, self.normalizer),
             self.implementation,
         )

@@ -347,7 +347,7 @@ REFUSED = {
     "window": (
         lambda: linear_attention(*qkv(), mask=masks.Window(2, 0)),
         "linear_attention: the mask Window cannot be honoured, because its queries share one "
-        "running sum",
+        "sum over the keys",
     ),
     "signed": (
         lambda: linear_attention(*qkv(), feature_map=feature_maps.identity),
