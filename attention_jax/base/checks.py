@@ -31,7 +31,7 @@ def axes(operation: str, /, **tensors: tuple[Any, str]) -> dict[str, int]:
       The size of every letter.
 
     Raises:
-      ShapeError: a wrong number of axes, or two sizes for one letter.
+      ShapeError: a list or tuple, a wrong number of axes, or two sizes for one letter.
 
     >>> axes("dot", query=(jnp.zeros((2, 3)), "TH"), key=(jnp.zeros((5, 3)), "SH"))
     {'T': 2, 'H': 3, 'S': 5}
@@ -40,6 +40,11 @@ def axes(operation: str, /, **tensors: tuple[Any, str]) -> dict[str, int]:
     origin: dict[str, str] = {}
     for name, (array, letters) in tensors.items():
         layout = f"[{', '.join(letters)}]"
+        if isinstance(array, list | tuple):
+            raise ShapeError(
+                f"{operation}: {name} must be an array {layout}, got a {type(array).__name__}; "
+                "convert it with jnp.asarray."
+            )
         _raise_if_refused(
             lambda array=array, letters=letters: chex.assert_rank(array, len(letters)),
             f"{operation}: {name} must have the {len(letters)} axes {layout}, got shape "

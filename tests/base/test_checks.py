@@ -2,7 +2,8 @@ import chex
 import jax.numpy as jnp
 import pytest
 
-from attention_jax.base import checks
+from attention_jax import attend, bind, scores
+from attention_jax.base import ShapeError, checks
 
 
 def test_axes_returns_every_size():
@@ -17,6 +18,18 @@ def test_wrong_rank_names_operation_tensor_and_layout():
         "dot: query must have the 2 axes [T, H], got shape (2, 3, 4); "
         "reshape it, or lift the function with jax.vmap."
     )
+
+
+@pytest.mark.parametrize("weight", [[[1.0, 2.0]], ((1.0, 2.0),), (1, 2)])
+def test_a_list_is_no_array(weight):
+    message = (
+        rf"bilinear: weight must be an array \[Q, H\], got a {type(weight).__name__}; "
+        r"convert it with jnp\.asarray\."
+    )
+    x = jnp.ones((1, 3, 1, 2))
+    for score in (bind(scores.bilinear, weight=weight), lambda q, k: scores.bilinear(q, k, weight)):
+        with pytest.raises(ShapeError, match=message):
+            attend(x, x, x, score=score)
 
 
 def test_wrong_size_names_both_tensors_and_the_axis():
