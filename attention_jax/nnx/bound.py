@@ -81,21 +81,20 @@ class Bound(nnx.Module):
 
     def __call__(self) -> Any:
         """Return the function with its parameters bound, a pytree."""
-        return as_pytree(resolve(self))
+        return as_pytree(self.resolved)
+
+    @property
+    def resolved(self) -> Any:
+        """The function with its parameters bound; the function itself if it has none.
+
+        A property, because `nnx.tabulate` compiles every method, and `jit` returns no function.
+        """
+        structure, attributes, per_head = self._declaration
+        values = structure.unflatten([getattr(self, name)[...] for name in attributes])
+        return bind_parameters(self._function, values, per_head)
 
     def _free_attribute(self, name: str) -> str:
         """Return the name, with underscores if it is an attribute or set by `train` and `eval`."""
-        while hasattr(self, name) or name in ("deterministic", "use_running_average"):
+        while name in dir(self) or name in ("deterministic", "use_running_average"):
             name += "_"
         return name
-
-
-def resolve(bound: Bound) -> Any:
-    """Return the function with its parameters bound; the function itself if it has none.
-
-    It is no method, because `nnx.tabulate` compiles the methods of every module, and what `jit`
-    returns cannot be a plain function.
-    """
-    structure, attributes, per_head = bound._declaration
-    values = structure.unflatten([getattr(bound, name)[...] for name in attributes])
-    return bind_parameters(bound._function, values, per_head)

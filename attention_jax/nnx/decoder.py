@@ -13,7 +13,7 @@ from attention_jax import scores
 from attention_jax.base.parameters import Initializer, luong_uniform
 from attention_jax.layers import decoder
 from attention_jax.layers.heads import Learnable
-from attention_jax.nnx.bound import Bound, resolve
+from attention_jax.nnx.bound import Bound
 from attention_jax.normalizers import softmax
 
 Array = jax.Array
@@ -75,7 +75,7 @@ class DecoderAttention(decoder.DecoderMethods, nnx.Module):
 
     def _functions(self) -> tuple[Any, Any]:
         """Return score and normalizer with their parameters bound."""
-        return resolve(self.score), resolve(self.normalizer)
+        return self.score.resolved, self.normalizer.resolved
 
 
 class AdditiveAttention(DecoderAttention):

@@ -21,7 +21,7 @@ from attention_jax.layers.linear import (
 from attention_jax.linear.feature_maps import elu_plus_one
 from attention_jax.linear.linformer import projection_init as along_the_sequence
 from attention_jax.masks import MaskLike
-from attention_jax.nnx.bound import Bound, resolve
+from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.heads import MultiHeadLayer, dropout_options
 
 Array = jax.Array
@@ -94,7 +94,7 @@ class LinearAttention(LinearMethods, MultiHeadLayer):
 
     def _layer(self) -> LinearLayer:
         """Return the computation with this module's parameters."""
-        feature_map = resolve(self.feature_map)
+        feature_map = self.feature_map.resolved
         return LinearLayer(self._projections(), feature_map, self.normalize, self.chunk_size)
 
 

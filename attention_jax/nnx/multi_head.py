@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from attention_jax.base.parameters import Initializer
 from attention_jax.layers.heads import Learnable, ProjectedMemory
 from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
 from attention_jax.masks import MaskLike
-from attention_jax.nnx.bound import Bound, resolve
+from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.heads import MultiHeadLayer, dropout_options
 from attention_jax.normalizers import softmax
 
@@ -156,8 +155,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         """Return the computation with this module's parameters: projections, score, join."""
         return MultiHead(
             self._projections(),
-            functools.partial(resolve, self.score),
-            None if self.bias is None else functools.partial(resolve, self.bias),
-            functools.partial(resolve, self.normalizer),
+            lambda: self.score.resolved,
+            None if self.bias is None else lambda: self.bias.resolved,
+            lambda: self.normalizer.resolved,
             self.implementation,
         )

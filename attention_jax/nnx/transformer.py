@@ -14,7 +14,7 @@ from jax.nn import initializers as standard
 from attention_jax.base import checks
 from attention_jax.base.parameters import Initializer
 from attention_jax.layers import transformer
-from attention_jax.nnx.bound import Bound, resolve
+from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.multi_head import MultiHeadAttention
 
 Array = jax.Array
@@ -267,7 +267,7 @@ class Embedding(nnx.Module):
         deterministic: bool | None = None,
     ) -> Array:
         """Map tokens [B, T] at positions [T] or [B, T] to [B, T, features]."""
-        position = None if self.position is None else resolve(self.position)
+        position = None if self.position is None else self.position.resolved
         x = transformer.embed(self.token, tokens, self.scale, position, positions)
         return self.dropout(x, deterministic=deterministic)
 

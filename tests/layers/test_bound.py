@@ -42,7 +42,7 @@ ONE = jnp.ones((1, 2))
 def test_a_parameter_may_have_the_name_of_any_attribute(num_heads):
     plain = attention_nnx.Bound(declared(["weight"]), rngs=nnx.Rngs(0))
     names = names_of(plain)
-    assert {"train", "eval", "sow", "resolve", "__class__", "_declaration"} <= set(names)
+    assert {"train", "eval", "sow", "resolved", "__class__", "_declaration"} <= set(names)
     score = declared(names)
     module = attention_nnx.Bound(score, num_heads=num_heads, rngs=nnx.Rngs(0))
     twin = attention_linen.Bound(score, num_heads=num_heads)
