@@ -51,6 +51,7 @@ def test_the_trace_is_the_trace_of_the_jacobian():
     np.testing.assert_allclose(trace, [jnp.trace(jacobian)], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_saturated_rows_leave_out_what_attends_to_nothing():
     weights = jnp.stack([ROWS, jnp.zeros((4, 4)), jnp.eye(4)])
     np.testing.assert_allclose(diagnostics.saturated_rows(weights), [1 / 3, 0, 1], rtol=1e-6)
@@ -216,6 +217,7 @@ def test_gradients_are_those_of_finite_differences_and_finite_at_empty_rows(x64)
     assert all(slope != 0 for slope in slopes.values())
 
 
+@pytest.mark.slow
 def test_half_precision_counts_in_float32():
     weights = causal_weights(2)
     exact, found = (jax.jit(of_weights)(weights.astype(dtype)) for dtype in (float, jnp.bfloat16))

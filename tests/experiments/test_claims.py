@@ -102,6 +102,7 @@ def test_a_failing_claim_is_reported_and_the_others_are_tested(two_claims, tmp_p
     assert "| 901 | Numbers are larger than zero. | **holds** | It is 2.0. |" in table
 
 
+@pytest.mark.slow
 def test_the_report_has_everything_in_one_file(two_claims, tmp_path):
     main(["--setting=tiny", f"--workdir={tmp_path / 'work'}"])
     page = (tmp_path / "work" / "report.html").read_text()
@@ -111,6 +112,7 @@ def test_the_report_has_everything_in_one_file(two_claims, tmp_path):
     assert "http" not in page.split("<style>")[0] and "<script" not in page
 
 
+@pytest.mark.slow
 def test_whoever_reads_the_report_while_it_is_written_anew_sees_the_old_one(two_claims, tmp_path):
     path = tmp_path / "work" / "report.html"
     main(["--claims=901", "--setting=tiny", f"--workdir={path.parent}"])
@@ -248,6 +250,7 @@ def test_the_folder_of_another_program_is_left_as_it_is(files, why, tmp_path, ca
     assert not captured.out and _contents(folder) == before
 
 
+@pytest.mark.slow
 def test_a_folder_of_ours_is_gone_on_with_whenever_it_was_left(two_claims, tmp_path):
     folder = tmp_path / "work"
     arguments = ["--claims=901", "--setting=tiny", f"--workdir={folder}"]

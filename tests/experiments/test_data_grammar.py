@@ -212,6 +212,7 @@ def test_every_construction_occurs(corpus):
     assert fronted / len(corpus.train) > 0.3
 
 
+@pytest.mark.slow
 def test_the_lexicon_has_the_promised_size_and_is_one_to_one(corpus):
     assert len(corpus.source_vocabulary) == 4 + 110
     assert len(corpus.target_vocabulary) == 4 + 155

@@ -135,6 +135,7 @@ def test_attention_is_asked_with_the_previous_state(translate):
     np.testing.assert_array_equal(weights[:, 1], changed[:, 1])
 
 
+@pytest.mark.slow
 def test_no_word_sees_itself_or_a_later_one(translate):
     logits, _ = translate(SOURCE, TARGET)
     changed, _ = translate(SOURCE, TARGET.at[0, 2].set(11))
@@ -168,6 +169,7 @@ def test_the_cell_is_a_gated_recurrent_unit():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_encoder_reads_in_both_directions(graph, parameters):
     mask = (SOURCE != PAD).T
 
@@ -242,6 +244,7 @@ def test_the_first_word_is_given_the_begin_symbol(graph, parameters, translate):
     np.testing.assert_allclose(logits[0], first_logits(SOURCE), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_losses_are_those_of_smoothed_labels(smoothing):
     random = np.random.default_rng(0)

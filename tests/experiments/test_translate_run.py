@@ -150,6 +150,7 @@ def test_gold_alignments_of_the_third_column_are_measured(done):
     assert gold == "0-1 1-2 2-0"
 
 
+@pytest.mark.slow
 def test_the_report_of_one_seed_speaks_of_no_interval(done):
     report = (done[1] / "report.html").read_text("utf-8")
     assert "One seed, so that there is no interval." in report

@@ -195,6 +195,7 @@ def test_every_run_is_checked_before_the_first_is_done(
     assert trained == [] and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_run_that_holds_something_else_is_refused_at_once(
     sweep, trained, tmp_path, capsys
 ):

@@ -113,6 +113,7 @@ def test_a_sentence_that_a_score_does_not_reach_over_is_one_sentence(nearsighted
         assert str(error.value) == TOO_LONG
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_after_a_sentence_that_is_too_long(nearsighted):
     answers = io.StringIO()
     converse(nearsighted, io.StringIO("a a a a a\nb b b b b\n\n"), answers)

@@ -190,6 +190,7 @@ def test_a_reader_of_the_answers_may_stop_early(mode, done, samples, tmp_path):
     assert b"Broken pipe" not in said and b"Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(done, ask, samples, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(done[1], folder)
@@ -251,6 +252,7 @@ def test_a_folder_without_a_run(ask, tmp_path):
     assert ask("translate", folder=tmp_path)[2].startswith(f"translate: {tmp_path}/config.json ")
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_sweep_is_none_of_a_run(ask, tmp_path):
     sweep = Sweep(Config(workdir=str(tmp_path)), {})
     with workdir.opened(sweep):
@@ -288,5 +290,6 @@ def test_scores_that_were_not_trained_are_left_out(unfinished, ask, samples):
     )
 
 
+@pytest.mark.slow
 def test_nothing_in_nothing_out(ask):
     assert ask("translate") == ask("score") == (0, "", "")

@@ -52,6 +52,7 @@ def test_changed_data_are_not_evaluated_on(copied, done):
     assert command("--mode=evaluate", f"--input={path}")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ['{"config": {"scores"', "[1]", '{"config": [1]}'])
 def test_a_damaged_configuration(text, copied):
     folder, command = copied
@@ -154,6 +155,7 @@ def test_a_folder_whose_run_was_killed_at_birth_is_taken_over(tmp_path):
     check(Config(workdir=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_another_process_in_the_folder_is_refused(done, capsys, translate):
     flags, folder = done
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -358,6 +358,7 @@ def test_empty_tiles_cost_nothing_that_the_compiler_can_count():
     assert found.empty == (length // 64) ** 2 - found.partial - found.full
 
 
+@pytest.mark.slow
 def test_a_derivative_that_runs_backward_only_is_refused_by_name():
     @jax.custom_vjp
     def score(query, key):

@@ -222,6 +222,7 @@ def test_residual_has_no_gradient():
     assert not gradient.any()
 
 
+@pytest.mark.slow
 def test_gradient_of_the_scale():
     def loss(function, scale):
         return jnp.sum(function(QUERY, KEY, VALUE, scale=scale) ** 2)
@@ -233,11 +234,13 @@ def test_gradient_of_the_scale():
     is_close(ours, theirs, 1e-4)
 
 
+@pytest.mark.slow
 def test_minus_infinity_in_the_bias():
     bias = jnp.where(np.tri(T, S, dtype=bool), 0.0, -jnp.inf)
     agrees_with_jax(QUERY, KEY, VALUE, bias[None, None])
 
 
+@pytest.mark.slow
 def test_lengths_inside_jit_and_vmap():
     lengths = jnp.array([[3, 7], [1, 2], [5, 0]], jnp.int32)
 

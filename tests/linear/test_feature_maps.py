@@ -65,6 +65,7 @@ def test_positive_features(name):
     assert np.all(MAPS[name](3.0 * normal(50, DEPTH)) > 0)
 
 
+@pytest.mark.slow
 def test_kernels():
     query, key = normal(5, DEPTH), normal(7, DEPTH, seed=1)
     logits = query @ key.T / DEPTH**0.5

@@ -100,6 +100,7 @@ def test_odd_lengths(query_length, key_length):
     np.testing.assert_allclose(context, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_each_key_head_may_have_its_own_features():
     context = attention(masks.Causal(), feature_map=per_head(hedgehog(1, K)))(*qkv())
     maps = [jax.tree.map(lambda leaf, k=k: leaf[k], hedgehog(1, K)) for k in range(K)]

@@ -80,6 +80,7 @@ def favor(kind, num_features, depth, seed=0):
     return bind(getattr(performer, kind), projection=projection)
 
 
+@pytest.mark.slow
 def test_a_tiny_change_of_the_data_changes_the_answer_a_tiny_bit():
     query, key, value = (normal(1, 9, 2, 8, seed=seed) for seed in range(3))
     attention = jax.jit(functools.partial(linear_attention, feature_map=favor("positive", 32, 8)))

@@ -155,6 +155,7 @@ def test_a_mask_of_another_length_is_refused():
             module(state, memory, mask)
 
 
+@pytest.mark.slow
 def test_attended_nan_is_not_hidden():
     state, memory = data()
     context, _ = AdditiveAttention(8, 8, rngs=nnx.Rngs(0))(state, memory.at[0, 2, 1].set(jnp.nan))

@@ -175,6 +175,7 @@ def test_norm_of_query_and_key_bounds_the_logits(norm):
     assert shapes(module)["query_ln"]["scale"] == shapes(module)["key_ln"]["scale"] == (4,)
 
 
+@pytest.mark.slow
 def test_masks_of_every_kind_and_empty_rows():
     module = MultiHeadAttention(3, 12, use_bias=False, rngs=nnx.Rngs(0))
     x = inputs()

@@ -196,6 +196,7 @@ def test_grid_bias_of_one_window_is_the_table_of_swin(size):
     np.testing.assert_array_equal(bias, table.reshape(-1)[swin_table_index(size)])
 
 
+@pytest.mark.slow
 def test_grid_bias_is_the_same_in_every_window_of_a_larger_grid():
     table, width = normal(0, 3, 3), 6
     tokens = jnp.arange(36)

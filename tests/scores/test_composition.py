@@ -103,6 +103,7 @@ def test_separate_moves_what_concerns_a_row_into_the_maps():
     assert separate(parts) is parts
 
 
+@pytest.mark.slow
 def test_maps_applied_once_serve_every_tile_and_step():
     score = scaled(projected(cosine, LEFT, RIGHT), 3.0)
     query, key = score.query_map(QUERY), score.key_map(KEY)

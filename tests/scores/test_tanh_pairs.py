@@ -67,6 +67,7 @@ def test_half_precision_is_computed_and_returned_in_float32(dtype):
     assert gradient.dtype == dtype
 
 
+@pytest.mark.slow
 def test_one_double_input_makes_the_result_double():
     with jax.enable_x64(True):
         query, key, value = tokens(9, 11, 20, jnp.float64, scale=3.0)
@@ -178,6 +179,7 @@ def test_jacobians_agree_across_modes_with_the_hessian_symmetric():
         np.testing.assert_allclose(H, jax.jit(jax.hessian(loss))(query).reshape(15, 15), atol=1e-13)
 
 
+@pytest.mark.slow
 def test_second_order_survives_rematerialisation():
     with jax.enable_x64(True):
         query, key, value = tokens(3, 4, 5, jnp.float64)
