@@ -153,10 +153,11 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
 
     def _layer(self) -> MultiHead:
         """Return the computation with this module's parameters: projections, score, join."""
+        score, bias, normalizer = self.score, self.bias, self.normalizer
         return MultiHead(
             self._projections(),
-            lambda: self.score.resolved,
-            None if self.bias is None else lambda: self.bias.resolved,
-            lambda: self.normalizer.resolved,
+            lambda: score.resolved,
+            None if bias is None else lambda: bias.resolved,
+            lambda: normalizer.resolved,
             self.implementation,
         )
