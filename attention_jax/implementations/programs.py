@@ -120,14 +120,14 @@ def _of_leaves(function: Callable[[Request], Any], structure: Any, leaves: list[
 class Constant:
     """A NumPy array that is static, by its value."""
 
-    dtype: str
+    dtype: np.dtype
     shape: tuple[int, ...]
     data: bytes
 
     @classmethod
     def of(cls, array: Any) -> Constant:
         """Copy an array."""
-        return cls(array.dtype.str, array.shape, array.tobytes())
+        return cls(array.dtype, array.shape, array.tobytes())
 
     @property
     def array(self) -> np.ndarray:

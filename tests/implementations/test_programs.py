@@ -133,7 +133,14 @@ def test_a_global_that_a_score_names_may_change(monkeypatch):
         np.testing.assert_allclose(attend(X, X, X, score=score, **TILED), times(factor), atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_arrays_of_equal_bytes_are_told_apart_by_their_dtype(dtype):
+    one, other = (np.full(1, 0x38, np.uint8).view(jnp.dtype(of)) for of in (dtype, "float8_e4m3fn"))
+    is_same = programs.Constant.of(one) == programs.Constant.of(other)
+    assert is_same == (dtype == "float8_e4m3fn")
+    np.testing.assert_array_equal(programs.Constant.of(one).array, one)
+
+
 @pytest.mark.slow
 def test_lambdas_of_one_line_are_told_apart_by_what_they_close_over():
     functions = [lambda query, key, n=n: n * (query @ key.T) for n in (1.0, 2.0)]
