@@ -1,10 +1,8 @@
 """A checkpoint is valid or skipped, and each skipped one is named in one line."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -15,6 +13,7 @@ import pytest
 from experiments.command_line import UsageError
 from experiments.translate import checkpoints
 from experiments.translate.checkpoints import Checkpoints
+from tests.experiments.kills import killed, unfinished, wait_for
 
 
 def state(step):
@@ -137,26 +136,6 @@ def test_a_checkpoint_of_another_state_is_passed_over(saved):
 
 
 ROOT = Path(__file__).parents[2]
-
-
-def unfinished(folder):
-    """Checkpoints that were begun and have no seal."""
-    return [
-        p for p in folder.glob("*") if p.is_dir() and not p.with_name(f"{p.name}.seal").exists()
-    ]
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.0005)
-
-
-def killed(process):
-    """Kill a process, and tell whether it was still at work."""
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
 
 
 SAVES = """

@@ -17,6 +17,7 @@ import pytest
 from experiments.translate import train
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.workdir import Log
+from tests.experiments.kills import killed, unfinished, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -140,26 +141,6 @@ def test_what_is_no_number_stops_the_run_and_the_last_checkpoint_is_kept(
     )
     assert checkpoints.steps == [2000]
     assert not (folder / "results.json").exists()
-
-
-def unfinished(folder):
-    """Checkpoints that were begun and have no seal."""
-    return [
-        p for p in folder.glob("*") if p.is_dir() and not p.with_name(f"{p.name}.seal").exists()
-    ]
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.0005)
-
-
-def killed(process):
-    """Kill a process, and tell whether it was still at work."""
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
