@@ -13,6 +13,7 @@ from attention_jax.base import checks
 from attention_jax.base.binding import as_pytree
 from attention_jax.base.parameters import (
     Initializer,
+    Learned,
     bind_parameters,
     flat_names,
     parameters_of,
@@ -69,8 +70,7 @@ class Bound(nnx.Module):
         checks.sizes("Bound", query_depth=query_depth, key_depth=key_depth, num_heads=num_heads)
         declared = parameters_of(function, query_depth, key_depth, attention_size)
         flat = with_initializers(flat_names(declared), initializers)
-        is_plain = not jax.tree.leaves(function) or jax.tree_util.all_leaves([function])
-        self._function = function if is_plain else nnx.data(function)
+        self._function = held(function.function if isinstance(function, Learned) else function)
         self._declaration = Declaration(jax.tree.structure(declared), (), num_heads is not None)
         attributes = []
         for name, parameter in flat.items():
@@ -98,3 +98,15 @@ class Bound(nnx.Module):
         while name in dir(self) or name in ("deterministic", "use_running_average"):
             name += "_"
         return name
+
+
+def held(function: Any) -> Any:
+    """Return a function as a module keeps it: its numbers as data, the rest compared by value.
+
+    Two modules of equal arguments then have equal graphs, and `nnx.jit` traces once for both.
+    """
+    if isinstance(function, nnx.Module):
+        return function
+    if callable(function) and jax.tree_util.all_leaves([function]):
+        function = as_pytree(function)
+    return nnx.data(function) if jax.tree.leaves(function) else function

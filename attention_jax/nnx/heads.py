@@ -15,6 +15,7 @@ from attention_jax.layers.heads import (
     head_sizes,
     linear_shapes,
 )
+from attention_jax.nnx.bound import held
 
 Array = jax.Array
 
@@ -35,7 +36,7 @@ class MultiHeadLayer(KeysMethod, nnx.Module):
     def __init__(self, num_heads: int, in_features: int, *, rngs: nnx.Rngs, **options: Any):
         given = HeadOptions(num_heads, in_features, **options)
         self.sizes = sizes = head_sizes(type(self).__name__, given)
-        self.position = given.position
+        self.position = held(given.position)
         self.combine = given.combine
         self.share_query_key = given.share_query_key
         self.cache_dtype = cache_dtype(given.dtype, given.param_dtype)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.nn import initializers as standard
 
 from attention_jax.base import checks
+from attention_jax.base.binding import bind
 from attention_jax.layers import models, transformer
 from attention_jax.nnx.transformer import Embedding, TransformerStack, dropout_of
 from attention_jax.positions import sinusoidal
@@ -156,7 +157,7 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
             features=features,
         )
         if position is None:
-            position = functools.partial(sinusoidal, depth=features)
+            position = bind(sinusoidal, depth=features)
         embedding = functools.partial(
             Embedding,
             features=features,

@@ -14,7 +14,7 @@ from jax.nn import initializers as standard
 from attention_jax.base import checks
 from attention_jax.base.parameters import Initializer
 from attention_jax.layers import transformer
-from attention_jax.nnx.bound import Bound
+from attention_jax.nnx.bound import Bound, held
 from attention_jax.nnx.multi_head import MultiHeadAttention
 
 Array = jax.Array
@@ -57,7 +57,7 @@ class FeedForward(nnx.Module):
         hidden_features = transformer.hidden_size(features, hidden_features)
         self.hidden = linear(features, hidden_features)
         self.out = linear(hidden_features, features)
-        self.activation = activation
+        self.activation = held(activation)
 
     def __call__(self, x: Array) -> Array:
         """Map [..., features] to [..., features]."""

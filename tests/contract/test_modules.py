@@ -1,6 +1,7 @@
 """Every exported module: Linen and NNX have the same parameters, and with them the same results."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ import pytest
 from flax import nnx
 
 from attention_jax import linen as attention_linen
-from attention_jax import masks, positions, scores
+from attention_jax import masks, normalizers, positions, scores
 from attention_jax import nnx as attention_nnx
+from attention_jax.base.parameters import Parameter, learned
 from attention_jax.layers import HeadOptions
 from attention_jax.linear import feature_maps
 from attention_jax.nnx.heads import MultiHeadLayer
@@ -116,6 +118,58 @@ def test_every_export_has_a_twin_and_an_example():
     assert set(attention_nnx.__all__) == set(attention_linen.__all__)
     missing = set(attention_nnx.__all__) - set(EXAMPLES)
     assert not missing, f"add to tests/contract/test_modules.py: {sorted(missing)}"
+
+
+def made_anew(name):
+    # New function objects each time: what the module is told is the same.
+    options = {name: functools.partial(value) for name, value in FUNCTIONS.get(name, {}).items()}
+    sizes, _, _, given, *_ = EXAMPLES[name]
+    return getattr(attention_nnx, name)(*sizes, **{**given, **options}, rngs=nnx.Rngs(0))
+
+
+def half(x):
+    return x / 2
+
+
+# Options that are functions, where a module has any.
+FUNCTIONS = {
+    "CausalDecoder": {"activation": half},
+    "Embedding": {"position": functools.partial(positions.sinusoidal, depth=8)},
+    "EncoderDecoder": {"position": functools.partial(positions.sinusoidal, depth=8)},
+    "FeedForward": {"activation": half},
+    "LinearAttention": {"position": functools.partial(positions.rotary, halves=True)},
+    "MultiHeadAttention": {"position": functools.partial(positions.rotary, halves=True)},
+    "TransformerStack": {"activation": half},
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_equal_arguments_make_equal_graphs(name):
+    """So that `nnx.jit` traces once for both."""
+    (first, _), (second, _) = (nnx.split(nnx.eval_shape(lambda: made_anew(name))) for _ in "ab")
+    assert first == second and hash(first) == hash(second)
+
+
+def test_layers_with_what_they_learn_trace_once():
+    count = []
+
+    @nnx.jit
+    def run(layer, x):
+        count.append(None)
+        return layer.query.kernel.sum() + x.sum()
+
+    for seed in range(2):
+        sink = Parameter((), lambda key, shape, dtype: jnp.zeros(shape, dtype))
+        layer = attention_nnx.MultiHeadAttention(
+            2,
+            8,
+            bias=positions.learned_buckets(8, 7),
+            normalizer=learned(normalizers.softmax_with_sink, sink=sink),
+            position=functools.partial(positions.rotary, base=500.0),
+            rngs=nnx.Rngs(seed),
+        )
+        run(layer, x(3))
+    assert len(count) == 1
 
 
 SIZE_TYPES = {"int", "int | None", "int | Sequence[int] | None"}
