@@ -58,7 +58,8 @@ class Given(NamedTuple):
     """What the result is not differentiated with respect to: mask, states, dropout, poison.
 
     `states` says what the tiles are where only run time knows, else it is None. `captured` holds
-    what the mask closes over, by the number of rows of a tile.
+    what the mask closes over, by the number of rows of a tile. `positions` are those of queries and
+    keys in the sequence; None where a row stands at its own number.
     """
 
     mask: Mask
@@ -67,6 +68,14 @@ class Given(NamedTuple):
     dropout: tuple[Array, Array] | None
     query_poison: Array
     key_poison: Array
+    positions: tuple[Array, Array] | None = None
+
+    def at(self, i: Any, j: Any, rows: int, columns: int) -> tuple[Array, Array]:
+        """Return the positions of the tile whose first query is i and first key j."""
+        if self.positions is None:
+            return i + indices(rows), j + indices(columns)
+        query, key = self.positions
+        return rows_from(query, i, rows), rows_from(key, j, columns)
 
 
 def exponential_or_elementwise(normalizer: Normalizer) -> Exponential | Elementwise:
@@ -101,10 +110,9 @@ class Tiles:
         As new functions, because JAX would take a known one from its cache, whatever has become
         of what they close over.
         """
-        kv_idx = indices(self.key_size)
         logits, captured, allowed, of_mask = {}, {}, {}, {}
         for rows in sorted({visits.rows for visits in self.visits}):
-            q_idx = indices(rows)
+            q_idx, kv_idx = given.at(0, 0, rows, self.key_size)
             tile = self.slice(operands, 0, 0, rows)
             logits[rows], captured[rows] = hoisted(functools.partial(_logits), tile, q_idx, kv_idx)
             if any(visits.masked and visits.rows == rows for visits in self.visits):
@@ -133,8 +141,7 @@ class Tiles:
     def compute(self, here: Operands, given: Given, i: Any, j: Any, masked: bool) -> online.Tile:
         """Return the tile of the operands `here`, whose first query is i and first key j."""
         rows = here.query.shape[0]
-        q_idx = i + indices(rows)
-        kv_idx = j + indices(self.key_size)
+        q_idx, kv_idx = given.at(i, j, rows, self.key_size)
         pair = q_idx[:, None], kv_idx[None, :]
         allowed = None
         if masked:

@@ -27,6 +27,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.base.finite import finite, poison
 from attention_jax.base.trees import Rest, merge_floats, split_floats
+from attention_jax.base.typing import Normalizer
 from attention_jax.implementations import online
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.merging import merge
@@ -54,7 +55,12 @@ def tiled(head: Head, plan: Plan) -> Attended:
         logsumexp = jnp.full(query_length, -jnp.inf, head.value.dtype)
     else:
         context, logsumexp = _over_tiles(head, plan)
-    how = exponential_or_elementwise(head.normalizer)
+    return with_sink(head.normalizer, context, logsumexp)
+
+
+def with_sink(normalizer: Normalizer, context: Array, logsumexp: Array) -> Attended:
+    """Add the sink of a normalizer to attention over all keys, if it has one."""
+    how = exponential_or_elementwise(normalizer)
     if not isinstance(how, Exponential):
         return Attended(context)
     attended = Attended(context, logsumexp=logsumexp)
@@ -67,14 +73,14 @@ def tiled(head: Head, plan: Plan) -> Attended:
 def _over_tiles(head: Head, plan: Plan) -> tuple[Array, Array]:
     """Clean, pad and gather what the tiles need, and pass over them."""
     query_length, key_length = plan.pairs
-    query = _padded(head.query, -query_length % plan.largest_visit)
-    key, value = (_padded(x, plan.covered - key_length) for x in (head.key, head.value))
+    query = padded(head.query, -query_length % plan.largest_visit)
+    key, value = (padded(x, plan.covered - key_length) for x in (head.key, head.value))
     bias_of_pairs, bias = (head.bias, None) if callable(head.bias) else (None, head.bias)
     operands = Operands(
-        query=_mapped(head.score.query_map, query),
-        key=_mapped(head.score.key_map, key),
+        query=mapped(head.score.query_map, query),
+        key=mapped(head.score.key_map, key),
         value=value,
-        bias=_padded_bias(bias, query, key),
+        bias=padded_bias(bias, query, key),
         functions=Functions(head.score, bias_of_pairs, head.normalizer),
         captured={},
     )
@@ -121,12 +127,12 @@ def _array(tangent: Any) -> Array:
     return jnp.zeros(tangent.shape, tangent.dtype) if _is_zero(tangent) else tangent
 
 
-def _mapped(of_row: Any, x: Array) -> Array:
+def mapped(of_row: Any, x: Array) -> Array:
     """Apply a score's map of rows to finite numbers; without a map, tiles clean their own rows."""
     return x if of_row.func is identity.func else of_row(finite(x))
 
 
-def _padded(x: Array, more: int, axis: int = 0) -> Array:
+def padded(x: Array, more: int, axis: int = 0) -> Array:
     """Repeat the last row, so that no score sees odd input where a tile sticks out.
 
     Written into repeated rows, since XLA's CPU compiler concatenates an element at a time.
@@ -139,9 +145,9 @@ def _padded(x: Array, more: int, axis: int = 0) -> Array:
     return lax.dynamic_update_slice_in_dim(jnp.broadcast_to(last, shape), x, 0, axis)
 
 
-def _padded_bias(bias: Array | None, query: Array, key: Array) -> Array | None:
+def padded_bias(bias: Array | None, query: Array, key: Array) -> Array | None:
     if bias is None:
         return None
     for axis, length in enumerate((len(query), len(key))):
-        bias = bias if bias.shape[axis] == 1 else _padded(bias, length - bias.shape[axis], axis)
+        bias = bias if bias.shape[axis] == 1 else padded(bias, length - bias.shape[axis], axis)
     return bias

@@ -139,10 +139,10 @@ def make_plan(
     per_tile = next((parts for parts in FRACTIONS if tile[1] % parts == 0), 1)
     unit = tile[1] // per_tile
     live = np.asarray(mask.tiles(*pairs, tile[0], unit)) != EMPTY
-    rows, units = _cover(live, per_tile)
+    rows, units = cover(live, per_tile)
     if units.min(initial=0) < 0:  # whole tiles do not fit
         live = np.pad(live, ((0, 0), (0, -live.shape[1] % per_tile)))
-        rows, units = _cover(live, per_tile)
+        rows, units = cover(live, per_tile)
     starts = np.stack([rows * tile[0], units * unit], axis=1).astype(np.int32)
     covered = live.shape[1] * unit
     states = np.zeros(len(starts), np.int8)
@@ -238,7 +238,7 @@ def _side_by_side(tiles: _Tiles, together: int) -> tuple[_Tiles, np.ndarray, _Ti
     )
 
 
-def _cover(live: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def cover(live: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Cover the live cells of every row by the fewest intervals of one width, none overlapping.
 
     Returns the row and the first cell of each. The first interval begins at the first live cell,
