@@ -16,7 +16,7 @@ LAYERS = (
     ("request",),
     ("implementations",),
     ("attention",),
-    ("cache", "linear"),
+    ("cache", "linear", "parallel"),
     ("layers", "diagnostics", "interop"),
     ("nnx", "linen"),
 )
