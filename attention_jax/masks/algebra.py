@@ -17,6 +17,7 @@ import numpy as np
 
 from attention_jax.base import checks
 from attention_jax.base.equality import ByValue
+from attention_jax.base.integers import as_int32
 from attention_jax.base.typing import MaskFunction, require_callable
 from attention_jax.masks import intervals
 from attention_jax.masks.intervals import PARTIAL, Unknown, judge
@@ -40,6 +41,13 @@ class Mask(ByValue):
         if "__eq__" not in cls.__dict__:  # else the dataclass would compare arrays by their truth
             cls.__eq__, cls.__hash__ = ByValue.__eq__, ByValue.__hash__
         jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, cls._unflatten)
+
+    def __post_init__(self) -> None:
+        """Keep integers as int32, the dtype of an index; a subclass's own check calls this one."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if hasattr(self, field.name):  # else the subclass sets it
+                value = _int32_field(self, field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         """Say whether the query may attend to the key."""
@@ -101,7 +109,7 @@ class Mask(ByValue):
         """
         _check_one_head(self)
         return intervals.classify(
-            self,
+            with_int32(self),
             intervals.tile_intervals(query_length, query_size, axis=0),
             intervals.tile_intervals(key_length, key_size, axis=1),
         )
@@ -207,6 +215,7 @@ class Predicate(Mask):
     function: MaskFunction
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_callable("mask", self.function, MaskFunction)
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
@@ -316,11 +325,19 @@ def _arguments(mask: type[Mask]) -> str:
 
 
 def with_int32(mask: Mask) -> Mask:
-    """Return the mask with 64-bit tables and lengths as int32, the type of an index."""
-    return jax.tree.map(
-        lambda leaf: leaf.astype(np.int32) if getattr(leaf, "dtype", None) == np.int64 else leaf,
-        mask,
-    )
+    """Return the mask with its integers as int32, the dtype of an index.
+
+    Raises:
+      ValueError: a number that does not fit.
+    """
+    leaves = [_int32_field(owner, name, leaf) for owner, name, _, leaf in owners(mask)]
+    return jax.tree.structure(mask).unflatten(leaves)
+
+
+def _int32_field(owner: Mask, name: str, value: Any) -> Any:
+    """Return a field with integers as int32; one with an axis of its own holds names or indices."""
+    is_name = owner.example_rank.get(name, 0) > 0
+    return as_int32(f"{type(owner).__name__}.{name}", value, is_name=is_name)
 
 
 def owners(mask: Mask) -> Iterator[tuple[Mask, str, int | None, Any]]:

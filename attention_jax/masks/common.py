@@ -17,6 +17,7 @@ import jax
 import jax.core
 import numpy as np
 
+from attention_jax.base.integers import as_int32
 from attention_jax.masks.algebra import Mask
 from attention_jax.masks.intervals import Lookup
 
@@ -78,7 +79,7 @@ class Window(Mask):
 
 
 def _number_of_keys(name: str, size: Any) -> Any:
-    """Return one bound of a Window with a sign, as an int unless it is an array."""
+    """Return one bound of a Window, as an int unless it is an array."""
     is_whole = size is None or np.issubdtype(getattr(size, "dtype", type(size)), np.integer)
     is_traced = isinstance(size, jax.core.Tracer)
     if not is_whole or (size is not None and not is_traced and np.any(np.asarray(size) < 0)):
@@ -86,13 +87,21 @@ def _number_of_keys(name: str, size: Any) -> Any:
             f"Window: {name} must be a whole number of keys, 0 or more (or None for no bound), "
             f"got {size}."
         )
-    return None if size is None else signed(size)
+    return None if size is None else _signed(f"Window.{name}", size)
 
 
-def signed(size: Any) -> Any:
+def make_signed(mask: Mask, *names: str) -> None:
+    """Convert sizes to signed integers, so that differences of indices may be negative."""
+    for name in names:
+        label = f"{type(mask).__name__}.{name}"
+        object.__setattr__(mask, name, _signed(label, getattr(mask, name)))
+
+
+def _signed(label: str, size: Any) -> Any:
     """Return a whole number that can be negated, whatever its type: an int unless an array."""
     size = np.asarray(size) if isinstance(size, list | tuple) else size
-    return size.astype(np.int32) if isinstance(size, np.ndarray | jax.Array) else int(size)
+    is_array = isinstance(size, np.ndarray | jax.Array)
+    return as_int32(label, size) if is_array else int(size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,8 @@ class Edges(Mask):
 
     def __post_init__(self) -> None:
         if isinstance(self.neighbors, list | tuple):
-            object.__setattr__(self, "neighbors", np.asarray(self.neighbors, np.int32))
+            object.__setattr__(self, "neighbors", np.asarray(self.neighbors))
+        super().__post_init__()
 
     def entries(self, field: str, query_length: int, key_length: int) -> dict[str, int]:
         # Of a graph with more nodes than queries, the first are used.

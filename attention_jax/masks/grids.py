@@ -9,7 +9,7 @@ import numpy as np
 
 from attention_jax.base.checks import at_least
 from attention_jax.masks.algebra import Mask
-from attention_jax.masks.common import Segment
+from attention_jax.masks.common import Segment, make_signed
 
 __all__ = ["GridWindow", "swin", "window_order"]
 
@@ -43,6 +43,7 @@ class GridWindow(Mask):
             raise ValueError(
                 f"GridWindow: shift must be in [0, window) = [0, {self.window}), got {self.shift}."
             )
+        make_signed(self, "height", "width", "window", "shift")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         behind = self.window - self.shift

@@ -20,7 +20,7 @@ import numpy as np
 
 from attention_jax.base.checks import at_least
 from attention_jax.masks.algebra import Full, Mask, MaskLike, as_mask
-from attention_jax.masks.common import Causal, Window, signed
+from attention_jax.masks.common import Causal, Window, make_signed
 from attention_jax.masks.graphs import Edges
 from attention_jax.masks.intervals import Interval, Lookup, Unknown, indices, judge
 
@@ -42,12 +42,6 @@ __all__ = [
 Array = jax.Array
 
 
-def _make_signed(mask: Mask, *names: str) -> None:
-    """Convert sizes to signed integers, so that differences of indices may be negative."""
-    for name in names:
-        object.__setattr__(mask, name, signed(getattr(mask, name)))
-
-
 @dataclasses.dataclass(frozen=True)
 class Strided(Mask):
     """Every `stride`-th key, counted from the query: (q_idx - kv_idx) mod stride = 0.
@@ -67,7 +61,7 @@ class Strided(Mask):
 
     def __post_init__(self) -> None:
         at_least("Strided", 1, stride=self.stride)
-        _make_signed(self, "stride")
+        make_signed(self, "stride")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return (q_idx - kv_idx) % self.stride == 0
@@ -94,7 +88,7 @@ class Fixed(Mask):
             raise ValueError(
                 f"Fixed: columns must be at most stride = {self.stride}, got {self.columns}."
             )
-        _make_signed(self, "stride", "columns")
+        make_signed(self, "stride", "columns")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return kv_idx % self.stride >= self.stride - self.columns
@@ -125,7 +119,7 @@ class Dilated(Mask):
     def __post_init__(self) -> None:
         at_least("Dilated", 0, left=self.left, right=self.right)
         at_least("Dilated", 1, dilation=self.dilation)
-        _make_signed(self, "left", "right", "dilation")
+        make_signed(self, "left", "right", "dilation")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         distance = kv_idx - q_idx
@@ -156,7 +150,7 @@ class Chunked(Mask):
     def __post_init__(self) -> None:
         at_least("Chunked", 1, size=self.size)
         at_least("Chunked", 0, before=self.before, after=self.after)
-        _make_signed(self, "size", "before", "after")
+        make_signed(self, "size", "before", "after")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         distance = kv_idx // self.size - q_idx // self.size
@@ -183,7 +177,7 @@ class Block(Mask):
 
     def __post_init__(self) -> None:
         at_least("Block", 1, size=self.size)
-        _make_signed(self, "size")
+        make_signed(self, "size")
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return self.mask(q_idx // self.size, kv_idx // self.size)
@@ -274,6 +268,7 @@ def random_blocks(
     """
     at_least("random_blocks", 1, length=length, size=size)
     at_least("random_blocks", 0, num_blocks=num_blocks)
+    length, size, num_blocks = int(length), int(size), int(num_blocks)
     total = -(-length // size)
     taken = ~Full() if avoiding is None else as_mask(avoiding)
     draw = functools.partial(_draw_blocks, taken=taken, total=total, count=min(num_blocks, total))

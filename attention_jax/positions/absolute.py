@@ -10,6 +10,7 @@ import numpy as np
 from jax.nn import initializers
 
 from attention_jax.base import checks
+from attention_jax.base.integers import as_int32
 from attention_jax.base.parameters import Learned, Parameter, initializer, learned
 from attention_jax.base.typing import at_least_float32
 
@@ -98,7 +99,7 @@ def embedded(positions: Array, table: Array) -> Array:
     >>> embedded(jnp.array([1]), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
     Array([[3., 4.]], dtype=float32)
     """
-    positions = jnp.asarray(positions)
+    positions = jnp.asarray(as_int32("embedded: positions", positions))
     return table.at[positions].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 

@@ -16,6 +16,7 @@ from jax.nn import initializers
 
 from attention_jax.base import checks
 from attention_jax.base.binding import PerHead, bind, per_head, rule
+from attention_jax.base.integers import as_int32
 from attention_jax.base.parameters import (
     Learned,
     Parameter,
@@ -46,7 +47,7 @@ def alibi(q_idx: Array, kv_idx: Array, slope: Array) -> Array:
     Array([[-1. , -0.5,  0. ]], dtype=float32)
     """
     slope = jnp.asarray(slope)
-    return -slope * jnp.abs(q_idx - kv_idx).astype(slope.dtype)
+    return -slope * jnp.abs(_distance(q_idx, kv_idx)).astype(slope.dtype)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -133,6 +134,7 @@ def t5_bucket(
         )
         for step in range(1, steps)
     ]
+    distance = as_int32("t5_bucket: distance", distance)
     size = jnp.abs(distance) if bidirectional else jnp.maximum(-distance, 0)
     bucket = jnp.searchsorted(np.asarray(bounds, np.int32), size, side="right").astype(jnp.int32)
     return bucket + jnp.where(distance > 0, buckets, 0) if bidirectional else bucket
@@ -155,7 +157,7 @@ def t5_bias(q_idx: Array, kv_idx: Array, table: Array, **buckets: Any) -> Array:
     >>> t5_bias(jnp.array([[1]]), jnp.array([[0, 1]]), jnp.array([0.5, 0.25, 0.0, 1.0]))
     Array([[0.25, 0.5 ]], dtype=float32)
     """
-    return table[t5_bucket(kv_idx - q_idx, table.shape[0], **buckets)]
+    return table[t5_bucket(_distance(q_idx, kv_idx), table.shape[0], **buckets)]
 
 
 def learned_buckets(
@@ -200,6 +202,8 @@ def grid_bias(q_idx: Array, kv_idx: Array, table: Array, width: int) -> Array:
     if not all(size % 2 for size in table.shape):
         raise ValueError(f"grid_bias: the axes of table must be odd, got {table.shape}.")
     rows, columns = (size // 2 for size in table.shape)
+    q_idx, kv_idx = as_int32("grid_bias: q_idx", q_idx), as_int32("grid_bias: kv_idx", kv_idx)
+    width = as_int32("grid_bias: width", width)
     row = jnp.clip(kv_idx // width - q_idx // width, -rows, rows)
     column = jnp.clip(kv_idx % width - q_idx % width, -columns, columns)
     return table[row + rows, column + columns]
@@ -297,4 +301,10 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 
 def _clipped(q_idx: Array, kv_idx: Array, table: Array) -> Array:
     furthest = table.shape[0] // 2
-    return jnp.clip(kv_idx[None, :] - q_idx[:, None], -furthest, furthest) + furthest
+    distance = _distance(q_idx[:, None], kv_idx[None, :])
+    return jnp.clip(distance, -furthest, furthest) + furthest
+
+
+def _distance(q_idx: Any, kv_idx: Any) -> Any:
+    """Return j - i with a sign, whatever integers the indices are."""
+    return as_int32("positions: kv_idx", kv_idx) - as_int32("positions: q_idx", q_idx)
