@@ -23,8 +23,8 @@ LONG_SIGNATURES = {
     "attention_jax/interop/flax_layers.py": ("__call__",),
     "attention_jax/nnx/multi_head.py": ("__call__",),
 }
-# Methods of named tuples, and what Python itself makes.
-PUBLIC = ("_replace", "_asdict", "_fields", "_make")
+# Methods of named tuples, what Python itself makes, and the end of a process from a thread of it.
+PUBLIC = ("_replace", "_asdict", "_fields", "_make", "_exit")
 
 
 def long_signatures(source, allowed=()):

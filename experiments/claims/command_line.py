@@ -12,12 +12,15 @@ from absl import flags
 from experiments.claims.claim import SETTINGS, Claim, all_claims, all_themes
 from experiments.claims.workdir import are_verdicts
 from experiments.command_line import UsageError, check_file, parse_flags
+from experiments.shards import Shard, parse_shard
 
 _HELP = """\
 Tests what is claimed about additive and multiplicative attention and their relatives: each claim
 with a number, a picture and a verdict that is computed from data. Writes a table, results.json,
 figures, and report.html, which reads as an article. What was measured before is not measured again
-unless the code it depends on has changed.
+unless the code it depends on has changed. Jobs that share the folder divide the work: with
+--shard=2/8 a job measures the second of eight shares, then helps with others; without --shard the
+same command judges and writes what they measured, and measures what nobody does.
 
   python -m experiments.claims
   python -m experiments.claims --claims=39,43
@@ -37,6 +40,9 @@ class Options:
     setting: str = _flag("quick", "tiny (seconds), quick (minutes) or full (for papers)")
     workdir: str = _flag("runs/claims", "folder of results and of what was measured before")
     out: str = _flag("", "a file NAME.md for the table; the data go into NAME.json beside it")
+    shard: Shard | None = dataclasses.field(
+        default=None, metadata={"help": "the share that this job measures, such as 2/8"}
+    )
     list: bool = _flag(False, "list all claims and test none")
 
     @property
@@ -57,12 +63,11 @@ def parse(arguments: Sequence[str]) -> Options:
     """
     values = flags.FlagValues()
     for field in dataclasses.fields(Options):
-        default: Any = None if field.name == "claims" else field.default
+        default: Any = field.default or None if field.name in _READ else field.default
         define: Any = flags.DEFINE_bool if field.name == "list" else flags.DEFINE_string
         define(field.name, default, "", flag_values=values)
     given = parse_flags("claims", values, arguments, help_text)
-    given["claims"] = _numbers(given["claims"])
-    options = Options(**given)
+    options = Options(**given | {name: read(given[name]) for name, read in _READ.items()})
     _check(options)
     return options
 
@@ -72,7 +77,7 @@ def help_text() -> str:
     lines = [_HELP]
     for field in dataclasses.fields(Options):
         default = f"={field.default}" if isinstance(field.default, str) else ""
-        default = "=" if field.name == "claims" else default
+        default = "=" if field.name in _READ else default
         lines.append(f"  --{field.name}{default}".ljust(25) + field.metadata["help"])
     return "\n".join(lines)
 
@@ -102,10 +107,19 @@ def _numbers(text: str | None) -> tuple[int, ...]:
     return numbers
 
 
+# How the text of a flag is read.
+_READ = {"claims": _numbers, "shard": parse_shard}
+
+
 def _check(options: Options) -> None:
     if options.setting not in SETTINGS:
         there_are = ", ".join(SETTINGS)
         raise UsageError(f"--setting: must be one of {there_are}, got {options.setting!r}.")
+    if options.shard and options.out:
+        raise UsageError(
+            f"--shard={options.shard} writes no table; leave --out out, and give it to the command "
+            "without --shard."
+        )
     if options.out:
         _check_out(Path(options.out))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ from attention_jax.diagnostics.plots import save
 from experiments.claims import report
 from experiments.claims.claim import SETTINGS, Claim, Setting, all_themes
 from experiments.claims.command_line import Options
-from experiments.claims.workdir import Cache, writable
+from experiments.claims.workdir import Cache, together, writable
 from experiments.command_line import show, terminal
+from experiments.leases import Leases, State
+from experiments.shards import dealt, shares
 from experiments.translate.figures import style
 from experiments.translate.workdir import environment, write_json, write_text
 
@@ -38,24 +43,12 @@ def run(options: Options) -> int:
       UsageError: the folder is another program's, or cannot be written to.
     """
     folder, setting = writable(Path(options.workdir)), SETTINGS[options.setting]
-    console = terminal()
-    start, records = time.perf_counter(), []
-    with Progress(
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        bar = progress.add_task("", total=len(options.chosen))
-        for claim in options.chosen:
-            progress.update(bar, description=f"{claim.number}  {claim.claim[:60]}")
-            records.append(record := test(claim, setting, folder))
-            progress.advance(bar)
-            if not console.is_terminal:
-                console.print(_line(record), soft_wrap=True)
+    console, start = terminal(), time.perf_counter()
+    records = _test_all(options, folder, console)
+    failed = any(record["outcome"] == FAILED for record in records)
+    if options.shard:
+        show(_told(options, folder))
+        return int(failed)
     results = {
         "setting": setting.name,
         "seconds": round(time.perf_counter() - start, 1),
@@ -72,7 +65,64 @@ def run(options: Options) -> int:
         write_text(out.with_suffix(".json"), json.dumps(results) + "\n")
     _show(console, results)
     show(path.absolute())
-    return int(any(record["outcome"] == FAILED for record in records))
+    return int(failed)
+
+
+def _test_all(options: Options, folder: Path, console: Console) -> list[Record]:
+    """Test the share of a shard, or else all; return the records in the order of the claims."""
+    setting, leases = SETTINGS[options.setting], Leases(folder / "leases")
+    groups = _groups(options)
+    is_measured = functools.partial(_is_measured, folder, setting)
+    records: dict[int, Record] = {}
+    with Progress(
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        say = functools.partial(progress.console.print, soft_wrap=True)
+        own = sum(len(groups[name]) for name in shares(list(groups), options.shard)[0])
+        bar = progress.add_task("", total=own)
+        for group, lease in dealt(groups, options.shard, leases, is_measured, say):
+            with lease or contextlib.nullcontext():
+                for claim in group:
+                    progress.update(bar, description=f"{claim.number}  {claim.claim[:60]}")
+                    record = records[claim.number] = test(claim, setting, folder)
+                    if lease and record["outcome"] == FAILED:
+                        lease.state = State.FAILED
+                    progress.advance(bar)
+                    if not console.is_terminal:
+                        say(_line(record))
+    return [records[claim.number] for claim in options.chosen if claim.number in records]
+
+
+def _groups(options: Options) -> dict[str, list[Claim]]:
+    """Return the chosen claims, in groups that a process does together, by their lease's name."""
+    groups = together(options.chosen)
+    return {f"{name}-{options.setting}": group for name, group in groups.items()}
+
+
+def _is_measured(folder: Path, setting: Setting, group: Sequence[Claim]) -> bool:
+    cache = Cache(folder / "cache")
+    return all(cache.has(claim, setting) for claim in group)
+
+
+def _told(options: Options, folder: Path) -> str:
+    """Return the last line of a shard."""
+    setting, chosen = SETTINGS[options.setting], options.chosen
+    left = sum(not _is_measured(folder, setting, [claim]) for claim in chosen)
+    if left:
+        return (
+            f"shard {options.shard} is done; of {len(chosen)} claims {left} failed or are still at "
+            "work in other processes"
+        )
+    return (
+        f"shard {options.shard} is done, and all {len(chosen)} claims are measured; the same "
+        "command without --shard writes the results"
+    )
 
 
 def test(claim: Claim, setting: Setting, folder: Path) -> Record:

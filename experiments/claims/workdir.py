@@ -11,16 +11,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from experiments.claims.claim import SETTINGS, Claim, Data, Setting
 from experiments.command_line import UsageError
+from experiments.leases import visible
 from experiments.translate.workdir import write_json
 
 # Written before the results.
-_BEFORE = ("cache", "errors", "figures", "results.json.unfinished")
+_BEFORE = ("cache", "errors", "figures", "leases", "results.json.unfinished")
 _MEASURED = re.compile(rf"\d+-({'|'.join(SETTINGS)})-[0-9a-f]{{16}}\.json")
 _HINT = "give another --workdir."
 
@@ -99,6 +100,14 @@ class Cache:
             old.unlink()
         write_json(path, {"data": data, "seconds": seconds})
 
+    def has(self, claim: Claim, setting: Setting) -> bool:
+        """Tell whether this process or another one has measured a claim by the same code."""
+        try:
+            path = self._path(claim, setting)
+        except (SyntaxError, ValueError):  # its file has a mistake
+            return False
+        return visible(path) and self.get(claim, setting) is not None
+
     def _path(self, claim: Claim, setting: Setting) -> Path:
         return self.folder / f"{claim.number}-{setting.name}-{fingerprint(claim.path)}.json"
 
@@ -111,6 +120,48 @@ def fingerprint(path: Path) -> str:
     for package in _PACKAGES:
         digest.update(f"{package} {metadata.version(package)}".encode())
     return digest.hexdigest()[:16]
+
+
+def together(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
+    """Return groups of claims by name; those of a group train the same models, once in a process.
+
+    A group has the name of the cached function that trains, which its files import by name; any
+    other claim is a group of its own.
+
+    >>> from experiments.claims.claim import all_claims
+    >>> groups = together([all_claims()[number] for number in (39, 51, 76)])
+    >>> {name: [claim.number for claim in group] for name, group in groups.items()}
+    {'39': [39], 'by_attention_size': [51, 76]}
+    """
+    groups: dict[str, list[Claim]] = {}
+    for claim in claims:
+        groups.setdefault(_trained(claim.path) or str(claim.number), []).append(claim)
+    return groups
+
+
+def _trained(path: Path) -> str | None:
+    """Return the first cached function that a file imports by name."""
+    try:
+        tree = _tree(path)
+    except (SyntaxError, ValueError):  # it will be reported when the claim is tested
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            cached = {name for file in _module_files(node.module) for name in _cached(file)}
+            for alias in node.names:
+                if alias.name in cached:
+                    return alias.name
+    return None
+
+
+@functools.cache
+def _cached(path: Path) -> set[str]:
+    return {
+        node.name
+        for node in _tree(path).body
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(of) == "functools.cache" for of in node.decorator_list)
+    }
 
 
 def imported_files(path: Path) -> set[Path]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
 import re
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -24,8 +26,8 @@ Record = dict[str, Any]
 # validation.
 ROUND, VALIDATION = "tokens", "exact_match"
 
-# The files of a run that was killed while it started.
-_FIRST = (".lock", "config.json.unfinished")
+# The files of a run that was killed while it started, or is starting.
+_FIRST = re.compile(r"\.lock|config\.json(\..+)?")
 
 # Orbax takes a path with these for a glob pattern.
 _GLOB = re.compile(r"[*?\[]")
@@ -98,7 +100,7 @@ def check(owner: Owner) -> None:
         raise UsageError(f"--workdir {folder} is not writable; {hint}")
     path = folder / "config.json"
     if not path.exists():
-        if any(file.name not in _FIRST for file in folder.iterdir()):
+        if not all(_FIRST.fullmatch(file.name) for file in folder.iterdir()):
             raise UsageError(f"--workdir {folder} holds other files and no run; {hint}")
         return
     try:
@@ -214,32 +216,72 @@ def from_json(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def opened(owner: Owner) -> Iterator[Path]:
+def opened(owner: Owner, *, orphaned: bool = False) -> Iterator[Path]:
     """Create the folder, lock it against other processes, and write config.json.
+
+    Args:
+      owner: of the folder.
+      orphaned: whether the last process in it is known to be dead, so that a lock is only what a
+        file server has not given up yet.
 
     Raises:
       UsageError: it cannot be written to, or another process has locked it.
     """
     folder = owner.directory
-    try:
+    with _refused(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Other errors say that the file system has no locks.
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and not orphaned:
+                raise UsageError(
+                    f"--workdir {folder} is in use by another process; wait for it, or give "
+                    "another."
+                ) from None
+        if not (folder / "config.json").exists():
+            write_json(folder / "config.json", _configuration(owner))
+        yield folder
+
+
+def shared(owner: Owner) -> Path:
+    """Create the folder with its config.json, which several processes may do at once.
+
+    Raises:
+      UsageError: it cannot be written to, or another owner was faster.
+    """
+    folder = owner.directory
+    with _refused(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.json"
+        if not path.exists():
+            own = folder / f"{path.name}.{socket.gethostname()}-{os.getpid()}"
+            write_json(own, _configuration(owner))
+            try:
+                os.link(own, path)  # unlike a renaming it replaces nothing
+            except FileExistsError:
+                pass
+            except OSError:  # this file system has no links
+                own.replace(path)
+            own.unlink(missing_ok=True)
+    check(owner)
+    return folder
+
+
+@contextlib.contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(
             f"--workdir {folder} cannot be written to: {error.strerror}; give another --workdir."
         ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"--workdir {folder} is in use by another process; wait for it, or give another."
-            ) from None
-        if not (folder / "config.json").exists():
-            write_json(
-                folder / "config.json", {"config": owner.identity, "environment": environment()}
-            )
-        yield folder
+
+
+def _configuration(owner: Owner) -> Record:
+    return {"config": owner.identity, "environment": environment()}
 
 
 def environment() -> Record:

@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from experiments.command_line import UsageError, parse_flags
+from experiments.shards import parse_shard
 from experiments.translate import command_line
 from experiments.translate.config import Config
 from experiments.translate_sweep.config import LISTED, Sweep
@@ -26,10 +27,31 @@ These take a list: scores, {", ".join(LISTED[:5])},
 The same command again resumes an interrupted sweep; with values or scores added to its lists, it
 trains only these. The folder is runs/sweep-DATA-KEY unless --workdir is given; the key depends on
 the flags without a list and on which flags have one. sweep.csv has all runs of the folder,
-results.json and the figures those of the last command. --flagfile=FILE reads flags from a file."""
+results.json and the figures those of the last command. --flagfile=FILE reads flags from a file.
+
+Jobs that share the folder divide the work: with --shard=2/8 a job does the second of eight shares
+of the runs, then helps with others. Without --shard the same command collects what they did, does
+what nobody does, and writes the results."""
 
 # A sweep only trains; the other modes are for its runs.
 _FIELDS = tuple(f for f in dataclasses.fields(Config) if f.metadata["group"] != "After training")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Jobs:
+    """Flags of a sweep alone."""
+
+    shard: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "group": "Several jobs",
+            "help": "The share of the runs that this job does, such as 2/8; all, and the results, "
+            "unless given.",
+        },
+    )
+
+
+_JOBS = dataclasses.fields(_Jobs)
 
 
 class _Several(flags.ArgumentParser):
@@ -63,6 +85,8 @@ def parse(arguments: Sequence[str]) -> Sweep:
         float: _define(flags.FloatParser()),
     }
     values = command_line.defined(_FIELDS, {**command_line.DEFINE, **several})
+    (shard,) = _JOBS
+    flags.DEFINE_string(shard.name, None, shard.metadata["help"], flag_values=values)
     parse_flags("translate_sweep", values, arguments, help_text)
     given: dict[str, Any] = {
         f.name: values[f.name].value for f in _FIELDS if values[f.name].present
@@ -75,14 +99,15 @@ def parse(arguments: Sequence[str]) -> Sweep:
             raise UsageError(f"--{name} is {listed}, but takes one value; --help names the lists.")
     # absl reads a list of names as a list; a configuration is to be hashed.
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    sweep = Sweep(Config(**given | {name: value[0] for name, value in numbers.items()}), swept)
+    base = Config(**given | {name: value[0] for name, value in numbers.items()})
+    sweep = Sweep(base, swept, parse_shard(values[shard.name].value))
     sweep.check()
     return sweep
 
 
 def help_text() -> str:
     """Return all flags by group, with their defaults."""
-    return command_line.help_text(_SUMMARY, _FIELDS)
+    return command_line.help_text(_SUMMARY, (*_FIELDS, *_JOBS))
 
 
 def _define(one: flags.ArgumentParser) -> command_line.Define:

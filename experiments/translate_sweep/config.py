@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.command_line import UsageError
+from experiments.shards import Shard
 from experiments.translate.config import SWEPT, Config, named_after
 
 RATE = "learning_rate"
@@ -57,10 +58,12 @@ class Sweep:
     Attributes:
       base: a run with the first value of every field.
       values: the values of each field that was given several of them.
+      shard: the share of the runs that this process does; None for all, and the results.
     """
 
     base: Config
     values: Mapping[str, tuple[Any, ...]]
+    shard: Shard | None = None
 
     @property
     def directory(self) -> Path:

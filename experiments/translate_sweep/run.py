@@ -12,6 +12,8 @@ import jax
 from rich.console import Console
 
 from experiments.command_line import show, terminal
+from experiments.leases import Leases, visible
+from experiments.shards import Shard, dealt, shares
 from experiments.translate import results as run_results
 from experiments.translate import workdir
 from experiments.translate.config import Config, group_of
@@ -28,8 +30,8 @@ _BATCH_FIELDS = ("seeds", "steps", "batch_size", "buckets", "evaluate_every")
 _KEPT = ("parameters", "sizes", "compile_seconds", "train_seconds", "tokens_per_second")
 
 
-def run_sweep(sweep: Sweep) -> Path:
-    """Do the remaining runs of a sweep, and return the path of its results.
+def run_sweep(sweep: Sweep) -> None:
+    """Do the remaining runs of a sweep and write its results, or do a share of the runs.
 
     Raises:
       UsageError: the data or the folder cannot be used.
@@ -40,8 +42,12 @@ def run_sweep(sweep: Sweep) -> Path:
     trials = list(sweep.trials())
     _check(trials)
     task = _task(trials[0].config)
+    if sweep.shard:
+        _run(trials, workdir.shared(sweep), console, sweep.shard)
+        show(_told(sweep.shard, trials))
+        return
     with workdir.opened(sweep) as folder:
-        records = _run_all(trials, console)
+        records = _run(trials, folder, console)
         summary = results.summarize(sweep, records)
         summary |= {
             "environment": json.loads((folder / "config.json").read_text("utf-8"))["environment"],
@@ -55,7 +61,6 @@ def run_sweep(sweep: Sweep) -> Path:
     table.show(console, summary)
     path = folder / "results.json"
     show(path.absolute())
-    return path
 
 
 def _check(trials: list[Trial]) -> None:
@@ -73,38 +78,75 @@ def _check(trials: list[Trial]) -> None:
             check_data(trial.config.directory, _task(trial.config).corpus)
             # The sizes do not depend on the learning rate.
             if trial.rate == trials[0].rate:
-                check_fits(trial.score, _run(trial))
+                check_fits(trial.score, _prepared(trial))
 
 
-def _run_all(trials: list[Trial], console: Console) -> list[Record]:
-    before = [_outcome(trial) for trial in trials]
-    missing = before.count(None)
-    counted = f"{len(trials)} runs, {len(trials) - missing} of them done before"
+def _run(
+    trials: list[Trial], folder: Path, console: Console, shard: Shard | None = None
+) -> list[Record]:
+    """Do what is missing, and return what was done; without a shard, that of all trials in order.
+
+    Args:
+      trials: of the sweep.
+      folder: of the sweep, where other processes may do other trials.
+      console: where progress is shown.
+      shard: the share to do.
+    """
+    missing = [trial for trial in trials if not _is_done(trial)]
+    counted = f"{len(trials)} runs, {len(trials) - len(missing)} of them done before"
     console.print(counted, soft_wrap=True)
-    start, records, done = time.perf_counter(), [], 0
-    for number, (trial, found) in enumerate(zip(trials, before, strict=True), 1):
-        head = f"{number}/{len(trials)} {trial}"
-        if found is None:
-            console.print(f"{head}: training", soft_wrap=True)
-            found = _train(trial, console)
-            done += 1
-            left = (time.perf_counter() - start) / done * (missing - done)
-            text = f"{_described(found)}; {left / 60:.0f} min left"
+    named = {trial.config.directory.name: trial for trial in trials}
+    own = [named[name] for name in shares(list(named), shard)[0]]
+    start, records, trained = time.perf_counter(), {}, 0
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
+    for trial, lease in dealt(named, shard, Leases(folder / "leases"), _is_done, say):
+        number = trials.index(trial)
+        head = f"{number + 1}/{len(trials)} {trial}"
+        if lease is None:
+            found = _outcome(trial)
+            text = f"{_described(found)}; done {'elsewhere' if trial in missing else 'before'}"
         else:
-            text = f"{_described(found)}; done before"
-        console.print(f"{head}: {text}", soft_wrap=True)
-        records.append({"score": trial.score, "point": trial.point, RATE: trial.rate, **found})
-    return records
+            say(f"{head}: training")
+            with lease:
+                found = _train(trial, console, lease.orphaned)
+            trained += 1
+            text = _described(found)
+            if trial in own:
+                left = (time.perf_counter() - start) / trained * sum(not _is_done(t) for t in own)
+                text += f"; {left / 60:.0f} min left"
+        say(f"{head}: {text}")
+        about = {"score": trial.score, "point": trial.point, RATE: trial.rate}
+        records[number] = about | found
+    return [records[number] for number in sorted(records)]
 
 
-def _outcome(trial: Trial) -> Record | None:
+def _told(shard: Shard, trials: list[Trial]) -> str:
+    """Return the last line of a shard."""
+    left = sum(not _is_done(trial) for trial in trials)
+    if left:
+        return (
+            f"shard {shard} is done; of {len(trials)} runs {left} are still at work in other "
+            "processes"
+        )
+    return (
+        f"shard {shard} is done, and so are all {len(trials)} runs; the same command without "
+        "--shard writes the results"
+    )
+
+
+def _is_done(trial: Trial) -> bool:
+    return any(visible(path) for path in _files(trial))
+
+
+def _outcome(trial: Trial) -> Record:
     """Return the outcome of a trial that is done: its metrics, or why it diverged."""
     folder = trial.config.directory
     measured, diverged = _files(trial)
     if diverged.exists():
         return {"folder": str(folder), **run_results.read_outcome(diverged)}
-    if not measured.exists():
-        return None
     found = run_results.read_outcome(measured)
     kept = {name: found[name] for name in _KEPT}
     return {"folder": str(folder), **kept, "metrics": run_results.measured(found)}
@@ -115,13 +157,19 @@ def _files(trial: Trial) -> tuple[Path, Path]:
     return folder / "outcomes" / f"{trial.score}.json", folder / "diverged.json"
 
 
-def _train(trial: Trial, console: Console) -> Record:
-    """Train and measure a trial, from where it was interrupted."""
+def _train(trial: Trial, console: Console, orphaned: bool) -> Record:
+    """Train and measure a trial, from where it was interrupted.
+
+    Args:
+      trial: what is trained.
+      console: where progress is shown.
+      orphaned: see `workdir.opened`.
+    """
     # Outside of a terminal a line for every validation would be too much.
     quiet = console if console.is_terminal else Console(quiet=True)
-    run = _run(trial, quiet)
+    run = _prepared(trial, quiet)
     workdir.check(trial.config)
-    with workdir.opened(trial.config) as folder:
+    with workdir.opened(trial.config, orphaned=orphaned) as folder:
         save_tokenizer(folder, run.task.corpus, run.task.longest, trial.config)
         try:
             train_and_measure(trial.score, run)
@@ -130,12 +178,10 @@ def _train(trial: Trial, console: Console) -> Record:
             workdir.write_json(diverged, {"diverged": str(error)})
         finally:
             jax.clear_caches()
-    found = _outcome(trial)
-    assert found is not None
-    return found
+    return _outcome(trial)
 
 
-def _run(trial: Trial, console: Console | None = None) -> Run:
+def _prepared(trial: Trial, console: Console | None = None) -> Run:
     return prepare(trial.config, console, _task)
 
 

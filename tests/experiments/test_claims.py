@@ -12,7 +12,9 @@ from experiments.claims import run, workdir
 from experiments.claims.__main__ import main
 from experiments.claims.claim import SETTINGS, all_claims, all_themes, read_claim
 from experiments.claims.command_line import Options, parse
+from tests.experiments.kills import quick
 
+ROOT = Path(__file__).parents[2]
 GOOD = '''"""Numbers are larger than zero.
 
 Source: Folklore.
@@ -103,6 +105,48 @@ def test_a_failing_claim_is_reported_and_the_others_are_tested(two_claims, tmp_p
 
 
 @pytest.mark.slow
+def test_shards_measure_and_the_command_without_a_shard_reports(two_claims, tmp_path, capsys):
+    arguments = ["--setting=tiny", f"--workdir={tmp_path / 'work'}"]
+    assert main([*arguments, "--claims=901", "--shard=1/2"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "shard 1/2 is done, and all 1 claims are measured; the same command without --shard writes "
+        "the results\n"
+    )
+    assert main([*arguments, "--shard=2/2"]) == 1, "one fails"
+    assert capsys.readouterr().out.endswith(
+        "shard 2/2 is done; of 2 claims 1 failed or are still at work in other processes\n"
+    )
+    assert main([*arguments, "--shard=1/2"]) == 0, "that is not in this share"
+    assert not (tmp_path / "work" / "results.json").exists()
+    assert main(arguments) == 1
+    assert two_claims.read_text().split() == ["measured"]
+    good, bad = json.loads((tmp_path / "work" / "results.json").read_text())["claims"]
+    assert good["cached"] and good["because"] == "It is 2.0." and bad["outcome"] == "failed"
+
+
+@pytest.mark.slow
+def test_two_shards_at_once_measure_every_claim_once(tmp_path):
+    arguments = ["--setting=tiny", "--claims=43,44"]
+
+    def started(*flags):
+        command = [sys.executable, "-m", "experiments.claims", *arguments, *flags]
+        return subprocess.Popen(command, cwd=ROOT, env=quick(), stdout=subprocess.PIPE, text=True)
+
+    both = [started(f"--workdir={tmp_path}/shards", f"--shard={n}/2") for n in (1, 2)]
+    printed = "".join(process.communicate()[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    tested = [line.split()[0] for line in printed.splitlines() if line[:2].isdecimal()]
+    assert sorted(tested) == ["43", "44"]
+    data = []
+    for name in ("shards", "alone"):
+        assert main([*arguments, f"--workdir={tmp_path}/{name}"]) == 0
+        claims = json.loads((tmp_path / name / "results.json").read_text())["claims"]
+        assert all(claim["cached"] == (name == "shards") for claim in claims)
+        data.append([(claim["number"], claim["verdict"], claim["data"]) for claim in claims])
+    assert data[0] == data[1]
+
+
+@pytest.mark.slow
 def test_the_report_has_everything_in_one_file(two_claims, tmp_path):
     main(["--setting=tiny", f"--workdir={tmp_path / 'work'}"])
     page = (tmp_path / "work" / "report.html").read_text()
@@ -164,6 +208,15 @@ def test_the_key_of_a_claim_follows_what_it_imports():
         (["--claim=3"], "unknown flag --claim; did you mean --claims?"),
         (["all"], "'all' is no flag; write --name=value, and --help lists all flags."),
         (["--out=/"], "--out: / is a folder; give a file."),
+        (
+            ["--shard=9/8"],
+            "--shard is 9/8, but I/N with I from 1 to N is needed, as in 2/8.",
+        ),
+        (
+            ["--shard=1/8", "--out=table.md"],
+            "--shard=1/8 writes no table; leave --out out, and give it to the command without "
+            "--shard.",
+        ),
         (["--out=results"], "--out is results, but a name that ends in .md is needed."),
         (
             ["--out=/dev/null/table.md"],

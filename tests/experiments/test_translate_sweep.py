@@ -51,6 +51,7 @@ def diverged(score, point, rate):
         ("--dropout=0,1", r"--dropout is 1.0, but a number in \[0, 1\) is needed."),
         ("--scores=dot,dot", "--scores names dot twice; name every score once."),
         ("--attention_sizes=2", r"unknown flag --attention_sizes; did you mean --attention_size\?"),
+        ("--shard=9/8", "--shard is 9/8, but I/N with I from 1 to N is needed, as in 2/8."),
         ("--input=x", "unknown flag --input; --help lists all flags."),
     ],
 )

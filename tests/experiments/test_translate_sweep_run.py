@@ -4,16 +4,21 @@ import csv
 import fcntl
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
+from experiments.leases import Leases, State
 from experiments.translate.train import Diverged, Interrupted
 from experiments.translate.workdir import write_json
 from experiments.translate_sweep import run
 from experiments.translate_sweep.__main__ import main
+from tests.experiments.kills import killed, quick, wait_for
 
+ROOT = Path(__file__).parents[2]
 TINY = (
     "--data=copy",
     "--train_size=100",
@@ -258,3 +263,84 @@ def test_a_real_sweep_measures_what_the_translator_measures(sweep, translate, tm
     for name in ("valid_loss", "bleu", "alignment_error", "mean_exact_match"):
         assert [m["metrics"][name] for m in ours] == [m["metrics"][name] for m in theirs]
     assert all(Path(m["folder"]).is_relative_to(tmp_path) for m in ours)
+
+
+def _comparable(folder):
+    """The results of a sweep without what differs between two equal ones."""
+    text = (folder / "results.json").read_text(encoding="utf-8").replace(str(folder), "")
+    found = json.loads(text)
+    for mechanism in found["mechanisms"]:
+        for name in ("compile_seconds", "train_seconds", "tokens_per_second"):
+            del mechanism[name]
+    return found
+
+
+@pytest.mark.slow
+def test_shards_do_the_runs_and_the_command_without_a_shard_collects_them(
+    sweep, trained, tmp_path, capsys
+):
+    flags = ("--seeds=1", "--learning_rate=0.01,100")
+    assert sweep(*flags, "--shard=2/2") == 0
+    assert [(score, rate) for score, _, rate in trained] == [
+        ("additive", 100),
+        ("dot", 100),
+        ("dot", 0.01),
+        ("additive", 0.01),
+    ]
+    assert capsys.readouterr().out.endswith(
+        "\nshard 2/2 is done, and so are all 4 runs; the same command without --shard writes the "
+        "results\n"
+    )
+    assert not (tmp_path / "sweep" / "results.json").exists()
+    assert sweep(*flags, "--shard=1/3") == sweep(*flags) == 0
+    assert len(trained) == 4
+    found = _comparable(tmp_path / "sweep")
+    shutil.rmtree(tmp_path / "sweep")
+    assert sweep(*flags) == 0
+    assert _comparable(tmp_path / "sweep") == found
+
+
+@pytest.mark.slow
+def test_what_another_process_trains_is_left_to_it(sweep, trained, tmp_path, capsys):
+    flags = ("--seeds=1",)
+    assert sweep(*flags, "--scores=dot", "--shard=1/1") == 0
+    (name,) = (path.name for path in (tmp_path / "sweep" / "runs").iterdir())
+    shutil.rmtree(tmp_path / "sweep" / "runs" / name)
+    trained.clear()
+    with Leases(tmp_path / "sweep" / "leases").take(name):
+        assert sweep(*flags, "--shard=2/2") == 0
+    assert [score for score, *_ in trained] == ["additive"]
+    assert capsys.readouterr().out.endswith(
+        "\nshard 2/2 is done; of 2 runs 1 are still at work in other processes\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_shard_is_taken_over_and_the_results_are_those_without_shards(
+    sweep, tmp_path, capsys
+):
+    flags = ("--seeds=1", "--learning_rate=0.01,0.02", "--steps=100", "--checkpoint_seconds=0")
+    folder = tmp_path / "sweep"
+
+    def started(shard):
+        command = [sys.executable, "-m", "experiments.translate_sweep", *TINY, *flags]
+        command += [f"--workdir={folder}", f"--shard={shard}"]
+        return subprocess.Popen(command, cwd=ROOT, env=quick(), stdout=subprocess.PIPE, text=True)
+
+    second = started("2/2")
+    wait_for(lambda: any(folder.glob("runs/*/checkpoints/*/*.seal")), second)
+    first = started("1/2")
+    assert killed(second), "it was to be killed at work"
+    printed, _ = first.communicate()
+    assert first.returncode == 0
+    assert "so are all 4 runs" in printed and not (folder / "results.json").exists()
+    standings = [Leases(folder / "leases").standing(p.name) for p in (folder / "runs").iterdir()]
+    assert [found.state for found in standings] == [State.DONE] * 4
+    assert {found.holder.process for found in standings} == {first.pid}
+    assert sorted(found.generation for found in standings) == [1, 1, 1, 2]
+    assert sweep(*flags) == 0
+    assert "training" not in capsys.readouterr().out
+    found = _comparable(folder)
+    shutil.rmtree(folder)
+    assert sweep(*flags) == 0
+    assert _comparable(folder) == found
