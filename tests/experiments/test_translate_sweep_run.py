@@ -269,6 +269,7 @@ def _comparable(folder):
     """The results of a sweep without what differs between two equal ones."""
     text = (folder / "results.json").read_text(encoding="utf-8").replace(str(folder), "")
     found = json.loads(text)
+    del found["environment"]
     for mechanism in found["mechanisms"]:
         for name in ("compile_seconds", "train_seconds", "tokens_per_second"):
             del mechanism[name]
