@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,7 +134,8 @@ def run(
     1 where the system refused a file; 2 for a request that cannot be met.
     """
     try:
-        return do(parse(sys.argv[1:] if arguments is None else arguments)) or 0
+        with _no_backend():
+            return do(parse(sys.argv[1:] if arguments is None else arguments)) or 0
     except HelpRequested as help:
         show(help)
         return 0
@@ -142,6 +143,21 @@ def run(
         return complain(program, error, 2)
     except OSError as error:
         return complain(program, f"{reason(error)}; put that right, and try again.", 1)
+
+
+@contextlib.contextmanager
+def _no_backend() -> Iterator[None]:
+    """Hide matplotlib's backend of the environment, because programs only write files.
+
+    A cell of a notebook names one that another Python environment may lack, and matplotlib could
+    not be imported.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
 def reason(error: OSError) -> str:

@@ -10,6 +10,8 @@ from absl import flags
 
 from experiments.command_line import UsageError, check_file, check_folder, parse_flags, run
 
+ROOT = Path(__file__).parents[2]
+
 
 def values():
     found = flags.FlagValues()
@@ -78,6 +80,42 @@ def test_what_cannot_be_written_is_known_before_the_work(check, tmp_path):
         with pytest.raises(UsageError) as error:
             check("out", path)
         assert str(error.value) == (f"--out: {path} cannot be written in {parent}; give another.")
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_figures_are_written_whatever_backend_the_environment_names(backend, tmp_path, monkeypatch):
+    """A cell of a notebook names one that only its own Python has."""
+    monkeypatch.setenv("MPLBACKEND", backend)
+    code = (
+        "import sys; from experiments.command_line import run\n"
+        "def draw(path):\n"
+        "    from matplotlib.figure import Figure\n"
+        "    Figure().savefig(path)\n"
+        "sys.exit(run('draw', None, lambda arguments: arguments[0], draw))"
+    )
+    path = tmp_path / "figure.png"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and not done.stderr and path.stat().st_size > 1000
+
+
+def test_the_environment_is_as_it_was_after_a_program(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "svg")
+    found = []
+    assert run("program", [], list, lambda _: found.append(os.environ.get("MPLBACKEND"))) == 0
+    assert found == [None] and os.environ["MPLBACKEND"] == "svg"
+
+
+def test_every_program_runs_by_the_function_that_all_share():
+    """So that what is done there for one program is done for all."""
+    programs = [
+        path
+        for path in (ROOT / "experiments").rglob("*.py")
+        if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    ]
+    assert len(programs) >= 6
+    for path in programs:
+        text = path.read_text(encoding="utf-8")
+        assert "command_line.run(" in text or "run_program(" in text or "return run(" in text, path
 
 
 def test_a_file_that_the_system_refuses_gets_one_sentence(tmp_path, capsys):
