@@ -21,6 +21,7 @@ LONG_SIGNATURES = {
     "attention_jax/attention.py": ("attend", "explain"),
     "attention_jax/interop/jax_nn.py": ("dot_product_attention",),
     "attention_jax/interop/flax_layers.py": ("__call__",),
+    "attention_jax/linen/multi_head.py": ("__call__",),
     "attention_jax/nnx/multi_head.py": ("__call__",),
 }
 # Methods of named tuples, what Python itself makes, and the end of a process from a thread of it.

@@ -1,12 +1,14 @@
 """Layers as the two Flax APIs share them: heads, multi-head attention, Transformer blocks."""
 
+from attention_jax.layers.generation import generate
 from attention_jax.layers.heads import HeadOptions, HeadSizes, ProjectedMemory, Projections
 from attention_jax.layers.linear import LinearLayer, LinformerLayer
-from attention_jax.layers.models import generate
 from attention_jax.layers.multi_head import MultiHead
+from attention_jax.layers.options import BlockOptions, StackOptions, by_layer
 from attention_jax.layers.transformer import BlockWeights
 
 __all__ = [
+    "BlockOptions",
     "BlockWeights",
     "HeadOptions",
     "HeadSizes",
@@ -15,5 +17,7 @@ __all__ = [
     "MultiHead",
     "ProjectedMemory",
     "Projections",
+    "StackOptions",
+    "by_layer",
     "generate",
 ]

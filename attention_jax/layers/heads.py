@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,11 +36,12 @@ class HeadSizes(NamedTuple):
 
 
 class LinearShape(NamedTuple):
-    """The axes that a projection contracts, those that it returns, and where the former are."""
+    """The axes that a projection contracts and those that it returns; where the former are."""
 
     inputs: int | tuple[int, ...]
     outputs: int | tuple[int, ...]
     axis: int | tuple[int, ...] = -1
+    use_bias: bool = True
 
 
 @dataclasses.dataclass
@@ -61,7 +62,8 @@ class HeadOptions:
       share_query_key: one projection for query and key.
       projections: False attends to the input as it is, cut into heads: X X^T.
       combine: "concat" or "sum" of the heads.
-      use_bias: of the four projections.
+      use_bias: of the four projections, or by their names query, key, value and out; those
+        left out have one.
       kernel_init: of the four projections.
       bias_init: of the four projections.
       dtype: of the computation; that of inputs and parameters unless given.
@@ -82,7 +84,7 @@ class HeadOptions:
     share_query_key: bool = False
     projections: bool = True
     combine: str = "concat"
-    use_bias: bool = True
+    use_bias: bool | Mapping[str, bool] = True
     kernel_init: Initializer = standard.glorot_uniform()  # noqa: RUF009
     bias_init: Initializer = standard.zeros
     dtype: Any = None
@@ -143,7 +145,12 @@ def _depths_of_inputs(
 
 
 def linear_shapes(options: HeadOptions, sizes: HeadSizes) -> dict[str, LinearShape]:
-    """Return what the projections of a layer map, by their names in Flax's own layers."""
+    """Return what the projections of a layer map, by their names in Flax's own layers.
+
+    Raises:
+      ValueError: biases for a projection that does not exist, or that are neither True nor False.
+    """
+    biases = _biases(options.use_bias)
     if not options.projections:
         return {}
     num_heads, num_key_heads = sizes.num_heads, sizes.num_key_heads
@@ -157,7 +164,20 @@ def linear_shapes(options: HeadOptions, sizes: HeadSizes) -> dict[str, LinearSha
         del shapes["key"]
     if options.combine == "sum":
         shapes["out"] = LinearShape(sizes.value_depth, sizes.out_features)
-    return shapes
+    return {name: shape._replace(use_bias=biases[name]) for name, shape in shapes.items()}
+
+
+def _biases(use_bias: Any) -> dict[str, bool]:
+    """Return which of the four projections have a bias."""
+    names = ("query", "key", "value", "out")
+    given = use_bias if isinstance(use_bias, Mapping) else dict.fromkeys(names, use_bias)
+    for name, has_bias in given.items():
+        if name not in names or not isinstance(has_bias, bool):
+            raise ValueError(
+                "use_bias must be True, False or a dict of these for some of query, key, value and "
+                f"out, got {has_bias!r} for {name!r}."
+            )
+    return {name: given.get(name, True) for name in names}
 
 
 class ProjectedMemory(NamedTuple):
@@ -238,8 +258,8 @@ class Projections(NamedTuple):
         return context if self.out is None else self.out(context)
 
 
-class KeysMethod:
-    """The method of every module that projects a memory once for several calls."""
+class HeadsMethods:
+    """The methods of every module with heads: a memory projected once, x to heads, and back."""
 
     def _projections(self) -> Projections:
         """Return the projections with this module's parameters."""
@@ -248,6 +268,34 @@ class KeysMethod:
     def keys(self, memory: Array, positions: Array | None = None) -> ProjectedMemory:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
         return self._projections().memory(memory, None, positions)
+
+    def heads(
+        self,
+        query: Array,
+        memory: Array | ProjectedMemory | None = None,
+        value: Array | None = None,
+        *,
+        positions: Array | None = None,
+        memory_positions: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """Return what the layer attends with: the operands of `attend`, or of your own function.
+
+        Args:
+          query: [B, T, in_features].
+          memory: [B, S, memory_features], or what `keys` made of it; the query unless given.
+          value: [B, S, memory_features], for values; the memory unless given.
+          positions: of the queries, [T] or [B, T]; 0, 1, ... unless given.
+          memory_positions: of the keys; as `positions` for self-attention.
+
+        Returns:
+          Queries [B, T, N, Hq], keys [B, S, K, Hk] and values [B, S, K, V]: projected, normed,
+          turned by positions.
+        """
+        return self._projections().heads(query, memory, value, positions, memory_positions)
+
+    def join(self, context: Array) -> Array:
+        """Join the contexts [B, T, N, V] of `heads` and project them: [B, T, out_features]."""
+        return self._projections().join(context)
 
 
 def cache_dtype(dtype: Any, param_dtype: Any) -> Any:

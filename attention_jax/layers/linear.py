@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attention_jax import linear
 from attention_jax.base import checks
 from attention_jax.cache import and_causal, next_positions
-from attention_jax.layers.heads import HeadSizes, KeysMethod, ProjectedMemory, Projections
+from attention_jax.layers.heads import HeadSizes, HeadsMethods, ProjectedMemory, Projections
 from attention_jax.linear import LinearState, linear_attention
 from attention_jax.linear.linformer import check_rank, linformer_attention
 from attention_jax.masks import MaskLike, padding
@@ -35,7 +35,7 @@ class LinearLayer(NamedTuple):
         }
 
 
-class LinearMethods(KeysMethod):
+class LinearMethods(HeadsMethods):
     """The methods of `LinearAttention` that the two APIs share."""
 
     def _layer(self) -> LinearLayer:

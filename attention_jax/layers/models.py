@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
+from jax.nn import initializers as standard
 
 from attention_jax.base import checks
+from attention_jax.base.parameters import initializer
 from attention_jax.cache import and_causal, next_positions
+from attention_jax.layers.embedding import to_logits
+from attention_jax.layers.generation import generate
 from attention_jax.layers.heads import ProjectedMemory
+from attention_jax.layers.options import map_layers
 from attention_jax.layers.transformer import Cache, map_output
-from attention_jax.masks import MaskLike
 from attention_jax.positions import learned_table
 
 Array = jax.Array
@@ -25,14 +28,17 @@ class TokenModelMethods:
 
     embedding: Any
     stack: Any
+    output: Any
     max_length: int | None
+    logit_cap: float | None
 
     def encode(
         self,
         tokens: Array,
-        mask: MaskLike = None,
+        mask: Any = None,
         *,
         positions: Array | None = None,
+        types: Array | None = None,
         deterministic: bool | None = None,
         **options: Any,
     ) -> Any:
@@ -40,23 +46,29 @@ class TokenModelMethods:
 
         Args:
           tokens: [B, T].
-          mask: which tokens may attend to which, such as `masks.Lengths`.
+          mask: which tokens may attend to which, such as `masks.Lengths`; for all layers or each,
+            as in `TransformerStack`.
           positions: of the tokens, [T] or [B, T]; 0, 1, ... unless given.
+          types: of the tokens, [B, T], where the embedding has any; 0 unless given.
           deterministic: instead of the module's own.
-          **options: return_weights and sow_weights, as in `TransformerStack`.
+          **options: bias, tile_sizes, return_weights and sow_weights, as in `TransformerStack`.
         """
         if positions is None:
             check_length(tokens.shape[1], self.max_length)
-        x = self.embedding(tokens, positions, deterministic)
+        x = self.embedding(tokens, positions, deterministic, types=types)
         return self.stack(x, mask=mask, positions=positions, deterministic=deterministic, **options)
+
+    def logits(self, x: Array) -> Array:
+        """Return logits [..., vocabulary] of vectors [..., features], as `encode` returns them."""
+        return to_logits(x, self.embedding.attend, self.output, self.logit_cap)
 
 
 class TokenEncoderMethods(TokenModelMethods):
     """The methods of `TokenEncoder` that the two APIs share."""
 
-    def __call__(self, tokens: Array, mask: MaskLike = None, **options: Any) -> Any:
+    def __call__(self, tokens: Array, mask: Any = None, **options: Any) -> Any:
         """Return logits [B, T, vocabulary] of tokens [B, T]; arguments are those of `encode`."""
-        return map_output(self.embedding.attend, self.encode(tokens, mask, **options))
+        return map_output(self.logits, self.encode(tokens, mask, **options))
 
 
 class CausalDecoderMethods(TokenModelMethods):
@@ -66,29 +78,36 @@ class CausalDecoderMethods(TokenModelMethods):
         """Return `decode` as a function that a loop of JAX may call."""
         raise NotImplementedError
 
-    def __call__(self, tokens: Array, mask: MaskLike = None, **options: Any) -> Any:
+    def __call__(self, tokens: Array, mask: Any = None, **options: Any) -> Any:
         """Return logits [B, T, vocabulary] of the token after each of tokens [B, T].
 
-        The mask is joined with the causal one; other arguments are those of `encode`.
+        Arguments are those of `encode`.
         """
-        result = self.encode(tokens, and_causal(mask), **options)
-        return map_output(self.embedding.attend, result)
+        return map_output(self.logits, self.encode(tokens, mask, **options))
+
+    def encode(self, tokens: Array, mask: Any = None, **options: Any) -> Any:
+        """Return a vector [B, T, features] for each token, made of it and of those before.
+
+        The mask, for all layers or each, is joined with the causal one. Options are positions,
+        types, deterministic, bias, tile_sizes, return_weights and sow_weights.
+        """
+        return super().encode(tokens, map_layers(and_causal, mask), **options)
 
     def init_cache(self, batch: int, capacity: int, **options: Any) -> list[Cache]:
         """Return empty caches for `decode`; see `attention_jax.cache.init`."""
         return self.stack.init_cache(batch, capacity, **options)
 
     def decode(
-        self, tokens: Array, caches: Sequence[Cache], *, mask: MaskLike = None, count: Any = None
+        self, tokens: Array, caches: Sequence[Cache], *, mask: Any = None, count: Any = None
     ) -> tuple[Array, list[Cache]]:
         """Return logits [B, T, vocabulary] of the next tokens [B, T], and the next caches.
 
-        The mask is that of the whole sequence, joined with the causal one. In a ragged batch
-        `count` [B] tells how many of the T are tokens.
+        The mask is that of the whole sequence, for all layers or each, joined with the causal one.
+        In a ragged batch `count` [B] tells how many of the T are tokens.
         """
         x = self.embedding(tokens, next_positions(caches[0], tokens.shape[1]), deterministic=True)
         x, following = self.stack.decode(x, caches, mask=mask, count=count)
-        return self.embedding.attend(x), following
+        return self.logits(x), following
 
     def generate(
         self,
@@ -96,14 +115,26 @@ class CausalDecoderMethods(TokenModelMethods):
         num_steps: int,
         *,
         lengths: Array | Sequence[int] | None = None,
+        mask: Any = None,
+        window: Any = None,
         **options: Any,
     ) -> Array:
-        """Continue prompts [B, T] by [B, num_steps]; see `attention_jax.layers.generate`."""
+        """Continue prompts [B, T] by [B, num_steps].
+
+        Args:
+          prompt: tokens [B, T].
+          num_steps: how many tokens to add.
+          lengths: how many tokens of each prompt count, [B].
+          mask: of the whole sequence, for all layers or each, joined with the causal one.
+          window: of the caches, for all layers or each; see `attention_jax.cache.init`.
+          **options: rng, temperature and end of `attention_jax.layers.generate`.
+        """
         batch, length = prompt.shape
         check_length(length + num_steps - 1, self.max_length)
-        caches = self.init_cache(batch, length + num_steps, ragged=lengths is not None)
-        options["lengths"] = lengths
-        return generate(self._pure_decode(), caches, prompt, num_steps, **options)
+        kept = {} if window is None else {"window": window}
+        caches = self.init_cache(batch, length + num_steps, ragged=lengths is not None, **kept)
+        decode = functools.partial(self._pure_decode(), mask=mask)
+        return generate(decode, caches, prompt, num_steps, lengths=lengths, **options)
 
 
 class EncoderDecoderMethods:
@@ -113,6 +144,8 @@ class EncoderDecoderMethods:
     target: Any
     encoder: Any
     decoder: Any
+    output: Any
+    logit_cap: float | None
 
     def _pure_decode(self) -> Callable[..., Any]:
         """Return `decode` as a function that a loop of JAX may call."""
@@ -122,8 +155,8 @@ class EncoderDecoderMethods:
         self,
         source: Array,
         target: Array,
-        source_mask: MaskLike = None,
-        mask: MaskLike = None,
+        source_mask: Any = None,
+        mask: Any = None,
         **options: Any,
     ) -> Any:
         """Return logits [B, T, target vocabulary] of the token after each of the target's.
@@ -131,26 +164,30 @@ class EncoderDecoderMethods:
         Arguments are those of `write`.
         """
         written = self.write(source, target, source_mask, mask, **options)
-        return map_output(self.target.attend, written)
+        return map_output(self.logits, written)
+
+    def logits(self, x: Array) -> Array:
+        """Return logits [..., target vocabulary] of vectors [..., features], as of `write`."""
+        return to_logits(x, self.target.attend, self.output, self.logit_cap)
 
     def write(
         self,
         source: Array,
         target: Array,
-        source_mask: MaskLike = None,
-        mask: MaskLike = None,
+        source_mask: Any = None,
+        mask: Any = None,
         *,
         deterministic: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Return a vector for each of the target's tokens, of which `target.attend` makes logits.
+        """Return a vector for each of the target's tokens, of which `logits` makes logits.
 
         Args:
           source: tokens [B, S].
           target: tokens [B, T].
           source_mask: which of the source's tokens are seen, by itself and by the target, such as
-            `masks.Lengths`.
-          mask: of the target, joined with the causal one.
+            `masks.Lengths`; for all layers or each, as in `TransformerStack`.
+          mask: of the target, likewise, joined with the causal one.
           deterministic: instead of the module's own.
           **options: return_weights and sow_weights, as in `TransformerStack`, of the decoder.
 
@@ -161,7 +198,7 @@ class EncoderDecoderMethods:
         return self.decoder(
             self.target(target, deterministic=deterministic),
             memory,
-            mask=and_causal(mask),
+            mask=map_layers(and_causal, mask),
             memory_mask=source_mask,
             deterministic=deterministic,
             **options,
@@ -170,7 +207,7 @@ class EncoderDecoderMethods:
     def encode(
         self,
         source: Array,
-        mask: MaskLike = None,
+        mask: Any = None,
         *,
         deterministic: bool | None = None,
         **options: Any,
@@ -193,8 +230,8 @@ class EncoderDecoderMethods:
         caches: Sequence[Cache],
         memory: Array | Sequence[ProjectedMemory],
         *,
-        source_mask: MaskLike = None,
-        mask: MaskLike = None,
+        source_mask: Any = None,
+        mask: Any = None,
         count: Any = None,
     ) -> tuple[Array, list[Cache]]:
         """Return logits [B, T, target vocabulary] of the next tokens [B, T], and the next caches.
@@ -211,28 +248,36 @@ class EncoderDecoderMethods:
             memory_mask=source_mask,
             count=count,
         )
-        return self.target.attend(x), following
+        return self.logits(x), following
 
     def generate(
         self,
         source: Array,
         prompt: Array,
         num_steps: int,
-        source_mask: MaskLike = None,
+        source_mask: Any = None,
         *,
         lengths: Array | Sequence[int] | None = None,
+        mask: Any = None,
         **options: Any,
     ) -> Array:
         """Write after a prompt [B, T], such as one token that begins every target: [B, num_steps].
 
-        Options are those of `attention_jax.layers.generate`.
+        Args:
+          source: tokens [B, S].
+          prompt: tokens [B, T].
+          num_steps: how many tokens to add.
+          source_mask: as in the call.
+          lengths: how many tokens of each prompt count, [B].
+          mask: of the whole target, for all layers or each, joined with the causal one.
+          **options: rng, temperature and end of `attention_jax.layers.generate`.
         """
         memory = self.keys(self.encode(source, source_mask, deterministic=True))
         batch, length = prompt.shape
         caches = self.init_cache(batch, length + num_steps, ragged=lengths is not None)
-        decode = functools.partial(self._pure_decode(), memory=memory, source_mask=source_mask)
-        options["lengths"] = lengths
-        return generate(decode, caches, prompt, num_steps, **options)
+        seen = {"source_mask": source_mask, "mask": mask}
+        decode = functools.partial(self._pure_decode(), memory=memory, **seen)
+        return generate(decode, caches, prompt, num_steps, lengths=lengths, **options)
 
 
 def position_or_table(position: Any, max_length: int | None, features: int) -> Any:
@@ -247,6 +292,15 @@ def position_or_table(position: Any, max_length: int | None, features: int) -> A
             "them, not both."
         )
     return position if max_length is None else learned_table(max_length, features)
+
+
+def embedding_as_published(features: int, position: Any) -> dict[str, Any]:
+    """Return the options of the embeddings of the first Transformer: sqrt(D) times the vectors.
+
+    Vaswani et al. 2017, section 3.4.
+    """
+    init = initializer(standard.normal, features**-0.5)
+    return {"position": position, "scale": features**0.5, "embedding_init": init}
 
 
 def check_length(length: int, max_length: int | None) -> None:
@@ -310,70 +364,3 @@ def add_class_token(x: Array, class_token: Array, positions: Array) -> Array:
     x = jnp.concatenate([first, x], axis=1)
     checks.axes("add_class_token", positions=(positions, "SD"), patches=(x, "BSD"))
     return x + jnp.broadcast_to(positions.astype(x.dtype), x.shape)
-
-
-def generate(
-    decode: Callable[..., tuple[Array, Any]],
-    caches: Any,
-    prompt: Array,
-    num_steps: int,
-    *,
-    lengths: Array | Sequence[int] | None = None,
-    rng: Array | None = None,
-    temperature: float | Array = 1.0,
-) -> Array:
-    """Continue prompts, by the most likely token at each step or by one that is drawn.
-
-    Args:
-      decode: `decode(tokens [B, T], caches, count=...)`, which returns logits [B, T, vocabulary]
-        and the next caches.
-      caches: empty; ragged if `lengths` is given.
-      prompt: tokens [B, T], of any integer type, which the result has too.
-      num_steps: how many tokens to add.
-      lengths: how many tokens of each prompt count, [B]; the rest is padding.
-      rng: a `jax.random` key to draw tokens; None takes the most likely.
-      temperature: logits are divided by it before tokens are drawn.
-
-    Returns:
-      The tokens after each prompt, [B, num_steps].
-
-    Raises:
-      ValueError: no step, a temperature that is not positive where it is known outside `jit`, or
-        a prompt of a type that cannot hold every token.
-
-    >>> def decode(tokens, caches, count):  # the next token is the last one plus 1
-    ...     return jax.nn.one_hot(tokens + 1, 10), caches
-    >>> generate(decode, (), jnp.array([[3, 4]]), 3)
-    Array([[5, 6, 7]], dtype=int32)
-    """
-    checks.at_least("generate", 1, num_steps=num_steps)
-    if not isinstance(temperature, jax.core.Tracer) and temperature <= 0:
-        raise ValueError(f"generate: temperature must be positive, got {temperature}.")
-    choose = functools.partial(_choose, rng, temperature)
-
-    def step(carry: tuple[Array, Any], number: Array) -> tuple[tuple[Array, Any], Array]:
-        token, caches = carry
-        logits, caches = decode(token[:, None], caches, count=None)
-        following = choose(logits[:, 0], number).astype(token.dtype)
-        return (following, caches), following
-
-    lengths = lengths if lengths is None else jnp.asarray(lengths)
-    logits, caches = decode(prompt, caches, count=lengths)
-    if logits.shape[-1] - 1 > jnp.iinfo(prompt.dtype).max:
-        raise ValueError(
-            f"generate: {prompt.dtype} cannot hold all of the {logits.shape[-1]} tokens; give the "
-            "prompt as int32."
-        )
-    last = jnp.broadcast_to(prompt.shape[1] if lengths is None else lengths, prompt.shape[:1]) - 1
-    token = choose(jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], 0)
-    token = token.astype(prompt.dtype)
-    _, rest = jax.lax.scan(step, (token, caches), jnp.arange(1, num_steps))
-    return jnp.concatenate([token[:, None], rest.swapaxes(0, 1)], axis=1)
-
-
-def _choose(rng: Array | None, temperature: float | Array, logits: Array, step: Any) -> Array:
-    """Return the most likely token of logits [B, vocabulary], or with a random key a drawn one."""
-    if rng is None:
-        return jnp.argmax(logits, axis=-1)
-    logits = logits / jnp.asarray(temperature, logits.dtype)
-    return jax.random.categorical(jax.random.fold_in(rng, step), logits)

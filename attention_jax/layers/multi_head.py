@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from attention_jax import masks
 from attention_jax.attention import attend
 from attention_jax.base.binding import BiasLike
 from attention_jax.cache import (
@@ -18,10 +20,14 @@ from attention_jax.cache import (
     next_positions,
     view_of,
 )
-from attention_jax.layers.heads import KeysMethod, ProjectedMemory, Projections
+from attention_jax.layers.heads import HeadsMethods, ProjectedMemory, Projections
 from attention_jax.masks import MaskLike
+from attention_jax.masks.algebra import leading_axes
+from attention_jax.masks.intervals import Interval, Unknown, judge
 
 Array = jax.Array
+ROWS_CHECKED = 64
+"""How many rows next to each other are read before a windowed cache is trusted with a mask."""
 
 
 class MultiHead(NamedTuple):
@@ -43,30 +49,34 @@ class MultiHead(NamedTuple):
         value: Array | None,
         *,
         mask: MaskLike,
-        bias: BiasLike,
+        functions: tuple[Any, BiasLike],
         positions: Array | None,
         memory_positions: Array | None,
-        dropout: dict[str, Any],
+        options: dict[str, Any],
         return_weights: bool,
     ) -> tuple[Array, Array | None]:
-        """Return the output [B, T, out_features] and, where asked for, the weights."""
+        """Return the output [B, T, out_features] and, where asked for, the weights.
+
+        `functions` are score and bias instead of the layer's own, `options` others of `attend`.
+        """
         heads = self.projections.heads(query, memory, value, positions, memory_positions)
         result = attend(
             *heads,
-            **self.functions(bias),
+            **self.functions(*functions),
             mask=mask,
-            **dropout,
+            **options,
             implementation=self.implementation,
             return_weights=return_weights,
         )
         context, weights = result[:2] if return_weights else (result, None)
         return self.projections.join(context), weights
 
-    def functions(self, bias: BiasLike = None) -> dict[str, Any]:
+    def functions(self, score: Any = None, bias: BiasLike = None) -> dict[str, Any]:
         """Return score, bias and normalizer with their parameters bound, as `attend` takes them."""
         if bias is None and self.bias is not None:
             bias = self.bias()
-        return {"score": self.score(), "bias": bias, "normalizer": self.normalizer()}
+        score = self.score() if score is None else score
+        return {"score": score, "bias": bias, "normalizer": self.normalizer()}
 
     def attend_view(
         self, heads: Array, view: View, *, bias: BiasLike, return_weights: bool, **options: Any
@@ -75,7 +85,7 @@ class MultiHead(NamedTuple):
         result = attend_cached(
             heads,
             view,
-            **self.functions(bias),
+            **self.functions(bias=bias),
             **options,
             implementation=self.implementation,
             return_weights=return_weights,
@@ -84,7 +94,7 @@ class MultiHead(NamedTuple):
         return self.projections.join(context), *weights
 
 
-class MultiHeadMethods(KeysMethod):
+class MultiHeadMethods(HeadsMethods):
     """The methods of `MultiHeadAttention` that the two APIs share."""
 
     def _layer(self) -> MultiHead:
@@ -139,9 +149,11 @@ class MultiHeadMethods(KeysMethod):
 
         Raises:
           ShapeError: inputs that do not fit each other or the module.
-          ValueError: more tokens than the capacity.
+          ValueError: more tokens than the capacity, or a mask that is not known to leave out the
+            tokens that a window has forgotten.
         """
         layer = self._layer()
+        refuse_forgetting(layer.projections.name, cache.window, mask)
         positions = next_positions(cache, query.shape[1])
         heads, key, value = layer.projections.heads(query, positions=positions)
         cache, view = extend(cache, key, value, count)
@@ -184,3 +196,39 @@ class MultiHeadMethods(KeysMethod):
             heads, view, bias=bias, return_weights=return_weights, **options
         )
         return (output, *weights) if return_weights else output
+
+
+def refuse_forgetting(operation: str, window: int | None, mask: MaskLike) -> None:
+    """Require a mask that lets no query attend to what a cache with a window has forgotten.
+
+    Rows at many distances are read over intervals of keys: an array, or a mask known only inside
+    `jit`, counts as if it allowed everything.
+
+    Raises:
+      ValueError: the mask may let a query attend to a token before the window.
+
+    >>> refuse_forgetting("f", 3, masks.Window(3, 0))
+    """
+    if window is None:
+        return
+    distances = {*range(ROWS_CHECKED), *(2**power for power in range(20))}
+    last = np.array(sorted(distances), np.int32)[:, None]
+    row = last + window + 1
+    forgotten = Interval(np.zeros_like(last), last)
+    if np.all(judge(_of_any_example(mask), Interval(row, row), forgotten).state == masks.EMPTY):
+        return
+    raise ValueError(
+        f"{operation}: a cache with window = {window} forgets older tokens, to which the mask may "
+        f"let a query attend; join the mask by & with masks.Window({window}, 0), or init the cache "
+        "without a window."
+    )
+
+
+def _of_any_example(mask: MaskLike) -> masks.Mask:
+    """Return a mask with Unknown for what differs between examples or heads, or is traced."""
+    mask = masks.as_mask(mask)
+    own = [extra > 0 for _, extra in leading_axes(mask)]
+    leaves, structure = jax.tree.flatten(mask.static())
+    return structure.unflatten(
+        [Unknown() if differs else leaf for leaf, differs in zip(leaves, own, strict=True)]
+    )

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from attention_jax.base import checks
+from attention_jax.base.binding import BiasLike
 from attention_jax.cache import KeyValueCache
 from attention_jax.layers.heads import ProjectedMemory
+from attention_jax.layers.options import of_layer
 from attention_jax.linear import LinearState
 from attention_jax.masks import MaskLike
-from attention_jax.masks.intervals import indices
 
 Array = jax.Array
 Cache = KeyValueCache | LinearState
@@ -32,23 +32,32 @@ class BlockWeights(NamedTuple):
     cross_attention: Array | None = None
 
 
+class Sublayer(NamedTuple):
+    """A layer f and its norms: y = after(x + dropout(branch(f(before(x)))))."""
+
+    layer: Any
+    dropout: Callable[[Array], Array]
+    before: Any = None
+    branch: Any = None
+    after: Any = None
+
+    def add(self, x: Array, function: Callable[[Array], Any]) -> tuple[Any, ...]:
+        """Return x with what `function`, a method of the layer, adds to it; and its extras."""
+        change, *extras = output_and_extras(function(_normed(self.before, x)))
+        x = x + self.dropout(_normed(self.branch, change)).astype(x.dtype)
+        return _normed(self.after, x), *extras
+
+
+def _normed(norm: Any, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
 class Block(NamedTuple):
     """Self-attention, attention to a memory (or None) and feed-forward, each with a residual."""
 
-    attention: Any
-    attention_norm: Any
-    cross_attention: Any
-    cross_attention_norm: Any
-    feed_forward: Any
-    feed_forward_norm: Any
-    dropout: Callable[[Array], Array]
-    norm_first: bool
-
-    def add(self, x: Array, norm: Any, function: Callable[[Array], Any]) -> tuple[Any, ...]:
-        """Return x + f(norm(x)) where norms come first, else norm(x + f(x)); and f's extras."""
-        change, *extras = output_and_extras(function(norm(x) if self.norm_first else x))
-        x = x + self.dropout(change).astype(x.dtype)
-        return (x if self.norm_first else norm(x)), *extras
+    attention: Sublayer
+    cross_attention: Sublayer | None
+    feed_forward: Sublayer
 
     def check_memory(self, memory: Any) -> None:
         """Require a memory where the block attends to one, and none where it does not."""
@@ -75,6 +84,7 @@ class BlockMethods:
         *,
         mask: MaskLike = None,
         memory_mask: MaskLike = None,
+        bias: BiasLike = None,
         deterministic: bool | None = None,
         **options: Any,
     ) -> Any:
@@ -85,8 +95,9 @@ class BlockMethods:
           memory: [B, S, memory_features], or what `keys` made of it.
           mask: of the self-attention.
           memory_mask: of the attention to the memory.
+          bias: of the self-attention, instead of its own.
           deterministic: instead of the module's own.
-          **options: positions, return_weights and sow_weights of `MultiHeadAttention`.
+          **options: positions, tile_sizes, return_weights and sow_weights of `MultiHeadAttention`.
 
         Returns:
           [B, T, features]; with it `attention_jax.layers.BlockWeights` where asked for.
@@ -97,21 +108,23 @@ class BlockMethods:
         block = self._layer(deterministic)
         block.check_memory(memory)
         options["deterministic"] = deterministic
-        known = _known(block.attention, options)
-        attention = functools.partial(block.attention, mask=mask, **known)
-        x, *weights = block.add(x, block.attention_norm, attention)
-        if memory is not None:
-            known = _known(block.cross_attention, options)
-            attention = functools.partial(block.cross_attention, mask=memory_mask, **known)
+        layer = block.attention.layer
+        known = _known(layer, {**options, "bias": bias})
+        x, *weights = block.attention.add(x, functools.partial(layer, mask=mask, **known))
+        if block.cross_attention is not None:
+            layer = block.cross_attention.layer
+            attention = functools.partial(layer, mask=memory_mask, **_known(layer, options))
             attention = functools.partial(_call_with_memory, attention, memory)
-            x, *more = block.add(x, block.cross_attention_norm, attention)
+            x, *more = block.cross_attention.add(x, attention)
             weights += more
-        (x,) = block.add(x, block.feed_forward_norm, block.feed_forward)
+        (x,) = block.feed_forward.add(x, block.feed_forward.layer)
         return (x, BlockWeights(*weights)) if weights else x
 
     def keys(self, memory: Array) -> ProjectedMemory:
         """Project a memory [B, S, memory_features] once, for all the calls that attend to it."""
-        return self._layer().cross_attention.keys(memory)
+        block = self._layer()
+        block.check_memory(memory)
+        return block.cross_attention.layer.keys(memory)  # pyright: ignore[reportOptionalMemberAccess]
 
     def init_cache(self, batch: int, capacity: int, **options: Any) -> Cache:
         """Return an empty cache for `decode`; see `attention_jax.cache.init`.
@@ -119,7 +132,7 @@ class BlockMethods:
         Raises:
           TypeError: the attention cannot decode.
         """
-        attention = self._layer().attention
+        attention = self._layer().attention.layer
         if not hasattr(attention, "init_cache"):
             raise TypeError(
                 f"TransformerBlock: {type(attention).__name__} keeps nothing of the past; build "
@@ -135,6 +148,7 @@ class BlockMethods:
         *,
         mask: MaskLike = None,
         memory_mask: MaskLike = None,
+        bias: BiasLike = None,
         causal: bool = True,
         count: Any = None,
     ) -> tuple[Array, Cache]:
@@ -146,6 +160,7 @@ class BlockMethods:
           memory: as in the full pass.
           mask: the mask of the whole sequence.
           memory_mask: as in the full pass.
+          bias: as in the full pass.
           causal: no token attends to a later one, whatever the mask allows.
           count: how many of the T are tokens, [B] in a ragged batch; the rest is padding.
 
@@ -155,21 +170,30 @@ class BlockMethods:
         block = self._layer(deterministic=True)
         block.check_memory(memory)
         options = {"mask": mask, "causal": causal, "count": count}
-        attention = functools.partial(block.attention.decode, cache=cache, **options)
-        x, following = block.add(x, block.attention_norm, attention)
-        if memory is not None:
-            to_memory = block.cross_attention.decode_memory
+        options |= {} if bias is None else {"bias": bias}
+        attention = functools.partial(block.attention.layer.decode, cache=cache, **options)
+        x, following = block.attention.add(x, attention)
+        if block.cross_attention is not None:
+            to_memory = block.cross_attention.layer.decode_memory
             attention = functools.partial(to_memory, memory=memory, cache=cache, mask=memory_mask)
-            (x,) = block.add(x, block.cross_attention_norm, attention)
-        (x,) = block.add(x, block.feed_forward_norm, block.feed_forward)
+            (x,) = block.cross_attention.add(x, attention)
+        (x,) = block.feed_forward.add(x, block.feed_forward.layer)
         return x, following
+
+
+class Stack(NamedTuple):
+    """Blocks, lowest first, the last norm or None, and the bias that they share or None."""
+
+    blocks: list[Any]
+    norm: Any
+    bias: Any
 
 
 class StackMethods:
     """The methods of `TransformerStack` that the two APIs share."""
 
-    def _layers(self) -> tuple[list[Any], Any]:
-        """Return the blocks, lowest first, and the last norm or None."""
+    def _stack(self) -> Stack:
+        """Return the blocks, the last norm and the shared bias with this module's parameters."""
         raise NotImplementedError
 
     def _rematerialized(self, apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,23 +208,36 @@ class StackMethods:
     ) -> Any:
         """Apply the blocks to [B, T, features]; options are those of a block's call.
 
-        The memory is one array for all blocks, or what `keys` made of it. With
-        `return_weights` a list with the weights of every block comes with the result.
+        The memory is one array for all blocks, or what `keys` made of it. `mask`, `memory_mask`
+        and `bias` are one for all blocks, a list or tuple with one for each, or
+        `attention_jax.layers.by_layer(function)`. With `return_weights` a list with the weights
+        of every block comes with the result.
+
+        Raises:
+          ValueError: a list or tuple that does not have one entry for each layer.
         """
-
-        def apply(block: Any, x: Array, memory: Any) -> Any:
-            return block(x, memory, **options)
-
-        blocks, norm = self._layers()
-        return _apply_blocks(self._rematerialized(apply), blocks, x, memory, norm)
+        stack = self._stack()
+        calls = [
+            self._rematerialized(functools.partial(_call_block, own))
+            for own in _options_of_blocks(stack, options)
+        ]
+        return _apply_blocks(stack, x, memory, calls)
 
     def keys(self, memory: Array) -> list[ProjectedMemory]:
         """Project a memory [B, S, memory_features] for every block, once for all calls."""
-        return [block.keys(memory) for block in self._layers()[0]]
+        return [block.keys(memory) for block in self._stack().blocks]
 
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> list[Cache]:
-        """Return an empty cache for every block; see `attention_jax.cache.init`."""
-        return [block.init_cache(batch, capacity, **options) for block in self._layers()[0]]
+    def init_cache(self, batch: int, capacity: Any, **options: Any) -> list[Cache]:
+        """Return an empty cache for every block; see `attention_jax.cache.init`.
+
+        Capacity and options, such as `window`, may differ between blocks, as in the call.
+        """
+        blocks = self._stack().blocks
+        options = {"capacity": capacity, **options}
+        return [
+            block.init_cache(batch, **of_layer("init_cache", options, n, len(blocks)))
+            for n, block in enumerate(blocks)
+        ]
 
     def decode(
         self,
@@ -209,35 +246,52 @@ class StackMethods:
         memory: Array | Sequence[ProjectedMemory] | None = None,
         **options: Any,
     ) -> tuple[Array, list[Cache]]:
-        """Apply the blocks to the next tokens; options are those of a block's `decode`."""
-        blocks, norm = self._layers()
-        apply = functools.partial(_decode_block, options)
-        return _apply_blocks(apply, blocks, x, memory, norm, caches)
+        """Apply the blocks to the next tokens; options are those of a block's `decode`.
+
+        `mask`, `memory_mask` and `bias` may differ between blocks, as in the call.
+        """
+        stack = self._stack()
+        calls = [
+            functools.partial(_decode_block, own) for own in _options_of_blocks(stack, options)
+        ]
+        return _apply_blocks(stack, x, memory, calls, caches)
+
+
+def _options_of_blocks(stack: Stack, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the options of every block's call; the shared bias where no other is given."""
+    if stack.bias is not None and options.get("bias") is None:
+        options = {**options, "bias": stack.bias}
+    own = {name: options[name] for name in ("mask", "memory_mask", "bias") if name in options}
+    count = len(stack.blocks)
+    return [{**options, **of_layer("TransformerStack", own, n, count)} for n in range(count)]
 
 
 def _apply_blocks(
-    apply: Callable[..., Any], blocks: Sequence[Any], x: Array, memory: Any, norm: Any, *each: Any
+    stack: Stack, x: Array, memory: Any, calls: Sequence[Callable[..., Any]], *each: Any
 ) -> Any:
-    """Apply `apply(block, x, memory, ...)` block after block, then the last norm.
+    """Apply one block after the other, then the last norm.
 
     Args:
-      apply: of one block, to x [B, T, D]; returns it, and the block's extras.
-      blocks: lowest first.
+      stack: the blocks and the norm.
       x: [B, T, D].
       memory: one array for all blocks, or what `keys` made for each.
-      norm: a function, or None.
+      calls: for each block `call(block, x, memory, ...)`, which returns x and the block's extras.
       *each: more arguments, a sequence with one for each block.
 
     Returns:
       x [B, T, D]; with it a list of the extras of every block, where there are any.
     """
-    memories = memory if isinstance(memory, list) else [memory] * len(blocks)
+    memories = memory if isinstance(memory, list) else [memory] * len(stack.blocks)
     extras = []
-    for block, *others in zip(blocks, memories, *each, strict=True):
-        x, *more = output_and_extras(apply(block, x, *others))
+    for call, block, *others in zip(calls, stack.blocks, memories, *each, strict=True):
+        x, *more = output_and_extras(call(block, x, *others))
         extras += more
-    x = x if norm is None else norm(x)
+    x = _normed(stack.norm, x)
     return (x, extras) if extras else x
+
+
+def _call_block(options: dict[str, Any], block: Any, x: Array, memory: Any) -> Any:
+    return block(x, memory, **options)
 
 
 def _call_with_memory(attention: Callable[..., Any], memory: Any, x: Array) -> Any:
@@ -253,6 +307,7 @@ def _decode_block(
 def map_output(function: Callable[[Array], Array], result: Any) -> Any:
     """Apply a function to the output of a layer and leave its extras.
 
+    >>> import jax.numpy as jnp
     >>> map_output(jnp.negative, (jnp.array(1.0), "weights"))
     (Array(-1., dtype=float32, weak_type=True), 'weights')
     """
@@ -265,10 +320,12 @@ def output_and_extras(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def attention_dropout(dropout_rate: float, deterministic: bool) -> dict[str, Any]:
-    """Return the dropout options of an attention: none where it drops nothing."""
-    options = {"dropout_rate": dropout_rate, "deterministic": deterministic}
-    return options if dropout_rate else {}
+def feed_forward(
+    x: Array, hidden: Any, gate: Any, out: Any, activation: Callable[[Array], Array]
+) -> Array:
+    """Return out(f(hidden(x))), or with a gate out(f(gate(x)) * hidden(x))."""
+    inside = activation(hidden(x)) if gate is None else activation(gate(x)) * hidden(x)
+    return out(inside)
 
 
 def hidden_size(features: int, hidden_features: int | None) -> int:
@@ -277,27 +334,9 @@ def hidden_size(features: int, hidden_features: int | None) -> int:
     return checks.size_or(4 * features, "FeedForward", hidden_features=hidden_features)
 
 
-def embed(
-    token: Callable[[Array], Array],
-    tokens: Array,
-    scale: float,
-    position: Callable[[Array], Array] | None,
-    positions: Array | None,
-) -> Array:
-    """Return the tokens' vectors [B, T, D], scaled, plus those of their positions, if any."""
-    checks.axes("Embedding", tokens=(tokens, "BT"))
-    vectors = token(_as_indices(tokens))
-    vectors = vectors * jnp.asarray(scale, vectors.dtype)
-    if position is None:
-        return vectors
-    added = position(indices(tokens.shape[1]) if positions is None else positions)
-    return vectors + jnp.broadcast_to(added.astype(vectors.dtype), vectors.shape)
-
-
-def _as_indices(tokens: Array) -> Array:
-    """Return integers as int32: those of a byte cannot index a longer table in JAX."""
-    is_whole = jnp.issubdtype(tokens.dtype, jnp.integer)
-    return tokens.astype(jnp.int32) if is_whole else tokens
+def gelu(x: Array) -> Array:
+    """GELU as BERT and ViT have it: x Phi(x), by the error function (Hendrycks and Gimpel 2016)."""
+    return jax.nn.gelu(x, approximate=False)
 
 
 def _known(attention: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -86,8 +86,7 @@ class AdditiveAttention(DecoderAttention):
 class GlobalAttention(decoder.GlobalMethods, nn.Module):
     r"""Luong's global attention: h~_t = tanh(W_c [c_t; s_t]), c_t as in `DecoderAttention`.
 
-    The twin of `attention_jax.nnx.GlobalAttention`, where its fields are described; `options`
-    are fields of `DecoderAttention`.
+    The twin of `attention_jax.nnx.GlobalAttention`, where its fields are described.
 
     Luong, Pham and Manning 2015, equations 5, 7 and 8.
 
@@ -104,9 +103,11 @@ class GlobalAttention(decoder.GlobalMethods, nn.Module):
     memory_features: int
     out_features: int | None = None
     kernel_init: Initializer = luong_uniform
+    attention_size: int | Sequence[int] | None = None
+    normalizer: Learnable = softmax
+    initializers: Mapping[str, Initializer] | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    options: Mapping[str, Any] | None = None
 
     __call__ = decoder.GlobalMethods.__call__
 
@@ -116,8 +117,10 @@ class GlobalAttention(decoder.GlobalMethods, nn.Module):
             self.score,
             self.state_features,
             memory_features=self.memory_features,
+            attention_size=self.attention_size,
+            normalizer=self.normalizer,
+            initializers=self.initializers,
             **dtypes,
-            **(self.options or {}),
         )
         self.combine = nn.Dense(
             decoder.vector_features(self.state_features, self.out_features),

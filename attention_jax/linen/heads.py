@@ -8,7 +8,7 @@ import flax.linen as nn
 
 from attention_jax.layers.heads import (
     HeadOptions,
-    KeysMethod,
+    HeadsMethods,
     Projections,
     cache_dtype,
     head_sizes,
@@ -16,7 +16,7 @@ from attention_jax.layers.heads import (
 )
 
 
-class MultiHeadLayer(nn.Module, KeysMethod, HeadOptions):
+class MultiHeadLayer(nn.Module, HeadsMethods, HeadOptions):
     """A layer that cuts features into heads and joins the heads' contexts.
 
     The fields are those of `attention_jax.layers.HeadOptions`, where they are described.
@@ -32,7 +32,7 @@ class MultiHeadLayer(nn.Module, KeysMethod, HeadOptions):
             name: nn.DenseGeneral(
                 shape.outputs,
                 axis=shape.axis,
-                use_bias=self.use_bias,
+                use_bias=shape.use_bias,
                 kernel_init=self.kernel_init,
                 bias_init=self.bias_init,
                 **dtypes,

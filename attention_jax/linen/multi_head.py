@@ -9,8 +9,9 @@ import flax.linen as nn
 import jax
 
 from attention_jax import scores
-from attention_jax.base.binding import BiasLike
+from attention_jax.base.binding import BiasLike, PerHead
 from attention_jax.base.parameters import Initializer
+from attention_jax.base.typing import AnyScore
 from attention_jax.layers.heads import Learnable, ProjectedMemory
 from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
 from attention_jax.linen.bound import Bound
@@ -83,11 +84,13 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
         *,
         mask: MaskLike = None,
         bias: BiasLike = None,
+        score: AnyScore | PerHead | None = None,
         positions: Array | None = None,
         memory_positions: Array | None = None,
         deterministic: bool | None = None,
         return_weights: bool = False,
         sow_weights: bool = False,
+        tile_sizes: tuple[int, int] | None = None,
     ) -> Any:
         """Attend from the query to the memory, or to itself, as the twin does."""
         output, weights = self._layer()(
@@ -95,10 +98,10 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
             memory,
             value,
             mask=mask,
-            bias=bias,
+            functions=(score, bias),
             positions=positions,
             memory_positions=memory_positions,
-            dropout=dropout_options(self, deterministic),
+            options={"tile_sizes": tile_sizes, **dropout_options(self, deterministic)},
             return_weights=return_weights or sow_weights,
         )
         if sow_weights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,11 +14,21 @@ from jax.nn import initializers as standard
 
 from attention_jax.base import checks
 from attention_jax.base.parameters import Initializer
-from attention_jax.layers import transformer
+from attention_jax.layers import embedding, transformer
+from attention_jax.layers.options import (
+    BlockOptions,
+    StackOptions,
+    attention_dropout,
+    feed_forward_options,
+    norm_names,
+    options_of_last_norm,
+    options_of_layers,
+)
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.multi_head import MultiHeadAttention
 
 Array = jax.Array
+LAYER_NORM = functools.partial(nn.LayerNorm, use_fast_variance=False)
 
 
 class FeedForward(nn.Module):
@@ -26,7 +36,7 @@ class FeedForward(nn.Module):
 
     The twin of `attention_jax.nnx.FeedForward`, where its fields are described.
 
-    Vaswani et al. 2017, equation 2.
+    Vaswani et al. 2017, equation 2; Shazeer 2020, equation 5 (gated).
 
     >>> FeedForward(8).init_with_output(jax.random.key(0), jnp.ones((2, 5, 8)))[0].shape
     (2, 5, 8)
@@ -36,6 +46,8 @@ class FeedForward(nn.Module):
     _: dataclasses.KW_ONLY
     hidden_features: int | None = None
     activation: Callable[[Array], Array] = jax.nn.relu
+    gated: bool = False
+    use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -44,23 +56,26 @@ class FeedForward(nn.Module):
         """Map [..., features] to [..., features]."""
         linear = functools.partial(
             nn.Dense,
+            use_bias=self.use_bias,
             kernel_init=standard.glorot_uniform(),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
         hidden_features = transformer.hidden_size(self.features, self.hidden_features)
-        hidden = linear(hidden_features, name="hidden")(x)
-        return linear(self.features, name="out")(self.activation(hidden))
+        hidden = linear(hidden_features, name="hidden")
+        gate = linear(hidden_features, name="gate") if self.gated else None
+        out = linear(self.features, name="out")
+        return transformer.feed_forward(x, hidden, gate, out, self.activation)
 
 
-class TransformerBlock(transformer.BlockMethods, nn.Module):
+class TransformerBlock(transformer.BlockMethods, nn.Module, BlockOptions):
     r"""Self-attention, attention to a memory if there is one, feed-forward; each with a residual.
 
     The twin of `attention_jax.nnx.TransformerBlock`, where its fields are described; attentions
-    are of `attention_jax.linen`, and the norm is
-    `nn.LayerNorm` or `nn.RMSNorm`.
+    and feed-forward layers are of `attention_jax.linen`, and the norm is `nn.LayerNorm` or
+    `nn.RMSNorm`.
 
-    Vaswani et al. 2017, sections 3.1 and 5.4; Xiong et al. 2020 (norm first).
+    Vaswani et al. 2017, sections 3.1 and 5.4; Xiong et al. 2020 (norm before).
 
     >>> block = TransformerBlock(8, 2)
     >>> block.init_with_output(jax.random.key(0), jnp.ones((2, 5, 8)))[0].shape
@@ -69,68 +84,68 @@ class TransformerBlock(transformer.BlockMethods, nn.Module):
 
     features: int
     num_heads: int
-    _: dataclasses.KW_ONLY
-    hidden_features: int | None = None
-    memory_features: int | None = None
-    attention: Callable[..., Any] = MultiHeadAttention
-    cross_attention: Callable[..., Any] = MultiHeadAttention
-    norm: Callable[..., Any] = nn.LayerNorm
-    norm_first: bool = True
-    activation: Callable[[Array], Array] = jax.nn.relu
-    dropout_rate: float = 0.0
-    attention_dropout_rate: float | None = None
-    deterministic: bool = False
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
 
     __call__ = transformer.BlockMethods.__call__
 
     @nn.compact
     def _layer(self, deterministic: bool | None = None) -> transformer.Block:
         """Return the computation with this module's parameters."""
+        names = norm_names("TransformerBlock", self.norm_placement)
+        checks.sizes("TransformerBlock", memory_features=self.memory_features)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        rate = self.attention_dropout_rate
-        rate = self.dropout_rate if rate is None else rate
-        dropped = transformer.attention_dropout(rate, self.deterministic)
-        sizes = (self.num_heads, self.features)
-        cross_attention = cross_attention_norm = None
+        dropped = attention_dropout(self)
+        deterministic = self.deterministic if deterministic is None else deterministic
+        dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic, name="dropout")
+        norm = functools.partial(self.norm or LAYER_NORM, **dtypes)
+
+        sublayer = functools.partial(_sublayer, names, norm, dropout)
+        sizes, cross_attention = (self.num_heads, self.features), None
+        options = {**dropped, **dtypes}
         if self.memory_features is not None:
-            cross_attention = self.cross_attention(
+            cross_attention = sublayer(
+                self.cross_attention or MultiHeadAttention,
                 *sizes,
                 memory_features=self.memory_features,
-                **dropped,
-                **dtypes,
                 name="cross_attention",
+                **options,
             )
-            cross_attention_norm = self.norm(**dtypes, name="cross_attention_norm")
-        deterministic = self.deterministic if deterministic is None else deterministic
+        attention = self.attention or MultiHeadAttention
+        feed_forward = self.feed_forward or FeedForward
         return transformer.Block(
-            attention=self.attention(*sizes, **dropped, **dtypes, name="attention"),
-            attention_norm=self.norm(**dtypes, name="attention_norm"),
+            attention=sublayer(attention, *sizes, name="attention", **options),
             cross_attention=cross_attention,
-            cross_attention_norm=cross_attention_norm,
-            feed_forward=FeedForward(
+            feed_forward=sublayer(
+                feed_forward,
                 self.features,
-                hidden_features=self.hidden_features,
-                activation=self.activation,
-                **dtypes,
                 name="feed_forward",
+                **feed_forward_options(self),
+                **dtypes,
             ),
-            feed_forward_norm=self.norm(**dtypes, name="feed_forward_norm"),
-            dropout=nn.Dropout(self.dropout_rate, deterministic=deterministic, name="dropout"),
-            norm_first=self.norm_first,
         )
 
 
-class TransformerStack(transformer.StackMethods, nn.Module):
-    """Blocks one above the other, with a last norm where blocks norm first.
+def _sublayer(
+    names: dict[str, str],
+    norm: Any,
+    dropout: Any,
+    build: Any,
+    *sizes: Any,
+    name: str,
+    **options: Any,
+) -> transformer.Sublayer:
+    """Return a layer with its norms."""
+    norms = {role: norm(name=f"{name}_{suffix}") for role, suffix in names.items()}
+    return transformer.Sublayer(build(*sizes, name=name, **options), dropout, **norms)
 
-    The twin of `attention_jax.nnx.TransformerStack`, where its fields are described; `options`
-    are fields of `TransformerBlock`.
 
-    Vaswani et al. 2017, figure 1; Chen et al. 2016 (remat: "sublinear memory cost").
+class TransformerStack(transformer.StackMethods, nn.Module, StackOptions):
+    """Blocks one above the other, with a last norm unless each block ends with one ("after").
 
-    >>> stack = TransformerStack(2, 8, num_heads=2, options={"hidden_features": 16})
+    The twin of `attention_jax.nnx.TransformerStack`, where its fields are described.
+
+    Vaswani et al. 2017, figure 1; Chen et al. 2016 (remat).
+
+    >>> stack = TransformerStack(2, 8, num_heads=2, hidden_features=16)
     >>> stack.init_with_output(jax.random.key(0), jnp.ones((2, 5, 8)))[0].shape
     (2, 5, 8)
     """
@@ -139,26 +154,26 @@ class TransformerStack(transformer.StackMethods, nn.Module):
     features: int
     _: dataclasses.KW_ONLY
     num_heads: int
-    remat: bool = False
-    norm: Callable[..., Any] = nn.LayerNorm
-    norm_first: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    options: Mapping[str, Any] | None = None
 
     __call__ = transformer.StackMethods.__call__
 
     @nn.compact
-    def _layers(self) -> tuple[list[TransformerBlock], Any]:
-        """Return the blocks, lowest first, and the last norm or None."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        options = {"norm": self.norm, "norm_first": self.norm_first, **(self.options or {})}
+    def _stack(self) -> transformer.Stack:
+        """Return the blocks, the last norm and the shared bias with this module's parameters."""
         checks.at_least("TransformerStack", 0, num_layers=self.num_layers)
-        block = functools.partial(
-            TransformerBlock, self.features, self.num_heads, **dtypes, **options
-        )
-        blocks = [block(name=f"block_{n}") for n in range(self.num_layers)]
-        return blocks, self.norm(**dtypes, name="norm") if self.norm_first else None
+        options = options_of_layers(self, self.num_heads, self.num_layers)
+        blocks = [
+            TransformerBlock(self.features, **own, name=f"block_{n}")
+            for n, own in enumerate(options)
+        ]
+        norm = bias = None
+        last = options_of_last_norm(self, options)
+        if last is not None:
+            norm = (last[0] or LAYER_NORM)(**last[1], name="norm")
+        if self.shared_bias is not None:
+            each_head = {"num_heads": self.num_heads, "param_dtype": self.param_dtype}
+            bias = Bound(self.shared_bias, **each_head, name="bias").resolve()
+        return transformer.Stack(blocks, norm, bias)
 
     def _rematerialized(self, apply: Callable[..., Any]) -> Callable[..., Any]:
         """Return `apply(block, x, memory)`, rematerialized where the module says so."""
@@ -166,11 +181,11 @@ class TransformerStack(transformer.StackMethods, nn.Module):
 
 
 class Embedding(nn.Module):
-    """Tokens as vectors, with vectors of their positions added if there are any.
+    """Tokens as vectors, with vectors of their positions and types added if there are any.
 
     The twin of `attention_jax.nnx.Embedding`, where its fields are described.
 
-    Vaswani et al. 2017, sections 3.4, 3.5 and 5.4.
+    Vaswani et al. 2017, sections 3.4, 3.5 and 5.4; Devlin et al. 2019, figure 2 (types).
 
     >>> Embedding(10, 8).init_with_output(jax.random.key(0), jnp.array([[1, 2, 3]]))[0].shape
     (1, 3, 8)
@@ -181,29 +196,42 @@ class Embedding(nn.Module):
     _: dataclasses.KW_ONLY
     position: Any = None
     scale: float = 1.0
+    num_types: int | None = None
+    norm: Callable[..., Any] | None = None
     dropout_rate: float = 0.0
     deterministic: bool = False
     embedding_init: Initializer = standard.normal(0.02)
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    @nn.compact
-    def _tables(self) -> tuple[nn.Embed, Any]:
-        """Return the module of the tokens' vectors, and a function that returns the position."""
-        sizes = {"vocabulary_size": self.vocabulary_size, "features": self.features}
-        checks.sizes("Embedding", **sizes)
-        token = nn.Embed(
-            self.vocabulary_size,
+    def _table(self, name: str, size: int) -> nn.Embed:
+        """Return the vectors of tokens or of types."""
+        return nn.Embed(
+            size,
             self.features,
             embedding_init=self.embedding_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            name="token",
+            name=name,
         )
-        if self.position is None:
-            return token, None
-        position = Bound(self.position, param_dtype=self.param_dtype, name="position")
-        return token, position.resolve
+
+    @nn.compact
+    def _embedder(self) -> embedding.Embedder:
+        """Return the computation with this module's parameters."""
+        sizes = {"vocabulary_size": self.vocabulary_size, "features": self.features}
+        checks.sizes("Embedding", **sizes, num_types=self.num_types)
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        position = None
+        if self.position is not None:
+            position = embedding.position_of_depth(self.position, self.features)
+            position = Bound(position, param_dtype=self.param_dtype, name="position").resolve()
+        return embedding.Embedder(
+            token=self._table("token", self.vocabulary_size),
+            scale=self.scale,
+            token_type=self._table("token_type", self.num_types) if self.num_types else None,
+            position=position,
+            norm=self.norm(**dtypes, name="norm") if self.norm else None,
+        )
 
     @nn.compact
     def __call__(
@@ -211,13 +239,15 @@ class Embedding(nn.Module):
         tokens: Array,
         positions: Array | None = None,
         deterministic: bool | None = None,
+        *,
+        types: Array | None = None,
     ) -> Array:
-        """Map tokens [B, T] at positions [T] or [B, T] to [B, T, features]."""
-        token, position = self._tables()
-        x = transformer.embed(token, tokens, self.scale, position and position(), positions)
+        """Map tokens [B, T] at positions [T] or [B, T] to [B, T, features], as the twin does."""
+        x = self._embedder()(tokens, positions, types)
         deterministic = self.deterministic if deterministic is None else deterministic
         return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
 
+    @nn.compact
     def attend(self, x: Array) -> Array:
         """Return logits [..., vocabulary]: products with the tokens' vectors."""
-        return self._tables()[0].attend(x)
+        return self._table("token", self.vocabulary_size).attend(x)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from attention_jax.layers.heads import (
     HeadOptions,
-    KeysMethod,
+    HeadsMethods,
     Projections,
     cache_dtype,
     head_sizes,
@@ -20,7 +20,7 @@ from attention_jax.nnx.bound import held
 Array = jax.Array
 
 
-class MultiHeadLayer(KeysMethod, nnx.Module):
+class MultiHeadLayer(HeadsMethods, nnx.Module):
     """A layer that cuts features into heads and joins the heads' contexts.
 
     Args:
@@ -48,7 +48,7 @@ class MultiHeadLayer(KeysMethod, nnx.Module):
                 shape.inputs,
                 shape.outputs,
                 axis=shape.axis,
-                use_bias=given.use_bias,
+                use_bias=shape.use_bias,
                 kernel_init=given.kernel_init,
                 bias_init=given.bias_init,
                 **dtypes,

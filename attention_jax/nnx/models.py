@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +11,13 @@ from flax import nnx
 from jax.nn import initializers as standard
 
 from attention_jax.base import checks
-from attention_jax.base.binding import bind
 from attention_jax.layers import models, transformer
+from attention_jax.layers.options import (
+    StackOptions,
+    options_of,
+    options_of_embedding,
+    options_of_layers,
+)
 from attention_jax.nnx.transformer import Embedding, TransformerStack, dropout_of
 from attention_jax.positions import sinusoidal
 
@@ -21,7 +25,7 @@ Array = jax.Array
 
 
 class TokenModel(models.TokenModelMethods, nnx.Module):
-    """Blocks over an embedding of tokens, which also gives the logits ("tied").
+    """Blocks over an embedding of tokens, which also gives the logits ("tied") or has a head.
 
     Args:
       vocabulary_size: how many tokens there are.
@@ -30,14 +34,13 @@ class TokenModel(models.TokenModelMethods, nnx.Module):
       num_layers: how many blocks.
       max_length: positions of a learned table; None where the attention knows positions.
       position: as in `Embedding`, instead of the table.
-      norm_first: where the norms of the blocks are.
-      activation: of the feed-forward layers.
-      dropout_rate: of the embedding, of attention weights and of what each sublayer adds.
-      deterministic: True leaves dropout out; `model.train()` and `model.eval()` set it.
-      dtype: of the computation.
-      param_dtype: of the parameters.
+      embedding_options: more of `Embedding`, such as scale, num_types or norm.
+      head: builds the map from vectors to logits, `nnx.Linear` or a partial application; None
+        takes products with the tokens' vectors.
+      logit_cap: c of logits c tanh(logits / c); None leaves them as they are.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
-      **options: of `TransformerStack`, such as `hidden_features`, `attention` or `remat`.
+      **options: of `attention_jax.layers.StackOptions`, such as `hidden_features`, `attention`,
+        `norm_placement` or `remat`; dropout also of the embedding, and dtypes also of the head.
     """
 
     def __init__(
@@ -49,30 +52,47 @@ class TokenModel(models.TokenModelMethods, nnx.Module):
         num_layers: int,
         max_length: int | None = None,
         position: Any = None,
-        norm_first: bool = True,
-        activation: Callable[[Array], Array] = jax.nn.gelu,
-        dropout_rate: float = 0.0,
-        deterministic: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        embedding_options: Mapping[str, Any] | None = None,
+        head: Callable[..., Any] | None = None,
+        logit_cap: float | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        shared = {"dropout_rate": dropout_rate, "deterministic": deterministic, **dtypes}
-        checks.sizes(type(self).__name__, features=features, max_length=max_length)
+        name = type(self).__name__
+        given = options_of(StackOptions, name, {"activation": jax.nn.gelu, **options})
+        checks.sizes(name, features=features, max_length=max_length)
         position = models.position_or_table(position, max_length, features)
-        self.embedding = Embedding(vocabulary_size, features, position=position, **shared)
-        options = {"norm_first": norm_first, "activation": activation, **shared, **options}
-        self.stack = TransformerStack(num_layers, features, num_heads=num_heads, **options)
+        layers = options_of_layers(given, num_heads, num_layers)
+        own = options_of_embedding(given, layers, position=position, **(embedding_options or {}))
+        self.embedding = Embedding(vocabulary_size, features, **own, rngs=rngs)
+        self.stack = TransformerStack(
+            num_layers, features, num_heads=num_heads, rngs=rngs, **vars(given)
+        )
+        self.output = built_head(head, features, vocabulary_size, own, rngs)
+        self.logit_cap = logit_cap
         self.max_length = max_length
 
 
-class TokenEncoder(models.TokenEncoderMethods, TokenModel):
-    """Reads tokens in both directions, in the shape of BERT: norms after residuals, GELU.
+def built_head(
+    head: Callable[..., Any] | None,
+    features: int,
+    vocabulary_size: int,
+    options: Mapping[str, Any],
+    rngs: nnx.Rngs,
+) -> Any:
+    """Return the module that makes logits, with the dtypes of the embedding; None if tied."""
+    if head is None:
+        return nnx.data(None)
+    dtypes = {name: options[name] for name in ("dtype", "param_dtype")}
+    return head(features, vocabulary_size, **dtypes, rngs=rngs)
 
-    Arguments are those of `TokenModel`. Left out are BERT's segment embedding, the norm of the
-    embedding and the layer before the logits.
+
+class TokenEncoder(models.TokenEncoderMethods, TokenModel):
+    """Reads tokens in both directions, in the shape of BERT: norms after residuals, exact GELU.
+
+    Arguments are those of `TokenModel`. BERT has token types and a norm of the embedding:
+    `embedding_options={"num_types": 2, "norm": nnx.LayerNorm}`. The layer before its logits is
+    left out.
 
     Devlin et al. 2019, section 3.
 
@@ -82,13 +102,20 @@ class TokenEncoder(models.TokenEncoderMethods, TokenModel):
     """
 
     def __init__(
-        self, vocabulary_size: int, features: int, *, norm_first: bool = False, **options: Any
+        self,
+        vocabulary_size: int,
+        features: int,
+        *,
+        norm_placement: str = "after",
+        activation: Callable[[Array], Array] = transformer.gelu,
+        **options: Any,
     ):
-        super().__init__(vocabulary_size, features, norm_first=norm_first, **options)
+        given = {"norm_placement": norm_placement, "activation": activation, **options}
+        super().__init__(vocabulary_size, features, **given)
 
 
 class CausalDecoder(models.CausalDecoderMethods, TokenModel):
-    """Predicts the next token from those before, in the shape of GPT-2: norms first, GELU.
+    """Predicts the next token from those before, in the shape of GPT-2: norms first, tanh GELU.
 
     Arguments are those of `TokenModel`.
 
@@ -110,18 +137,22 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
 
     Args:
       source_vocabulary_size: how many tokens there are to read.
-      target_vocabulary_size: how many tokens there are to write; their embedding gives the logits.
+      target_vocabulary_size: how many tokens there are to write; their embedding gives the logits
+        unless there is a head.
       features: D.
       num_heads: N.
       num_layers: how many blocks there are on either side.
-      position: as in `Embedding`, on either side; sinusoids unless given.
-      norm_first: False as in the paper.
-      dropout_rate: of embeddings, of attention weights and of what each sublayer adds.
-      deterministic: True leaves dropout out; `model.train()` and `model.eval()` set it.
-      dtype: of the computation.
-      param_dtype: of the parameters.
+      position: as in `Embedding`, on either side; None where the attention knows positions.
+      embedding_options: more of `Embedding`; scale and embedding_init are as in the paper unless
+        given.
+      head: as in `TokenModel`.
+      logit_cap: as in `TokenModel`.
+      encoder_options: of the encoder alone, instead of `options`; also num_layers and num_heads.
+      decoder_options: of the decoder alone, likewise.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
-      **options: of `TransformerStack`, such as `hidden_features`, `attention` or `remat`.
+      **options: of `attention_jax.layers.StackOptions` on either side, such as `hidden_features`,
+        `attention` or `remat`; dropout also of the embeddings. Norms are after the residuals
+        unless placed elsewhere.
 
     Vaswani et al. 2017, section 3.
 
@@ -139,46 +170,38 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
         features: int,
         num_heads: int,
         num_layers: int,
-        position: Any = None,
-        norm_first: bool = False,
-        dropout_rate: float = 0.0,
-        deterministic: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        position: Any = sinusoidal,
+        embedding_options: Mapping[str, Any] | None = None,
+        head: Callable[..., Any] | None = None,
+        logit_cap: float | None = None,
+        encoder_options: Mapping[str, Any] | None = None,
+        decoder_options: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        shared = {"dropout_rate": dropout_rate, "deterministic": deterministic, **dtypes}
+        given = {"norm_placement": "after", **options}
+        checked = options_of(StackOptions, "EncoderDecoder", given)
         checks.sizes(
             "EncoderDecoder",
             source_vocabulary_size=source_vocabulary_size,
             target_vocabulary_size=target_vocabulary_size,
             features=features,
         )
-        if position is None:
-            position = bind(sinusoidal, depth=features)
-        embedding = functools.partial(
-            Embedding,
-            features=features,
-            position=position,
-            scale=features**0.5,
-            embedding_init=standard.normal(features**-0.5),
-            **shared,
+        layers = options_of_layers(checked, num_heads, num_layers)
+        as_published = models.embedding_as_published(features, position)
+        as_published.update(embedding_options or {})
+        own = options_of_embedding(checked, layers, **as_published)
+        self.source = Embedding(source_vocabulary_size, features, **own, rngs=rngs)
+        self.target = Embedding(target_vocabulary_size, features, **own, rngs=rngs)
+        stack = {"num_layers": num_layers, "num_heads": num_heads, **given}
+        of_encoder, of_decoder = (
+            {**stack, **(own or {})} for own in (encoder_options, decoder_options)
         )
-        self.source = embedding(source_vocabulary_size)
-        self.target = embedding(target_vocabulary_size)
-        stack = functools.partial(
-            TransformerStack,
-            num_layers,
-            features,
-            num_heads=num_heads,
-            norm_first=norm_first,
-            **shared,
-            **options,
-        )
-        self.encoder = stack()
-        self.decoder = stack(memory_features=features)
+        of_decoder = {"memory_features": features, **of_decoder}
+        self.encoder = TransformerStack(features=features, rngs=rngs, **of_encoder)
+        self.decoder = TransformerStack(features=features, rngs=rngs, **of_decoder)
+        self.output = built_head(head, features, target_vocabulary_size, own, rngs)
+        self.logit_cap = logit_cap
 
     def _pure_decode(self) -> Callable[..., Any]:
         """Return `decode` as a function that a loop of JAX may call."""
@@ -196,13 +219,10 @@ class PatchEncoder(nnx.Module):
       features: D.
       num_heads: N.
       num_layers: how many blocks.
-      activation: of the feed-forward layers.
-      dropout_rate: of the embedded patches, of attention weights and of what each sublayer adds.
-      deterministic: True leaves dropout out; `model.train()` and `model.eval()` set it.
-      dtype: of the computation.
-      param_dtype: of the parameters.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
-      **options: of `TransformerStack`, such as `hidden_features`, `attention` or `remat`.
+      **options: of `attention_jax.layers.StackOptions`, such as `hidden_features`, `attention` or
+        `remat`; dropout also of the embedded patches. The activation is the exact GELU unless
+        given.
 
     Raises:
       ShapeError: an image size that is not a multiple of the patch size.
@@ -227,16 +247,12 @@ class PatchEncoder(nnx.Module):
         features: int,
         num_heads: int,
         num_layers: int,
-        activation: Callable[[Array], Array] = jax.nn.gelu,
-        dropout_rate: float = 0.0,
-        deterministic: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        dropped = {"dropout_rate": dropout_rate, "deterministic": deterministic}
+        given = options_of(
+            StackOptions, "PatchEncoder", {"activation": transformer.gelu, **options}
+        )
         checks.sizes(
             "PatchEncoder",
             patch_size=patch_size,
@@ -245,15 +261,20 @@ class PatchEncoder(nnx.Module):
             features=features,
         )
         count = 1 + models.count_patches(image_size, patch_size)
-        table = standard.normal(0.02)(rngs.params(), (count, features), param_dtype)
+        own = options_of_embedding(given, options_of_layers(given, num_heads, num_layers))
+        dropped = {name: own.pop(name) for name in ("dropout_rate", "deterministic")}
+        table = standard.normal(0.02)(rngs.params(), (count, features), own["param_dtype"])
         self.patch_size = patch_size
-        self.patch = nnx.Linear(patch_size**2 * num_channels, features, **dtypes)
-        self.class_token = nnx.Param(jnp.zeros(features, param_dtype))
+        self.patch = nnx.Linear(patch_size**2 * num_channels, features, **own, rngs=rngs)
+        self.class_token = nnx.Param(jnp.zeros(features, own["param_dtype"]))
         self.positions = nnx.Param(table)
-        self.dropout = dropout_of(dropout_rate, deterministic, rngs)
-        options = {"activation": activation, **dropped, **dtypes, **options}
-        self.stack = TransformerStack(num_layers, features, num_heads=num_heads, **options)
-        self.classifier = nnx.Linear(features, num_classes, kernel_init=standard.zeros, **dtypes)
+        self.dropout = dropout_of(dropped["dropout_rate"], dropped["deterministic"], rngs)
+        self.stack = TransformerStack(
+            num_layers, features, num_heads=num_heads, rngs=rngs, **vars(given)
+        )
+        self.classifier = nnx.Linear(
+            features, num_classes, kernel_init=standard.zeros, **own, rngs=rngs
+        )
 
     def __call__(self, images: Array, *, deterministic: bool | None = None, **options: Any) -> Any:
         """Return logits [B, num_classes] of images [B, height, width, C].

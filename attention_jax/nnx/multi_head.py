@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax import scores
-from attention_jax.base.binding import BiasLike
+from attention_jax.base.binding import BiasLike, PerHead
 from attention_jax.base.parameters import Initializer
+from attention_jax.base.typing import AnyScore
 from attention_jax.layers.heads import Learnable, ProjectedMemory
 from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
 from attention_jax.masks import MaskLike
@@ -106,12 +107,14 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         *,
         mask: MaskLike = None,
         bias: BiasLike = None,
+        score: AnyScore | PerHead | None = None,
         positions: Array | None = None,
         memory_positions: Array | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         return_weights: bool = False,
         sow_weights: bool = False,
+        tile_sizes: tuple[int, int] | None = None,
     ) -> Any:
         """Attend from the query to the memory, or to itself.
 
@@ -122,12 +125,14 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
           value: [B, S, memory_features], for values; the memory unless given.
           mask: as in `attend`. True = may attend.
           bias: as in `attend`, instead of the module's own.
+          score: likewise.
           positions: of the queries, [T] or [B, T]; 0, 1, ... unless given.
           memory_positions: of the keys; as `positions` for self-attention.
           deterministic: instead of the module's own.
           rngs: for dropout, instead of the module's own.
           return_weights: also return the weights [B, N, T, S], after dropout.
           sow_weights: leave them as `nnx.Intermediate` "attention_weights".
+          tile_sizes: as in `attend`.
 
         Returns:
           [B, T, out_features]; with it the weights where asked for.
@@ -141,10 +146,10 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
             memory,
             value,
             mask=mask,
-            bias=bias,
+            functions=(score, bias),
             positions=positions,
             memory_positions=memory_positions,
-            dropout=dropout_options(self, deterministic, rngs),
+            options={"tile_sizes": tile_sizes, **dropout_options(self, deterministic, rngs)},
             return_weights=return_weights or sow_weights,
         )
         if sow_weights:

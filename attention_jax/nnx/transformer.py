@@ -13,25 +13,40 @@ from jax.nn import initializers as standard
 
 from attention_jax.base import checks
 from attention_jax.base.parameters import Initializer
-from attention_jax.layers import transformer
+from attention_jax.layers import embedding, transformer
+from attention_jax.layers.options import (
+    BlockOptions,
+    StackOptions,
+    attention_dropout,
+    feed_forward_options,
+    norm_names,
+    options_of,
+    options_of_last_norm,
+    options_of_layers,
+)
 from attention_jax.nnx.bound import Bound, held
 from attention_jax.nnx.multi_head import MultiHeadAttention
 
 Array = jax.Array
+LAYER_NORM = functools.partial(nnx.LayerNorm, use_fast_variance=False)
 
 
 class FeedForward(nnx.Module):
     r"""Two layers at each position: f(x W_1 + b_1) W_2 + b_2.
 
+    Gated: (f(x G + c) * (x W_1 + b_1)) W_2 + b_2.
+
     Args:
       features: D, of input and result.
       hidden_features: between the layers; 4 D unless given.
       activation: f; ReLU as in the paper, GELU in BERT, GPT and ViT.
+      gated: multiply by f of a third layer G; SwiGLU with `jax.nn.silu`.
+      use_bias: False leaves out b_1, b_2 and c.
       dtype: of the computation.
       param_dtype: of the parameters.
       rngs: the stream `params` draws the parameters.
 
-    Vaswani et al. 2017, equation 2.
+    Vaswani et al. 2017, equation 2; Shazeer 2020, equation 5 (gated).
 
     >>> FeedForward(8, rngs=nnx.Rngs(0))(jnp.ones((2, 5, 8))).shape
     (2, 5, 8)
@@ -43,12 +58,15 @@ class FeedForward(nnx.Module):
         *,
         hidden_features: int | None = None,
         activation: Callable[[Array], Array] = jax.nn.relu,
+        gated: bool = False,
+        use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         linear = functools.partial(
             nnx.Linear,
+            use_bias=use_bias,
             kernel_init=standard.glorot_uniform(),
             dtype=dtype,
             param_dtype=param_dtype,
@@ -57,112 +75,102 @@ class FeedForward(nnx.Module):
         hidden_features = transformer.hidden_size(features, hidden_features)
         self.hidden = linear(features, hidden_features)
         self.out = linear(hidden_features, features)
+        self.gate = linear(features, hidden_features) if gated else nnx.data(None)
         self.activation = held(activation)
 
     def __call__(self, x: Array) -> Array:
         """Map [..., features] to [..., features]."""
-        return self.out(self.activation(self.hidden(x)))
+        return transformer.feed_forward(x, self.hidden, self.gate, self.out, self.activation)
 
 
 class TransformerBlock(transformer.BlockMethods, nnx.Module):
     r"""Self-attention, attention to a memory if there is one, feed-forward; each with a residual.
 
-    y = x + f(norm(x)) with `norm_first`, else y = norm(x + f(x)) as in the paper.
+    y = x + f(norm(x)), or with the norm in another place: `norm_placement`.
 
     Args:
       features: D.
       num_heads: N.
-      hidden_features: of the feed-forward layer; 4 D unless given.
-      memory_features: of the memory that a decoder attends to; None for a block without.
-      attention: builds the self-attention; `functools.partial(MultiHeadAttention, score=...)` for
-        any score, bias, position or normalizer. Where no dropout is asked for, any layer called
-        as `attention(x, mask=...)` will do.
-      cross_attention: builds the attention to the memory.
-      norm: `nnx.LayerNorm` or `nnx.RMSNorm`.
-      norm_first: where the norms are.
-      activation: of the feed-forward layer.
-      dropout_rate: of attention weights and of what each sublayer adds.
-      attention_dropout_rate: of attention weights, where it is another.
-      deterministic: True leaves dropout out; `model.train()` and `model.eval()` set it.
-      dtype: of the computation.
-      param_dtype: of the parameters.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
+      **options: of `attention_jax.layers.BlockOptions`: hidden_features, memory_features,
+        attention, cross_attention, feed_forward, norm, norm_placement, activation, dropout_rate,
+        attention_dropout_rate, deterministic, dtype and param_dtype.
 
-    Vaswani et al. 2017, sections 3.1 and 5.4; Xiong et al. 2020 (norm first).
+    Raises:
+      TypeError: there is no option of a name.
+      ValueError: an unknown placement, or sizes that do not fit.
+
+    Vaswani et al. 2017, sections 3.1 and 5.4; Xiong et al. 2020 (norm before).
 
     >>> block = TransformerBlock(8, 2, rngs=nnx.Rngs(0))
     >>> block(jnp.ones((2, 5, 8))).shape
     (2, 5, 8)
     """
 
-    def __init__(
-        self,
-        features: int,
-        num_heads: int,
-        *,
-        hidden_features: int | None = None,
-        memory_features: int | None = None,
-        attention: Callable[..., Any] = MultiHeadAttention,
-        cross_attention: Callable[..., Any] = MultiHeadAttention,
-        norm: Callable[..., Any] = nnx.LayerNorm,
-        norm_first: bool = True,
-        activation: Callable[[Array], Array] = jax.nn.relu,
-        dropout_rate: float = 0.0,
-        attention_dropout_rate: float | None = None,
-        deterministic: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        rate = dropout_rate if attention_dropout_rate is None else attention_dropout_rate
-        dropped = transformer.attention_dropout(rate, deterministic)
+    def __init__(self, features: int, num_heads: int, *, rngs: nnx.Rngs, **options: Any):
+        given = options_of(BlockOptions, "TransformerBlock", options)
+        names = norm_names("TransformerBlock", given.norm_placement)
+        checks.sizes("TransformerBlock", memory_features=given.memory_features)
+        dtypes: dict[str, Any] = {
+            "dtype": given.dtype,
+            "param_dtype": given.param_dtype,
+            "rngs": rngs,
+        }
+        dropped = attention_dropout(given)
+        self.norm_placement = given.norm_placement
+        attention = given.attention or MultiHeadAttention
         self.attention = attention(num_heads, features, **dropped, **dtypes)
-        self.attention_norm = norm(features, **dtypes)
-        self.cross_attention = self.cross_attention_norm = nnx.data(None)
-        if memory_features is not None:
+        self._add_norms("attention", names, given, features, dtypes)
+        self.cross_attention = nnx.data(None)
+        if given.memory_features is not None:
+            cross_attention = given.cross_attention or MultiHeadAttention
             self.cross_attention = cross_attention(
-                num_heads, features, memory_features=memory_features, **dropped, **dtypes
+                num_heads, features, memory_features=given.memory_features, **dropped, **dtypes
             )
-            self.cross_attention_norm = norm(features, **dtypes)
-        self.feed_forward = FeedForward(
-            features, hidden_features=hidden_features, activation=activation, **dtypes
-        )
-        self.feed_forward_norm = norm(features, **dtypes)
-        self.dropout = dropout_of(dropout_rate, deterministic, rngs)
-        self.norm_first = norm_first
+            self._add_norms("cross_attention", names, given, features, dtypes)
+        feed_forward = given.feed_forward or FeedForward
+        self.feed_forward = feed_forward(features, **feed_forward_options(given), **dtypes)
+        self._add_norms("feed_forward", names, given, features, dtypes)
+        self.dropout = dropout_of(given.dropout_rate, given.deterministic, rngs)
+
+    def _add_norms(
+        self, sublayer: str, names: dict[str, str], given: BlockOptions, features: int, dtypes: Any
+    ) -> None:
+        for name in names.values():
+            setattr(self, f"{sublayer}_{name}", (given.norm or LAYER_NORM)(features, **dtypes))
 
     def _layer(self, deterministic: bool | None = None) -> transformer.Block:
         """Return the computation with this module's parameters."""
+        dropout = functools.partial(self.dropout, deterministic=deterministic)
+        own = functools.partial(self._sublayer, dropout)
         return transformer.Block(
-            attention=self.attention,
-            attention_norm=self.attention_norm,
-            cross_attention=self.cross_attention,
-            cross_attention_norm=self.cross_attention_norm,
-            feed_forward=self.feed_forward,
-            feed_forward_norm=self.feed_forward_norm,
-            dropout=functools.partial(self.dropout, deterministic=deterministic),
-            norm_first=self.norm_first,
+            attention=own("attention"),
+            cross_attention=None if self.cross_attention is None else own("cross_attention"),
+            feed_forward=own("feed_forward"),
         )
+
+    def _sublayer(self, dropout: Callable[[Array], Array], name: str) -> transformer.Sublayer:
+        names = norm_names("TransformerBlock", self.norm_placement)
+        norms = {role: getattr(self, f"{name}_{norm}") for role, norm in names.items()}
+        return transformer.Sublayer(getattr(self, name), dropout, **norms)
 
 
 class TransformerStack(transformer.StackMethods, nnx.Module):
-    """Blocks one above the other, with a last norm where blocks norm first.
+    """Blocks one above the other, with a last norm unless each block ends with one ("after").
 
     Args:
       num_layers: how many.
       features: D.
       num_heads: N.
-      remat: keep only the input of each block for the backward pass, and compute the rest again;
-        on a CPU what XLA compiles is then slower, and no smaller.
-      norm: as in `TransformerBlock`.
-      norm_first: as in `TransformerBlock`.
-      dtype: of the computation.
-      param_dtype: of the parameters.
       rngs: as in `TransformerBlock`.
-      **options: of `TransformerBlock`.
+      **options: of `attention_jax.layers.StackOptions`: remat, shared_bias, and those of a block
+        (`attention_jax.layers.BlockOptions`), for all layers or for each.
 
-    Vaswani et al. 2017, figure 1; Chen et al. 2016 (remat: "sublinear memory cost").
+    Raises:
+      TypeError: there is no option of a name.
+      ValueError: a list or tuple that does not have one entry for each layer.
+
+    Vaswani et al. 2017, figure 1; Chen et al. 2016 (remat).
 
     >>> stack = TransformerStack(2, 8, num_heads=2, rngs=nnx.Rngs(0))
     >>> stack(jnp.ones((2, 5, 8))).shape
@@ -170,36 +178,38 @@ class TransformerStack(transformer.StackMethods, nnx.Module):
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        features: int,
-        *,
-        num_heads: int,
-        remat: bool = False,
-        norm: Callable[..., Any] = nnx.LayerNorm,
-        norm_first: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
+        self, num_layers: int, features: int, *, num_heads: int, rngs: nnx.Rngs, **options: Any
     ):
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        options = {"norm": norm, "norm_first": norm_first, **dtypes, **options}
+        given = options_of(StackOptions, "TransformerStack", options)
         checks.at_least("TransformerStack", 0, num_layers=num_layers)
-        for n in range(num_layers):
-            setattr(self, f"block_{n}", TransformerBlock(features, num_heads, **options))
-        self.norm = norm(features, **dtypes) if norm_first else nnx.data(None)
+        blocks = options_of_layers(given, num_heads, num_layers)
+        for n, own in enumerate(blocks):
+            setattr(self, f"block_{n}", TransformerBlock(features, **own, rngs=rngs))
+        last = options_of_last_norm(given, blocks)
+        self.norm = nnx.data(None)
+        if last is not None:
+            norm, dtypes = last
+            self.norm = (norm or LAYER_NORM)(features, **dtypes, rngs=rngs)
+        self.bias = nnx.data(None)
+        if given.shared_bias is not None:
+            self.bias = Bound(
+                given.shared_bias,
+                num_heads=num_heads,
+                param_dtype=given.param_dtype,
+                rngs=rngs,
+            )
         self.num_layers = num_layers
-        self.remat = remat
+        self.remat = given.remat
 
     @property
     def blocks(self) -> list[TransformerBlock]:
         """The blocks, lowest first."""
         return [getattr(self, f"block_{n}") for n in range(self.num_layers)]
 
-    def _layers(self) -> tuple[list[TransformerBlock], Any]:
-        """Return the blocks, lowest first, and the last norm or None."""
-        return self.blocks, self.norm
+    def _stack(self) -> transformer.Stack:
+        """Return the blocks, the last norm and the shared bias with this module's parameters."""
+        bias = None if self.bias is None else self.bias.resolved
+        return transformer.Stack(self.blocks, self.norm, bias)
 
     def _rematerialized(self, apply: Callable[..., Any]) -> Callable[..., Any]:
         """Return `apply(block, x, memory)`, rematerialized where the module says so."""
@@ -207,7 +217,7 @@ class TransformerStack(transformer.StackMethods, nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Tokens as vectors, with vectors of their positions added if there are any.
+    """Tokens as vectors, with vectors of their positions and types added if there are any.
 
     Other kinds of position belong to the attention: `position`, `bias` or `score` there.
 
@@ -215,9 +225,10 @@ class Embedding(nnx.Module):
       vocabulary_size: how many tokens there are.
       features: D.
       position: `position(positions [T]) -> [T, D]`, such as
-        `functools.partial(positions.sinusoidal, depth=D)` or `positions.learned_table(L, D)`;
-        None adds nothing.
+        `positions.sinusoidal` or `positions.learned_table(L, D)`; None adds nothing.
       scale: of the tokens' vectors; the paper has sqrt(D).
+      num_types: how many types of token there are (BERT's segments); None for none.
+      norm: Flax's `LayerNorm` or `RMSNorm`, of the sum; None for none.
       dropout_rate: of the sum.
       deterministic: True leaves dropout out; `model.train()` and `model.eval()` set it.
       embedding_init: of the tokens' vectors.
@@ -225,7 +236,7 @@ class Embedding(nnx.Module):
       param_dtype: of the parameters.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
 
-    Vaswani et al. 2017, sections 3.4, 3.5 and 5.4.
+    Vaswani et al. 2017, sections 3.4, 3.5 and 5.4; Devlin et al. 2019, figure 2 (types).
 
     >>> Embedding(10, 8, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
     (1, 3, 8)
@@ -238,6 +249,8 @@ class Embedding(nnx.Module):
         *,
         position: Any = None,
         scale: float = 1.0,
+        num_types: int | None = None,
+        norm: Callable[..., Any] | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
         embedding_init: Initializer = standard.normal(0.02),  # noqa: B008
@@ -245,18 +258,21 @@ class Embedding(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        checks.sizes("Embedding", vocabulary_size=vocabulary_size, features=features)
-        self.token = nnx.Embed(
-            vocabulary_size,
-            features,
-            embedding_init=embedding_init,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
+        sizes = {"vocabulary_size": vocabulary_size, "features": features}
+        checks.sizes("Embedding", **sizes, num_types=num_types)
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        table = functools.partial(
+            nnx.Embed, features=features, embedding_init=embedding_init, **dtypes
         )
-        self.position = nnx.data(None)
+        self.token = table(vocabulary_size)
+        self.position = self.token_type = self.norm = nnx.data(None)
         if position is not None:
+            position = embedding.position_of_depth(position, features)
             self.position = Bound(position, param_dtype=param_dtype, rngs=rngs)
+        if num_types is not None:
+            self.token_type = table(num_types)
+        if norm is not None:
+            self.norm = norm(features, **dtypes)
         self.scale = scale
         self.dropout = dropout_of(dropout_rate, deterministic, rngs)
 
@@ -265,11 +281,16 @@ class Embedding(nnx.Module):
         tokens: Array,
         positions: Array | None = None,
         deterministic: bool | None = None,
+        *,
+        types: Array | None = None,
     ) -> Array:
-        """Map tokens [B, T] at positions [T] or [B, T] to [B, T, features]."""
+        """Map tokens [B, T] at positions [T] or [B, T] to [B, T, features].
+
+        `types` [B, T] are 0 unless given.
+        """
         position = None if self.position is None else self.position.resolved
-        x = transformer.embed(self.token, tokens, self.scale, position, positions)
-        return self.dropout(x, deterministic=deterministic)
+        embedder = embedding.Embedder(self.token, self.scale, self.token_type, position, self.norm)
+        return self.dropout(embedder(tokens, positions, types), deterministic=deterministic)
 
     def attend(self, x: Array) -> Array:
         """Return logits [..., vocabulary]: products with the tokens' vectors."""

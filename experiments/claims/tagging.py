@@ -46,7 +46,7 @@ def trained_tagger(
     """Train encoders of two layers on sequences up to a length; options are the encoder's."""
 
     def build(rngs: nnx.Rngs) -> TokenEncoder:
-        sizes = {"hidden_features": 2 * WIDTH, "norm_first": True}
+        sizes = {"hidden_features": 2 * WIDTH, "norm_placement": "before"}
         return TokenEncoder(
             SYMBOLS + 1, WIDTH, num_heads=HEADS, num_layers=2, **sizes, **options, rngs=rngs
         )

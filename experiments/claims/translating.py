@@ -101,7 +101,11 @@ def transformer(given: Material, heads: int, **options: Any) -> Model:
     """Return a Transformer of one block on either side; options are those of its attention."""
     words = len(given.source_vocabulary), len(given.target_vocabulary)
     attention = functools.partial(MultiHeadAttention, **options)
-    given_options = {"hidden_features": 2 * WIDTH, "norm_first": True, "attention": attention}
+    given_options = {
+        "hidden_features": 2 * WIDTH,
+        "norm_placement": "before",
+        "attention": attention,
+    }
     given_options |= {"features": WIDTH, "num_heads": heads, "num_layers": 1}
     model = functools.partial(EncoderDecoder, *words, **given_options)
 

@@ -16,7 +16,7 @@ from flax import nnx
 from attention_jax.layers import ProjectedMemory
 from attention_jax.masks import Lengths
 from attention_jax.nnx import EncoderDecoder, MultiHeadAttention
-from attention_jax.positions import rotary
+from attention_jax.positions import rotary, sinusoidal
 from experiments.data.vocabulary import BOS, PAD
 from experiments.translate.mechanisms import score_of_head
 from experiments.translate.model import Sizes, rows_at
@@ -29,11 +29,6 @@ class Memory(NamedTuple):
 
     projected: list[ProjectedMemory]
     lengths: Array
-
-
-def nowhere(positions: Array) -> Array:
-    """Add no positions: zeros [S, 1]."""
-    return jnp.zeros((positions.shape[-1], 1))
 
 
 class TransformerTranslator(nnx.Module):
@@ -74,10 +69,10 @@ class TransformerTranslator(nnx.Module):
             num_heads=sizes.heads,
             num_layers=sizes.layers,
             hidden_features=sizes.readout_size,
-            position=None if sizes.positions == "sinusoidal" else nowhere,
+            position=sinusoidal if sizes.positions == "sinusoidal" else None,
             attention=functools.partial(attention, position=rotary if rotated else None),
             cross_attention=attention,
-            norm_first=True,
+            norm_placement="before",
             dropout_rate=dropout,
             dtype=dtype,
             rngs=rngs,

@@ -16,22 +16,17 @@ from attention_jax import linen as attention_linen
 from attention_jax import masks, normalizers, positions, scores
 from attention_jax import nnx as attention_nnx
 from attention_jax.base.parameters import Parameter, learned
-from attention_jax.layers import HeadOptions
+from attention_jax.layers import BlockOptions, HeadOptions, StackOptions
 from attention_jax.linear import feature_maps
-from attention_jax.nnx.heads import MultiHeadLayer
 
 
 class Example(NamedTuple):
-    """How a module is built and called, and how many numbers it learns.
-
-    What NNX takes as keywords, a Linen twin may take as its field `options`.
-    """
+    """How a module is built and called, and how many numbers it learns."""
 
     sizes: tuple[Any, ...]
     inputs: tuple[Any, ...]
     parameters: int
     options: Mapping[str, Any] = {}
-    linen_options: Mapping[str, Any] = {}
     call: Mapping[str, Any] = {}
 
 
@@ -108,7 +103,6 @@ EXAMPLES = {
         (x(3), MEMORY),
         2 * (BLOCK + CROSS) + NORM,
         {"num_heads": 2, **WITH_MEMORY},
-        {"num_heads": 2, "options": WITH_MEMORY},
         call={"mask": masks.Causal()},
     ),
 }
@@ -173,6 +167,7 @@ def test_layers_with_what_they_learn_trace_once():
 
 
 SIZE_TYPES = {"int", "int | None", "int | Sequence[int] | None"}
+OPTIONS = (HeadOptions, BlockOptions, StackOptions)
 MAY_BE_ZERO = {"num_layers"}
 # A function with a size to choose, where the default has none.
 WITH_SIZE = {
@@ -185,8 +180,12 @@ def sizes_of(name):
     """Return the names of the whole numbers that a module is built from."""
     module = getattr(attention_nnx, name)
     types = {p.name: p.annotation for p in inspect.signature(module.__init__).parameters.values()}
-    if issubclass(module, MultiHeadLayer):
-        types |= {field.name: field.type for field in dataclasses.fields(HeadOptions)}
+    types |= {
+        field.name: field.type
+        for kind in OPTIONS
+        if issubclass(getattr(attention_linen, name), kind)
+        for field in dataclasses.fields(kind)
+    }
     return sorted({n for n, kind in types.items() if kind in SIZE_TYPES} - MAY_BE_ZERO)
 
 
@@ -196,7 +195,7 @@ SIZES = [(name, size) for name in EXAMPLES for size in sizes_of(name)]
 @pytest.mark.parametrize(("name", "size"), SIZES, ids=lambda part: part)
 def test_a_size_of_zero_is_refused(name, size):
     """It neither becomes another size in silence nor fails somewhere below."""
-    sizes, inputs, _, options, linen_options, call = EXAMPLES[name]
+    sizes, inputs, _, options, call = EXAMPLES[name]
     build, twin = getattr(attention_nnx, name), getattr(attention_linen, name)
     names = list(inspect.signature(build.__init__).parameters)[1:]
     with_size = {n: x for n, x in WITH_SIZE.get(size, {}).items() if n in names}
@@ -204,7 +203,7 @@ def test_a_size_of_zero_is_refused(name, size):
     message = rf"{size} must be (1 or more|a multiple|positive)"
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: build(**{**options, **changed}, rngs=nnx.Rngs(0))(*inputs, **call))
-    module = twin(**{**(linen_options or options), **changed})
+    module = twin(**{**options, **changed})
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda key: module.init(key, *inputs, **call), jax.random.key(0))
 
@@ -217,9 +216,9 @@ def test_sizes_are_found():
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_twins(name):
     """The trees agree, so do the results on the parameters of NNX; `jit` changes neither."""
-    sizes, inputs, parameters, options, linen_options, call = EXAMPLES[name]
+    sizes, inputs, parameters, options, call = EXAMPLES[name]
     module = getattr(attention_nnx, name)(*sizes, **options, rngs=nnx.Rngs(0))
-    twin = getattr(attention_linen, name)(*sizes, **(linen_options or options))
+    twin = getattr(attention_linen, name)(*sizes, **options)
     tree = nnx.to_pure_dict(nnx.state(module, nnx.Param))
     # Away from their initial values, so that zeros and ones count for something.
     tree = jax.tree.map(

@@ -31,26 +31,20 @@ def parameters(module):
     return {"params": nnx.to_pure_dict(nnx.state(module, nnx.Param))}
 
 
-def stacks(norm_first=True, norm="LayerNorm", **options):
+def stacks(norm="LayerNorm", **options):
     """Build a stack in both APIs; the attention has positions of its own."""
-    build = functools.partial(
-        attention_nnx.TransformerStack, 2, 8, num_heads=2, norm_first=norm_first
-    )
-    attention = functools.partial(attention_nnx.MultiHeadAttention, **LAYER)
-    module = build(attention=attention, norm=getattr(nnx, norm), rngs=nnx.Rngs(0), **options)
-    remat = options.pop("remat", False)
-    attention = functools.partial(attention_linen.MultiHeadAttention, **LAYER)
-    options = {"attention": attention, **options}
-    norms = {"norm": getattr(nn, norm), "norm_first": norm_first}
-    return module, attention_linen.TransformerStack(
-        2, 8, num_heads=2, remat=remat, **norms, options=options
-    )
+    built = []
+    for api, flax, rngs in ((attention_nnx, nnx, {"rngs": nnx.Rngs(0)}), (attention_linen, nn, {})):
+        attention = functools.partial(api.MultiHeadAttention, **LAYER)
+        own = {"attention": attention, "norm": getattr(flax, norm), **options, **rngs}
+        built.append(api.TransformerStack(2, 8, num_heads=2, **own))
+    return built
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"norm_first": False, "memory_features": 6, "remat": True},
+        {"norm_placement": "after", "memory_features": 6, "remat": True},
         {"norm": "RMSNorm", "hidden_features": 3, "activation": jnp.tanh},
     ],
     ids=["last", "other"],

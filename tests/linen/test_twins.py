@@ -121,7 +121,7 @@ def test_additive_and_global_attention():
     for score in (scores.bilinear, scores.concat):
         same(
             attention_linen.GlobalAttention(
-                score, 8, memory_features=6, out_features=4, options={"attention_size": 5}
+                score, 8, memory_features=6, out_features=4, attention_size=5
             ),
             attention_nnx.GlobalAttention(
                 score, 8, memory_features=6, out_features=4, attention_size=5, rngs=nnx.Rngs(0)

@@ -77,7 +77,7 @@ def words(key, length, batch=64):
 def test_an_encoder_learns_to_reverse():
     """Each token is said where its mirror image stands: positions, and both directions."""
     model = TokenEncoder(
-        9, 32, num_heads=2, num_layers=1, max_length=6, norm_first=True, rngs=nnx.Rngs(0)
+        9, 32, num_heads=2, num_layers=1, max_length=6, norm_placement="before", rngs=nnx.Rngs(0)
     )
 
     def batch_of(key):
@@ -107,7 +107,7 @@ def test_a_decoder_learns_to_go_on():
 @pytest.mark.slow
 def test_an_encoder_decoder_learns_to_reverse_a_source_of_any_length():
     model = EncoderDecoder(
-        9, 9, features=32, num_heads=2, num_layers=1, norm_first=True, rngs=nnx.Rngs(0)
+        9, 9, features=32, num_heads=2, num_layers=1, norm_placement="before", rngs=nnx.Rngs(0)
     )
 
     def batch_of(key):

@@ -67,8 +67,16 @@ def feed_forward(x, p):
     return hidden @ p["out"]["kernel"] + p["out"]["bias"]
 
 
-def block_in_numpy(x, memory, p, norm_first):
-    """y = x + f(norm(x)), or norm(x + f(x)), for each of the three f; causal."""
+PLACEMENTS = {
+    "before": lambda x, f, norm, _: x + f(norm(x)),
+    "after": lambda x, f, norm, _: norm(x + f(x)),
+    "both": lambda x, f, norm, branch_norm: x + branch_norm(f(norm(x))),
+    "branch": lambda x, f, norm, _: x + norm(f(x)),
+}
+
+
+def block_in_numpy(x, memory, p, placement):
+    """The formula of the placement for each of the three f; causal."""
     allowed = np.tri(x.shape[1], dtype=bool)
     sublayers = {
         "attention": lambda x: attention(x, x, p["attention"], allowed),
@@ -76,21 +84,23 @@ def block_in_numpy(x, memory, p, norm_first):
         "feed_forward": lambda x: feed_forward(x, p["feed_forward"]),
     }
     for name, function in sublayers.items():
-        norm_of = functools.partial(norm, p=p[f"{name}_norm"])
-        x = x + function(norm_of(x)) if norm_first else norm_of(x + function(x))
+        norms = [
+            functools.partial(norm, p=p.get(f"{name}_{kind}")) for kind in ("norm", "branch_norm")
+        ]
+        x = PLACEMENTS[placement](x, function, *norms)
     return x
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_a_block_is_its_formula(norm_first, x64):
-    options = {"norm": Norm, "norm_first": norm_first, "param_dtype": jnp.float64}
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_block_is_its_formula(placement, x64):
+    options = {"norm": Norm, "norm_placement": placement, "param_dtype": jnp.float64}
     module = moved(
         TransformerBlock(8, 2, hidden_features=12, memory_features=6, **options, rngs=nnx.Rngs(0))
     )
     x, memory = X.astype(jnp.float64), MEMORY.astype(jnp.float64)
     result = nnx.jit(lambda module, *xs: module(*xs, mask=masks.Causal()))(module, x, memory)
-    expected = block_in_numpy(np.asarray(x), np.asarray(memory), numbers(module), norm_first)
+    expected = block_in_numpy(np.asarray(x), np.asarray(memory), numbers(module), placement)
     assert result.dtype == jnp.float64
     np.testing.assert_allclose(result, expected, rtol=1e-10, atol=1e-12)
 
@@ -114,7 +124,7 @@ def test_a_stack_is_its_blocks_and_a_last_norm():
     first = moved(TransformerStack(2, 8, num_heads=2, rngs=nnx.Rngs(0)))
     expected = first.norm(first.block_1(first.block_0(X)))
     np.testing.assert_array_equal(first(X), expected)
-    last = moved(TransformerStack(1, 8, num_heads=2, norm_first=False, rngs=nnx.Rngs(0)))
+    last = moved(TransformerStack(1, 8, num_heads=2, norm_placement="after", rngs=nnx.Rngs(0)))
     assert last.norm is None
     np.testing.assert_array_equal(last(X), last.block_0(X))
 
@@ -154,7 +164,7 @@ def test_dropout_is_on_what_each_sublayer_adds():
     module.train()
     module.dropout.rate = 1.0
     np.testing.assert_array_equal(module(X), X)
-    last = TransformerBlock(8, 2, norm_first=False, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    last = TransformerBlock(8, 2, norm_placement="after", dropout_rate=0.5, rngs=nnx.Rngs(0))
     last.dropout.rate = 1.0
     twice = last.feed_forward_norm(last.attention_norm(X))
     np.testing.assert_array_equal(last(X), twice)

@@ -1,0 +1,69 @@
+"""From tokens to vectors and from vectors to logits, in either Flax API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.base import checks
+from attention_jax.base.binding import bind
+from attention_jax.masks.intervals import indices
+from attention_jax.positions import sinusoidal
+
+Array = jax.Array
+
+
+def position_of_depth(position: Any, features: int) -> Any:
+    """Return a position for vectors of D features: `sinusoidal` itself needs to be told.
+
+    >>> position_of_depth(sinusoidal, 8)(jnp.arange(3)).shape
+    (3, 8)
+    """
+    return bind(sinusoidal, depth=features) if position is sinusoidal else position
+
+
+class Embedder(NamedTuple):
+    """The vectors of tokens and of their types, positions, and a norm; the last three or None."""
+
+    token: Callable[[Array], Array]
+    scale: float
+    token_type: Any
+    position: Any
+    norm: Any
+
+    def __call__(self, tokens: Array, positions: Array | None, types: Array | None) -> Array:
+        """Return norm(scale token + position + type), [B, T, D]."""
+        checks.axes("Embedding", tokens=(tokens, "BT"))
+        vectors = self.token(_as_indices(tokens))
+        vectors = vectors * jnp.asarray(self.scale, vectors.dtype)
+        if self.position is not None:
+            at = indices(tokens.shape[1]) if positions is None else positions
+            added = self.position(at).astype(vectors.dtype)
+            vectors = vectors + jnp.broadcast_to(added, vectors.shape)
+        if self.token_type is not None:
+            types = jnp.zeros_like(tokens) if types is None else types
+            checks.axes("Embedding", tokens=(tokens, "BT"), types=(types, "BT"))
+            vectors = vectors + self.token_type(_as_indices(types))
+        elif types is not None:
+            raise ValueError(
+                "Embedding: it was built without token types; give num_types, or leave out types."
+            )
+        return vectors if self.norm is None else self.norm(vectors)
+
+
+def _as_indices(tokens: Array) -> Array:
+    """Return integers as int32: those of a byte cannot index a longer table in JAX."""
+    is_whole = jnp.issubdtype(tokens.dtype, jnp.integer)
+    return tokens.astype(jnp.int32) if is_whole else tokens
+
+
+def to_logits(x: Array, tied: Callable[[Array], Array], head: Any, cap: float | None) -> Array:
+    """Return logits [..., vocabulary]: products with the tokens' vectors, or those of a head.
+
+    With a cap c they become c tanh(logits / c) (Gemma Team 2024, section 2).
+    """
+    logits = tied(x) if head is None else head(x)
+    return logits if cap is None else cap * jnp.tanh(logits / cap)

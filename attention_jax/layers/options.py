@@ -1,0 +1,235 @@
+"""The options that blocks, stacks and models share in the two Flax APIs, for all layers or each.
+
+They are keywords of the NNX modules and fields of the Linen modules, under the same names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.base.equality import ByValue
+
+Array = jax.Array
+Options = TypeVar("Options")
+NORMS = {
+    "before": {"before": "norm"},
+    "after": {"after": "norm"},
+    "both": {"before": "norm", "branch": "branch_norm"},
+    "branch": {"branch": "norm"},
+}
+"""By placement: where a sublayer has norms (a field of `Sublayer`), and what each is called."""
+
+
+@dataclasses.dataclass
+class BlockOptions:
+    """The options of a Transformer block; they are fields of the Linen modules.
+
+    A stack or a model takes each of them once for all layers, as a list or tuple with one for
+    each, or as `by_layer(function)` of the layer's number.
+
+    Args:
+      hidden_features: of the feed-forward layer; its own default (4 D) unless given.
+      memory_features: of the memory that a decoder attends to; None for a block without.
+      attention: builds the self-attention, `MultiHeadAttention` unless given;
+        `functools.partial(MultiHeadAttention, score=...)` for any score, bias, position or
+        normalizer. Where no dropout is asked for, any layer called as `attention(x, mask=...)`
+        will do.
+      cross_attention: builds the attention to the memory; `MultiHeadAttention` unless given.
+      feed_forward: builds the layer at each position, `FeedForward` unless given; called with D,
+        `hidden_features` where it is given, `activation`, and dtypes.
+        `functools.partial(FeedForward, gated=True, use_bias=False)` with `activation=jax.nn.silu`
+        is SwiGLU.
+      norm: Flax's `LayerNorm` or `RMSNorm`, or a partial application; `LayerNorm` unless given,
+        with the variance computed from centred values: Flax's fast variance, E[x^2] - E[x]^2,
+        loses float32's precision where the mean is large.
+      norm_placement: "before", x + f(norm(x)); "after", norm(x + f(x)) as first published;
+        "both", x + norm'(f(norm(x))) (sandwich); "branch", x + norm(f(x)).
+      activation: of the feed-forward layer.
+      dropout_rate: of attention weights and of what each sublayer adds.
+      attention_dropout_rate: of attention weights, where it is another.
+      deterministic: True leaves dropout out; in NNX `model.train()` and `model.eval()` set it.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+
+    Xiong et al. 2020 (before); Vaswani et al. 2017, section 5.4 (after); Ding et al. 2021,
+    section 2.2 (both); Liu et al. 2022, section 3.2 (branch); Shazeer 2020 (gated).
+    """
+
+    _: dataclasses.KW_ONLY
+    hidden_features: int | None = None
+    memory_features: int | None = None
+    attention: Callable[..., Any] | None = None
+    cross_attention: Callable[..., Any] | None = None
+    feed_forward: Callable[..., Any] | None = None
+    norm: Callable[..., Any] | None = None
+    norm_placement: str = "before"
+    activation: Callable[[Array], Array] = jax.nn.relu
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float | None = None
+    deterministic: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+
+@dataclasses.dataclass
+class StackOptions(BlockOptions):
+    """The options of a stack of blocks; they are fields of the Linen modules.
+
+    Args:
+      remat: keep only the input of each block for the backward pass, and compute the rest again;
+        on a CPU what XLA compiles is then slower, and no smaller.
+      shared_bias: added to the logits of every block's self-attention, a function
+        (q_idx, kv_idx) -> numbers of one head; what it declares is created once for each head,
+        and shared by all layers (T5's `positions.learned_buckets`).
+      **options: of `BlockOptions`.
+
+    Chen et al. 2016 (remat: "sublinear memory cost"); Raffel et al. 2020, section 2.1 (shared).
+    """
+
+    _: dataclasses.KW_ONLY
+    remat: bool = False
+    shared_bias: Any = None
+
+
+def options_of(kind: type[Options], operation: str, options: Mapping[str, Any]) -> Options:
+    """Return the options that are given by name, completed by their defaults.
+
+    Raises:
+      TypeError: there is no option of that name.
+
+    >>> options_of(StackOptions, "TransformerStack", {"remat": True}).norm_placement
+    'before'
+    """
+    fields = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+    for name in options:
+        if name not in fields:
+            raise TypeError(
+                f"{operation}: there is no option {name!r}; it takes {', '.join(fields)}."
+            )
+    return kind(**options)
+
+
+def given_options(kind: type, options: Any) -> dict[str, Any]:
+    """Return the options of one kind that an object has as attributes, by name.
+
+    >>> given_options(BlockOptions, StackOptions(dropout_rate=0.5))["dropout_rate"]
+    0.5
+    """
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(kind)}
+
+
+def norm_names(operation: str, placement: str) -> dict[str, str]:
+    """Return what the norms of a sublayer are called, by where they are.
+
+    Raises:
+      ValueError: an unknown placement.
+
+    >>> norm_names("TransformerBlock", "both")
+    {'before': 'norm', 'branch': 'branch_norm'}
+    """
+    if placement not in NORMS:
+        names = ", ".join(repr(name) for name in NORMS)
+        raise ValueError(f"{operation}: norm_placement must be one of {names}, got {placement!r}.")
+    return NORMS[placement]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByLayer(ByValue):
+    """Marks a function of the layer's number, which returns what an option is in that layer."""
+
+    function: Callable[[int], Any]
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+
+def by_layer(function: Callable[[int], Any]) -> ByLayer:
+    """Give each layer its own option: function(0) for the lowest, function(1) for the next ...
+
+    >>> from attention_jax import masks
+    >>> local = by_layer(lambda n: masks.Window(2, 0) if n % 2 == 0 else masks.Causal())
+    >>> of_layer("TransformerStack", {"mask": local}, 3, num_layers=4)["mask"]
+    Causal(offset=0)
+    """
+    return ByLayer(function)
+
+
+def of_layer(
+    operation: str, options: Mapping[str, Any], number: int, num_layers: int
+) -> dict[str, Any]:
+    """Return the options of one layer: entries of lists and tuples, and values of `by_layer`.
+
+    Raises:
+      ValueError: a list or tuple that does not have one entry for each layer.
+    """
+    chosen = {}
+    for name, option in options.items():
+        if isinstance(option, ByLayer):
+            option = option.function(number)
+        elif isinstance(option, list | tuple):
+            if len(option) != num_layers:
+                raise ValueError(
+                    f"{operation}: {name} must have one entry for each of the {num_layers} "
+                    f"layers, got {len(option)}; give as many, or by_layer(function)."
+                )
+            option = option[number]
+        chosen[name] = option
+    return chosen
+
+
+def map_layers(function: Callable[[Any], Any], option: Any) -> Any:
+    """Apply a function to an option, in each layer where layers have their own.
+
+    >>> map_layers(abs, [-1, 2])
+    [1, 2]
+    """
+    if isinstance(option, ByLayer):
+        return ByLayer(lambda number: function(option.function(number)))
+    if isinstance(option, list | tuple):
+        return [function(of_one) for of_one in option]
+    return function(option)
+
+
+def attention_dropout(given: BlockOptions) -> dict[str, Any]:
+    """Return the dropout options of an attention: none where it drops nothing."""
+    rate = given.attention_dropout_rate
+    rate = given.dropout_rate if rate is None else rate
+    return {"dropout_rate": rate, "deterministic": given.deterministic} if rate else {}
+
+
+def feed_forward_options(given: BlockOptions) -> dict[str, Any]:
+    """Return what a block tells its feed-forward layer, dtypes apart."""
+    sizes = {"hidden_features": given.hidden_features}
+    return {"activation": given.activation, **(sizes if given.hidden_features is not None else {})}
+
+
+def options_of_layers(given: StackOptions, num_heads: Any, num_layers: int) -> list[dict[str, Any]]:
+    """Return the options of every block, and its number of heads."""
+    options = {"num_heads": num_heads, **given_options(BlockOptions, given)}
+    return [of_layer("TransformerStack", options, n, num_layers) for n in range(num_layers)]
+
+
+def options_of_embedding(
+    given: StackOptions, blocks: Sequence[dict[str, Any]], **own: Any
+) -> dict[str, Any]:
+    """Return the options of an embedding: dropout and dtypes of the lowest block, and its own."""
+    first = blocks[0] if blocks else given_options(BlockOptions, given)
+    names = ("dropout_rate", "deterministic", "dtype", "param_dtype")
+    return {**{name: first[name] for name in names}, **own}
+
+
+def options_of_last_norm(
+    given: StackOptions, blocks: Sequence[dict[str, Any]]
+) -> tuple[Any, dict[str, Any]] | None:
+    """Return the norm after the last block and its dtypes; None where that ends with a norm."""
+    last = blocks[-1] if blocks else given_options(BlockOptions, given)
+    norm_names("TransformerStack", last["norm_placement"])
+    if last["norm_placement"] == "after":
+        return None
+    return last["norm"], {name: last[name] for name in ("dtype", "param_dtype")}
