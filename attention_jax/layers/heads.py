@@ -170,7 +170,7 @@ def linear_shapes(options: HeadOptions, sizes: HeadSizes) -> dict[str, LinearSha
 def _biases(use_bias: Any) -> dict[str, bool]:
     """Return which of the four projections have a bias."""
     names = ("query", "key", "value", "out")
-    given = use_bias if isinstance(use_bias, Mapping) else dict.fromkeys(names, use_bias)
+    given: Any = use_bias if isinstance(use_bias, Mapping) else dict.fromkeys(names, use_bias)
     for name, has_bias in given.items():
         if name not in names or not isinstance(has_bias, bool):
             raise ValueError(
