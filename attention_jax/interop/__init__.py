@@ -1,7 +1,8 @@
 """Drop-ins: exact attention in memory linear in the sequence, inside code that exists already.
 
 `dot_product_attention` stands in for `jax.nn.dot_product_attention`; what `attention_fn` returns
-goes into `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
+goes into `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`. And
+published parameters: `bert_parameters` and `gpt2_parameters` read state dicts.
 
 >>> import jax.numpy as jnp
 >>> from flax import nnx
@@ -16,5 +17,6 @@ goes into `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAtten
 
 from attention_jax.interop.flax_layers import attention_fn
 from attention_jax.interop.jax_nn import dot_product_attention
+from attention_jax.interop.weights import bert_parameters, gpt2_parameters
 
-__all__ = ["attention_fn", "dot_product_attention"]
+__all__ = ["attention_fn", "bert_parameters", "dot_product_attention", "gpt2_parameters"]

@@ -126,13 +126,17 @@ class CausalDecoderMethods(TokenModelMethods):
           num_steps: how many tokens to add.
           lengths: how many tokens of each prompt count, [B].
           mask: of the whole sequence, for all layers or each, joined with the causal one.
-          window: of the caches, for all layers or each; see `attention_jax.cache.init`.
+          window: how many tokens before the newest the caches keep, for all layers or each; the
+            mask must let no query attend further (`masks.Window(window, 0)`). None keeps all.
           **options: rng, temperature and end of `attention_jax.layers.generate`.
         """
         batch, length = prompt.shape
         check_length(length + num_steps - 1, self.max_length)
+        total = length + num_steps
+        window = map_layers(functools.partial(_window_below, total), window)
+        capacity = map_layers(lambda own: total if own is None else own + 1, window)
         kept = {} if window is None else {"window": window}
-        caches = self.init_cache(batch, length + num_steps, ragged=lengths is not None, **kept)
+        caches = self.init_cache(batch, capacity, ragged=lengths is not None, **kept)
         decode = functools.partial(self._pure_decode(), mask=mask)
         return generate(decode, caches, prompt, num_steps, lengths=lengths, **options)
 
@@ -278,6 +282,11 @@ class EncoderDecoderMethods:
         seen = {"source_mask": source_mask, "mask": mask}
         decode = functools.partial(self._pure_decode(), memory=memory, **seen)
         return generate(decode, caches, prompt, num_steps, lengths=lengths, **options)
+
+
+def _window_below(total: int, window: int | None) -> int | None:
+    """Return the window of a cache; None where no token of a sequence is ever forgotten."""
+    return None if window is None or window + 1 >= total else window
 
 
 def position_or_table(position: Any, max_length: int | None, features: int) -> Any:

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from attention_jax import linen as attention_linen
-from attention_jax import masks, positions
+from attention_jax import masks, positions, scores
 from attention_jax import nnx as attention_nnx
+from attention_jax.layers import by_layer
 
 pytestmark = pytest.mark.slow
 
@@ -178,3 +179,78 @@ def test_bad_arguments_are_explained():
         attention_linen.PatchEncoder(
             (8, 6), 4, num_channels=3, num_classes=10, features=8, num_heads=2, num_layers=1
         ).init(key, jnp.zeros((1, 8, 6, 3)))
+
+
+def test_models_with_every_option():
+    """Each option has one name, and one meaning, in both APIs."""
+    sizes = {"num_heads": 2, "num_layers": 2}
+
+    def build(api, flax, dense, **rngs):
+        gated = functools.partial(api.FeedForward, gated=True, use_bias=False)
+        grouped = functools.partial(
+            api.MultiHeadAttention, num_key_heads=1, use_bias={"key": False, "out": False}
+        )
+        return api.CausalDecoder(
+            9,
+            8,
+            **sizes,
+            max_length=6,
+            embedding_options={"num_types": 2, "norm": flax.LayerNorm, "scale": 3.0},
+            head=functools.partial(dense, use_bias=False),
+            logit_cap=5.0,
+            attention=[grouped, api.MultiHeadAttention],
+            feed_forward=gated,
+            hidden_features=by_layer(lambda n: 3 + n),
+            norm=flax.RMSNorm,
+            norm_placement="both",
+            activation=jax.nn.silu,
+            shared_bias=positions.learned_buckets(8, 7),
+            **rngs,
+        )
+
+    module = build(attention_nnx, nnx, nnx.Linear, rngs=nnx.Rngs(0))
+    twin = build(attention_linen, nn, nn.Dense)
+    variables = parameters(module)
+    drawn = jax.eval_shape(lambda key: twin.init(key, PROMPT), jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(drawn, variables)
+    call = {"mask": [masks.Window(1, 0), None], "types": PROMPT % 2}
+    expected = nnx.jit(lambda module: module(PROMPT, **call))(module)
+    result = jax.jit(lambda variables: twin.apply(variables, PROMPT, **call))(variables)
+    chex.assert_trees_all_close(result, expected, atol=1e-5)
+
+
+def test_sides_with_options_of_their_own():
+    sizes = {"features": 8, "num_heads": 2, "num_layers": 1}
+
+    def build(api, dense, **rngs):
+        return api.EncoderDecoder(
+            9,
+            9,
+            **sizes,
+            position=None,
+            head=dense,
+            encoder_options={"num_layers": 2, "shared_bias": positions.learned_buckets(8, 7)},
+            decoder_options={"norm_placement": "branch", "attention": api.LinearAttention},
+            **rngs,
+        )
+
+    module = build(attention_nnx, nnx.Linear, rngs=nnx.Rngs(0))
+    twin = build(attention_linen, nn.Dense)
+    variables = parameters(module)
+    expected = nnx.jit(lambda module: module(PROMPT, PROMPT))(module)
+    result = jax.jit(lambda variables: twin.apply(variables, PROMPT, PROMPT))(variables)
+    chex.assert_trees_all_close(result, expected, atol=1e-5)
+
+
+def test_heads_and_back():
+    options = {"position": positions.rotary, "num_key_heads": 1}
+    module = attention_nnx.MultiHeadAttention(2, 8, **options, rngs=nnx.Rngs(0))
+    twin = attention_linen.MultiHeadAttention(2, 8, **options)
+    variables = parameters(module)
+    heads = twin.apply(variables, X, method="heads")
+    chex.assert_trees_all_equal(heads, module.heads(X))
+    joined = twin.apply(variables, heads[0], method="join")
+    np.testing.assert_array_equal(joined, module.join(heads[0]))
+    call = {"score": scores.dot, "tile_sizes": (2, 2)}
+    result = twin.apply(variables, X, **call)
+    np.testing.assert_array_equal(result, module(X, **call))
