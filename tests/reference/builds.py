@@ -7,8 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import torch
-import transformers
+import pytest
 from flax import nnx
 
 from attention_jax import masks, positions, scores
@@ -22,6 +21,9 @@ from attention_jax.nnx import (
     MultiHeadAttention,
     TokenEncoder,
 )
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 WORDS, D, N, K, LAYERS = 37, 16, 4, 2, 2
 SIZES = {"num_heads": N, "num_layers": LAYERS, "param_dtype": jnp.float64}

@@ -9,12 +9,9 @@ import pytest
 from flax import nnx
 
 from attention_jax import masks
+from tests.reference import builds
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from tests.reference import builds  # noqa: E402
-
 pytestmark = pytest.mark.slow
 
 TOKENS = np.array([[5, 9, 2, 30, 14, 7, 7, 21], [3, 3, 11, 36, 8, 1, 19, 4]])
