@@ -8,32 +8,32 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+import regex
+
 from experiments.data.corpus import DataError
 
-# Combining marks are part of words, but `re` does not count them as word characters.
-_MARK = "".join(
-    chr(code)
-    for first, last in ((0x300, 0x1DFF), (0x20D0, 0x20FF), (0xFE00, 0xFE2F))
-    for code in range(first, last + 1)
-    if unicodedata.category(chr(code)).startswith("M")
-)
-_LETTERS = rf"(?:\w[{_MARK}\u200c\u200d]*)+"
-_SUFFIX = r"['’](?:s|re|ve|ll|d|m|n|ne)\b"
-_TOKEN = re.compile(
+# Letters, digits and the marks of all scripts, by Unicode's categories; a sign that precedes a
+# number belongs to it. What is no word is one grapheme cluster: a flag, or a person with a colour
+# of skin.
+_LETTER = r"[\p{L}\p{N}_]"
+_PART = r"[\p{L}\p{N}\p{M}_\u200c\u200d]"
+_LETTERS = rf"(?:\p{{GCB=Prepend}}*{_LETTER}{_PART}*)"
+_SUFFIX = rf"['’](?:s|re|ve|ll|d|m|n|ne)(?!{_PART})"
+_TOKEN = regex.compile(
     rf"""
-      \d+(?:[.,:]\d+)+                                      # 3.5  1,000  10:30
-    | (?<!\w)(?:[^\W\d_]\.){{2,}}                           # z.B.  U.S.
-    | {_LETTERS}?(?=n['’]t\b) | n['’]t\b                    # do n't
-    | (?<=\w){_SUFFIX}                                      # it 's   geht 's
+      \p{{Nd}}+(?:[.,:]\p{{Nd}}+)+(?!\p{{M}})               # 3.5  1,000  10:30
+    | (?<!{_PART})(?:\p{{L}}\p{{M}}*\.){{2,}}                 # z.B.  U.S.
+    | {_LETTERS}?(?=n['’]t(?!{_PART})) | n['’]t(?!{_PART})    # do n't
+    | (?<={_PART}){_SUFFIX}                                   # it 's   geht 's
     | {_LETTERS}(?:(?:(?!{_SUFFIX})['’]|-){_LETTERS})*(?:-(?=\s))?   # o'clock  T-Shirt  Vor-
-    | \.{{2,}} | -{{2,}} | \S[{_MARK}]*(?:\u200d\S[{_MARK}]*)*
+    | \.{{2,}} | -{{2,}} | (?!\s)\X
     """,
-    re.VERBOSE | re.IGNORECASE,
+    regex.VERBOSE | regex.IGNORECASE,
 )
 _INVISIBLE = re.compile("[\u00ad\u200e\u200f\u2060\ufeff]")
 _BLANK = re.compile("[\x00-\x1f\x7f-\x9f\u200b]")
 
-_CLOSING = re.compile(r"[.,;:!?%)\]}…”’]+|n['’]t|" + _SUFFIX, re.IGNORECASE)
+_CLOSING = regex.compile(r"[.,;:!?%)\]}…”’]+|n['’]t|" + _SUFFIX, regex.IGNORECASE)
 _OPENING = frozenset("([{„‚¿¡$£€#")
 _TOGGLING = {'"': '"', "'": "'", "«": "«»", "»": "«»"}
 _AMBIGUOUS = {"“": "„", "‘": "‚"}  # they open in English, and close what these opened in German

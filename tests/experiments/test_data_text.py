@@ -1,6 +1,7 @@
 """Tokeniser, vocabulary and written alignments."""
 
 import sys
+import unicodedata
 from subprocess import run
 
 import pytest
@@ -29,12 +30,27 @@ from experiments.data.corpus import is_alignment, parse_alignment, pharaoh
         ("a\u2028b\x0bc\x0cd\x85e\u200bf\x00g", "a b c d e f g"),
         ("Donau\u00addampf\ufeff", "Donaudampf"),
         ("👩\u200d👧 ❤\ufe0f!", "👩\u200d👧 ❤\ufe0f !"),
+        ("ꯃꯤꯇꯩ ꯂꯣꯟ", "ꯃꯤꯇꯩ ꯂꯣꯟ"),
+        ("ꦧꦱꦗꦮ, ꦲꦏ꧀ꦱꦫ", "ꦧꦱꦗꦮ , ꦲꦏ꧀ꦱꦫ"),
+        ("𑄌𑄋𑄴𑄟𑄳𑄦 𑄞𑄌𑄴", "𑄌𑄋𑄴𑄟𑄳𑄦 𑄞𑄌𑄴"),
+        ("𞤆𞤵𞤤𞤢𞤪!", "𞤆𞤵𞤤𞤢𞤪 !"),
+        ("ၶႅပ်ႉတႆး", "ၶႅပ်ႉတႆး"),
+        ("👍🏽🇩🇪🇫🇷 ok", "👍🏽 🇩🇪 🇫🇷 ok"),
+        ("👩🏽‍🚀, 🏴󠁧󠁢󠁥󠁮󠁧󠁿 1️⃣", "👩🏽‍🚀 , 🏴󠁧󠁢󠁥󠁮󠁧󠁿 1️⃣"),
         ("", ""),
         (" \t ", ""),
     ],
 )
 def test_tokenize(text, tokens):
     assert tokenize(text) == tuple(tokens.split(" ") if tokens else ())
+
+
+@pytest.mark.parametrize("category", ["Mn", "Mc", "Me"])
+def test_no_mark_of_any_script_cuts_a_word(category):
+    marks = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) == category]
+    assert len(marks) > 10
+    cut = [mark for mark in marks if len(tokenize(f"a{mark}b’s{mark}")) != 1]
+    assert not cut
 
 
 def test_lowercase():
