@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attention_jax.base import checks
+from attention_jax.diagnostics import fonts
 from attention_jax.masks import MaskLike, as_mask
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ def draw_mask(
 def save(figure: Figure, path: str | pathlib.Path) -> list[pathlib.Path]:
     """Write `path`.png and `path`.svg, making the folder; the same figure gives the same bytes.
 
-    Characters that no font in use has are boxes, of which one warning tells.
+    Characters that the fonts in use lack are drawn in an installed font that has them. If there is
+    none, they are boxes, of which one warning tells.
 
     Args:
       figure: what is drawn.
@@ -171,32 +173,34 @@ def save(figure: Figure, path: str | pathlib.Path) -> list[pathlib.Path]:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg"))
-    with mpl.rc_context(_STYLE), _one_warning_of_boxes():
+    with mpl.rc_context(_STYLE), _no_warning_of_boxes():
+        figure.draw_without_rendering()  # ticks have labels only then
+        nowhere = fonts.complete(figure)
         figure.savefig(png, dpi=160)
         figure.savefig(svg, metadata={"Date": None})
+    if nowhere:
+        _tell_of_boxes(fonts.package(nowhere))
     return [png, svg]
 
 
 @contextlib.contextmanager
-def _one_warning_of_boxes() -> Iterator[None]:
-    """Replace the warnings about characters without a glyph by one for the whole process."""
+def _no_warning_of_boxes() -> Iterator[None]:
+    """Pass on all warnings but those about characters without a glyph."""
     with warnings.catch_warnings(record=True) as said:
         warnings.filterwarnings("always", _BOX)
         yield
     for warning in said:
-        if re.match(_BOX, str(warning.message)):
-            _tell_of_boxes()
-        else:
+        if not re.match(_BOX, str(warning.message)):
             of = warning.category, warning.filename, warning.lineno
             warnings.warn_explicit(warning.message, *of)
 
 
 @functools.cache
-def _tell_of_boxes() -> None:
+def _tell_of_boxes(package: str) -> None:
     warnings.warn(
-        "plots: some characters are in none of the fonts in use and are drawn as boxes; name a "
-        "font that has them in 'font.family' of matplotlib.rcParams or of a file matplotlibrc.",
-        stacklevel=5,  # where something is saved
+        "plots: no installed font has some of the characters, which are drawn as boxes; install "
+        f"one that has them (Debian, Ubuntu: {package}).",
+        stacklevel=3,  # where something is saved
     )
 
 

@@ -7,6 +7,7 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.font_manager import findfont, get_font
 
 from attention_jax import masks
 from attention_jax.diagnostics import plots
@@ -64,9 +65,22 @@ def test_characters_that_no_font_has_are_told_of_once(tmp_path, recwarn):
     (warning,) = recwarn
     assert warning.filename == __file__
     assert str(warning.message) == (
-        "plots: some characters are in none of the fonts in use and are drawn as boxes; name a "
-        "font that has them in 'font.family' of matplotlib.rcParams or of a file matplotlibrc."
+        "plots: no installed font has some of the characters, which are drawn as boxes; install "
+        "one that has them (Debian, Ubuntu: fonts-noto-cjk)."
     )
+
+
+def test_characters_that_the_fonts_in_use_lack_are_drawn_in_one_that_has_them(tmp_path, recwarn):
+    there = [set(get_font(findfont(name)).get_charmap()) for name in ("DejaVu Sans", "STIXGeneral")]
+    character = next(c for c in map(chr, sorted(there[1] - there[0])) if c.isprintable())
+    figure = plots.heads(np.eye(3)[None], [character, "a", "b"], titles=[character])
+    plots.save(figure, tmp_path / "weights")
+    axes = figure.axes[0]
+    for text in (axes.title, axes.get_yticklabels()[0]):
+        assert text.get_text() == character
+        assert text.get_fontfamily() == ["sans-serif", "STIXGeneral"]
+    assert axes.get_yticklabels()[1].get_fontfamily() == ["sans-serif"]
+    assert not list(recwarn)
 
 
 def test_other_warnings_are_passed_on(tmp_path):
