@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,8 +112,10 @@ def _check_written_in(folder: Path, flag: str, path: Path) -> None:
     parent = next(there for there in (folder, *folder.parents) if os.path.exists(there))
     try:
         os.rmdir(tempfile.mkdtemp(dir=parent))
-    except OSError:
-        raise UsageError(f"--{flag}: {path} cannot be written in {parent}; give another.") from None
+    except OSError as error:
+        raise UsageError(
+            f"--{flag}: {path} cannot be written in {parent}: {error.strerror}; give another."
+        ) from None
 
 
 def show(text: object) -> None:
@@ -134,7 +137,7 @@ def run(
     1 where the system refused a file; 2 for a request that cannot be met.
     """
     try:
-        with _no_backend():
+        with _no_backend(), _short_warnings(program):
             return do(parse(sys.argv[1:] if arguments is None else arguments)) or 0
     except HelpRequested as help:
         show(help)
@@ -142,7 +145,16 @@ def run(
     except UsageError as error:
         return complain(program, error, 2)
     except OSError as error:
+        drop_output()
         return complain(program, f"{reason(error)}; put that right, and try again.", 1)
+
+
+def drop_output() -> None:
+    """Forget what cannot be written to standard output, so that Python does not try it at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -158,6 +170,20 @@ def _no_backend() -> Iterator[None]:
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
+
+
+@contextlib.contextmanager
+def _short_warnings(program: str) -> Iterator[None]:
+    """Print a warning as one line, without the line of code that it comes from."""
+
+    def short(message: Warning | str, *_: Any, **__: Any) -> str:
+        return f"{program}: {' '.join(str(message).split())}\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def reason(error: OSError) -> str:

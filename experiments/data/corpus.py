@@ -18,8 +18,23 @@ _LINK = re.compile(r"(\d+)([-?])(\d+)", re.ASCII)
 _ALIGNMENT = re.compile(r"\d+(?:[-?]\d+)?(?: \d+(?:[-?]\d+)?)*", re.ASCII)
 
 
+# Characters of a user's text that a message repeats.
+_REPEATED = 40
+
+
 class DataError(ValueError):
     """A corpus that cannot be used; the message is one sentence for the user."""
+
+
+def shortened(text: str) -> str:
+    """Return text as a message repeats it: of a long one its beginning and its length.
+
+    >>> shortened("zebra"), shortened(20_000 * "z")
+    ('zebra', 'zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz... (20,000 characters)')
+    """
+    if len(text) <= _REPEATED:
+        return text
+    return f"{text[:_REPEATED]}... ({len(text):,} characters)"
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,9 @@ def parse_alignment(text: str, source_length: int, target_length: int) -> tuple[
         for field in fields:
             match = _LINK.fullmatch(field)
             if not match:
-                raise ValueError(f"has the entry {field!r}, which is neither i-j nor i?j")
+                raise ValueError(
+                    f"has the entry {shortened(field)!r}, which is neither i-j nor i?j"
+                )
             links = sure if match[2] == "-" else possible
             links.add((int(match[1]), int(match[3])))
     for i, j in sorted(sure | possible):

@@ -7,21 +7,27 @@ its files and is written last: a checkpoint without a seal is unfinished.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
+import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.command_line import UsageError
 from experiments.translate.workdir import write_text
 
 _KEPT = 2
 # Orbax cannot read a checkpoint without this file.
 _MANIFEST = "manifest.ocdbt"
+# How TensorStore ends a message of a system error.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 class Checkpoints:
@@ -42,13 +48,13 @@ class Checkpoints:
         Later ones were found damaged: training restarted from an earlier one.
 
         Raises:
-          UsageError: the checkpoint cannot be written, or is incomplete.
+          OSError: the checkpoint cannot be written, or is incomplete; nothing of it is left.
         """
         path = self._path(step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._delete(step)
-            with ocp.StandardCheckpointer() as checkpointer:
+            with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(path, _named(state))
             if not (path / _MANIFEST).is_file():
                 raise ValueError(f"Orbax left it without its {_MANIFEST}")
@@ -57,10 +63,13 @@ class Checkpoints:
             for other in set(self.steps) - set(kept):
                 self._delete(other)
         except (OSError, ValueError) as error:
-            shutil.rmtree(path, ignore_errors=True)
-            raise UsageError(
-                f"checkpoint {step} cannot be saved in {self.folder}: {error}; the ones before it "
-                "are kept, and the same command goes on from there."
+            # Also what Orbax names otherwise until it is complete.
+            for unfinished in self.folder.glob(f"{path.name}*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.unlink(missing_ok=True)
+            code, reason = _reason(error)
+            raise OSError(
+                code, f"checkpoint {step} cannot be saved in {self.folder}: {reason}"
             ) from None
 
     def restore(self, like: Any, *, tidy: bool = True) -> tuple[int, Any] | None:
@@ -101,6 +110,26 @@ class Checkpoints:
     def _delete(self, step: int) -> None:
         self._seal(step).unlink(missing_ok=True)
         shutil.rmtree(self._path(step), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _silent_orbax() -> Iterator[None]:
+    """Print none of the tracebacks of Orbax's threads, whose error `save` raises as well."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _reason(error: OSError | ValueError) -> tuple[int, str]:
+    """Return the number and the words of a system error, also of one that TensorStore reports."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno, error.strerror or str(error)
+    if found := _OS_ERROR.search(str(error)):
+        return int(found[1]), os.strerror(int(found[1]))
+    return errno.EIO, " ".join(str(error).split())
 
 
 def _loaded(path: Path, like: Any) -> Any:

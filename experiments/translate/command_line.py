@@ -123,6 +123,7 @@ def run_program(
             return complain(program, error, 1)
         except OSError as error:
             reason = command_line.reason(error)
+            command_line.drop_output()
             return complain(program, f"{reason}; what was saved before is kept.", 1)
         except (Interrupted, KeyboardInterrupt) as stop:
             where = f" after {stop}" if str(stop) else ""

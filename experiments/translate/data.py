@@ -19,7 +19,7 @@ from experiments.data.corpus import Corpus, Pair
 from experiments.data.text import cut, detokenize
 from experiments.data.vocabulary import PAD, Vocabulary
 from experiments.translate.config import Config
-from experiments.translate.workdir import read_json, write_json
+from experiments.translate.workdir import read_json, write_json, write_sealed
 
 Array = jax.Array
 
@@ -211,7 +211,7 @@ def save_tokenizer(folder: Path, corpus: Corpus, longest: int, config: Config) -
     except UsageError:
         vocabularies = {side: getattr(tokenizer, side).to_json() for side in ("source", "target")}
         words = {side: json.loads(text) for side, text in vocabularies.items()}
-        write_json(path, {**vars(tokenizer), **words})
+        write_sealed(path, {**vars(tokenizer), **words})
         return
     if held != tokenizer:
         raise UsageError(
@@ -231,7 +231,11 @@ def check_data(folder: Path, corpus: Corpus) -> None:
         return
     try:
         held = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}; give another --workdir."
+        ) from None
+    except (ValueError, TypeError):
         raise UsageError(
             f"{path} is damaged; delete it if the data are those that the run began with."
         ) from None

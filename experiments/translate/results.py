@@ -22,7 +22,7 @@ from experiments.translate.evaluate import Trained
 from experiments.translate.prepare import Run
 from experiments.translate.table import COMPARED
 from experiments.translate.train_step import count_parameters
-from experiments.translate.workdir import Record, write_text
+from experiments.translate.workdir import Record, unsealed, write_text
 
 # Numbers of sentences whose weights are drawn, and whose translations are shown.
 _PICTURED, _SAMPLED = 3, 6
@@ -60,7 +60,7 @@ def read_outcome(path: Path) -> Record:
       UsageError: the file is damaged.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return unsealed(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise UsageError(
             f"{path} is damaged; delete it, and the same command measures again what was trained."

@@ -56,7 +56,7 @@ def train_and_measure(score: str, run: Run) -> Record:
         outcome = results.measure(score, run, trained)
     outcome |= speed
     path.parent.mkdir(exist_ok=True)
-    workdir.write_json(path, outcome)
+    workdir.write_sealed(path, outcome)
     return outcome
 
 

@@ -123,7 +123,8 @@ def train(score: str, run: Run) -> Trained:
     Raises:
       Diverged: a loss or a parameter is not finite.
       Interrupted: SIGINT or SIGTERM came; everything up to the last step is saved.
-      UsageError: a checkpoint cannot be saved, or the log before it is lost.
+      OSError: a checkpoint cannot be saved.
+      UsageError: the log before the checkpoint is lost.
     """
     checkpoints = run.checkpoints(score)
     state = initial_state(score, run.sizes[score], run.config)

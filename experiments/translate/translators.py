@@ -12,7 +12,7 @@ import numpy as np
 
 from attention_jax.base.checks import ShapeError
 from experiments.command_line import UsageError
-from experiments.data.corpus import Pair
+from experiments.data.corpus import Pair, shortened
 from experiments.data.vocabulary import Vocabulary
 from experiments.translate import evaluate, workdir
 from experiments.translate.checkpoints import Checkpoints
@@ -30,6 +30,8 @@ _MULTIPLE = 8
 _PROMPT = "> "
 # The least weight of a source word that is shown.
 _SHOWN = 0.1
+# Unknown words of a sentence that are listed.
+_LISTED = 10
 
 
 class Translators(NamedTuple):
@@ -187,7 +189,7 @@ def answer(translators: Translators, words: tuple[str, ...]) -> list[str]:
     lines = [tokenizer.text(found)]
     unread = unknown(words, tokenizer.source)
     if unread:
-        lines.append(f"  read as <unk>: {' '.join(unread)}")
+        lines.append(f"  read as <unk>: {unread}")
     if translators.score != "none" and found:
         (weights,) = translators.weights([Pair(words, found)])
         lines += alignment(words, found, weights)
@@ -200,19 +202,22 @@ def alignment(source: Sequence[str], target: Sequence[str], weights: np.ndarray)
     >>> alignment(("red", "dog"), ("Hund",), np.array([[0.04, 0.85, 0.11], [0.0, 0.0, 1.0]]))
     ['  Hund  dog 85%  <eos> 11%']
     """
-    names = [*source, "<eos>"]
-    widest = max(map(len, target))
+    names = [*map(shortened, source), "<eos>"]
+    shown = [shortened(word) for word in target]
+    widest = max(map(len, shown))
     lines = []
-    for word, row in zip(target, weights, strict=False):
+    for word, row in zip(shown, weights, strict=False):
         order = np.argsort(-row, kind="stable")
         seen = [f"{names[i]} {row[i]:.0%}" for i in order if row[i] >= _SHOWN]
         lines.append("  ".join(["", word.ljust(widest), *seen]))
     return lines
 
 
-def unknown(words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
-    """Return the words of a sentence that are not in a vocabulary, each of them once."""
-    return [word for word in dict.fromkeys(words) if word not in vocabulary]
+def unknown(words: Sequence[str], vocabulary: Vocabulary) -> str:
+    """Return the words of a sentence that are not in a vocabulary, each once, as a short text."""
+    found = [word for word in dict.fromkeys(words) if word not in vocabulary]
+    rest = [f"and {len(found) - _LISTED:,} more"] if len(found) > _LISTED else []
+    return " ".join([*map(shortened, found[:_LISTED]), *rest])
 
 
 def tell(sentence: str) -> None:

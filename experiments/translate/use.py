@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -122,23 +124,29 @@ def _translate(config: Config) -> None:
 
 def _score(config: Config) -> None:
     translators = load(config.scores[0], config).of_seed(config.translator)
+    words = translators.tokenizer.words
     pairs = []
-    for number, line in enumerate(lines := _lines(config), 1):
+    for number, line in enumerate(_lines(config), 1):
         source, tab, target = line.partition("\t")
-        words = translators.tokenizer.words
         pair = Pair(words(source), words(target.partition("\t")[0]))
-        if not (tab and pair.source and pair.target):
-            raise UsageError(
-                f"{config.input or _STDIN} line {number} is not source<TAB>target, two sentences "
-                "with one tab between them."
-            )
+        _check_full(f"{config.input or _STDIN} line {number}", pair, bool(tab))
         pairs.append(pair)
-    if not lines:
-        return
     _tell_unknown(translators.tokenizer, [(pair.source, pair.target) for pair in pairs])
-    for value in translators.log_probabilities(pairs):
-        show(f"{value:.4f}")
+    full = [pair for pair in pairs if pair.source]
+    values = iter(translators.log_probabilities(full) if full else ())
+    for pair in pairs:
+        show(f"{next(values):.4f}" if pair.source else "")
     _save_links(translators, pairs)
+
+
+def _check_full(where: str, pair: Pair, has_tab: bool) -> None:
+    """Refuse a line with one sentence; one without any is a blank line."""
+    if bool(pair.source) == bool(pair.target) and (has_tab or not pair.source):
+        return
+    what = "has no tab between two sentences"
+    if has_tab:
+        what = f"has nothing {'before' if pair.target else 'behind'} its tab"
+    raise UsageError(f"{where} {what}, but source<TAB>target is needed, or a blank line.")
 
 
 def _lines(config: Config) -> list[str]:
@@ -165,7 +173,11 @@ def _pairs_of_file(config: Config, tokenizer: Tokenizer) -> tuple[str, Sequence[
     for notice in reader.notices:
         tell(notice)
     # The hash distinguishes files of the same name in other folders.
-    return f"input-{path.stem[:_PREFIX]}-{reader.files[str(path)][:8]}", splits["train"]
+    name = f"input-{path.stem[:_PREFIX]}-{reader.files[str(path)][:8]}"
+    columns = config.source, config.target
+    if columns != workdir.run_languages(config.directory):
+        name += "".join("-" + re.sub(r"\W", "_", column) for column in columns)
+    return name, splits["train"]
 
 
 def _tell_unknown(tokenizer: Tokenizer, sentences: Sequence[tuple[Words, Words]]) -> None:
@@ -173,7 +185,7 @@ def _tell_unknown(tokenizer: Tokenizer, sentences: Sequence[tuple[Words, Words]]
     sides = ("source", tokenizer.source), ("target", tokenizer.target)
     for number, sentence in enumerate(sentences, 1):
         found = {
-            side: " ".join(unknown(words, vocabulary))
+            side: unknown(words, vocabulary)
             for words, (side, vocabulary) in zip(sentence, sides, strict=True)
         }
         said = ", ".join(f"{words} ({side})" for side, words in found.items() if words)
@@ -210,11 +222,11 @@ def check_alignments(config: Config) -> None:
     try:
         if os.path.isfile(path):
             _check_existing(path, config)
-        writable = _is_writable(path)
-    except OSError:
-        writable = False
-    if not writable:
-        raise UsageError(f"--alignments {path} cannot be written; name a file in a folder.")
+        _try_to_write(path)
+    except OSError as error:
+        raise UsageError(
+            f"--alignments {path} cannot be written: {error.strerror or error}; name another file."
+        ) from None
 
 
 def write_alignments(path: Path, lines: Iterable[str]) -> None:
@@ -243,15 +255,17 @@ def _check_existing(path: Path, config: Config) -> None:
         )
 
 
-def _is_writable(path: Path) -> bool:
-    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
-        return False
+def _try_to_write(path: Path) -> None:
+    """Raise the system's error if a file cannot be written."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if not _is_special(path):
         # Only trying shows what a file system forbids.
         unfinished = unfinished_of(_real(path))
         unfinished.touch()
         unfinished.unlink()
-    return True
 
 
 def _is_special(path: Path) -> bool:

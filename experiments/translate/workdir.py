@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -35,6 +36,9 @@ _GLOB = re.compile(r"[*?\[]")
 # Groups of flags that may differ from those of the training.
 _FREE = ("Decoding", "Output", "After training")
 
+# The field of a record with its SHA-256.
+_SEAL = "sha256"
+
 # What to do about a damaged file.
 _LOST = "restore it from a copy, or train again in another --workdir."
 
@@ -56,13 +60,22 @@ class Owner(Protocol):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a crash leaves the old content or the new, never a part."""
+    """Write a file atomically: a crash leaves the old content or the new, never a part.
+
+    Raises:
+      OSError: it cannot be written; nothing is left of the new content.
+    """
     unfinished = unfinished_of(path)
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def unfinished_of(path: Path) -> Path:
@@ -73,6 +86,27 @@ def unfinished_of(path: Path) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_sealed(path: Path, record: Record) -> None:
+    """Write a record as JSON with its SHA-256, atomically."""
+    write_json(path, {**record, _SEAL: _checksum(record)})
+
+
+def unsealed(record: Any) -> Record:
+    """Return a record that was read, without its seal.
+
+    Raises:
+      ValueError: it is not as it was written.
+    """
+    held = dict(record)
+    if held.pop(_SEAL, None) != _checksum(held):
+        raise ValueError(f"{_SEAL}: the record is not as it was written.")
+    return held
+
+
+def _checksum(record: Record) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def check(owner: Owner) -> None:
@@ -104,8 +138,10 @@ def check(owner: Owner) -> None:
             raise UsageError(f"--workdir {folder} holds other files and no run; {hint}")
         return
     try:
-        held = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError):
+        held = dict(unsealed(json.loads(path.read_text(encoding="utf-8")))["config"])
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}; {hint}") from None
+    except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is not the configuration of a run; {hint}") from None
     differing = [name for name, value in owner.identity.items() if held.get(name) != value]
     if differing:
@@ -142,7 +178,7 @@ def trained_config(config: Config, given: Mapping[str, Any]) -> Config:
                         f"--scores: {config.directory} holds no {score}, only "
                         f"{', '.join(trained['scores'])}."
                     )
-        elif not _is_free(name) and value != trained.get(name, names[name].default):
+        elif not _is_free(name, config) and value != trained.get(name, names[name].default):
             raise UsageError(
                 f"--{name} is {shown(value)}, but the run in {config.directory} has "
                 f"{shown(trained.get(name, names[name].default))}; leave it out."
@@ -151,7 +187,7 @@ def trained_config(config: Config, given: Mapping[str, Any]) -> Config:
         scores = trained["scores"]
         begun = tuple(name for name in scores if has_checkpoint(config.directory, name))
         trained["scores"] = begun or scores
-    free = {name: value for name, value in given.items() if name == "scores" or _is_free(name)}
+    free = {n: value for n, value in given.items() if n == "scores" or _is_free(n, config)}
     found = Config(**{**trained, **free, "workdir": str(config.directory)})
     found.check()
     return found
@@ -164,6 +200,16 @@ def run_scores(folder: Path) -> tuple[str, ...]:
       UsageError: there is no run.
     """
     return tuple(_stored_config(folder)["scores"])
+
+
+def run_languages(folder: Path) -> tuple[str, str]:
+    """Return the source and the target that the run in a folder was trained with.
+
+    Raises:
+      UsageError: there is no run.
+    """
+    held = {**vars(Config()), **_stored_config(folder)}
+    return held["source"], held["target"]
 
 
 def has_checkpoint(folder: Path, score: str) -> bool:
@@ -184,8 +230,10 @@ def _stored_config(folder: Path) -> dict[str, Any]:
     return held
 
 
-def _is_free(name: str) -> bool:
-    return group_of(name) in _FREE
+def _is_free(name: str, config: Config) -> bool:
+    """Whether a command may give another value than the training; a file has columns of its own."""
+    of_file = config.mode == "evaluate" and config.input and name in ("source", "target")
+    return bool(of_file) or group_of(name) in _FREE
 
 
 def read_json(path: Path, folder: Path, remedy: str) -> dict[str, Any]:
@@ -200,13 +248,17 @@ def read_json(path: Path, folder: Path, remedy: str) -> dict[str, Any]:
       UsageError: the file is missing or damaged.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return unsealed(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UsageError(
             f"--workdir {folder} holds no run that can translate ({path.name} is missing); train "
             "one first, or give another."
         ) from None
-    except (OSError, ValueError, TypeError):
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}; give another --workdir."
+        ) from None
+    except (ValueError, TypeError):
         raise UsageError(f"{path} is damaged; {remedy}") from None
 
 
@@ -242,7 +294,7 @@ def opened(owner: Owner, *, orphaned: bool = False) -> Iterator[Path]:
                     "another."
                 ) from None
         if not (folder / "config.json").exists():
-            write_json(folder / "config.json", _configuration(owner))
+            write_sealed(folder / "config.json", _configuration(owner))
         yield folder
 
 
@@ -258,7 +310,7 @@ def shared(owner: Owner) -> Path:
         path = folder / "config.json"
         if not path.exists():
             own = folder / f"{path.name}.{socket.gethostname()}-{os.getpid()}"
-            write_json(own, _configuration(owner))
+            write_sealed(own, _configuration(owner))
             try:
                 os.link(own, path)  # unlike a renaming it replaces nothing
             except FileExistsError:

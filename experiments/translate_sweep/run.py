@@ -175,7 +175,7 @@ def _train(trial: Trial, console: Console, orphaned: bool) -> Record:
             train_and_measure(trial.score, run)
         except Diverged as error:
             _, diverged = _files(trial)
-            workdir.write_json(diverged, {"diverged": str(error)})
+            workdir.write_sealed(diverged, {"diverged": str(error)})
         finally:
             jax.clear_caches()
     return _outcome(trial)

@@ -62,8 +62,8 @@ def test_small_errors_have_digits():
         (["--out=tests"], "approximation: --out: tests is a folder; give a file."),
         (
             ["--out=/dev/null/new/x.md"],
-            "approximation: --out: /dev/null/new/x.md cannot be written in /dev/null; give "
-            "another.",
+            "approximation: --out: /dev/null/new/x.md cannot be written in /dev/null: Not a "
+            "directory; give another.",
         ),
         (
             ["all"],

@@ -220,7 +220,8 @@ def test_the_key_of_a_claim_follows_what_it_imports():
         (["--out=results"], "--out is results, but a name that ends in .md is needed."),
         (
             ["--out=/dev/null/table.md"],
-            "--out: /dev/null/table.md cannot be written in /dev/null; give another.",
+            "--out: /dev/null/table.md cannot be written in /dev/null: Not a directory; give "
+            "another.",
         ),
     ],
 )

@@ -76,12 +76,43 @@ def test_what_cannot_be_written_is_known_before_the_work(check, tmp_path):
     there.mkdir()
     check("out", there / "new" / "x")
     assert not list(there.iterdir())
-    for path, parent in ((Path("/proc/new/x"), "/proc"), (Path("/dev/null/x"), "/dev/null")):
+    for path, parent, why in (
+        (Path("/proc/new/x"), "/proc", "No such file or directory"),
+        (Path("/dev/null/x"), "/dev/null", "Not a directory"),
+    ):
         with pytest.raises(UsageError) as error:
             check("out", path)
-        assert str(error.value) == (f"--out: {path} cannot be written in {parent}; give another.")
+        assert str(error.value) == (
+            f"--out: {path} cannot be written in {parent}: {why}; give another."
+        )
 
 
+def test_a_warning_is_one_line():
+    code = (
+        "import sys, warnings; from experiments.command_line import run\n"
+        "sys.exit(run('program', [], list, lambda _: warnings.warn('First.\\nSecond.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "program: First. Second.\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_an_output_that_is_full_gets_one_sentence():
+    code = (
+        "import sys; from experiments.command_line import run, show, terminal\n"
+        "sys.exit(run('program', [], list, lambda _: terminal().print('a') or show('b')))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "program: No space left on device; put that right, and try again.\n",
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
 def test_figures_are_written_whatever_backend_the_environment_names(backend, tmp_path, monkeypatch):
     """A cell of a notebook names one that only its own Python has."""

@@ -55,7 +55,8 @@ def test_some_masks_saved_as_pictures(tmp_path, capsys):
         (["--out=setup.cfg"], "gallery: --out: setup.cfg is a file; give a directory."),
         (
             ["--out=/dev/null/new"],
-            "gallery: --out: /dev/null/new cannot be written in /dev/null; give another.",
+            "gallery: --out: /dev/null/new cannot be written in /dev/null: Not a directory; give "
+            "another.",
         ),
         (
             ["--only="],

@@ -1,7 +1,9 @@
 """The file of --alignments takes the place of nothing that is needed."""
 
+import errno
 import io
 import os
+import pathlib
 import sys
 
 import pytest
@@ -60,15 +62,38 @@ def test_files_of_the_run_are_not_written_over(check, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("name", ["/proc/self/al", "run", "/no/al", "n" * 300, "n" * 250, "closed"])
-def test_what_cannot_be_written_is_known_before(name, check, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("/proc/self/al", "No such file or directory"),
+        ("run", "it is a folder"),
+        ("/no/al", "No such file or directory"),
+        ("n" * 300, "File name too long"),
+        ("n" * 250, "File name too long"),
+        ("closed", "Permission denied"),
+    ],
+)
+def test_what_cannot_be_written_is_known_before(name, why, check, tmp_path, monkeypatch):
     (tmp_path / "closed").touch()
     access = os.access
     monkeypatch.setattr(
         os, "access", lambda path, mode: "closed" not in str(path) and access(path, mode)
     )
     assert refusal(check, name) == (
-        f"--alignments {name} cannot be written; name a file in a folder."
+        f"--alignments {name} cannot be written: {why}; name another file."
+    )
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_what_the_system_says_is_repeated(code, check, monkeypatch):
+    """A folder that cannot be written to is not called missing."""
+
+    def refuse(path, *_, **__):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(pathlib.Path, "touch", refuse)
+    assert refusal(check, "links") == (
+        f"--alignments links cannot be written: {os.strerror(code)}; name another file."
     )
 
 

@@ -1,5 +1,6 @@
 """A checkpoint is valid or skipped, and each skipped one is named in one line."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.command_line import UsageError
 from experiments.translate import checkpoints
 from experiments.translate.checkpoints import Checkpoints
 from tests.experiments.kills import killed, unfinished, wait_for
@@ -116,14 +116,49 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_none_of_them(saved):
 
 def test_a_folder_that_cannot_be_written_to_keeps_what_is_there(saved, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"checkpoint 3 cannot be saved in .*/file/dot: .*goes on"):
+    with pytest.raises(OSError) as error:
         Checkpoints(tmp_path / "file" / "dot").save(3, state(3))
+    assert error.value.errno == errno.ENOTDIR and error.value.strerror == (
+        f"checkpoint 3 cannot be saved in {tmp_path}/file/dot: Not a directory"
+    )
+
+
+SAVES_ON_A_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from experiments.command_line import run
+from experiments.translate.checkpoints import Checkpoints
+
+def save(folder):
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {"matrix": np.ones((10, 10))})
+    # As on a full disk, writing fails in the middle of a file, in the threads of Orbax too.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    checkpoints.save(2, {"matrix": np.random.default_rng(0).random((500, 500)), "b": np.ones(2)})
+
+sys.exit(run("save", None, lambda arguments: Path(arguments[0]), save))
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_in_one_line_and_nothing_unfinished_is_left(tmp_path):
+    folder = tmp_path / "dot"
+    command = [sys.executable, "-c", SAVES_ON_A_FULL_DISK, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"save: checkpoint 2 cannot be saved in {folder}: File too large; put that right, and try "
+        "again.\n"
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["00000001", "00000001.seal"]
 
 
 def test_what_orbax_leaves_unfinished_is_not_sealed(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "_MANIFEST", "what was not written")
     given = Checkpoints(tmp_path / "dot")
-    with pytest.raises(UsageError, match=r"checkpoint 3 .*: Orbax left it without its what was"):
+    with pytest.raises(OSError, match=r"checkpoint 3 .*: Orbax left it without its what was"):
         given.save(3, state(3))
     assert given.steps == []
     assert not (given.folder / "00000003").exists()

@@ -1,5 +1,6 @@
 """The main job on files of the user: errors are one line, and what is left out is counted."""
 
+import json
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ from experiments.data import Sizes, load
 from experiments.data.vocabulary import PAD
 from experiments.translate.config import Config
 from experiments.translate.data import load_task, load_tokenizer, save_tokenizer
+from experiments.translate.workdir import unsealed, write_sealed
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,12 @@ def test_damaged_vocabularies_are_written_anew_and_others_are_refused(begun):
         )
         go_on()
         assert path.read_text("utf-8") == before
-    path.write_text(before.replace('"z"', '"w"'))
+    held = json.loads(before)
+    swapped = {**held, "source": held["source"][::-1]}
+    assert swapped != held
+    path.write_text(json.dumps(swapped))
+    assert sentence(lambda: load_tokenizer(run)).startswith(f"{path} is damaged; "), "by its seal"
+    write_sealed(path, unsealed(held) | {"source": held["source"][::-1]})
     assert sentence(go_on) == (
         f"{path} does not hold the words of --data={data}, so that the run began with others; "
         "restore them or give another --workdir."

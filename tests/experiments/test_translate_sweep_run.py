@@ -13,7 +13,7 @@ import pytest
 
 from experiments.leases import Leases, State
 from experiments.translate.train import Diverged, Interrupted
-from experiments.translate.workdir import write_json
+from experiments.translate.workdir import write_sealed
 from experiments.translate_sweep import run
 from experiments.translate_sweep.__main__ import main
 from tests.experiments.kills import killed, quick, wait_for
@@ -58,7 +58,7 @@ def trained(monkeypatch):
         test = dict.fromkeys(("exact_match", "token_accuracy", "chrf", "loss"), ones)
         classes = dict.fromkeys(("alignment_error", "sure_found", "possible_found", "links_wrong"))
         (folder / "outcomes").mkdir()
-        write_json(
+        write_sealed(
             folder / "outcomes" / f"{score}.json",
             {
                 "score": score,

@@ -88,6 +88,48 @@ def test_scores_are_the_losses_of_an_evaluation(done, ask, samples, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_blank_line_is_scored_by_a_blank_line(ask, tmp_path):
+    lines = ["one two\tone two", "", "two\ttwo", " \t"]
+    code, out, err = ask("score", f"--alignments={tmp_path}/links", stdin="\n".join(lines).encode())
+    assert (code, err) == (0, "")
+    first, blank, third, last, end = out.split("\n")
+    assert float(first) < 0 and float(third) < 0 and blank == last == end == ""
+    links = (tmp_path / "links").read_text("utf-8").split("\n")
+    assert len(links) == 5 and links[1] == links[3] == "" and links[0] and links[2]
+    code, alone, _ = ask("score", stdin=b"two\ttwo")
+    assert alone == f"{third}\n"
+    assert ask("score", stdin=b"\n\n") == (0, "\n\n", "")
+
+
+@pytest.mark.slow
+def test_long_and_many_unknown_words_are_told_shortly(ask):
+    line = " ".join([20_000 * "z", *(f"u{n}" for n in range(50))])
+    code, _, err = ask("score", stdin=f"{line}\tone\n".encode())
+    listed = " ".join(f"u{n}" for n in range(9))
+    assert code == 0 and err == (
+        f"translate: line 1: read as <unk>: {40 * 'z'}... (20,000 characters) {listed} and 41 more "
+        "(source)\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_table_of_the_other_direction_is_turned(done, ask, samples, tmp_path):
+    table, turned = tmp_path / "pairs.tsv", tmp_path / "turned.tsv"
+    table.write_text("".join(f"{s['source']}\t{s['target']}\n" for s in samples), "utf-8")
+    turned.write_text("".join(f"{s['target']}\t{s['source']}\n" for s in samples), "utf-8")
+    losses = []
+    for path, flags in ((table, ()), (turned, ("--source=2", "--target=1"))):
+        code, out, err = ask("evaluate", f"--input={path}", *flags)
+        assert code == 0, err
+        (found,) = json.loads(Path(out.splitlines()[-1]).read_text("utf-8"))["scores"]
+        losses.append(found["loss"])
+    assert losses[0] == losses[1]
+    assert out.splitlines()[-1].endswith("-2-1.json"), "beside that of the table as it stands"
+    code, _, err = ask("evaluate", "--source=2", "--target=1")
+    assert code == 2 and "--source is 2, but the run in" in err, "the run's own data stay"
+
+
+@pytest.mark.slow
 def test_words_that_are_not_known_are_told_with_their_side(ask):
     code, out, err = ask("score", stdin=b"one zebra\tzebra one emu zebra\none\temu\n")
     assert code == 0 and out.count("\n") == 2
@@ -107,7 +149,8 @@ def test_a_table_is_cut_into_words_as_the_training_was(
     folder, table = tmp_path / "run", tmp_path / "table.tsv"
     shutil.copytree(done[1], folder)
     held = json.loads((folder / "vocabularies.json").read_text("utf-8"))
-    (folder / "vocabularies.json").write_text(json.dumps({**held, "at_spaces": at_spaces}))
+    changed = {**workdir.unsealed(held), "at_spaces": at_spaces}
+    workdir.write_sealed(folder / "vocabularies.json", changed)
     lines = ["One, two three\tthree one Two", "four five five\tFive four five."]
     table.write_text("".join(f"{a}{b}\n" for a, b in zip(lines, links, strict=True)))
     scores = ask("score", f"--input={table}", folder=folder)[1].split()
@@ -213,7 +256,9 @@ def test_a_damaged_checkpoint_is_passed_over(done, ask, samples, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "stdin", "sentence"),
     [
-        (["score"], b"one", "standard input line 1 is not source<TAB>target, two sentences with"),
+        (["score"], b"\none", "standard input line 2 has no tab between two sentences, but source"),
+        (["score"], b"one\t \t0-0", "standard input line 1 has nothing behind its tab, but source"),
+        (["score"], b" \tone", "standard input line 1 has nothing before its tab, but source<TAB>"),
         (["score"], b"one\ttwo\n\t", "standard input line 2 is not source<TAB>target"),
         (["translate"], b"a\nb\xff", "standard input line 2 is not UTF-8 (byte 0xff); if the"),
         (["translate"], b"a\0b", "standard input line 1 has a NUL byte, so the file is binary"),
@@ -270,9 +315,9 @@ def unfinished(done, tmp_path):
     """A run of two scores, of which one was trained, as a sweep of matched scores has them."""
     folder = tmp_path / "run"
     shutil.copytree(done[1], folder, ignore=shutil.ignore_patterns("evaluations"))
-    held = json.loads((folder / "config.json").read_text("utf-8"))
+    held = workdir.unsealed(json.loads((folder / "config.json").read_text("utf-8")))
     held["config"]["scores"] = ["additive", "dot"]
-    (folder / "config.json").write_text(json.dumps(held))
+    workdir.write_sealed(folder / "config.json", held)
     return folder
 
 

@@ -1,7 +1,9 @@
 """What a run keeps beside its parameters: it goes on with the data that it began with, or not."""
 
+import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 
@@ -9,7 +11,7 @@ import pytest
 
 from experiments.command_line import UsageError
 from experiments.translate.config import Config
-from experiments.translate.workdir import Log, check
+from experiments.translate.workdir import Log, check, write_text
 
 
 def sentence(call):
@@ -169,3 +171,18 @@ def test_another_process_in_the_folder_is_refused(done, capsys, translate):
     )
     assert printed.out == ""
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_file_that_could_not_be_written_leaves_the_old_one_alone(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_text(path, "before")
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        write_text(path, "after")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+    assert path.read_text() == "before"
