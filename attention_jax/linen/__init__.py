@@ -15,6 +15,7 @@ import attention_jax.layers.tabulate  # noqa: F401  (lets Flax print masks)
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.decoder import AdditiveAttention, DecoderAttention, GlobalAttention
 from attention_jax.linen.linear import LinearAttention, LinformerAttention
+from attention_jax.linen.longformer import LongformerAttention
 from attention_jax.linen.models import CausalDecoder, EncoderDecoder, PatchEncoder, TokenEncoder
 from attention_jax.linen.multi_head import MultiHeadAttention
 from attention_jax.linen.transformer import (
@@ -35,6 +36,7 @@ __all__ = [
     "GlobalAttention",
     "LinearAttention",
     "LinformerAttention",
+    "LongformerAttention",
     "MultiHeadAttention",
     "PatchEncoder",
     "TokenEncoder",

@@ -9,6 +9,7 @@ import flax.linen as nn
 from attention_jax.layers.heads import (
     HeadOptions,
     HeadsMethods,
+    LinearShape,
     Projections,
     cache_dtype,
     head_sizes,
@@ -28,18 +29,8 @@ class MultiHeadLayer(nn.Module, HeadsMethods, HeadOptions):
         operation = type(self).__name__
         sizes = head_sizes(operation, self)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        linear = {
-            name: nn.DenseGeneral(
-                shape.outputs,
-                axis=shape.axis,
-                use_bias=shape.use_bias,
-                kernel_init=self.kernel_init,
-                bias_init=self.bias_init,
-                **dtypes,
-                name=name,
-            )
-            for name, shape in linear_shapes(self, sizes).items()
-        }
+        shapes = linear_shapes(self, sizes).items()
+        linear = {name: self.linear(shape, name) for name, shape in shapes}
         norm = self.qk_norm
         return Projections(
             name=operation,
@@ -53,6 +44,19 @@ class MultiHeadLayer(nn.Module, HeadsMethods, HeadOptions):
             position=self.position,
             combine=self.combine,
             dtype=cache_dtype(self.dtype, self.param_dtype),
+        )
+
+    def linear(self, shape: LinearShape, name: str) -> nn.DenseGeneral:
+        """Return a projection with a name, inside of a compact method."""
+        return nn.DenseGeneral(
+            shape.outputs,
+            axis=shape.axis,
+            use_bias=shape.use_bias,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
         )
 
 

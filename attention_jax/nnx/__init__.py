@@ -14,6 +14,7 @@ import attention_jax.layers.tabulate  # noqa: F401  (lets Flax print masks)
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.decoder import AdditiveAttention, DecoderAttention, GlobalAttention
 from attention_jax.nnx.linear import LinearAttention, LinformerAttention
+from attention_jax.nnx.longformer import LongformerAttention
 from attention_jax.nnx.models import CausalDecoder, EncoderDecoder, PatchEncoder, TokenEncoder
 from attention_jax.nnx.multi_head import MultiHeadAttention
 from attention_jax.nnx.transformer import (
@@ -34,6 +35,7 @@ __all__ = [
     "GlobalAttention",
     "LinearAttention",
     "LinformerAttention",
+    "LongformerAttention",
     "MultiHeadAttention",
     "PatchEncoder",
     "TokenEncoder",

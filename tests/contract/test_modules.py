@@ -79,6 +79,12 @@ EXAMPLES = {
         {"length": 5, "rank": 3, **WITH_MEMORY},
         call={"mask": LENGTHS},
     ),
+    "LongformerAttention": Example(
+        (2, 8),
+        (x(5),),
+        7 * (8 * 8 + 8),
+        call={"mask": masks.longformer(2, tokens=1), "global_tokens": jnp.array([0])},
+    ),
     "MultiHeadAttention": Example(
         (2, 8), (x(3), MEMORY), CROSS - NORM, WITH_MEMORY, call={"return_weights": True}
     ),

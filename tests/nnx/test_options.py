@@ -17,6 +17,7 @@ from attention_jax.nnx import (
     EncoderDecoder,
     FeedForward,
     LinearAttention,
+    LongformerAttention,
     MultiHeadAttention,
     PatchEncoder,
     TokenEncoder,
@@ -430,3 +431,28 @@ def test_unknown_options_are_named():
         TransformerStack(1, 8, num_heads=2, norm_first=True, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"CausalDecoder: there is no option 'dropout'"):
         CausalDecoder(9, 8, **SMALL, dropout=0.1, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.slow
+def test_global_tokens_have_projections_of_their_own():
+    """As two layers: one for all rows, and one with the other projections for the global rows."""
+    layer = drawn_anew(LongformerAttention(2, 8, rngs=nnx.Rngs(0)))
+    marks = jnp.array([[True, False, False, True, False], [False, True, False, False, False]])
+    at = jnp.array([[0, 3], [1, -1]])
+    mask = masks.longformer(2, tokens=marks) & masks.Lengths(jnp.array([5, 4]))
+    local, wide = (MultiHeadAttention(2, 8, rngs=nnx.Rngs(0)) for _ in "ab")
+    for name in ("query", "key", "value", "out"):
+        setattr(local, name, getattr(layer, name))
+        setattr(wide, name, layer.out if name == "out" else getattr(layer, f"{name}_global"))
+    expected = jnp.where(marks[..., None], wide(X, mask=mask), local(X, mask=mask))
+    run = jax.jit(lambda mask, at: layer(X, mask=mask, global_tokens=at))
+    chex.assert_trees_all_close(run(mask, at), expected, atol=1e-5)
+    chex.assert_trees_all_close(layer(X, mask=mask), local(X, mask=mask), atol=1e-5)
+    assert np.all(np.any(np.abs(expected - local(X, mask=mask)) > 1e-3, -1) == np.asarray(marks))
+    stack = drawn_anew(
+        TransformerStack(1, 8, num_heads=2, attention=LongformerAttention, rngs=nnx.Rngs(0))
+    )
+    others = stack(X, mask=mask, global_tokens=at), stack(X, mask=mask)
+    assert np.any(np.abs(others[0] - others[1]) > 1e-3)
+    with pytest.raises(ValueError, match=r"LongformerAttention: axis B .* of global_tokens"):
+        layer(X, mask=mask, global_tokens=at[:1])
