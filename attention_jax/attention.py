@@ -156,7 +156,7 @@ def _attended(request: Request) -> Attended:
     if name == "cudnn":
         return Attended(cudnn.attend(request))
     given = operands(request)
-    of_head, sequential = dense, ""
+    of_head, sequential = functools.partial(dense, with_logsumexp=request.return_logsumexp), ""
     if name == "tiled":
         of_head = functools.partial(tiled, plan=choice.plan_for(request))
         sequential = choice.sequential_axes(given["mask"].axes)

@@ -29,3 +29,16 @@ def poison(x: Array) -> Array:
 def finite_rows(x: Array) -> tuple[Array, Array]:
     """Split rows [S, H] into usable numbers and a poison [S]."""
     return finite(x), poison(x)
+
+
+def infinite_where(empty: Array, log: Array) -> Array:
+    """Return -inf where a sum is empty, else its logarithm.
+
+    A constant -inf would be a value of its own, which JAX may take out of a loop and hand to the
+    backward pass, where `jax.debug_infs` refuses it; the logarithm of zero is none.
+
+    >>> infinite_where(jnp.array([True, False]), jnp.array([2.0, 2.0]))
+    Array([-inf,   2.], dtype=float32)
+    """
+    some = jnp.where(empty, 0.0, 1.0).astype(log.dtype)
+    return jnp.where(empty, 0.0, log) + jnp.log(some)

@@ -13,7 +13,7 @@ from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import Exponential, log_normalizer, streaming
 
 
-def dense(head: Head) -> Attended:
+def dense(head: Head, with_logsumexp: bool = True) -> Attended:
     """Attend with all T x S logits and weights held at once."""
     query, query_poison = finite_rows(head.query)
     key, key_poison = finite_rows(head.key)
@@ -33,6 +33,6 @@ def dense(head: Head) -> Attended:
     if head.dropout is not None:
         used = weights * kept(head.dropout, q_idx, kv_idx, weights.dtype)
 
-    how = streaming(head.normalizer)
+    how = streaming(head.normalizer) if with_logsumexp else None
     logsumexp = log_normalizer(logits, allowed, how.sink) if isinstance(how, Exponential) else None
     return Attended(used @ value, used, logsumexp)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.base import checks
+from attention_jax.base.finite import infinite_where
 from attention_jax.implementations.head import Attended
 
 
@@ -61,12 +62,21 @@ def _known(part: Attended) -> tuple[jax.Array, jax.Array]:
 
 def _merge_two(first: Attended, second: Attended) -> Attended:
     (context_a, log_a), (context_b, log_b) = _known(first), _known(second)
-    empty = jnp.isneginf(log_a) & jnp.isneginf(log_b)
-    log_a_safe, log_b_safe = (jnp.where(empty, 0.0, log) for log in (log_a, log_b))
-    total = jnp.logaddexp(log_a_safe, log_b_safe)
-    share_a, share_b = jnp.exp(log_a_safe - total), jnp.exp(log_b_safe - total)
+    largest = jax.lax.stop_gradient(jnp.maximum(log_a, log_b))
+    largest = jnp.where(largest == -jnp.inf, 0.0, largest)
+    exp_a, exp_b = (_exponential(log, largest) for log in (log_a, log_b))
+    empty = (exp_a == 0) & (exp_b == 0)
+    total = jnp.where(empty, 1.0, exp_a + exp_b)
+    share_a, share_b = exp_a / total, exp_b / total
     context = (
         context_a.astype(total.dtype) * share_a[..., None]
         + context_b.astype(total.dtype) * share_b[..., None]
     )
-    return Attended(context.astype(context_a.dtype), logsumexp=jnp.where(empty, -jnp.inf, total))
+    logsumexp = infinite_where(empty, jnp.log(total) + largest)
+    return Attended(context.astype(context_a.dtype), logsumexp=logsumexp)
+
+
+def _exponential(log: jax.Array, largest: jax.Array) -> jax.Array:
+    """Return exp(log - largest), of -inf without an infinite number on the way."""
+    empty = log == -jnp.inf
+    return jnp.where(empty, 0.0, jnp.exp(jnp.where(empty, 0.0, log - largest)))

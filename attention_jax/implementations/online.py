@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attention_jax.base.finite import infinite_where
 from attention_jax.base.matmul import times
 from attention_jax.normalizers import Elementwise, Exponential
 
@@ -63,8 +64,12 @@ class RunningSums(NamedTuple):
 
     @classmethod
     def start(cls, rows: int, depth: int, dtype: jnp.dtype) -> RunningSums:
-        """Return the sums over no keys."""
-        maximum = jnp.full(rows, -jnp.inf, dtype)
+        """Return the sums over no keys: exponentials less a finite maximum, and none of them.
+
+        The smallest number is none of the logits and less than no other; -inf would be a constant
+        of the loop, which `jax.debug_infs` refuses.
+        """
+        maximum = jnp.full(rows, jnp.finfo(dtype).min, dtype)
         return cls(maximum, jnp.zeros(rows, dtype), jnp.zeros((rows, depth), dtype))
 
 
@@ -79,9 +84,8 @@ def accumulate(how: Exponential | Elementwise, sums: RunningSums, tile: Tile) ->
 
     logits = tile.hidden(masked=-jnp.inf)
     maximum = jnp.maximum(sums.maximum, jnp.max(logits, axis=1))
-    base = finite_or_zero(maximum)
-    shrink = jnp.exp(sums.maximum - base)
-    weights = tile.exponentials(logits, base)
+    shrink = jnp.exp(sums.maximum - maximum)
+    weights = tile.exponentials(logits, maximum)
     total = sums.total * shrink + jnp.sum(weights, axis=1)
     context = sums.context * shrink[:, None] + times(tile.used(weights), tile.value)
     return RunningSums(maximum, total, context)
@@ -89,11 +93,23 @@ def accumulate(how: Exponential | Elementwise, sums: RunningSums, tile: Tile) ->
 
 def finished(how: Exponential | Elementwise, sums: RunningSums) -> tuple[Array, Array]:
     """Return context [bt, V] and log-sum-exp [bt]; for a normalizer without sum, the poison."""
+    context, logsumexp = finished_finite(how, sums)
+    return context, with_empty(logsumexp)
+
+
+def finished_finite(how: Exponential | Elementwise, sums: RunningSums) -> tuple[Array, Array]:
+    """Return the same, but for the largest number there is as the log of an empty sum.
+
+    The backward pass keeps it, and `jax.debug_infs` refuses infinite numbers among the results of
+    a program. No other is as large; the log of a sum may be the smallest number there is, under a
+    bias that hides.
+    """
     if isinstance(how, Elementwise):
         return sums.context + sums.total[:, None], sums.total
     empty = sums.total == 0
     total = jnp.where(empty, 1.0, sums.total)
-    logsumexp = jnp.where(empty, -jnp.inf, sums.maximum + jnp.log(total))
+    largest = jnp.finfo(total.dtype).max
+    logsumexp = jnp.where(empty, largest, sums.maximum + jnp.log(total))
     return sums.context / total[:, None], logsumexp
 
 
@@ -111,5 +127,11 @@ def weights_given(how: Exponential | Elementwise, tile: Tile, base: Array) -> Ar
 
 
 def finite_or_zero(logsumexp: Array) -> Array:
-    """Replace -inf, the log of an empty sum, by a number that can be subtracted."""
-    return jnp.where(jnp.isneginf(logsumexp), 0.0, logsumexp)
+    """Replace the log of an empty sum, in either form, by a number that can be subtracted."""
+    is_empty = (logsumexp == -jnp.inf) | (logsumexp == jnp.finfo(logsumexp.dtype).max)
+    return jnp.where(is_empty, 0.0, logsumexp)
+
+
+def with_empty(logsumexp: Array) -> Array:
+    """Return -inf where `finished_finite` has the largest number."""
+    return infinite_where(logsumexp == jnp.finfo(logsumexp.dtype).max, logsumexp)

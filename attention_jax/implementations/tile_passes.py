@@ -169,13 +169,14 @@ class Forward(Pass):
     is_transposed = False
 
     def __call__(self) -> tuple[Array, Array]:
-        """Return context [T, V] and log-sum-exp [T]."""
+        """Return context [T, V] and log-sum-exp [T], as `online.finished_finite` has it."""
         (operands,) = self.operands
         length, depth = operands.query.shape[0], operands.value.shape[1]
         start = online.RunningSums.start(length, depth, operands.value.dtype)
         sums = varying_like(start, operands, self.given.query_poison)
         sums = over_visits(self, self.tiles.visits, self.given.states, sums)
-        return online.finished(exponential_or_elementwise(operands.functions.normalizer), sums)
+        how = exponential_or_elementwise(operands.functions.normalizer)
+        return online.finished_finite(how, sums)
 
     def slice(self, operands: Operands, i: Any, j: Any, rows: int) -> Operands:
         return self.tiles.slice(operands, i, j, rows)

@@ -94,12 +94,12 @@ def _over_tiles(head: Head, plan: Plan) -> tuple[Array, Array]:
     )
     tiles, operands, given = Tiles(plan.tile[1], plan.visits).traced(operands, given)
     context, logsumexp = _attend(tiles, *split_floats(operands), given)
-    return context[:query_length], logsumexp[:query_length]
+    return context[:query_length], online.with_empty(logsumexp[:query_length])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(tiles: Tiles, floats: list[Array], rest: Rest, given: Given) -> tuple[Array, Array]:
-    """Return context [T, V] and log-sum-exp [T]."""
+    """Return context [T, V] and log-sum-exp [T], as `online.finished_finite` has it."""
     return Forward(tiles, (merge_floats(floats, rest),), given)()
 
 

@@ -178,7 +178,7 @@ def _context(
         context = context / jnp.where(some, total, 1.0)
     else:
         context = context * jnp.exp(query_scale + finite_or_zero(highest)[None, :])[..., None]
-        some = ~jnp.isneginf(highest)[None, :, None]
+        some = (highest != -jnp.inf)[None, :, None]
     return jnp.where(some, context + poison[..., None], 0.0)
 
 

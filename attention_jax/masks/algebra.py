@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -129,14 +128,23 @@ class Mask(ByValue):
         return jax.tree.structure(self).unflatten(of_one)
 
     def static(self) -> Mask:
-        """Return the mask with Unknown for everything that is not known while tracing."""
+        """Return the mask with Unknown for all that is not known while tracing.
+
+        Where a mask closes over what is traced, in a function that it holds or in the class itself,
+        its tiles are PARTIAL.
+        """
 
         def known(part: Any) -> Any:
-            if isinstance(part, Predicate):
-                return Predicate(functools.partial(intervals.judge_untraced, part.function))
+            if isinstance(part, Mask):
+                return _Untraced(of_parts(part))
             return Unknown() if isinstance(part, jax.core.Tracer) else np.asarray(part)
 
-        return jax.tree.map(known, self, is_leaf=lambda part: isinstance(part, Predicate))
+        def of_parts(mask: Mask) -> Mask:
+            return jax.tree.map(
+                known, mask, is_leaf=lambda part: part is not mask and isinstance(part, Mask)
+            )
+
+        return known(self)
 
     @classmethod
     def _unflatten(cls, static: tuple[tuple[str, Any], ...], children: Any) -> Mask:
@@ -220,6 +228,16 @@ class Predicate(Mask):
 
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         return judge(self.function, q_idx, kv_idx)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Untraced(Mask):
+    """A mask whose tiles are PARTIAL where it closes over what is traced; see `Mask.static`."""
+
+    mask: Mask
+
+    def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
+        return intervals.judge_untraced(self.mask, q_idx, kv_idx)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,11 @@ def log_normalizer(logits: Array, allowed: Array, sink: Any = None) -> Array:
     >>> log_normalizer(jnp.zeros((1, 4)), jnp.array([[True, True, False, False]]))
     Array([0.693], dtype=float32)
     """
-    return stable_logsumexp(_hidden(logits, allowed, sink))
+    logits, shown = _with_sink(logits, allowed, sink)
+    exponents, shown, largest = _exponents(logits, shown)
+    total = jnp.sum(_exponentials(exponents, shown), axis=-1)
+    empty = total == 0
+    return jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) + largest)
 
 
 def stable_logsumexp(logits: Array) -> Array:
@@ -65,13 +69,7 @@ def stable_logsumexp(logits: Array) -> Array:
     >>> stable_logsumexp(jnp.array([[1e4, 1e4], [-jnp.inf, -jnp.inf]]))
     Array([10000.693,      -inf], dtype=float32)
     """
-    if logits.shape[-1] == 0:
-        return jnp.full(logits.shape[:-1], -jnp.inf, logits.dtype)
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    shift = jnp.where(jnp.isneginf(largest), 0.0, largest)
-    total = jnp.sum(jnp.exp(logits - shift), axis=-1)
-    empty = total == 0
-    return jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) + shift[..., 0])
+    return log_normalizer(logits, jnp.ones(logits.shape, bool))
 
 
 def softmax(logits: Array, allowed: Array) -> Array:
@@ -168,8 +166,8 @@ def top_k(logits: Array, allowed: Array, k: Any) -> Array:
     Array([[0. , 0.5, 0.5, 0. ]], dtype=float32)
     """
     at_least("top_k", 1, k=k)
-    hidden = jnp.where(allowed, jnp.where(jnp.isnan(logits), jnp.inf, logits), -jnp.inf)
-    order = jnp.argsort(-hidden, axis=1, stable=True)
+    ranked = jax.lax.stop_gradient(jnp.nan_to_num(logits, nan=jnp.finfo(logits.dtype).max))
+    order = jnp.lexsort((-ranked, ~allowed), axis=1)
     return softmax(logits, allowed & (jnp.argsort(order, axis=1) < k))
 
 
@@ -216,19 +214,36 @@ def _shifted_sigmoid(logits: Array, shift: Any) -> Array:
 
 
 def _exponential(logits: Array, allowed: Array, sink: Any) -> Array:
-    hidden = _hidden(logits, allowed, sink)
+    keys = logits.shape[1]
+    logits, shown = _with_sink(logits, allowed, sink)
     # Subtract the largest logit first: rounding would lose small ones next to a large log-sum-exp.
-    largest = jax.lax.stop_gradient(jnp.max(hidden, axis=1, keepdims=True, initial=-jnp.inf))
-    hidden = hidden - jnp.where(jnp.isneginf(largest), 0.0, largest)
-    normalizer = stable_logsumexp(hidden)
-    finite = jnp.where(jnp.isneginf(normalizer), 0.0, normalizer)
-    return jnp.exp(hidden - finite[:, None])[:, : logits.shape[1]]
+    exponents, shown, _ = _exponents(logits, shown)
+    total = jnp.sum(_exponentials(exponents, shown), axis=1, keepdims=True)
+    normalizer = jnp.log(jnp.where(total == 0, 1.0, total))
+    return _exponentials(exponents - normalizer, shown)[:, :keys]
 
 
-def _hidden(logits: Array, allowed: Array, sink: Any) -> Array:
-    """Return logits with -inf for what is not allowed, and the sink as a last column."""
-    hidden = jnp.where(allowed, logits, -jnp.inf)
+def _with_sink(logits: Array, allowed: Array, sink: Any) -> tuple[Array, Array]:
+    """Return logits and what is allowed, with the sink as a last column."""
     if sink is None:
-        return hidden
+        return logits, allowed
     column = jnp.broadcast_to(jnp.asarray(sink, logits.dtype), (logits.shape[0], 1))
-    return jnp.concatenate([hidden, column], axis=1)
+    allowed = jnp.concatenate([allowed, jnp.ones(column.shape, bool)], axis=1)
+    return jnp.concatenate([logits, column], axis=1), allowed
+
+
+def _exponents(logits: Array, allowed: Array) -> tuple[Array, Array, Array]:
+    """Return logits less the largest of their row, which of them count, and the largest.
+
+    A logit of -inf counts like one that is not allowed. Zeros stand for both, so that nothing here
+    is infinite unless a logit is (`jax.debug_infs`).
+    """
+    shown = allowed & (logits != -jnp.inf)
+    lowest = jnp.finfo(logits.dtype).min
+    hidden = jax.lax.stop_gradient(jnp.where(shown, logits, lowest))
+    largest = jnp.max(hidden, axis=-1, keepdims=True, initial=lowest)
+    return jnp.where(shown, logits - largest, 0.0), shown, largest[..., 0]
+
+
+def _exponentials(exponents: Array, shown: Array) -> Array:
+    return jnp.where(shown, jnp.exp(exponents), 0.0)

@@ -71,9 +71,10 @@ def entmax15(logits: Array, allowed: Array) -> Array:
 
 def _shifted(logits: Array, allowed: Array) -> tuple[Array, Array]:
     """Return the logits with a largest of 0 in each row, and FLOOR where nothing is allowed."""
-    shown = allowed & ~jnp.isneginf(logits)
-    largest = jnp.max(jnp.where(shown, logits, -jnp.inf), axis=1, keepdims=True, initial=-jnp.inf)
-    largest = jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0.0, largest))
+    shown = allowed & (logits != -jnp.inf)
+    lowest = jnp.finfo(logits.dtype).min  # and not -inf, which `jax.debug_infs` refuses
+    hidden = jax.lax.stop_gradient(jnp.where(shown, logits, lowest))
+    largest = jnp.max(hidden, axis=1, keepdims=True, initial=lowest)
     return jnp.where(shown, logits - largest, FLOOR), shown
 
 
@@ -84,7 +85,8 @@ def _descending(logits: Array) -> Array:
 
 def _support(logits: Array, shown: Array, ranked: Array, above: Array) -> tuple[Array, Array]:
     """Return which logits are among those above the threshold, [T, S], and how many, [T, 1]."""
-    smallest = jnp.min(jnp.where(above, ranked, jnp.inf), axis=1, keepdims=True, initial=jnp.inf)
+    # Where none is above, all are below 1: the largest of a row is 0.
+    smallest = jnp.min(jnp.where(above, ranked, 1.0), axis=1, keepdims=True, initial=1.0)
     support = shown & (logits >= smallest)
     count = jnp.sum(support, axis=1, keepdims=True, dtype=logits.dtype)
     return support, jnp.maximum(count, 1.0)
