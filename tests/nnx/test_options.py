@@ -250,6 +250,7 @@ def test_a_score_and_tiles_at_the_call():
     chex.assert_trees_all_close(tiled(X, tile_sizes=(2, 2)), layer(X), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_encoding_of_a_causal_decoder_is_causal():
     model = drawn_anew(CausalDecoder(9, 8, **SMALL, rngs=nnx.Rngs(0)))
     first, changed = model.encode(TOKENS), model.encode(TOKENS.at[:, 2].set(8))
@@ -380,6 +381,7 @@ def test_a_window_under_a_mask_that_needs_no_more(name):
         assert jax.eval_shape(decode, mask).shape == X.shape
 
 
+@pytest.mark.slow
 def test_generation_ends():
     """Tokens count upward from the prompt; after the end there is nothing else."""
 

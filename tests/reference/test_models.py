@@ -36,7 +36,7 @@ def tensor(x):
     return torch.from_numpy(np.array(x))
 
 
-def close(ours, other, tolerance=1e-11):
+def close(ours, other, tolerance=1e-12):
     difference = np.abs(np.asarray(ours) - other.detach().numpy()).max()
     assert np.asarray(ours).dtype == np.float64
     assert difference < tolerance * max(1.0, np.abs(np.asarray(ours)).max()), difference
