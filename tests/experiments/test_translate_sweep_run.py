@@ -330,7 +330,7 @@ def test_a_killed_shard_is_taken_over_and_the_results_are_those_without_shards(
         return subprocess.Popen(command, cwd=ROOT, env=quick(), stdout=subprocess.PIPE, text=True)
 
     second = started("2/2")
-    wait_for(lambda: any(folder.glob("runs/*/checkpoints/*/*.seal")), second)
+    wait_for(lambda: any(folder.glob("runs/*/checkpoints/*/*.seal")), second, 600)
     first = started("1/2")
     assert killed(second), "it was to be killed at work"
     printed, _ = first.communicate()
