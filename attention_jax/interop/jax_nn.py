@@ -39,12 +39,13 @@ def dot_product_attention(
 ) -> Any:
     r"""Scaled dot-product attention: context = softmax(scale * Q K^T + bias) V, as masked.
 
-    Arguments and results are those of `jax.nn.dot_product_attention`, but for three differences:
+    Arguments and results are those of `jax.nn.dot_product_attention`, but for four differences:
 
     - a query that may attend to nothing gets zeros, zero gradients and the residual -inf, where
       `jax.nn` averages all values unless the query lies behind its `query_seq_lengths`;
     - float64 is honoured throughout, where `jax.nn` takes the softmax in float32;
-    - the residual has float32 or better, where `jax.nn` rounds it to the dtype of the key.
+    - the residual has float32 or better, where `jax.nn` rounds it to the dtype of the key;
+    - the residual has a gradient, where that of `jax.nn` is zero.
 
     And `value` may have another depth than `key`.
 
@@ -62,10 +63,9 @@ def dot_product_attention(
       local_window_size: (left, right), query i attends to the keys i - left to i + right; one
         number for both.
       implementation: "dense" or "tiled", as in `attend`, or "xla" or "cudnn", which hand the call
-        to `jax.nn` with its own rules, for the three differences too. A name is done or refused;
+        to `jax.nn` with its own rules, for the four differences too. A name is done or refused;
         None chooses as `attend` does.
-      return_residual: also return the log-sum-exp of the logits. As in `jax.nn` it has no
-        gradient; that of `attend(..., return_logsumexp=True)` has.
+      return_residual: also return the log-sum-exp of the logits.
 
     Returns:
       Context, with the axes of the query and the depth of the value; with `return_residual` a
@@ -139,7 +139,7 @@ def dot_product_attention(
         found = jax.tree.map(lambda x: x[0], found)
     if not return_residual:
         return found
-    return found.context, jax.lax.stop_gradient(found.logsumexp)
+    return found.context, found.logsumexp
 
 
 def _handed_over(*operands: Any, implementation: str, **options: Any) -> Any:

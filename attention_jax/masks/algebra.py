@@ -318,9 +318,13 @@ def as_mask(mask: MaskLike) -> Mask:
     dtype = getattr(mask, "dtype", None)
     if dtype is not None and hasattr(mask, "shape"):
         if dtype != jnp.bool_:
+            advice = (
+                "write mask != 0 if 1 means may attend"
+                if jnp.issubdtype(dtype, jnp.integer)
+                else "for numbers that are added to the logits use bias="
+            )
             raise TypeError(
-                f"mask: an array must be boolean (True = may attend), got {dtype}; "
-                "for numbers that are added to the logits use bias=."
+                f"mask: an array must be boolean (True = may attend), got {dtype}; {advice}."
             )
         return Table(mask)
     if isinstance(mask, type) and issubclass(mask, Mask):

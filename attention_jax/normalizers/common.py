@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.nn import initializers
 
 from attention_jax.base.binding import ask, bind, rule
 from attention_jax.base.checks import at_least
 from attention_jax.base.equality import ByValue
+from attention_jax.base.parameters import Parameter
 from attention_jax.base.typing import Normalizer
 
 __all__ = [
@@ -192,6 +194,12 @@ def hard(logits: Array, allowed: Array) -> Array:
 @rule(softmax, "streaming")
 def _() -> Exponential:
     return Exponential()
+
+
+@rule(softmax_with_sink, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    """Start from the sink of `softmax_plus_one`, zero."""
+    return {"sink": Parameter((), initializers.zeros)}
 
 
 @rule(softmax_with_sink, "streaming")

@@ -327,3 +327,20 @@ def test_errors_say_what_is_wrong(text):
     operands = {"query": QUERY, "key": KEY, "value": VALUE} | ERRORS[text]
     with pytest.raises((ShapeError, ValueError, TypeError), match=text):
         dot_product_attention(**operands)
+
+
+def test_the_residual_has_a_gradient():
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 3, 1, 4))
+
+    def total(query, of):
+        return jnp.sum(of(query) ** 2)
+
+    def residual(query):
+        return dot_product_attention(query, key, key, return_residual=True)[1]
+
+    def by_hand(query):
+        logits = jnp.einsum("btnh,bsnh->btns", query, key) / 2
+        return jax.nn.logsumexp(logits, axis=-1)
+
+    found, expected = (jax.grad(total)(query, of) for of in (residual, by_hand))
+    np.testing.assert_allclose(found, expected, atol=1e-5)

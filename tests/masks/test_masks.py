@@ -470,3 +470,9 @@ def test_a_predicate_that_fails_on_intervals_in_any_way_counts_as_partial():
     predicate = Predicate(checked)
     assert (predicate.tiles(4, 4, 2, 2) == PARTIAL).all()
     assert (predicate.to_dense(3) == Causal().to_dense(3)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8])
+def test_a_mask_of_zeros_and_ones_is_told_to_become_boolean(dtype):
+    with pytest.raises(TypeError, match="write mask != 0 if 1 means may attend"):
+        masks.as_mask(np.ones((2, 2), dtype))

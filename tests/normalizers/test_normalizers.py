@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from attention_jax import attend, bind, normalizers
+from attention_jax.base import bind_parameters, initialize, parameters_of
 from attention_jax.normalizers import Elementwise, Exponential, log_normalizer, streaming
 from tests.contract import examples
 
@@ -228,3 +229,16 @@ def test_small_differences_of_huge_logits_count(name):
     exact /= exact.sum(axis=1, keepdims=True)
     found = getattr(normalizers, name)(logits, allowed)
     np.testing.assert_allclose(found, exact, rtol=3e-6)
+
+
+def test_a_sink_is_declared_and_asked_for():
+    declared = parameters_of(normalizers.softmax_with_sink)
+    assert declared["sink"].shape == ()
+    bound = bind_parameters(normalizers.softmax_with_sink, initialize(jax.random.key(0), declared))
+    logits, allowed = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
+    np.testing.assert_allclose(
+        bound(logits, allowed), normalizers.softmax_plus_one(logits, allowed), rtol=1e-6
+    )
+    x = jnp.ones((1, 2, 1, 3))
+    with pytest.raises(TypeError, match="normalizer still waits for sink; give them with"):
+        attend(x, x, x, normalizer=normalizers.softmax_with_sink)
