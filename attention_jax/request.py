@@ -44,7 +44,10 @@ class DropoutKey(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The arguments of `attend`, checked against each other, and their sizes by axis letter."""
+    """The arguments of `attend`, checked against each other, and their sizes by axis letter.
+
+    `lengths` are those of whole sequences [T, S] where query and key are parts of them.
+    """
 
     query: Array
     key: Array
@@ -59,6 +62,7 @@ class Request:
     tile_sizes: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
     return_weights: bool = dataclasses.field(metadata={"static": True})
     return_logsumexp: bool = dataclasses.field(metadata={"static": True})
+    lengths: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(cls, query: Any, key: Any, value: Any, **options: Any) -> Request:
@@ -93,7 +97,8 @@ class Request:
             "key": (self.key, "BSKH"),
             "value": (self.value, "BSKV"),
         }
-        return checks.axes("attend", **letters)
+        found = checks.axes("attend", **letters)
+        return found | dict(zip("TS", self.lengths or (), strict=False))
 
     @property
     def dtype(self) -> Any:

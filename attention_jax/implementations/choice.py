@@ -104,17 +104,17 @@ def lacks(name: str, request: Request) -> str | None:
 
 def plan_for(request: Request, platform: str | None = None) -> Plan:
     """Return the tiles to visit: of the size that is asked for, or for which they cost least."""
-    mask, is_static = _known(request.mask, request.sizes)
+    mask, is_static = known_mask(request.mask, request.sizes)
     pairs = max(request.sizes["T"], 1), max(request.sizes["S"], 1)
     if request.tile_sizes is not None:
-        return make_plan(mask, pairs, _clipped(request.tile_sizes, pairs), is_static)
+        return make_plan(mask, pairs, clipped(request.tile_sizes, pairs), is_static)
     return _cheapest_plan(mask, pairs, is_static, platform or jax.default_backend())
 
 
 def _cheapest_plan(mask: Mask, pairs: tuple[int, int], is_static: bool, platform: str) -> Plan:
     """Return the plan whose pairs and visits together cost least."""
     rows, columns = CANDIDATES.get(platform, CANDIDATES["default"])
-    tiles = {_clipped((row, column), pairs) for row in rows for column in columns}
+    tiles = {clipped((row, column), pairs) for row in rows for column in columns}
     chosen, least, certain = None, math.inf, 0
     for tile in sorted(tiles, key=math.prod, reverse=True):
         # No plan visits fewer pairs than those of FULL tiles, nor more of them at a visit.
@@ -187,11 +187,11 @@ def sequential_axes(mask_axes: list[str]) -> str:
     return "".join(letter for letter in "BKG" if any(letter in axes for axes in mask_axes))
 
 
-def _clipped(tile: tuple[int, int], pairs: tuple[int, int]) -> tuple[int, int]:
+def clipped(tile: tuple[int, int], pairs: tuple[int, int]) -> tuple[int, int]:
     return min(tile[0], pairs[0]), min(tile[1], pairs[1])
 
 
-def _known(mask: Mask, sizes: dict[str, int]) -> tuple[Mask, bool]:
+def known_mask(mask: Mask, sizes: dict[str, int]) -> tuple[Mask, bool]:
     """Return the mask as far as it is known while tracing and the same for all examples and heads.
 
     And whether that is the whole mask. Arrays of JAX count as known at run time.

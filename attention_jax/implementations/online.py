@@ -105,12 +105,12 @@ def finished_finite(how: Exponential | Elementwise, sums: RunningSums) -> tuple[
     bias that hides.
     """
     if isinstance(how, Elementwise):
-        return sums.context + sums.total[:, None], sums.total
+        return sums.context + sums.total[..., None], sums.total
     empty = sums.total == 0
     total = jnp.where(empty, 1.0, sums.total)
     largest = jnp.finfo(total.dtype).max
     logsumexp = jnp.where(empty, largest, sums.maximum + jnp.log(total))
-    return sums.context / total[:, None], logsumexp
+    return sums.context / total[..., None], logsumexp
 
 
 def weights_given(how: Exponential | Elementwise, tile: Tile, base: Array) -> Array:

@@ -1,5 +1,18 @@
-"""Attention over a sequence that several devices share."""
+"""Attention whose sequence is split over the devices of a mesh axis."""
 
 from attention_jax.parallel.balance import BOUND, Load, deal, load, permute, restore
+from attention_jax.parallel.methods import METHODS, Split
+from attention_jax.parallel.sequence import attend, explain
 
-__all__ = ["BOUND", "Load", "deal", "load", "permute", "restore"]
+__all__ = [
+    "BOUND",
+    "METHODS",
+    "Load",
+    "Split",
+    "attend",
+    "deal",
+    "explain",
+    "load",
+    "permute",
+    "restore",
+]

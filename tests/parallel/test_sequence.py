@@ -1,0 +1,171 @@
+"""Attention over a split sequence is attention over the whole one, in every combination."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from attention_jax import attend, bind, masks, normalizers, parallel, per_head, scores
+
+pytestmark = [
+    pytest.mark.usefixtures("x64"),
+    pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; see test_devices.py"),
+]
+
+B, N, K, H, V = 2, 4, 2, 4, 3
+DEVICES, SHARE = 2, 13
+T = DEVICES * SHARE
+TILES = (3, 4)
+ORDER = np.random.default_rng(0).permutation(T)
+
+
+def mesh_of(shape=(DEVICES,), names=("sp",), kind=AxisType.Auto):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=devices)
+
+
+def qkv(key_heads=K, length=T, dtype=jnp.float64):
+    shapes = [(B, length, N, H), (B, length, key_heads, H), (B, length, key_heads, V)]
+    rngs = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(rng, shape, dtype) for rng, shape in zip(rngs, shapes, strict=True)]
+
+
+def normal(*shape):
+    return np.random.default_rng(sum(shape)).normal(size=shape)
+
+
+@scores.positional
+def fading_dot(query, key, rate, *, q_idx, kv_idx):
+    distance = jnp.abs(q_idx[:, None] - kv_idx[None, :]).astype(query.dtype)
+    return (query @ key.T) * jnp.exp(-rate * distance)
+
+
+def recency(q_idx, kv_idx, rate):
+    return -rate * jnp.log1p(abs(q_idx - kv_idx).astype(jnp.float64))
+
+
+def segments():
+    return np.repeat([0, 1, 2, 3], [3, 10, 9, T - 22])[None, :] + np.array([[0], [0]])
+
+
+# For each case its parameters, and a function from these to options of `attend`.
+CASES = {
+    "plain": ({}, lambda: {}),
+    "causal, grouped": ({}, lambda: {"mask": masks.Causal()}),
+    "window, positional score": (
+        {"rate": 0.1},
+        lambda rate: {"mask": masks.Window(5, 2), "score": bind(fading_dot, rate=rate)},
+    ),
+    "segments in jit, bias per head": (
+        {"rate": normal(N), "ids": np.array([[0] * 9 + [1] * (T - 9), [2] * 20 + [3] * (T - 20)])},
+        lambda rate, ids: {
+            "mask": masks.Segment(ids) & masks.Causal(),
+            "bias": per_head(bind(recency, rate=rate)),
+        },
+    ),
+    "lengths, bias of pairs": (
+        {"bias": normal(B, N, T, T), "lengths": np.array([T - 9, 5])},
+        lambda bias, lengths: {"mask": masks.Lengths(lengths, lengths), "bias": bias},
+    ),
+    "array of pairs, bias of keys": (
+        {"bias": normal(N, 1, T)},
+        lambda bias: {"mask": np.asarray(normal(B, 1, T, T) > 0.3), "bias": bias},
+    ),
+    "additive score, sink": (
+        {"w": normal(H, 3), "u": normal(H, 3), "v": normal(3), "sink": np.float64(0.3)},
+        lambda w, u, v, sink: {
+            "mask": masks.Causal(),
+            "score": bind(scores.additive, query_weight=w, key_weight=u, value=v, bias=0 * v),
+            "normalizer": bind(normalizers.softmax_with_sink, sink=sink),
+        },
+    ),
+    "score, sink per head": (
+        {"weight": normal(N, H, H), "sink": normal(N)},
+        lambda weight, sink: {
+            "score": scores.scaled(per_head(bind(scores.bilinear, weight=weight)), 0.5),
+            "normalizer": per_head(bind(normalizers.softmax_with_sink, sink=sink)),
+        },
+    ),
+    "sigmoid, dropout": (
+        {"shift": np.float64(-1.0)},
+        lambda shift: {
+            "normalizer": bind(normalizers.sigmoid, shift=shift),
+            "mask": masks.Causal(),
+            "dropout_rate": 0.4,
+            "dropout_key": jax.random.key(7),
+        },
+    ),
+    "empty rows, plus one, dropout": (
+        {},
+        lambda: {
+            "mask": ~masks.Prefix(6) & masks.Causal(),
+            "normalizer": normalizers.softmax_plus_one,
+            "dropout_rate": 0.3,
+            "dropout_key": jax.random.key(3),
+        },
+    ),
+    "captured": (
+        {"scale": np.float64(0.7), "offset": normal(T)},
+        lambda scale, offset: {
+            "score": lambda query, key: scale * (query @ key.T),
+            "bias": lambda q_idx, kv_idx: offset[q_idx] * offset[kv_idx],
+            "mask": lambda q_idx, kv_idx: q_idx + jnp.int32(scale * 3) >= kv_idx,
+        },
+    ),
+}
+
+
+def loss(function, options_of, arrays, parameters):
+    """Return a number that depends on all of the result."""
+    options = options_of(**parameters)
+    wants = options.get("normalizer") is None or "sigmoid" not in str(options["normalizer"])
+    found = function(*arrays, return_logsumexp=wants, **options)
+    context, logsumexp = (found.context, found.logsumexp) if wants else (found, jnp.zeros(1))
+    shown = jnp.where(jnp.isfinite(logsumexp), logsumexp, 0.0)
+    return jnp.sum(jnp.sin(context)) + jnp.sum(jnp.cos(shown)), (context, logsumexp)
+
+
+def stored(order, x):
+    return x if order is None else x[:, order]
+
+
+def restored(order, x):
+    return x if order is None or x.ndim < 3 else x[:, np.argsort(order)]
+
+
+def split_attend(query, key, value, order=None, **options):
+    """Attend in another order of storage, and undo it."""
+    arrays = [stored(order, x) for x in (query, key, value)]
+    found = parallel.attend(*arrays, axis="sp", order=order, **options)
+    return jax.tree.map(functools.partial(restored, order), found)
+
+
+def gradients(function, case, arrays):
+    """Return value, result and gradients with respect to arrays and real parameters."""
+    parameters, options_of = CASES[case]
+    real = {k: v for k, v in parameters.items() if not np.issubdtype(np.asarray(v).dtype, int)}
+    rest = {k: v for k, v in parameters.items() if k not in real}
+
+    def of(arrays, real, rest):
+        return loss(function, options_of, arrays, real | rest)
+
+    return jax.jit(jax.value_and_grad(of, (0, 1), has_aux=True))(arrays, real, rest)
+
+
+def close(got, expected):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("order", [None, ORDER], ids=["contiguous", "permuted"])
+@pytest.mark.parametrize("method", parallel.METHODS)
+@pytest.mark.parametrize("case", CASES)
+def test_as_on_one_device(case, method, order):
+    arrays = qkv(key_heads=4 if method == "all_to_all" else K)
+    options = {} if method == "all_to_all" else {"tile_sizes": TILES}
+    ours = functools.partial(split_attend, method=method, order=order, mesh=mesh_of(), **options)
+    dense = functools.partial(attend, implementation="dense")
+    close(gradients(ours, case, arrays), gradients(dense, case, arrays))
