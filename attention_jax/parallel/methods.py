@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 
 from attention_jax.implementations import choice
 from attention_jax.parallel.placement import Placement
-from attention_jax.parallel.plan import Plan, make_plan
+from attention_jax.parallel.plan import make_plan
 from attention_jax.request import Request
 
 METHODS = ("ring", "all_gather", "all_to_all")
@@ -60,7 +61,7 @@ class Choice:
     """A method, and its plan; None where `dense` runs on whole sequences of some heads."""
 
     split: Split
-    plan: Plan | object | None
+    plan: Any
 
 
 def choose(request: Request, placement: Placement, method: str | None) -> Choice:

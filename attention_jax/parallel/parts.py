@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attention_jax.base.finite import finite, poison
@@ -18,8 +19,8 @@ from attention_jax.implementations.head import Attended, Head
 from attention_jax.implementations.lifting import lift
 from attention_jax.implementations.tile_passes import Functions, Operands, Tiles
 from attention_jax.implementations.tiled import padded, tiled, with_sink
-from attention_jax.implementations.tiles import Visits
 from attention_jax.implementations.tiles import Plan as HeadPlan
+from attention_jax.implementations.tiles import Visits
 from attention_jax.parallel import rounds
 from attention_jax.parallel.placement import Placement
 from attention_jax.parallel.plan import Plan
@@ -54,9 +55,8 @@ class Parts:
     @property
     def letters(self) -> Any:
         """The letters of context and log-sum-exp."""
-        return Attended(
-            f"BT{self.heads}", None, f"BT{self.heads}" if self.wants_logsumexp else None
-        )
+        rows: Any = f"BT{self.heads}"
+        return Attended(rows, None, rows if self.wants_logsumexp else None)
 
     def by_steps(self, given: Given, orders: tuple[Any, Any], plan: Plan) -> Attended:
         """Let keys come to the queries, over the steps of a plan."""
@@ -73,7 +73,7 @@ class Parts:
             key = self.mapped(score.key_map, key_letters, key, of_score)
             travels = key.dtype, travels[1]
         more = -query.shape[1] % plan.tile[0]
-        is_function = callable(bias)
+        is_function: Any = callable(bias)
         if bias is not None and not is_function and bias.shape[-2] > 1:
             bias = padded(bias, more, axis=bias.ndim - 2)
         operands = Operands(
@@ -94,7 +94,7 @@ class Parts:
             query_poison=padded(query_poison, more, axis=1),
             orders=orders,
         )
-        none = Visits(True, plan.tile[0], 1, jnp.zeros(0, jnp.int32), jnp.zeros((0, 1), jnp.int32))
+        none = Visits(True, plan.tile[0], 1, np.zeros(0, np.int32), np.zeros((0, 1), np.int32))
         how = rounds.Rounds(
             plan=plan,
             placement=dataclasses.replace(self.placement, orders=(None, None)),

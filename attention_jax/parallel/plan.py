@@ -133,7 +133,7 @@ def _plan_of(
 def _moves(shift: int | None, grid: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Return from which device to which keys move, for the states [D, rows, units] of a step."""
     needed = np.flatnonzero((grid != EMPTY).any(axis=(1, 2))) if shift else []
-    return tuple((int(d + shift) % len(grid), int(d)) for d in needed)
+    return tuple((int(d + (shift or 0)) % len(grid), int(d)) for d in needed)
 
 
 def _covered(

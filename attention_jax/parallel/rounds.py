@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -310,9 +310,10 @@ def _attend(rounds: Rounds, floats: list[Array], rest: Rest, local: Local) -> tu
     sums = _start(operands, local)
     steps = rounds.plan.steps
     rows = f"BT{rounds.heads}"
-    letters = online.RunningSums(rows, rows, rows)
+    letters: Any = [rows] * 3
+    letters = online.RunningSums(*letters)
     coming = rounds.forward(steps[0], operands, local)
-    for number, step in enumerate(steps):
+    for number in range(len(steps)):
         here = coming
         if number + 1 < len(steps):
             operands, sums = _after(operands, sums)
@@ -386,8 +387,8 @@ def _check_captured(moves: Any, operands: Operands) -> None:
     for moved, value in zip(*map(jax.tree.leaves, (moves, operands.captured)), strict=True):
         if moved is True and query - jax.typeof(value).manual_axis_type.varying:
             raise ValueError(
-                "parallel.attend: within shard_map, a score or bias may not close over values under "
-                "differentiation; give them with attention_jax.bind, or call it outside shard_map."
+                "parallel.attend: within shard_map, a score or bias may not close over values "
+                "under differentiation; give them with attention_jax.bind, or call it outside."
             )
 
 

@@ -126,7 +126,7 @@ def explain(
     >>> mesh = jax.sharding.AbstractMesh((4,), ("sp",))
     >>> x = jax.ShapeDtypeStruct((1, 4096, 2, 64), "float32")
     >>> print(explain(x, x, x, axis="sp", mesh=mesh, mask=masks.Window(512, 0)))
-    ring: 4 devices, at most 6 tiles of 512 x 512 on one, 1.200 times the mean
+    ring: 4 devices, at most 4 tiles of 512 x 512 on one, 1.067 times the mean
     1 transfers, at most 1 MiB received forward
     """
     mask = programs.with_constants(as_mask(options.get("mask")))
