@@ -301,11 +301,13 @@ def attend(rounds: Rounds, operands: Operands, local: Local) -> tuple[Array, Arr
         return online.finished(exponential_or_elementwise(operands.functions.normalizer), sums)
     operands, local = varying_like((operands, rounds.asked(local)), operands, local)
     rounds, operands, local = rounds.traced(operands, local)
-    return _attend(rounds, *split_floats(operands), local)
+    context, logsumexp = _attend(rounds, *split_floats(operands), local)
+    return context, online.with_empty(logsumexp)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(rounds: Rounds, floats: list[Array], rest: Rest, local: Local) -> tuple[Array, Array]:
+    """Return context and log-sum-exp, as `online.finished_finite` has it."""
     operands = merge_floats(floats, rest)
     sums = _start(operands, local)
     steps = rounds.plan.steps
@@ -320,7 +322,7 @@ def _attend(rounds: Rounds, floats: list[Array], rest: Rest, local: Local) -> tu
             coming = rounds.forward(steps[number + 1], operands, local)
         add = functools.partial(_add, rounds)
         sums = rounds.over_heads(add, letters)(*here, sums)
-    return online.finished(exponential_or_elementwise(operands.functions.normalizer), sums)
+    return online.finished_finite(exponential_or_elementwise(operands.functions.normalizer), sums)
 
 
 def _after(operands: Operands, sums: Any) -> tuple[Operands, Any]:
@@ -333,8 +335,8 @@ def _start(operands: Operands, local: Local) -> online.RunningSums:
     zeros = jnp.zeros_like(local.query_poison)
     depth = operands.value.shape[-1]
     context = jnp.broadcast_to(zeros[..., None], (*zeros.shape, depth))
-    sums = online.RunningSums(jnp.full_like(zeros, -jnp.inf), zeros, context)
-    return varying_like(sums, operands, local)
+    lowest = jnp.full_like(zeros, jnp.finfo(zeros.dtype).min)  # as `RunningSums.start`
+    return varying_like(online.RunningSums(lowest, zeros, context), operands, local)
 
 
 def _states(
