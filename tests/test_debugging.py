@@ -142,3 +142,14 @@ def test_what_a_mask_closes_over_leaves_the_tiles_of_others_known():
         return mask.static().tiles(4, 4, 2, 2)
 
     assert states(jnp.int32(3)).tolist() == [[1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("mask", [None, np.tri(6, dtype=bool), masks.Lengths(np.array([4]))])
+def test_attend_outside_jit_moves_nothing_to_a_device_in_secret(mask, implementation):
+    x = jnp.asarray(X)
+    sink = bind(normalizers.softmax_with_sink, sink=0.5)
+    with jax.transfer_guard("disallow"):
+        found = attend(x, x, x, mask=mask, normalizer=sink, **implementation)
+    np.testing.assert_allclose(
+        found, attend(x, x, x, mask=mask, normalizer=sink, **implementation), atol=1e-6
+    )

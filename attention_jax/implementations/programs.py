@@ -61,7 +61,12 @@ def call(function: Callable[[Request], Any], request: Request) -> Any:
         program = _program(function, (structure, jax.default_backend(), parts))
     except TypeError:  # it can change in place, or has no hash
         return function(request)
-    return program(leaves)
+    return program([_on_device(leaf) for leaf in leaves])
+
+
+def _on_device(leaf: Any) -> Any:
+    """Move numbers of the host in the open, since `jax.transfer_guard` may forbid it otherwise."""
+    return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
 
 
 def _interned(tree: Any) -> Any:
@@ -101,8 +106,11 @@ def _first_equal(keyed: _Keyed) -> Callable[..., Any]:
 
 
 def is_staged() -> bool:
-    """Tell whether operations are recorded for a program now, as within `jit` or `scan`."""
-    return isinstance(lax.neg(np.float32(0)), jax.core.Tracer)
+    """Tell whether operations are recorded for a program now, as within `jit` or `scan`.
+
+    An operation without operands moves nothing to a device, which `jax.transfer_guard` may forbid.
+    """
+    return isinstance(lax.iota(np.int32, 0), jax.core.Tracer)
 
 
 @functools.lru_cache(MOST_PROGRAMS)
