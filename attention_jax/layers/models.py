@@ -48,13 +48,15 @@ class TokenModelMethods:
           tokens: [B, T].
           mask: which tokens may attend to which, such as `masks.Lengths`; for all layers or each,
             as in `TransformerStack`.
-          positions: of the tokens, [T] or [B, T]; 0, 1, ... unless given.
+          positions: of the tokens, [T] or [B, T]; 0, 1, ... or the `order` unless given.
           types: of the tokens, [B, T], where the embedding has any; 0 unless given.
           deterministic: instead of the module's own.
-          **options: bias, tile_sizes, return_weights and sow_weights, as in `TransformerStack`.
+          **options: bias, order, tile_sizes, return_weights and sow_weights, as in
+            `TransformerStack`.
         """
         if positions is None:
             check_length(tokens.shape[1], self.max_length)
+            positions = options.get("order")
         x = self.embedding(tokens, positions, deterministic, types=types)
         return self.stack(x, mask=mask, positions=positions, deterministic=deterministic, **options)
 
@@ -89,7 +91,7 @@ class CausalDecoderMethods(TokenModelMethods):
         """Return a vector [B, T, features] for each token, made of it and of those before.
 
         The mask, for all layers or each, is joined with the causal one. Options are positions,
-        types, deterministic, bias, tile_sizes, return_weights and sow_weights.
+        types, deterministic, bias, order, tile_sizes, return_weights and sow_weights.
         """
         return super().encode(tokens, map_layers(and_causal, mask), **options)
 
@@ -182,6 +184,7 @@ class EncoderDecoderMethods:
         mask: Any = None,
         *,
         deterministic: bool | None = None,
+        source_order: Any = None,
         **options: Any,
     ) -> Any:
         """Return a vector for each of the target's tokens, of which `logits` makes logits.
@@ -193,18 +196,22 @@ class EncoderDecoderMethods:
             `masks.Lengths`; for all layers or each, as in `TransformerStack`.
           mask: of the target, likewise, joined with the causal one.
           deterministic: instead of the module's own.
-          **options: return_weights and sow_weights, as in `TransformerStack`, of the decoder.
+          source_order: of the source, as `order` is of the target, where the sequences are split
+            over devices; see `MultiHeadAttention`.
+          **options: of the decoder: order, return_weights and sow_weights, as in
+            `TransformerStack`.
 
         Returns:
           [B, T, features].
         """
-        memory = self.encode(source, source_mask, deterministic=deterministic)
+        memory = self.encode(source, source_mask, deterministic=deterministic, order=source_order)
         return self.decoder(
-            self.target(target, deterministic=deterministic),
+            self.target(target, options.get("order"), deterministic=deterministic),
             memory,
             mask=map_layers(and_causal, mask),
             memory_mask=source_mask,
             deterministic=deterministic,
+            memory_order=source_order,
             **options,
         )
 
@@ -217,7 +224,7 @@ class EncoderDecoderMethods:
         **options: Any,
     ) -> Any:
         """Return the memory [B, S, features] that the target attends to; options as the call's."""
-        x = self.source(source, deterministic=deterministic)
+        x = self.source(source, options.get("order"), deterministic=deterministic)
         return self.encoder(x, mask=mask, deterministic=deterministic, **options)
 
     def keys(self, memory: Array) -> list[ProjectedMemory]:

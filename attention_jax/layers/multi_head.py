@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attention_jax import masks
+from attention_jax import masks, parallel
 from attention_jax.attention import attend
 from attention_jax.base.binding import BiasLike
 from attention_jax.cache import (
@@ -33,7 +33,8 @@ ROWS_CHECKED = 64
 class MultiHead(NamedTuple):
     """A layer y = combine_n(attend(x W_n^Q, m W_n^K, m W_n^V)) W^O from the parts that it has.
 
-    `score`, `bias` and `normalizer` return the bound function when called.
+    `score`, `bias` and `normalizer` return the bound function when called. `sequence_axis` names
+    the mesh axis that splits the sequence, and `implementation` then the method, or is None.
     """
 
     projections: Projections
@@ -41,6 +42,7 @@ class MultiHead(NamedTuple):
     bias: Callable[[], Any] | None
     normalizer: Callable[[], Any]
     implementation: str | None
+    sequence_axis: str | None
 
     def __call__(
         self,
@@ -52,6 +54,7 @@ class MultiHead(NamedTuple):
         functions: tuple[Any, BiasLike],
         positions: Array | None,
         memory_positions: Array | None,
+        order: Any,
         options: dict[str, Any],
         return_weights: bool,
     ) -> tuple[Array, Array | None]:
@@ -59,17 +62,39 @@ class MultiHead(NamedTuple):
 
         `functions` are score and bias instead of the layer's own, `options` others of `attend`.
         """
+        options = {**options, **self.functions(*functions), "mask": mask}
+        if self.sequence_axis is not None:
+            self._refuse_weights(return_weights)
+            orders = _orders(self.projections.name, order, is_self=memory is None)
+            positions = orders[0] if positions is None else positions
+            if memory_positions is None and not isinstance(memory, ProjectedMemory):
+                memory_positions = orders[1]
+            heads = self.projections.heads(query, memory, value, positions, memory_positions)
+            split = {"axis": self.sequence_axis, "method": self.implementation, "order": orders}
+            return self.projections.join(parallel.attend(*heads, **split, **options)), None
+        if order is not None:
+            raise ValueError(
+                f"{self.projections.name}: an order was given, and the sequence is not split; "
+                "build the layer with sequence_axis, or put the rows back with parallel.restore."
+            )
         heads = self.projections.heads(query, memory, value, positions, memory_positions)
         result = attend(
             *heads,
-            **self.functions(*functions),
-            mask=mask,
             **options,
             implementation=self.implementation,
             return_weights=return_weights,
         )
         context, weights = result[:2] if return_weights else (result, None)
         return self.projections.join(context), weights
+
+    def _refuse_weights(self, return_weights: bool) -> None:
+        """Refuse weights of a sequence that is split: no device has a row of them."""
+        if return_weights:
+            raise ValueError(
+                f"{self.projections.name}: no device holds the weights of a sequence that the axis "
+                f"{self.sequence_axis!r} splits; build the layer with sequence_axis=None to look "
+                "at them."
+            )
 
     def functions(self, score: Any = None, bias: BiasLike = None) -> dict[str, Any]:
         """Return score, bias and normalizer with their parameters bound, as `attend` takes them."""
@@ -97,9 +122,19 @@ class MultiHead(NamedTuple):
 class MultiHeadMethods(HeadsMethods):
     """The methods of `MultiHeadAttention` that the two APIs share."""
 
+    sequence_axis: str | None
+
     def _layer(self) -> MultiHead:
         """Return the computation with this module's parameters."""
         raise NotImplementedError
+
+    def _refuse_split(self) -> None:
+        """Refuse to decode where the sequence is split, as caches are not."""
+        if self.sequence_axis is not None:
+            raise ValueError(
+                f"MultiHeadAttention: a cache is not split over the axis {self.sequence_axis!r}; "
+                "decode with a model of sequence_axis=None and the same parameters."
+            )
 
     def init_cache(
         self,
@@ -113,7 +148,11 @@ class MultiHeadMethods(HeadsMethods):
         """Return an empty cache for `decode`; see `attention_jax.cache.init`.
 
         Its dtype is that of the layer's computation unless given.
+
+        Raises:
+          ValueError: the sequence is split over devices.
         """
+        self._refuse_split()
         projections = self._projections()
         sizes = projections.sizes
         depths = (sizes.num_key_heads, sizes.key_depth, sizes.value_depth)
@@ -152,6 +191,7 @@ class MultiHeadMethods(HeadsMethods):
           ValueError: more tokens than the capacity, or a mask that is not known to leave out the
             tokens that a window has forgotten.
         """
+        self._refuse_split()
         layer = self._layer()
         refuse_forgetting(layer.projections.name, cache.window, mask)
         positions = next_positions(cache, query.shape[1])
@@ -187,6 +227,7 @@ class MultiHeadMethods(HeadsMethods):
           What the full pass gives at these positions, [B, T, out_features]; with it the weights
           where asked for.
         """
+        self._refuse_split()
         layer = self._layer()
         positions = next_positions(cache, query.shape[1])
         heads, key, value = layer.projections.heads(query, memory, positions=positions)
@@ -232,3 +273,15 @@ def _of_any_example(mask: MaskLike) -> masks.Mask:
     return structure.unflatten(
         [Unknown() if differs else leaf for leaf, differs in zip(leaves, own, strict=True)]
     )
+
+
+def _orders(operation: str, order: Any, is_self: bool) -> tuple[Any, Any]:
+    """Return the orders of queries and of keys; a memory lies in order unless told otherwise."""
+    if not isinstance(order, tuple):
+        return order, order if is_self else None
+    if is_self or len(order) != 2:
+        raise ValueError(
+            f"{operation}: order must be one array [T], or a pair with that of the memory if there "
+            f"is one, got a tuple of {len(order)}."
+        )
+    return order

@@ -52,6 +52,7 @@ class BlockOptions:
       activation: of the feed-forward layer.
       dropout_rate: of attention weights and of what each sublayer adds.
       attention_dropout_rate: of attention weights, where it is another.
+      sequence_axis: of `MultiHeadAttention`: the axis of the mesh that splits the sequence.
       deterministic: True leaves dropout out; in NNX `model.train()` and `model.eval()` set it.
       dtype: of the computation.
       param_dtype: of the parameters.
@@ -71,6 +72,7 @@ class BlockOptions:
     activation: Callable[[Array], Array] = jax.nn.relu
     dropout_rate: float = 0.0
     attention_dropout_rate: float | None = None
+    sequence_axis: str | None = None
     deterministic: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -196,11 +198,13 @@ def map_layers(function: Callable[[Any], Any], option: Any) -> Any:
     return function(option)
 
 
-def attention_dropout(given: BlockOptions) -> dict[str, Any]:
-    """Return the dropout options of an attention: none where it drops nothing."""
+def attention_options(given: BlockOptions) -> dict[str, Any]:
+    """Return what a block tells its attentions: nothing of what it does not ask for."""
     rate = given.attention_dropout_rate
     rate = given.dropout_rate if rate is None else rate
-    return {"dropout_rate": rate, "deterministic": given.deterministic} if rate else {}
+    dropped = {"dropout_rate": rate, "deterministic": given.deterministic} if rate else {}
+    axis = given.sequence_axis
+    return dropped if axis is None else {**dropped, "sequence_axis": axis}
 
 
 def feed_forward_options(given: BlockOptions) -> dict[str, Any]:

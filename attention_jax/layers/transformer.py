@@ -97,7 +97,8 @@ class BlockMethods:
           memory_mask: of the attention to the memory.
           bias: of the self-attention, instead of its own.
           deterministic: instead of the module's own.
-          **options: positions, tile_sizes, return_weights and sow_weights of `MultiHeadAttention`.
+          **options: positions, order, tile_sizes, return_weights and sow_weights of
+            `MultiHeadAttention`; and memory_order, where the memory is dealt to devices too.
 
         Returns:
           [B, T, features]; with it `attention_jax.layers.BlockWeights` where asked for.
@@ -108,11 +109,14 @@ class BlockMethods:
         block = self._layer(deterministic)
         block.check_memory(memory)
         options["deterministic"] = deterministic
+        memory_order = options.pop("memory_order", None)
         layer = block.attention.layer
         known = _known(layer, {**options, "bias": bias})
         x, *weights = block.attention.add(x, functools.partial(layer, mask=mask, **known))
         if block.cross_attention is not None:
             layer = block.cross_attention.layer
+            if memory_order is not None:
+                options["order"] = options.get("order"), memory_order
             attention = functools.partial(layer, mask=memory_mask, **_known(layer, options))
             attention = functools.partial(_call_with_memory, attention, memory)
             x, *more = block.cross_attention.add(x, attention)

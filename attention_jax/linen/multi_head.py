@@ -50,6 +50,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
     dropout_rate: float = 0.0
     deterministic: bool = False
     implementation: str | None = None
+    sequence_axis: str | None = None
 
     @nn.compact
     def _layer(self) -> MultiHead:
@@ -74,6 +75,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
             None if bias is None else bias.resolve,
             normalizer.resolve,
             self.implementation,
+            self.sequence_axis,
         )
 
     def __call__(
@@ -87,6 +89,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
         score: AnyScore | PerHead | None = None,
         positions: Array | None = None,
         memory_positions: Array | None = None,
+        order: Any = None,
         deterministic: bool | None = None,
         return_weights: bool = False,
         sow_weights: bool = False,
@@ -101,6 +104,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
             functions=(score, bias),
             positions=positions,
             memory_positions=memory_positions,
+            order=order,
             options={"tile_sizes": tile_sizes, **dropout_options(self, deterministic)},
             return_weights=return_weights or sow_weights,
         )

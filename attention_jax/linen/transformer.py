@@ -18,7 +18,7 @@ from attention_jax.layers import embedding, transformer
 from attention_jax.layers.options import (
     BlockOptions,
     StackOptions,
-    attention_dropout,
+    attention_options,
     feed_forward_options,
     norm_names,
     options_of_last_norm,
@@ -93,7 +93,7 @@ class TransformerBlock(transformer.BlockMethods, nn.Module, BlockOptions):
         names = norm_names("TransformerBlock", self.norm_placement)
         checks.sizes("TransformerBlock", memory_features=self.memory_features)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dropped = attention_dropout(self)
+        dropped = attention_options(self)
         deterministic = self.deterministic if deterministic is None else deterministic
         dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic, name="dropout")
         norm = functools.partial(self.norm or LAYER_NORM, **dtypes)

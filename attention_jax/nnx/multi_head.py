@@ -41,7 +41,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
       normalizer: from logits to weights; what it declares is created here for each head.
       dropout_rate: of the weights.
       deterministic: True leaves dropout out; `model.train()` and `model.eval()` set it.
-      implementation: of `attend`.
+      implementation: of `attend`; the method of `parallel.attend` with `sequence_axis`.
+      sequence_axis: the axis of the mesh (`jax.set_mesh`) that splits the sequence, or None.
       param_dtype: of the parameters.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
       **options: of `attention_jax.layers.HeadOptions`: memory_features, out_features,
@@ -75,6 +76,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         dropout_rate: float = 0.0,
         deterministic: bool = False,
         implementation: str | None = None,
+        sequence_axis: str | None = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
         **options: Any,
@@ -82,6 +84,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         self.dropout_rate = dropout_rate
         self.deterministic = deterministic
         self.implementation = implementation
+        self.sequence_axis = sequence_axis
         self.rngs = rngs.dropout.fork() if dropout_rate else None
         super().__init__(num_heads, in_features, param_dtype=param_dtype, rngs=rngs, **options)
         drawn: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
@@ -110,6 +113,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         score: AnyScore | PerHead | None = None,
         positions: Array | None = None,
         memory_positions: Array | None = None,
+        order: Any = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         return_weights: bool = False,
@@ -126,8 +130,10 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
           mask: as in `attend`. True = may attend.
           bias: as in `attend`, instead of the module's own.
           score: likewise.
-          positions: of the queries, [T] or [B, T]; 0, 1, ... unless given.
+          positions: of the queries, [T] or [B, T]; 0, 1, ... or `order` unless given.
           memory_positions: of the keys; as `positions` for self-attention.
+          order: with `sequence_axis`, [T]: row i of the query is position order[i] of the sequence,
+            as `parallel.deal` deals them; a pair with that of the memory, if it has one.
           deterministic: instead of the module's own.
           rngs: for dropout, instead of the module's own.
           return_weights: also return the weights [B, N, T, S], after dropout.
@@ -149,6 +155,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
             functions=(score, bias),
             positions=positions,
             memory_positions=memory_positions,
+            order=order,
             options={"tile_sizes": tile_sizes, **dropout_options(self, deterministic, rngs)},
             return_weights=return_weights or sow_weights,
         )
@@ -165,4 +172,5 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
             None if bias is None else lambda: bias.resolved,
             lambda: normalizer.resolved,
             self.implementation,
+            self.sequence_axis,
         )

@@ -17,7 +17,7 @@ from attention_jax.layers import embedding, transformer
 from attention_jax.layers.options import (
     BlockOptions,
     StackOptions,
-    attention_dropout,
+    attention_options,
     feed_forward_options,
     norm_names,
     options_of,
@@ -94,7 +94,7 @@ class TransformerBlock(transformer.BlockMethods, nnx.Module):
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
       **options: of `attention_jax.layers.BlockOptions`: hidden_features, memory_features,
         attention, cross_attention, feed_forward, norm, norm_placement, activation, dropout_rate,
-        attention_dropout_rate, deterministic, dtype and param_dtype.
+        attention_dropout_rate, sequence_axis, deterministic, dtype and param_dtype.
 
     Raises:
       TypeError: there is no option of a name.
@@ -116,7 +116,7 @@ class TransformerBlock(transformer.BlockMethods, nnx.Module):
             "param_dtype": given.param_dtype,
             "rngs": rngs,
         }
-        dropped = attention_dropout(given)
+        dropped = attention_options(given)
         self.norm_placement = given.norm_placement
         attention = given.attention or MultiHeadAttention
         self.attention = attention(num_heads, features, **dropped, **dtypes)
