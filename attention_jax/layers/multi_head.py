@@ -42,7 +42,7 @@ class MultiHead(NamedTuple):
     bias: Callable[[], Any] | None
     normalizer: Callable[[], Any]
     implementation: str | None
-    sequence_axis: str | None
+    sequence_axis: str | None = None
 
     def __call__(
         self,
@@ -54,9 +54,9 @@ class MultiHead(NamedTuple):
         functions: tuple[Any, BiasLike],
         positions: Array | None,
         memory_positions: Array | None,
-        order: Any,
         options: dict[str, Any],
         return_weights: bool,
+        order: Any = None,
     ) -> tuple[Array, Array | None]:
         """Return the output [B, T, out_features] and, where asked for, the weights.
 
