@@ -169,6 +169,8 @@ def main(api):
     mesh = jax.make_mesh((2, 2, 2), names, axis_types=(AxisType.Auto,) * 3)
     losses_of = {"nnx": losses_of_nnx, "linen": losses_of_linen}[api]
     for name, (axis, method, is_dealt) in CASES.items():
+        if (api, name) == ("linen", "ring"):  # as the dealt one, in another order
+            continue
         order = ORDER if is_dealt else None
         if axis is None:
             losses = losses_of(axis, method, order, None)
