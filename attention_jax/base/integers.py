@@ -31,17 +31,18 @@ def as_int32(label: str, value: Any, *, is_name: bool = False) -> Any:
     """
     if not isinstance(value, np.ndarray | np.generic | jax.Array):
         return value
-    dtype = value.dtype
+    dtype: Any = value.dtype
     if dtype == jnp.int32 or not jnp.issubdtype(dtype, jnp.integer):
         return value
-    is_small = np.iinfo(dtype).bits < 32
+    is_small = dtype.itemsize < 4
     if isinstance(value, jax.Array):
         if not (is_small or is_name):
             value = jnp.minimum(value, jnp.asarray(_RANGE.max, dtype))
             if jnp.issubdtype(dtype, jnp.signedinteger):
                 value = jnp.maximum(value, jnp.asarray(_RANGE.min, dtype))
         return value.astype(jnp.int32)
-    if not is_small and np.any((value < _RANGE.min) | (value > _RANGE.max)):
-        wrong = value[(value < _RANGE.min) | (value > _RANGE.max)].ravel()[0]
-        raise ValueError(f"{label} must hold numbers that fit int32, got {wrong}.")
+    numbers = np.ravel(value)
+    wrong = numbers[(numbers < _RANGE.min) | (numbers > _RANGE.max)]
+    if wrong.size:
+        raise ValueError(f"{label} must hold numbers that fit int32, got {wrong[0]}.")
     return value.astype(np.int32)

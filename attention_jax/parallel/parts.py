@@ -73,19 +73,20 @@ class Parts:
             key = self.mapped(score.key_map, key_letters, key, of_score)
             travels = key.dtype, travels[1]
         more = -query.shape[1] % plan.tile[0]
-        is_function: Any = callable(bias)
-        if bias is not None and not is_function and bias.shape[-2] > 1:
+        of_pairs: Any = bias if callable(bias) else None
+        bias = None if callable(bias) else bias
+        if bias is not None and bias.shape[-2] > 1:
             bias = padded(bias, more, axis=bias.ndim - 2)
         operands = Operands(
             query=padded(query, more, axis=1),
             key=key,
             value=value,
-            bias=None if is_function else bias,
-            functions=Functions(score, bias if is_function else None, normalizer),
+            bias=bias,
+            functions=Functions(score, of_pairs, normalizer),
             captured={},
         )
         operand_letters = [f"BT{self.heads}", key_letters, "BSK"]
-        operand_letters += [*of_bias, *of_score] if not is_function else [*of_score, *of_bias]
+        operand_letters += [*of_bias, *of_score] if of_pairs is None else [*of_score, *of_bias]
         (mask, of_mask), (dropout, of_dropout) = map(_whole, (given["mask"], given["dropout"]))
         local = rounds.Local(
             mask=plan.within(mask, self.placement.lengths[1]),

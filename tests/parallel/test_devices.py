@@ -17,7 +17,7 @@ FLAGS = (
 
 @pytest.mark.slow
 def test_sequences_are_split_over_eight_devices():
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-v", "-m", "", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "tests/parallel/test_sequence.py"],
         cwd=ROOT,
