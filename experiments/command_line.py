@@ -206,13 +206,13 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def terminal() -> Console:
-    """Return a console that prints brackets and colons as they are.
+def terminal(*, quiet: bool = False) -> Console:
+    """Return a console that prints brackets and colons as they are, or nothing if it is quiet.
 
     A console that is not a terminal is wide enough for all tables.
     """
     width = None if _Console().is_terminal else _WIDTH
-    return _Console(width=width, markup=False, emoji=False, highlight=False)
+    return _Console(width=width, markup=False, emoji=False, highlight=False, quiet=quiet)
 
 
 def two_lines(value: str, remark: str) -> Text:

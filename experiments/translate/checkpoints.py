@@ -20,8 +20,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
-from experiments.translate.workdir import write_text
+from experiments.translate.workdir import is_first, write_text
+from experiments.worker import told, wait
 
 _KEPT = 2
 # Orbax cannot read a checkpoint without this file.
@@ -31,7 +33,10 @@ _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 class Checkpoints:
-    """The checkpoints of one mechanism; the last two are kept."""
+    """The checkpoints of one mechanism; the last two are kept.
+
+    Several processes save and restore together, and the first one seals, verifies and deletes.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
@@ -52,21 +57,17 @@ class Checkpoints:
         """
         path = self._path(step)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._delete(step)
+            if is_first():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._delete(step)
+            wait()
             with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(path, _named(state))
-            if not (path / _MANIFEST).is_file():
-                raise ValueError(f"Orbax left it without its {_MANIFEST}")
-            write_text(self._seal(step), json.dumps(_checksums(path)))
-            kept = [kept for kept in self.steps if kept <= step][:_KEPT]
-            for other in set(self.steps) - set(kept):
-                self._delete(other)
+            if is_first():
+                self._finish(step)
         except (OSError, ValueError) as error:
-            # Also what Orbax names otherwise until it is complete.
-            for unfinished in self.folder.glob(f"{path.name}*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.unlink(missing_ok=True)
+            if is_first():
+                self._delete_parts(step)
             code, reason = _reason(error)
             raise OSError(
                 code, f"checkpoint {step} cannot be saved in {self.folder}: {reason}"
@@ -79,16 +80,26 @@ class Checkpoints:
           like: a pytree of arrays, or of their shapes.
           tidy: remove unfinished checkpoints; not while another process may be writing one.
         """
-        if tidy:
+        if tidy and is_first():
             self._delete_unsealed()
-        for step in self.steps:
+        for step in told(self.steps):
             path = self._path(step)
-            if path.is_dir() and _checksums(path) == self._sealed(step):
+            if told(is_first() and path.is_dir() and _checksums(path) == self._sealed(step)):
                 # It may have another structure, or be from another version of Orbax.
                 with contextlib.suppress(KeyError, OSError, TypeError, ValueError):
                     return step, _loaded(path, like)
             self.damaged.append(f"checkpoint {step} in {self.folder} is damaged: skipped.")
         return None
+
+    def _finish(self, step: int) -> None:
+        """Seal a checkpoint that is written, and delete those before the one before it."""
+        path = self._path(step)
+        if not (path / _MANIFEST).is_file():
+            raise ValueError(f"Orbax left it without its {_MANIFEST}")
+        write_text(self._seal(step), json.dumps(_checksums(path)))
+        kept = [kept for kept in self.steps if kept <= step][:_KEPT]
+        for other in set(self.steps) - set(kept):
+            self._delete(other)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
@@ -106,6 +117,12 @@ class Checkpoints:
         for path in self.folder.glob("*"):
             if path.is_dir() and not path.with_name(f"{path.name}.seal").exists():
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _delete_parts(self, step: int) -> None:
+        """Delete a checkpoint, also what Orbax names otherwise until it is complete."""
+        for unfinished in self.folder.glob(f"{self._path(step).name}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.unlink(missing_ok=True)
 
     def _delete(self, step: int) -> None:
         self._seal(step).unlink(missing_ok=True)
@@ -144,7 +161,9 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    # The devices that saved it may not be here.
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
 
 
 def _name(index: int) -> str:

@@ -13,6 +13,7 @@ from experiments import command_line
 from experiments.command_line import Options, complain
 from experiments.translate import workdir
 from experiments.translate.config import Config
+from experiments.translate.stopping import Diverged, Interrupted
 
 _SUMMARY = """\
 Trains translators that differ only in their attention score, several seeds of each at once, and
@@ -109,16 +110,13 @@ def run_program(
 ) -> int:
     """Run a program that trains, print one sentence for any failure, and return its exit code.
 
-    0: done. 1: training diverged or a file could not be written. 2: the request cannot be met.
-    130 or 143: interrupted by SIGINT or SIGTERM.
+    What `do` returns, or 0. 1: training diverged or a file could not be written. 2: the request
+    cannot be met. 130 or 143: interrupted by SIGINT or SIGTERM.
     """
 
     def done(options: Options) -> int:
-        # Importing JAX takes a second; the help text and a mistyped flag do not wait for it.
-        from experiments.translate.train import Diverged, Interrupted
-
         try:
-            do(options)
+            return do(options) or 0
         except Diverged as error:
             return complain(program, error, 1)
         except OSError as error:
@@ -130,7 +128,6 @@ def run_program(
             code = stop.code if isinstance(stop, Interrupted) else 130
             sentence = f"interrupted{where}; the same command goes on from there."
             return complain(program, sentence, code)
-        return 0
 
     return command_line.run(program, arguments, parse, done)
 

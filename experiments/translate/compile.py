@@ -1,7 +1,9 @@
 """Compile ahead of time: every shape at once, on all cores, before the clock starts.
 
-Training is data-parallel: every local device takes its share of each batch. Parameters and
-optimizer are the same everywhere; XLA sums the gradients.
+Training is data-parallel: every device of every process takes its share of each batch.
+Parameters and optimizer are the same everywhere. Each device runs the program of one device on
+its share; the only thing they exchange is the sum of the gradients, once a step. Left to XLA, the
+recurrences would exchange gradients at every word.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.command_line import UsageError
 from experiments.translate import decode, train_step
 from experiments.translate.config import Config
 from experiments.translate.model import Graph
@@ -41,21 +44,96 @@ class Placement:
     """Data parallelism: arrays replicated on all devices, or sharded along their axis B."""
 
     def __init__(self, batch_size: int):
-        devices = jax.local_devices()
-        self.devices = devices[: num_devices(batch_size, len(devices))]
+        devices = jax.devices()
+        count = len(devices)
+        # Without a share of the batch a process would have nothing to do.
+        self.several = jax.process_count() > 1
+        self.devices = devices if self.several else devices[: num_devices(batch_size, count)]
+        self.axis = "batch" if len(self.devices) > 1 else None
         mesh = Mesh(np.array(self.devices), ("batch",))
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.sharded = NamedSharding(mesh, PartitionSpec("batch"))
         self.sharded_steps = NamedSharding(mesh, PartitionSpec(None, None, None, "batch"))
+        self._of_seeds = NamedSharding(mesh, PartitionSpec(None, "batch"))
 
-    def of_training(self) -> dict[str, Any]:
-        """Return options of `jax.jit` for functions of a state and batches."""
+    def training(self, function: Any) -> Any:
+        """Compile a function of a state and of batches, run by each device on its share."""
         batches = Batches(self.replicated, self.replicated, self.sharded_steps)
-        return {"in_shardings": (self.replicated, batches), "out_shardings": self.replicated}
+        given = self.replicated, batches
+        function = self._split(function, given, self.replicated)
+        options = {"in_shardings": given, "out_shardings": self.replicated}
+        return jax.jit(function, donate_argnums=0, **options)
 
-    def of_sentences(self, sides: int) -> dict[str, Any]:
-        """Return options of `jax.jit` for functions of parameters and arrays [B, ...]."""
-        return {"in_shardings": (self.replicated, *[self.sharded] * sides)}
+    def decoding(self, function: Any, sides: int = 1) -> Any:
+        """Compile a function of parameters and arrays [B, ...] whose results are [N, B, ...]."""
+        given = (self.replicated, *[self.sharded] * sides)
+        function = self._split(function, given, self._of_seeds)
+        return jax.jit(function, in_shardings=given, out_shardings=self.replicated)
+
+    def _split(self, function: Any, given: Any, found: NamedSharding) -> Any:
+        if self.axis is None:
+            return function
+        in_specs, out_specs = jax.tree.map(lambda sharding: sharding.spec, (given, found))
+        # What is replicated are sums over all devices, which JAX cannot see through an optimizer.
+        switches = {"mesh": found.mesh, "check_vma": False}
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **switches)
+
+    def put(self, tree: Any, sharding: NamedSharding) -> Any:
+        """Return arrays that all processes have alike, each with its part on its devices."""
+        if not self.several:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(functools.partial(_put_part, sharding), tree)
+
+    def largest(self, *numbers: int) -> list[int]:
+        """Return the largest of each of a few numbers, over all processes."""
+        if not self.several:
+            return list(numbers)
+        row = np.array([numbers], np.int32)
+        shape = len(self.devices), len(numbers)
+        rows = jax.make_array_from_callback(shape, self.sharded, lambda _: row)
+        return jax.device_get(_largest(self.replicated)(rows)).tolist()
+
+    def fed(self, compiled: Compiled) -> Compiled:
+        """Return a compiled function of parameters and sentences that takes NumPy arrays."""
+        return functools.partial(self._feed, compiled) if self.several else compiled
+
+    def fed_batches(self, compiled: Compiled) -> Compiled:
+        """Return a compiled function of a state and batches that takes NumPy arrays."""
+        return functools.partial(self._feed_batches, compiled) if self.several else compiled
+
+    def _feed(self, compiled: Compiled, parameters: Any, *sides: np.ndarray) -> Any:
+        return compiled(parameters, *self.put(sides, self.sharded))
+
+    def _feed_batches(self, compiled: Compiled, state: State, batches: Batches) -> Any:
+        order = self.put(batches.order, self.replicated)
+        rows = self.put(batches.rows, self.sharded_steps)
+        return compiled(state, batches._replace(order=order, rows=rows))
+
+
+def check_divides(batch_size: int) -> None:
+    """Refuse a batch that the devices of several processes cannot share equally.
+
+    Raises:
+      UsageError: one sentence with the numbers, and the nearest sizes that they can share.
+    """
+    count, processes = jax.device_count(), jax.process_count()
+    if processes > 1 and batch_size % count:
+        below = batch_size // count * count
+        sizes = " or ".join(str(size) for size in (below, below + count) if size)
+        raise UsageError(
+            f"--batch_size is {batch_size}, which the {count} devices of {processes} processes do "
+            f"not divide; give {sizes}."
+        )
+
+
+def _put_part(sharding: NamedSharding, array: Any) -> jax.Array:
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
+@functools.cache
+def _largest(sharding: NamedSharding) -> Any:
+    return jax.jit(functools.partial(jnp.max, axis=0), out_shardings=sharding)
 
 
 @dataclass(frozen=True)
@@ -88,11 +166,12 @@ def compile_all(score: str, run: Run, state: State, *, evaluate: bool = True) ->
         lowered |= _lowered_evaluation(score, run, placement, state)
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
+    train = placement.fed_batches(compiled.pop(("train", None)))
     by_kind: dict[str, dict[Any, Compiled]] = {"force": {}, "greedy": {}, "search": {}}
     for (kind, width), program in compiled.items():
-        by_kind.setdefault(kind, {})[width] = program
+        by_kind[kind][width] = placement.fed(program)
     return Programs(
-        train=compiled["train", None],
+        train=train,
         force=by_kind["force"],
         greedy=by_kind["greedy"],
         search=by_kind["search"] or by_kind["greedy"],
@@ -109,11 +188,9 @@ def _lowered_training(score: str, run: Run, placement: Placement, state: State) 
     pairs = tuple(
         (_tokens(*b.source.shape), _tokens(*b.target.shape)) for b in task.training.members
     )
-    # On several devices each keeps its share of all positions.
-    max_words = task.max_words if len(placement.devices) == 1 else [None] * len(pairs)
-    train = functools.partial(train_step.train, graph, config, max_words)
-    program = jax.jit(train, donate_argnums=0, **placement.of_training())
-    return program.lower(state, Batches(pairs, order, rows))
+    max_words = task.max_words(len(placement.devices))
+    train = functools.partial(train_step.train, graph, config, max_words, placement.axis)
+    return placement.training(train).lower(state, Batches(pairs, order, rows))
 
 
 def _lowered_evaluation(
@@ -121,11 +198,11 @@ def _lowered_evaluation(
 ) -> dict[tuple[str, Any], Any]:
     graph, _ = graph_of(score, run.sizes[score])
     size, parameters, lowered = run.config.batch_size, state.parameters, {}
-    force = jax.jit(functools.partial(decode.force, graph), **placement.of_sentences(2))
+    force = placement.decoding(functools.partial(decode.force, graph), sides=2)
     for width in run.task.widths:
         lowered["force", width] = force.lower(parameters, *(_tokens(size, n) for n in width))
     for kind, decoder in _decoders(graph, run.config, run.task.longest).items():
-        program = jax.jit(decoder, **placement.of_sentences(1))
+        program = placement.decoding(decoder)
         for length in {width[0] for width in run.task.widths}:
             lowered[kind, length] = program.lower(parameters, _tokens(size, length))
     return lowered

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments import processes
 from experiments.command_line import UsageError
 from experiments.data.load import GENERATED
 
@@ -40,8 +41,11 @@ _UNTIEABLE = ("bilinear", "concat", "location", "shared_projection")
 # Stands in the configuration of a sweep for fields in which its runs differ.
 SWEPT = "swept"
 
+# The group of flags that name the processes of a run.
+SEVERAL = "Several processes"
+
 # Groups of flags on which the results of a run do not depend.
-_NOT_OF_A_RUN = ("Output", "After training")
+_NOT_OF_A_RUN = ("Output", SEVERAL, "After training")
 
 # Flags of some modes only.
 _MODES = {
@@ -49,6 +53,9 @@ _MODES = {
     "input": ("evaluate", "translate", "score"),
     "alignments": ("translate", "score"),
     "translator": ("translate", "score"),
+    "coordinator": ("train",),
+    "processes": ("train",),
+    "process": ("train",),
 }
 
 # Flags of data in files only.
@@ -97,6 +104,7 @@ _model = functools.partial(_field, "Model")
 _training = functools.partial(_field, "Training")
 _decoding = functools.partial(_field, "Decoding")
 _output = functools.partial(_field, "Output")
+_several = functools.partial(_field, SEVERAL)
 _use = functools.partial(_field, "After training")
 
 
@@ -210,6 +218,17 @@ class Config:
         20.0, "Seconds between two checkpoints; 0 saves at every opportunity.", NOT_NEGATIVE
     )
 
+    coordinator: str = _several(
+        "",
+        "HOST:PORT of process 0 on which the processes find each other, the same for all of them; "
+        "Slurm, MPI and Cloud TPU say it, and the next two, by themselves.",
+    )
+    processes: int | None = _several(None, "Number of processes; each batch is split.", POSITIVE)
+    process: int | None = _several(None, "Number of this process, from 0.", NOT_NEGATIVE)
+    coordinator_seconds: float = _several(
+        60.0, "Seconds that the processes wait for each other at the start.", ABOVE_ZERO
+    )
+
     mode: str = _use(
         "train",
         "train and compare; or, with the --workdir of a run: evaluate it on pairs, translate "
@@ -251,6 +270,12 @@ class Config:
         return json.loads(json.dumps(fields))
 
     @property
+    def group(self) -> processes.Group | None:
+        """The processes of the run, if they are several."""
+        given = self.coordinator, self.processes, self.process, self.coordinator_seconds
+        return processes.group_of(*given) if self.mode == "train" else None
+
+    @property
     def directory(self) -> Path:
         """The folder of the run."""
         if self.workdir:
@@ -273,6 +298,7 @@ class Config:
                 raise UsageError(f"--{name} is for --mode={' or '.join(modes)}; leave it out.")
         if self.translator >= self.seeds:
             raise UsageError(f"--translator is {self.translator}, but the seeds are {self.seeds}.")
+        processes.check(self.coordinator, self.processes, self.process)
         self._check_data()
         self._check_model()
         if not self.scores:

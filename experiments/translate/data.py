@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,6 @@ class Task:
       order: the bucket of each chunk of steps, [c].
       rows: the rows of each batch, [c, seeds, steps, B].
       tokens: words and end symbols in each chunk, both sides and all seeds, [c].
-      max_words: of each bucket, an upper bound on the target words of a batch, EOS included.
       sets: the validation and test sets by name.
     """
 
@@ -82,7 +82,6 @@ class Task:
     order: np.ndarray
     rows: np.ndarray
     tokens: np.ndarray
-    max_words: tuple[int, ...]
     sets: Mapping[str, Examples]
 
     @property
@@ -95,6 +94,31 @@ class Task:
     def longest(self) -> int:
         """Words after which a translation is cut off: 1.5 times the longest target in training."""
         return 3 * max(target for _, target in self.training.widths) // 2
+
+    def max_words(self, shares: int = 1) -> tuple[int, ...]:
+        """Return of each bucket an upper bound on the target words of a batch, EOS included.
+
+        Args:
+          shares: equal parts of a batch; the bound is that of a part.
+        """
+        words = [(member.target != PAD).sum(1) for member in self.training.members]
+        rows = self.rows.reshape(*self.rows.shape[:-1], shares, -1)
+        # Rounded up, so that few shapes are compiled, but to no more than all positions.
+        most = (rounded_up(found, _WORDS_MULTIPLE) for found in _most(words, self.order, rows))
+        positions = (rows.shape[-1] * width for _, width in self.training.widths)
+        return tuple(map(min, most, positions))
+
+    def digest(self) -> str:
+        """Return the start of the SHA-256 of all sentences as numbers and of all batches."""
+        found = hashlib.sha256()
+        every = [self.training, *(examples.buckets for examples in self.sets.values())]
+        sides = [side for buckets in every for member in buckets.members for side in member[:2]]
+        for array in (*sides, self.order, self.rows):
+            found.update(repr((array.shape, array.dtype)).encode())
+            found.update(np.ascontiguousarray(array).data)
+        for vocabulary in (self.corpus.source_vocabulary, self.corpus.target_vocabulary):
+            found.update(vocabulary.to_json().encode())
+        return found.hexdigest()[:16]
 
 
 def load_task(config: Config) -> Task:
@@ -133,9 +157,6 @@ def load_task(config: Config) -> Task:
     words = [(b.target != PAD).sum(1) for b in training.members]
     lengths = [(b.source != PAD).sum(1) + w for b, w in zip(training.members, words, strict=True)]
     tokens = [lengths[number][taken].sum() for number, taken in zip(order, rows, strict=True)]
-    # Rounded up, so that few shapes are compiled, but to no more than all positions.
-    max_words = (rounded_up(most, _WORDS_MULTIPLE) for most in _max_words(words, order, rows))
-    positions = (config.batch_size * width for _, width in training.widths)
     sets = {"valid": corpus.valid, "test": corpus.test, **corpus.extra}
     return Task(
         corpus=corpus,
@@ -144,12 +165,11 @@ def load_task(config: Config) -> Task:
         order=order,
         rows=rows,
         tokens=np.array(tokens),
-        max_words=tuple(map(min, max_words, positions)),
         sets=bucketed(sets, corpus, config.batch_size),
     )
 
 
-def _max_words(words: list[np.ndarray], order: np.ndarray, rows: np.ndarray) -> list[int]:
+def _most(words: list[np.ndarray], order: np.ndarray, rows: np.ndarray) -> list[int]:
     """Find the most target words of any batch of each bucket, given those of each of its rows."""
     most = [1] * len(words)
     for number, taken in zip(order, rows, strict=True):

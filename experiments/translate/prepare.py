@@ -18,9 +18,9 @@ from experiments.translate import decode, mechanisms
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.config import CONTROLS, SCORES, Config
 from experiments.translate.data import Task, load_task
+from experiments.translate.log import Log
 from experiments.translate.model import Sizes
 from experiments.translate.train_step import count_parameters, graph_of
-from experiments.translate.workdir import Log
 
 # Relative difference of parameter counts that is accepted without changing the layers.
 _TOLERANCE = 0.01

@@ -22,7 +22,7 @@ from experiments.translate.evaluate import Trained
 from experiments.translate.prepare import Run
 from experiments.translate.table import COMPARED
 from experiments.translate.train_step import count_parameters
-from experiments.translate.workdir import Record, unsealed, write_text
+from experiments.translate.workdir import Record, is_first, unsealed, write_text
 
 # Numbers of sentences whose weights are drawn, and whose translations are shown.
 _PICTURED, _SAMPLED = 3, 6
@@ -44,7 +44,7 @@ def measure(score: str, run: Run, trained: Trained) -> Record:
     for name, examples in run.task.sets.items():
         measured, found, weights = evaluate.evaluate(score, trained, examples)
         outcome["sets"][name] = measured
-        if name == "test":
+        if name == "test" and is_first():
             pairs = examples.pairs
             sampled = zip(pairs[:_SAMPLED], found[0], strict=False)
             outcome["samples"] = [_sample(pair, words) for pair, words in sampled]

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,50 +15,11 @@ from experiments import metrics
 from experiments.translate import evaluate
 from experiments.translate.compile import Placement, Programs, compile_all
 from experiments.translate.evaluate import Trained
+from experiments.translate.log import ROUND
 from experiments.translate.prepare import Run
+from experiments.translate.stopping import Diverged, Interrupted, listening
 from experiments.translate.train_step import Batches, State, initial_state
-from experiments.translate.workdir import ROUND
-
-
-class Diverged(Exception):  # noqa: N818  the caller reports it as a sentence
-    """A loss or a parameter became NaN or infinite."""
-
-
-class Interrupted(Exception):  # noqa: N818  it is not an error
-    """The run was stopped by a signal; `code` is the shell's exit code for it."""
-
-    def __init__(self, where: str, number: int):
-        super().__init__(where)
-        self.code = 128 + number
-
-
-class Listener:
-    """Remembers the first signal; the second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.heard: int | None = None
-
-    def hear(self, number: int, frame: Any) -> None:
-        del frame
-        if self.heard is not None:
-            raise KeyboardInterrupt
-        self.heard = number
-
-
-@contextlib.contextmanager
-def listening() -> Iterator[Listener]:
-    """Defer SIGINT and SIGTERM to the listener; in other threads than the main one do nothing."""
-    listener = Listener()
-    if threading.current_thread() is not threading.main_thread():
-        yield listener
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, listener.hear) for number in numbers]
-    try:
-        yield listener
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+from experiments.translate.workdir import is_first
 
 
 class ProgressMeter:
@@ -127,28 +84,37 @@ def train(score: str, run: Run) -> Trained:
       UsageError: the log before the checkpoint is lost.
     """
     checkpoints = run.checkpoints(score)
-    state = initial_state(score, run.sizes[score], run.config)
+    placement = Placement(run.config.batch_size)
+    drawn = initial_state(score, run.sizes[score], run.config)
+    state, arrays = placement.put((drawn, run.task.arrays), placement.replicated)
     restored = checkpoints.restore(state)
     for sentence in checkpoints.damaged:
         run.console.print(sentence, soft_wrap=True)
     step, state = restored or (0, state)
-    if step:
+    if step and is_first():
         run.log.complete_records(score, needed=[ROUND])
-    placement = Placement(run.config.batch_size)
-    state, arrays = jax.device_put((state, run.task.arrays), placement.replicated)
     run.log.rewind(score, step)
     with ProgressMeter(run.console, score, step, run.config.steps) as meter:
         programs = compile_all(score, run, state)
         meter.begin()
-        state = _Trainer(score, run, programs, meter).train(step, state, arrays)
+        trainer = _Trainer(score, run, placement, programs, meter)
+        state = trainer.train(step, state, arrays)
     return Trained(state.parameters, programs)
 
 
 class _Trainer:
     """The training of one mechanism after compilation: rounds, validations and checkpoints."""
 
-    def __init__(self, score: str, run: Run, programs: Programs, meter: ProgressMeter):
-        self.score, self.run, self.programs, self.meter = score, run, programs, meter
+    def __init__(
+        self,
+        score: str,
+        run: Run,
+        placement: Placement,
+        programs: Programs,
+        meter: ProgressMeter,
+    ):
+        self.score, self.run, self.placement = score, run, placement
+        self.programs, self.meter = programs, meter
         self.checkpoints = run.checkpoints(score)
         self.saved, self.saved_at = 0, time.monotonic()
 
@@ -162,10 +128,12 @@ class _Trainer:
                 if step % config.evaluate_every == 0 or step == config.steps:
                     self._validate(step, state, speed)
                 due = time.monotonic() - self.saved_at >= config.checkpoint_seconds
-                if due or step == config.steps or listener.heard:
+                # All processes save and stop together.
+                due, heard = self.placement.largest(due, listener.heard or 0)
+                if due or step == config.steps or heard:
                     self._save(step, state)
-                if listener.heard:
-                    raise Interrupted(f"step {step} of {self.score}", listener.heard)
+                if heard:
+                    raise Interrupted(f"step {step} of {self.score}", heard)
         return state
 
     def _take_round(self, step: int, state: State, arrays: Any) -> tuple[State, float]:

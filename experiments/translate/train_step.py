@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 from experiments.data.vocabulary import PAD
 from experiments.translate.config import Config
@@ -179,6 +180,7 @@ def train(
     graph: Graph,
     config: Config,
     max_words: Sequence[int | None],
+    axis: str | None,
     state: State,
     batches: Batches,
 ) -> tuple[State, Array]:
@@ -189,6 +191,7 @@ def train(
       config: of the run.
       max_words: of each bucket, an upper bound on the target words of a batch, or None: see
         `words_of`.
+      axis: of the devices that share each batch, inside `jax.shard_map`; None for one device.
       state: with leading axis N of seeds.
       batches: for every step of every seed.
 
@@ -197,7 +200,7 @@ def train(
     """
     # One program for all buckets keeps calls few: each gets fresh memory, page by page.
     chunks = [
-        functools.partial(_take_chunk, graph, config, _Bucket(*pairs, max_words=most))
+        functools.partial(_take_chunk, graph, config, _Bucket(*pairs, max_words=most, axis=axis))
         for most, pairs in zip(max_words, batches.pairs, strict=True)
     ]
 
@@ -210,11 +213,12 @@ def train(
 
 
 class _Bucket(NamedTuple):
-    """Source [rows, S], target [rows, T], and an upper bound on a batch's target words."""
+    """Source [rows, S], target [rows, T], a bound on target words, the axis of the devices."""
 
     source: Array
     target: Array
     max_words: int | None
+    axis: str | None
 
 
 def _take_chunk(
@@ -222,7 +226,7 @@ def _take_chunk(
 ) -> tuple[State, Array]:
     """Take n steps on rows [N, n, B] of one bucket."""
     loss = functools.partial(_loss, graph, config, bucket)
-    take_step = functools.partial(_take_step, loss, optimizer_of(config))
+    take_step = functools.partial(_take_step, loss, bucket.axis, optimizer_of(config))
     seeds = jnp.arange(rows.shape[0])
 
     def one_step(state: State, rows: Array) -> tuple[State, Array]:
@@ -236,6 +240,7 @@ def _take_chunk(
 
 def _take_step(
     loss: Callable[..., Array],
+    axis: str | None,
     optimizer: optax.GradientTransformation,
     step: Array,
     seed: Array,
@@ -245,18 +250,33 @@ def _take_step(
     """Update parameters and moments of one seed on rows [B]; return them and the loss."""
     parameters, moments = learned
     rng = jax.random.fold_in(jax.random.key(seed), step)
+    if axis:
+        # Each device drops other features.
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(axis))
     value, gradient = jax.value_and_grad(loss)(parameters, rows, rng)
+    value, gradient = _summed((value, gradient), axis)
     updates, moments = optimizer.update(gradient, moments, parameters)
     return (optax.apply_updates(parameters, updates), moments), value
+
+
+def _summed(tree: Any, axis: str | None) -> Any:
+    """Sum over devices, in one message."""
+    if axis is None:
+        return tree
+    vector, restored = ravel_pytree(tree)
+    return restored(jax.lax.psum(vector, axis))
 
 
 def _loss(
     graph: Graph, config: Config, bucket: _Bucket, parameters: Any, rows: Array, rng: Array
 ) -> Array:
-    """Return the mean loss of a target token of a batch."""
+    """Return the share of these rows in the mean loss of a target token of a batch."""
     parameters = jax.tree.map(lambda x: x.astype(config.dtype), parameters)
     source, target = bucket.source[rows], bucket.target[rows]
     words, where = words_of(target, bucket.max_words)
     logits, _ = nnx.merge(graph, parameters)(source, target, rng, where)
     losses = token_losses(logits.astype(jnp.float32), words, config.label_smoothing)
-    return jnp.sum(losses) / jnp.sum(words != PAD, dtype=losses.dtype)
+    count = jnp.sum(words != PAD, dtype=losses.dtype)
+    if bucket.axis:
+        count = jax.lax.psum(count, bucket.axis)
+    return jnp.sum(losses) / count

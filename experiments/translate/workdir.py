@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +13,8 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +24,6 @@ from experiments.translate.config import SWEPT, Config, group_of
 
 Record = dict[str, Any]
 
-
-# The fields that a training log needs: one written after every round of steps, one after every
-# validation.
-ROUND, VALIDATION = "tokens", "exact_match"
 
 # The files of a run that was killed while it started, or is starting.
 _FIRST = re.compile(r"\.lock|config\.json(\..+)?")
@@ -39,8 +37,11 @@ _FREE = ("Decoding", "Output", "After training")
 # The field of a record with its SHA-256.
 _SEAL = "sha256"
 
+# Seconds after which a file that one host wrote is seen by the others.
+_SHARED_WITHIN = 10.0
+
 # What to do about a damaged file.
-_LOST = "restore it from a copy, or train again in another --workdir."
+LOST = "restore it from a copy, or train again in another --workdir."
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sacrebleu")
 
@@ -57,6 +58,13 @@ class Owner(Protocol):
     def identity(self) -> Record:
         """The values, as in JSON, that must be the same for every command in the folder."""
         ...
+
+
+def is_first() -> bool:
+    """Whether this process writes the files of a run: it is process 0, or the only one."""
+    import jax
+
+    return jax.process_index() == 0
 
 
 def write_text(path: Path, text: str) -> None:
@@ -219,14 +227,14 @@ def has_checkpoint(folder: Path, score: str) -> bool:
 
 def _stored_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    held = read_json(path, folder, _LOST).get("config")
+    held = read_json(path, folder, LOST).get("config")
     if isinstance(held, dict) and held.get("scores") == SWEPT:
         raise UsageError(
             f"--workdir {folder} holds a sweep, not a run; give one of the folders in "
             f"{folder / 'runs'}."
         )
     if not isinstance(held, dict) or not isinstance(held.get("scores"), list):
-        raise UsageError(f"{path} is damaged; {_LOST}")
+        raise UsageError(f"{path} is damaged; {LOST}")
     return held
 
 
@@ -269,7 +277,9 @@ def from_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def opened(owner: Owner, *, orphaned: bool = False) -> Iterator[Path]:
-    """Create the folder, lock it against other processes, and write config.json.
+    """Create the folder, lock it against other runs, and write config.json.
+
+    Of several processes the first one does so, and the others see that the folder is the same.
 
     Args:
       owner: of the folder.
@@ -277,8 +287,32 @@ def opened(owner: Owner, *, orphaned: bool = False) -> Iterator[Path]:
         file server has not given up yet.
 
     Raises:
-      UsageError: it cannot be written to, or another process has locked it.
+      UsageError: it cannot be written to, another run has locked it, or a process of this run
+        has another folder of this name.
     """
+    # Importing JAX takes a second; the help text does not wait for it.
+    from experiments.worker import by_first, together
+
+    with contextlib.ExitStack() as stack:
+        by_first(functools.partial(stack.enter_context, _locked(owner, orphaned)))
+        together(lambda: _check_shared(owner.directory))
+        yield owner.directory
+
+
+def _check_shared(folder: Path) -> None:
+    """Refuse a folder that another process made and that is not there."""
+    end = time.monotonic() + _SHARED_WITHIN
+    while not (folder / "config.json").exists():
+        if time.monotonic() > end:
+            raise UsageError(
+                f"--workdir {folder}, which process 0 made, is not here; give a folder that all "
+                "processes share."
+            )
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _locked(owner: Owner, orphaned: bool) -> Iterator[Path]:
     folder = owner.directory
     with _refused(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -341,13 +375,19 @@ def environment() -> Record:
     import jax
 
     return {
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in _PACKAGES},
-        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        **versions(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
         "processors": os.cpu_count(),
         "machine": platform.platform(),
         "revision": _revision(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    packages = {package: metadata.version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), **packages}
 
 
 def _revision() -> str | None:
@@ -359,70 +399,6 @@ def _revision() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-class Log:
-    """metrics.jsonl: one JSON object a line, each with `score` and `step`."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def records(self, score: str) -> list[Record]:
-        """Return the records of one mechanism; an incomplete last line is ignored.
-
-        Raises:
-          UsageError: another line is damaged.
-        """
-        return [record for record in self._all() if record["score"] == score]
-
-    def complete_records(
-        self, score: str, needed: Sequence[str] = (ROUND, VALIDATION)
-    ) -> list[Record]:
-        """Return the records of one mechanism that was trained.
-
-        Args:
-          score: the mechanism.
-          needed: fields, each of which at least one record must have.
-
-        Raises:
-          UsageError: no record has one of these fields, because the file was lost.
-        """
-        records = self.records(score)
-        if not all(any(name in record for record in records) for name in needed):
-            raise UsageError(f"{self.path} lacks the measurements of training {score}; {_LOST}")
-        return records
-
-    def append(self, record: Record) -> None:
-        """Add a record at the end."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def rewind(self, score: str, step: int) -> None:
-        """Drop the records of one mechanism after a step, which will be written again.
-
-        Raises:
-          UsageError: a line other than the last is damaged.
-        """
-        kept = [r for r in self._all() if r["score"] != score or r["step"] <= step]
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-
-    def _all(self) -> list[Record]:
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        return [self._record(number, line) for number, line in enumerate(lines[:-1], 1)]
-
-    def _record(self, number: int, line: str) -> Record:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not {"score", "step"} <= record.keys():
-            raise UsageError(
-                f"{self.path} line {number} is damaged; delete that line, and the same command "
-                "goes on."
-            )
-        return record
 
 
 def shown(value: Any) -> str:

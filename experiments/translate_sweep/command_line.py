@@ -11,7 +11,7 @@ from absl import flags
 from experiments.command_line import UsageError, parse_flags
 from experiments.shards import parse_shard
 from experiments.translate import command_line
-from experiments.translate.config import Config
+from experiments.translate.config import SEVERAL, Config
 from experiments.translate_sweep.config import LISTED, Sweep
 
 _SUMMARY = f"""\
@@ -34,7 +34,9 @@ of the runs, then helps with others. Without --shard the same command collects w
 what nobody does, and writes the results."""
 
 # A sweep only trains; the other modes are for its runs.
-_FIELDS = tuple(f for f in dataclasses.fields(Config) if f.metadata["group"] != "After training")
+_FIELDS = tuple(
+    f for f in dataclasses.fields(Config) if f.metadata["group"] not in ("After training", SEVERAL)
+)
 
 
 @dataclasses.dataclass(frozen=True)

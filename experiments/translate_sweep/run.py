@@ -20,7 +20,7 @@ from experiments.translate.config import Config, group_of
 from experiments.translate.data import Task, check_data, load_task, save_tokenizer
 from experiments.translate.prepare import Run, check_fits, prepare
 from experiments.translate.run import train_and_measure
-from experiments.translate.train import Diverged
+from experiments.translate.stopping import Diverged
 from experiments.translate.workdir import Record
 from experiments.translate_sweep import figures, results, table
 from experiments.translate_sweep.config import RATE, Sweep, Trial

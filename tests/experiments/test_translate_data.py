@@ -91,13 +91,15 @@ def test_harmless_differences_give_the_same_task(change, tmp_path):
 
 def test_no_batch_has_more_words_than_are_read_out():
     given = load_task(Config(data="copy", train_size=900, steps=50, batch_size=12, seeds=2))
-    most = [0] * len(given.max_words)
-    for bucket, rows in zip(given.order, given.rows, strict=True):
-        words = np.asarray(given.arrays[bucket][1])[rows] != PAD
-        most[bucket] = max(most[bucket], words.sum(axis=(2, 3)).max())
-    slots = [12 * width for _, width in given.training.widths]
-    for found, bound, held in zip(most, given.max_words, slots, strict=True):
-        assert found <= bound <= min(found + 31, held)
+    for shares in (1, 3):
+        most = [0] * len(given.training.members)
+        for bucket, rows in zip(given.order, given.rows, strict=True):
+            words = np.asarray(given.arrays[bucket][1])[rows] != PAD
+            parts = words.reshape(*words.shape[:2], shares, -1)
+            most[bucket] = max(most[bucket], parts.sum(axis=-1).max())
+        slots = [12 // shares * width for _, width in given.training.widths]
+        for found, bound, held in zip(most, given.max_words(shares), slots, strict=True):
+            assert found <= bound <= min(found + 31, held)
 
 
 def test_a_folder_where_a_table_was_expected(tmp_path, capsys, translate):

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from experiments.leases import Leases, State
-from experiments.translate.train import Diverged, Interrupted
+from experiments.translate.stopping import Diverged, Interrupted
 from experiments.translate.workdir import write_sealed
 from experiments.translate_sweep import run
 from experiments.translate_sweep.__main__ import main

@@ -16,7 +16,7 @@ import pytest
 
 from experiments.translate import train
 from experiments.translate.checkpoints import Checkpoints
-from experiments.translate.workdir import Log
+from experiments.translate.log import Log
 from tests.experiments.kills import killed, unfinished, wait_for
 
 pytestmark = pytest.mark.slow

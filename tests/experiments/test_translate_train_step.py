@@ -30,7 +30,7 @@ def training(dtype, sizes=SIZES, max_words=None, seeds=2):
     words[1, ::2, 3:] = EOS, PAD
     source, target = jnp.asarray(words, jnp.int32)
     rows = jnp.asarray(random.integers(0, 6, size=(2, 4, 3)), jnp.int32)[:seeds]
-    train = functools.partial(train_step.train, graph, config, [max_words])
+    train = functools.partial(train_step.train, graph, config, [max_words], None)
     compiled = jax.jit(train, compiler_options=quick_options(0))
     shapes = train_step.abstract_state("additive", sizes, config)
     drawn = functools.partial(train_step.initial_state, "additive", sizes, config)
@@ -107,7 +107,7 @@ def test_each_chunk_takes_its_batches_from_its_bucket():
         _, _, drawn, ([(source, target)], _, rows) = training("float32", seeds=1)
         config = Config(seeds=1, steps=8, batch_size=3, learning_rate=1e-3)
         graph, _ = train_step.graph_of("additive", SIZES)
-        train = functools.partial(train_step.train, graph, config, [None, None])
+        train = functools.partial(train_step.train, graph, config, [None, None], None)
         compiled = jax.jit(train, compiler_options=quick_options(0))
         buckets, rows = [(source, target), (source[::-1], target)], jnp.tile(rows, (2, 1, 1, 1))
         order = jnp.array([1, 0], jnp.int32)

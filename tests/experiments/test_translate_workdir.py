@@ -11,7 +11,8 @@ import pytest
 
 from experiments.command_line import UsageError
 from experiments.translate.config import Config
-from experiments.translate.workdir import Log, check, write_text
+from experiments.translate.log import Log
+from experiments.translate.workdir import check, write_text
 
 
 def sentence(call):
