@@ -27,8 +27,9 @@ from experiments.claims.workdir import Cache, together, writable
 from experiments.command_line import show, terminal
 from experiments.leases import Leases, State
 from experiments.shards import dealt, shares
+from experiments.translate.environment import environment
 from experiments.translate.figures import style
-from experiments.translate.workdir import environment, write_json, write_text
+from experiments.translate.workdir import write_json, write_text
 
 Record = dict[str, Any]
 

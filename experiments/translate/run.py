@@ -15,6 +15,7 @@ from experiments.translate import figures, report, results, table, workdir
 from experiments.translate.compile import Placement, check_divides
 from experiments.translate.config import Config
 from experiments.translate.data import save_tokenizer
+from experiments.translate.environment import versions
 from experiments.translate.prepare import Run, check_fits, prepare
 from experiments.translate.stopping import Diverged, Interrupted
 from experiments.translate.train import train
@@ -38,8 +39,8 @@ def train_together(watcher: socket.socket, config: Config) -> None:
         flags = dataclasses.asdict(config) | {"process": None}
         named = {f"--{name}": value for name, value in flags.items()}
         check_equal("were started with different flags", named, "give all the same")
-        versions = workdir.versions()
-        check_equal("run in different environments", versions, "install the same in all")
+        remedy = "install the same in all"
+        check_equal("run in different environments", versions(), remedy)
         train_and_report(config)
 
 

@@ -9,18 +9,16 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import re
 import socket
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.command_line import UsageError
 from experiments.translate.config import SWEPT, Config, group_of
+from experiments.translate.environment import environment
 
 Record = dict[str, Any]
 
@@ -42,8 +40,6 @@ _SHARED_WITHIN = 10.0
 
 # What to do about a damaged file.
 LOST = "restore it from a copy, or train again in another --workdir."
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sacrebleu")
 
 
 class Owner(Protocol):
@@ -368,37 +364,6 @@ def _refused(folder: Path) -> Iterator[None]:
 
 def _configuration(owner: Owner) -> Record:
     return {"config": owner.identity, "environment": environment()}
-
-
-def environment() -> Record:
-    """Return the versions, the device and the revision of the code that a result depends on."""
-    import jax
-
-    return {
-        **versions(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "processors": os.cpu_count(),
-        "machine": platform.platform(),
-        "revision": _revision(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a result depends on."""
-    packages = {package: metadata.version(package) for package in _PACKAGES}
-    return {"python": platform.python_version(), **packages}
-
-
-def _revision() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def shown(value: Any) -> str:
