@@ -41,7 +41,7 @@ def as_int32(label: str, value: Any, *, is_name: bool = False) -> Any:
             if jnp.issubdtype(dtype, jnp.signedinteger):
                 value = jnp.maximum(value, jnp.asarray(_RANGE.min, dtype))
         return value.astype(jnp.int32)
-    numbers = np.ravel(value)
+    numbers: Any = np.ravel(value)
     wrong = numbers[(numbers < _RANGE.min) | (numbers > _RANGE.max)]
     if wrong.size:
         raise ValueError(f"{label} must hold numbers that fit int32, got {wrong[0]}.")

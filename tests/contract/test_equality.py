@@ -126,7 +126,10 @@ DIFFERENT = {
     "class": (masks.Causal(), masks.Full()),
     "order": (masks.Causal() & masks.Full(), masks.Full() & masks.Causal()),
     "contents": (masks.Prefix(np.array([1, 2])), masks.Prefix(np.array([1, 3]))),
-    "dtype": (masks.Prefix(np.int32(1)), masks.Prefix(np.int16(1))),
+    "dtype": tuple(
+        bind(normalizers.softmax_with_sink, sink=np.zeros((), dtype))
+        for dtype in (np.float32, np.float16)
+    ),
     "shape": (masks.Prefix(np.array([1])), masks.Prefix(np.array([[1]]))),
     "function": (masks.Predicate(lambda i, j: i == j), masks.Predicate(lambda i, j: i == j)),
     "heads": (masks.Heads([masks.Causal()] * 2), masks.Heads([masks.Causal(), masks.Full()])),
