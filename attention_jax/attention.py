@@ -150,8 +150,8 @@ def explain(
     return jax.eval_shape(functools.partial(_explained, request_of), late, query, key, value)
 
 
-def _attended(request: Request) -> Attended:
-    """Choose an implementation and run it over all heads and examples."""
+def _attended(request: Request, spread: bool | None) -> Attended:
+    """Choose an implementation and run it over all heads and examples; see `lift` for `spread`."""
     name = choice.choose(request)
     if name == "cudnn":
         return Attended(cudnn.attend(request))
@@ -165,7 +165,7 @@ def _attended(request: Request) -> Attended:
     axes = [letters for operand in given.values() for letters in operand.axes]
     letters: Any = [x.replace("N", heads(request)) for x in ("BTN", "BN", "BTN")]
     letters = Attended(*letters)
-    lifted = lift(one_head, axes, letters, f"B{heads(request)}", sequential, SAVED)
+    lifted = lift(one_head, axes, letters, f"B{heads(request)}", sequential, SAVED, spread)
     attended = lifted(*(leaf for operand in given.values() for leaf in operand.leaves))
     context, weights, logsumexp = jax.tree.map(
         functools.partial(_ungrouped, request),

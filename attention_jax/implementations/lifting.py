@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+
+from attention_jax.base import placement
 
 Array = jax.Array
 
@@ -23,6 +26,7 @@ def lift(
     order: str = "BKG",
     sequential: str = "",
     saved: Sequence[str] = (),
+    spread: bool | None = None,
 ) -> Callable[..., Any]:
     """Map a function of one head over batch, key/value heads and query heads in a group.
 
@@ -33,11 +37,13 @@ def lift(
         argument that lacks a letter is shared along that axis.
       result_axes: the same for each result, with every letter of `order`; a pytree as returned.
       order: the letters that are mapped, outermost first.
-      sequential: letters that are looped over instead of vectorised, where their axes are not
-        sharded over an explicit mesh. One head at a time keeps its tiles in cache, and a condition
-        that differs between examples then really skips work.
+      sequential: letters that are looped over instead of vectorised, where no mesh shards their
+        axes. One head at a time keeps its tiles in cache, and a condition that differs between
+        examples then really skips work.
       saved: names (`jax.ad_checkpoint.checkpoint_name`) of what a loop keeps of each head for the
         backward pass; the rest is computed again from the arguments, which are there anyway.
+      spread: whether automatic axes of a mesh spread the program over devices, where nothing is
+        looped over; None leaves that to the meshes that are known, and to the lowering.
 
     Returns:
       A function of whole arguments that returns whole results.
@@ -48,7 +54,7 @@ def lift(
            [0, 1],
            [0, 2]], dtype=int32)
     """
-    return _Lifted(function, axes, result_axes, order, sequential, saved)
+    return _Lifted(function, axes, result_axes, order, sequential, saved, spread)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,49 +67,82 @@ class _Lifted:
     order: str
     sequential: str
     saved: Sequence[str]
+    spread: bool | None
 
     def __call__(self, *arguments: Any) -> Any:
+        given = [self.is_array(*pair) for pair in zip(arguments, self.axes, strict=True)]
+        if not all(given):
+            function = functools.partial(_with_constants, self.function, arguments, given)
+            axes = [letters for letters, is_given in zip(self.axes, given, strict=True) if is_given]
+            rest = (x for x, is_given in zip(arguments, given, strict=True) if is_given)
+            return dataclasses.replace(self, function=function, axes=axes)(*rest)
         sizes = {
             letter: size
             for letters, argument in zip(self.axes, arguments, strict=True)
             for letter, size in zip(letters, jnp.shape(argument), strict=False)
         }
+        spread = placement.known(*arguments) if self.spread is None else self.spread
         is_empty = any(sizes[letter] == 0 for letter in self.order)  # no loop could be traced
-        sequential = "" if is_empty else self.sequential
-        looped = [
-            letter
+        counts = {
+            letter: sizes[letter]
             for letter in self.order
-            if letter in sequential and not _is_sharded(letter, self.axes, arguments)
-        ]
+            if letter in self.sequential and not _is_sharded(letter, self.axes, arguments)
+        }
+        alike = aligned(arguments, self.axes, self.order)
+        if spread or is_empty or not counts:
+            return self.vectorised(self.function, ())(*alike)
+        if spread is False or math.prod(counts.values()) == 1:
+            return self.looped(self.function, counts, *alike)
+        function = jax.jit(self.function, inline=True)  # traced once for both
+        return lax.cond(
+            placement.is_spread(),
+            self.vectorised(function, ()),
+            functools.partial(self.looped, function, counts),
+            *alike,
+        )
+
+    def is_array(self, argument: Any, letters: str) -> bool:
+        """Tell whether an argument has to be traced.
+
+        Numbers and arrays of NumPy are left known, unless a part of them is taken.
+        """
+        return isinstance(argument, Array) or any(letter in self.order for letter in letters)
+
+    def vectorised(self, function: Callable[..., Any], looped: Collection[str]) -> Any:
+        """Map a function by `vmap` over the axes that are not looped over."""
         vectorised = [letter for letter in self.order if letter not in looped]
-        one = self.function
         for n, letter in reversed(list(enumerate(vectorised))):
             position = functools.partial(_position, letter, gone={*looped, *vectorised[:n]})
             mapped = [position(letters) for letters in self.axes]
-            one = jax.vmap(one, mapped, jax.tree.map(position, self.result_axes))
-        alike = aligned(arguments, self.axes, self.order)
-        if not looped:
-            return one(*alike)
-        return self.looped(one, alike, {letter: sizes[letter] for letter in looped})
+            function = jax.vmap(function, mapped, jax.tree.map(position, self.result_axes))
+        return function
 
-    def looped(
-        self, function: Callable[..., Any], arguments: Sequence[Any], sizes: dict[str, int]
-    ) -> Any:
-        """Loop over the axes in `sizes`, reading and writing each head in place.
+    def looped(self, function: Callable[..., Any], counts: dict[str, int], *arguments: Any) -> Any:
+        """Loop over the axes in `counts`, reading and writing each head in place.
 
         To have the loop split and stack its operands would move the heads outermost, and so copy
         all of them first: for a sparse mask that costs as much as attention itself.
         """
         policy = jax.checkpoint_policies.save_only_these_names(*self.saved)
-        at = functools.partial(_at, function, [*zip(arguments, self.axes, strict=True)])
+        one = self.vectorised(function, counts)
+        at = functools.partial(_at, one, [*zip(arguments, self.axes, strict=True)])
         # Traced once, although it is also asked for the shapes it returns.
         at = jax.jit(jax.checkpoint(at, policy=policy, prevent_cse=False))
-        heads = dict(zip(sizes, np.indices(tuple(sizes.values()), np.int32), strict=True))
+        heads = dict(zip(counts, np.indices(tuple(counts.values()), np.int32), strict=True))
         heads = jax.tree.map(np.ravel, heads)
-        one = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads))
-        letters = jax.tree.broadcast(self.result_axes, one)
-        results = jax.tree.map(functools.partial(_zeros, sizes=sizes), one, letters)
+        shapes = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads))
+        letters = jax.tree.broadcast(self.result_axes, shapes)
+        results = jax.tree.map(functools.partial(_zeros, sizes=counts), shapes, letters)
         return lax.scan(functools.partial(_step, at, letters), results, heads)[0]
+
+
+def _with_constants(
+    function: Callable[..., Any], arguments: Sequence[Any], given: Sequence[bool], *rest: Any
+) -> Any:
+    """Call a function of all arguments, those that are given from `rest`."""
+    those = iter(rest)
+    pairs = zip(arguments, given, strict=True)
+    return function(*(next(those) if is_given else argument for argument, is_given in pairs))
 
 
 def _at(

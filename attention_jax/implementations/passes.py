@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attention_jax.base import placement
 from attention_jax.implementations.tiles import Visits
 from attention_jax.masks import EMPTY, FULL, PARTIAL
 from attention_jax.masks.intervals import indices
@@ -69,9 +70,10 @@ def over_visits(each: Pass, groups: list[Visits], states: Array | None, sums: An
             functools.partial(each.of_tile, False),
         )
     ]
+    states = _joint(states.astype(jnp.int32))
     for visits in groups:
         fold = _Fold(each, visits, functools.partial(_switch, branches))
-        sums = _fold(fold, states.astype(jnp.int32), sums)
+        sums = _fold(fold, states, sums)
     return sums
 
 
@@ -80,7 +82,7 @@ def _the_only(branch: Callable[..., Any], state: None, *tile: Any) -> Any:
 
 
 def _switch(branches: list[Callable[..., Any]], state: Array, *tile: Any) -> Any:
-    return lax.switch(_joint(state), branches, *tile)
+    return lax.switch(state, branches, *tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _nth(tree: Any, n: int) -> Any:
 def _over_live(step: Callable[..., Any], sums: Any, where: Any) -> Any:
     """Fold over the visits whose state is not EMPTY, as many as there are."""
     where = jax.tree.map(jnp.asarray, where)
-    is_empty = _for_all(where[-1] == EMPTY)
+    is_empty = where[-1] == EMPTY
     order = jnp.argsort(is_empty, stable=True)
     body = functools.partial(_nth_live, step, (order, where))
     return lax.fori_loop(0, jnp.sum(~is_empty), body, sums)
@@ -151,26 +153,18 @@ def _nth_live(step: Callable[..., Any], ordered: tuple[Array, Any], n: Any, sums
 
 
 @jax.custom_batching.custom_vmap
-def _for_all(is_empty: Array) -> Array:
-    """Return what is empty; for a batch what is empty for all, so that all share one loop."""
-    return is_empty
-
-
-@_for_all.def_vmap
-def _(axis_size: int, in_batched: list[bool], is_empty: Array) -> tuple[Array, bool]:
-    return _for_all(jnp.all(is_empty, axis=0)), False
-
-
-@jax.custom_batching.custom_vmap
-def _joint(state: Array) -> Array:
-    """Return the state; for a batch the one that all share, else PARTIAL, which is right for all.
+def _joint(states: Array) -> Array:
+    """Return what each tile is; in a batch what it is for all, else PARTIAL, which is always right.
 
     A branch that differs within a batch would be all branches, and could not be transposed.
     """
-    return state
+    return states
 
 
 @_joint.def_vmap
-def _(axis_size: int, in_batched: list[bool], state: Array) -> tuple[Array, bool]:
-    least, most = jnp.min(state, initial=FULL), jnp.max(state, initial=EMPTY)
-    return _joint(jnp.where(least == most, least, PARTIAL)), False
+def _(axis_size: int, in_batched: list[bool], states: Array) -> tuple[Array, bool]:
+    least, most = jnp.min(states, 0, initial=FULL), jnp.max(states, 0, initial=EMPTY)
+    joint = jnp.where(least == most, least, PARTIAL)
+    if axis_size > 1:  # what devices have to ask each other for is not worth knowing
+        joint = jnp.where(placement.is_spread(), PARTIAL, joint)
+    return _joint(joint), False

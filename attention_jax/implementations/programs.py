@@ -24,6 +24,7 @@ import jax.core
 import numpy as np
 from jax import lax
 
+from attention_jax.base import placement
 from attention_jax.base.binding import PerHead
 from attention_jax.masks import Mask, Predicate, Table, algebra
 from attention_jax.request import Request
@@ -46,10 +47,16 @@ class ChangeableError(TypeError):
     """A function refers to something that can change in place."""
 
 
-def call(function: Callable[[Request], Any], request: Request) -> Any:
-    """Call a function of a request: by itself within `jit`, else as a program that is kept."""
+def call(function: Callable[[Request, bool | None], Any], request: Request) -> Any:
+    """Call a function of a request: by itself within `jit`, else as a program that is kept.
+
+    The function is also told whether automatic axes of a mesh spread the program over devices;
+    None within `jit`, where that may be known later.
+    """
+    spread = placement.known(*jax.tree.leaves(request))
     if is_staged():
-        return function(request)
+        return function(request, spread)
+    spread = bool(spread)
     functions = request.score, request.bias, request.normalizer, request.mask
     try:
         parts = tuple(_of_tree(functions, set()))
@@ -58,9 +65,9 @@ def call(function: Callable[[Request], Any], request: Request) -> Any:
             request, score=score, bias=bias, normalizer=normalizer, mask=with_constants(mask)
         )
         leaves, structure = jax.tree.flatten(same)
-        program = _program(function, (structure, jax.default_backend(), parts))
+        program = _program(function, (structure, spread, jax.default_backend(), parts))
     except TypeError:  # it can change in place, or has no hash
-        return function(request)
+        return function(request, spread)
     return program([_on_device(leaf) for leaf in leaves])
 
 
@@ -114,13 +121,15 @@ def is_staged() -> bool:
 
 
 @functools.lru_cache(MOST_PROGRAMS)
-def _program(function: Callable[[Request], Any], key: tuple[Any, ...]) -> Callable[..., Any]:
-    return jax.jit(functools.partial(_of_leaves, function, key[0]))
+def _program(function: Callable[..., Any], key: tuple[Any, ...]) -> Callable[..., Any]:
+    return jax.jit(functools.partial(_of_leaves, function, *key[:2]))
 
 
-def _of_leaves(function: Callable[[Request], Any], structure: Any, leaves: list[Any]) -> Any:
+def _of_leaves(
+    function: Callable[..., Any], structure: Any, spread: bool, leaves: list[Any]
+) -> Any:
     request = jax.tree.unflatten(structure, leaves)
-    return function(dataclasses.replace(request, mask=without_constants(request.mask)))
+    return function(dataclasses.replace(request, mask=without_constants(request.mask)), spread)
 
 
 @jax.tree_util.register_static

@@ -199,7 +199,8 @@ class _Split:
         first, second = known
         return Placement(self.axis, request.pairs, (first, second))
 
-    def __call__(self, request: Request) -> Attended:
+    def __call__(self, request: Request, spread: bool | None = None) -> Attended:
+        del spread  # the mesh tells
         if self.axis.is_manual:
             return self.on_device(request)
         # As a program of its own, score and mask may close over values under differentiation.

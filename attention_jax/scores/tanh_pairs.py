@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from attention_jax.base import checks
+from attention_jax.base import checks, placement
 
 _product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -131,14 +131,19 @@ def _with_reciprocal(pairs, query, key, *rest):
 
 @custom_vmap
 def _in_every_example(flag):
-    """The flag, reduced over mapped axes: a batched predicate makes cond compute both branches."""
+    """The flag, reduced over mapped axes: a batched predicate makes cond compute both branches.
+
+    False for a batch that may be spread over devices, which would have to ask each other.
+    """
     return flag
 
 
 @_in_every_example.def_vmap
 def _(axis_size, in_batched, flags):
-    del axis_size, in_batched
-    return _in_every_example(jnp.all(flags)), False
+    flag = jnp.all(flags)
+    if axis_size > 1:
+        flag = flag & ~placement.is_spread()
+    return _in_every_example(flag), False
 
 
 def _sum_over_features(term, queries, keys, weights):

@@ -1,0 +1,112 @@
+"""Under plain `jit`, examples and heads that are split over automatic mesh axes stay split.
+
+From the compiled programs: devices exchange nothing but gradients of parameters, each does its
+share of the products, and results are sharded as the queries are.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.programs import collectives, numbers, product_flops
+
+ROOT = Path(__file__).parents[2]
+FLAGS = "--xla_force_host_platform_device_count=8"
+
+
+def records(group):
+    """Return what was read from the programs of a group, each compiled for eight devices."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.spread_cases", group],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def faults(found):
+    """Say what is wrong with a program, if anything."""
+    wrong = [
+        f"{found['name']}: {exchange}"
+        for exchange in found["collectives"]
+        if not exchange.startswith("all-reduce")
+        or not set(numbers(exchange)) <= set(found["parameters"])
+    ]
+    if found["parameters"] and not found["collectives"]:
+        wrong.append(f"{found['name']}: gradients of parameters are not summed")
+    if not all(found["as wanted"]):
+        wrong.append(f"{found['name']}: results are {found.get('results', found['as wanted'])}")
+    return wrong
+
+
+def test_examples_and_heads_stay_split():
+    """Also where the mesh is not known while tracing, and masks are known at run time alone."""
+    (found,) = records("quick")
+    assert not faults(found)
+
+
+@pytest.mark.slow
+def test_each_device_does_its_share():
+    shares = {program["name"]: program["share"] for program in records("shares")}
+    assert len(shares) == 5
+    assert all(share == 1 / 8 for share in shares.values()), shares
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("group", "number"),
+    [
+        ("masks", 19),
+        ("scores", 17),
+        ("options", 10),
+        ("dense", 15),
+        ("linear", 11),
+        ("cache", 4),
+        ("whole", 2),
+        ("nnx", 14),
+        ("linen", 14),
+        ("executed", 5),
+    ],
+)
+def test_everything_stays_split(group, number):
+    """Every exported mask, score, option, linear attention, cache and module."""
+    found = records(group)
+    assert len(found) >= number
+    assert not [fault for program in found for fault in faults(program)]
+
+
+PROGRAM = """
+ENTRY main {
+  %a = f32[2,3,5]{2,1,0} parameter(0)
+  %b = f32[2,5,4]{2,1,0} parameter(1)
+  %c = f32[2,3,4]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}
+  %d = (f32[3]{0}, /*index=1*/f32[7,2]{1,0}) all-reduce(%c, %c), channel_id=1
+  %e = f32[8,3]{1,0} all-gather-start(%c), dimensions={0}
+}
+"""
+
+
+def test_programs_are_read():
+    assert product_flops(PROGRAM) == 2 * (2 * 3 * 4) * 5
+    found = collectives(PROGRAM)
+    assert [line.split(" ")[0] for line in found] == ["all-reduce", "all-gather"]
+    assert [numbers(line) for line in found] == [[3, 14], [24]]
+
+
+def test_faults_are_found():
+    good = {"name": "x", "collectives": [], "parameters": [], "as wanted": [True]}
+    assert not faults(good)
+    summed = {**good, "parameters": [6], "collectives": ["all-reduce f32[2,3]{1,0}"]}
+    assert not faults(summed)
+    assert faults({**summed, "collectives": []})
+    assert faults({**summed, "collectives": ["all-gather f32[2,3]{1,0}"]})
+    assert faults({**summed, "collectives": ["all-reduce f32[2,4]{1,0}"]})
+    assert faults({**good, "as wanted": [True, False]})
