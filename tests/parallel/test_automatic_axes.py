@@ -47,6 +47,7 @@ def faults(found):
     return wrong
 
 
+@pytest.mark.slow
 def test_examples_and_heads_stay_split():
     """Also where the mesh is not known while tracing, and masks are known at run time alone."""
     (found,) = records("quick")
