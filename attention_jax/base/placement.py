@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
+from jax.dtypes import float0
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 
 Array = jax.Array
@@ -39,14 +40,16 @@ def known(*arrays: Any) -> bool | None:
     return any(spread) if spread else None
 
 
-def is_spread(*arrays: Any) -> Array:
+def is_spread(near: Array) -> Array:
     """Return whether automatic axes spread the program: a constant, once it is lowered.
 
     A condition on it leaves one branch in the compiled program, because XLA removes the other
-    before it decides what each device holds.
+    before it decides what each device holds. `near` is an array of the computation that the
+    condition is about, whose numbers do not matter: JAX takes what depends on nothing out of a
+    loop, and the loop would carry the condition instead of the constant.
     """
-    spread = known(*arrays)
-    return _spread.bind() if spread is None else jnp.bool_(spread)
+    spread = known(near)
+    return _spread.bind(near) if spread is None else jnp.bool_(spread)
 
 
 def _automatic(mesh: Any) -> list[Any]:
@@ -61,7 +64,8 @@ def _devices(shape: Any, names: Any) -> int:
     return math.prod(shape[name] for name in names)
 
 
-def _lowered(context: Any) -> list[Any]:
+def _lowered(context: Any, near: Any) -> list[Any]:
+    del near
     return [mlir.ir_constant(np.bool_(_is_spread(context.module_context.axis_context)))]
 
 
@@ -78,7 +82,18 @@ def _is_spread(context: Any) -> bool:
     return True
 
 
+def _tangent(primals: Any, tangents: Any) -> Any:
+    del tangents
+    return _spread.bind(*primals), ad.Zero(ShapedArray((), float0))
+
+
+def _batched(operands: Any, axes: Any) -> Any:
+    return _spread.bind(*operands), None
+
+
 _spread = Primitive("is_spread")
-_spread.def_impl(lambda: jnp.bool_(False))
-_spread.def_abstract_eval(lambda: ShapedArray((), np.bool_))
+_spread.def_impl(lambda near: jnp.bool_(False))
+_spread.def_abstract_eval(lambda near: ShapedArray((), np.bool_))
+ad.primitive_jvps[_spread] = _tangent
+batching.primitive_batchers[_spread] = _batched
 mlir.register_lowering(_spread, _lowered)

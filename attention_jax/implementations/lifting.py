@@ -94,12 +94,19 @@ class _Lifted:
         if spread is False or math.prod(counts.values()) == 1:
             return self.looped(self.function, counts, *alike)
         function = jax.jit(self.function, inline=True)  # traced once for both
-        return lax.cond(
-            placement.is_spread(),
-            self.vectorised(function, ()),
-            functools.partial(self.looped, function, counts),
-            *alike,
+        near = next(
+            x for x, letters in zip(alike, self.axes, strict=True) if set(letters) & set(counts)
         )
+        either = functools.partial(
+            _either, self.vectorised(function, ()), functools.partial(self.looped, function, counts)
+        )
+        # Computed again for the derivative, the condition is a constant there too.
+        return jax.checkpoint(either, policy=self.policy, prevent_cse=False)(near, *alike)
+
+    @property
+    def policy(self) -> Any:
+        """What is kept for the backward pass."""
+        return jax.checkpoint_policies.save_only_these_names(*self.saved)
 
     def is_array(self, argument: Any, letters: str) -> bool:
         """Tell whether an argument has to be traced.
@@ -123,11 +130,10 @@ class _Lifted:
         To have the loop split and stack its operands would move the heads outermost, and so copy
         all of them first: for a sparse mask that costs as much as attention itself.
         """
-        policy = jax.checkpoint_policies.save_only_these_names(*self.saved)
         one = self.vectorised(function, counts)
         at = functools.partial(_at, one, [*zip(arguments, self.axes, strict=True)])
         # Traced once, although it is also asked for the shapes it returns.
-        at = jax.jit(jax.checkpoint(at, policy=policy, prevent_cse=False))
+        at = jax.jit(jax.checkpoint(at, policy=self.policy, prevent_cse=False))
         heads = dict(zip(counts, np.indices(tuple(counts.values()), np.int32), strict=True))
         heads = jax.tree.map(np.ravel, heads)
         shapes = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads))
@@ -143,6 +149,12 @@ def _with_constants(
     those = iter(rest)
     pairs = zip(arguments, given, strict=True)
     return function(*(next(those) if is_given else argument for argument, is_given in pairs))
+
+
+def _either(
+    vectorised: Callable[..., Any], looped: Callable[..., Any], near: Array, *arguments: Any
+) -> Any:
+    return lax.cond(placement.is_spread(near), vectorised, looped, *arguments)
 
 
 def _at(

@@ -166,5 +166,5 @@ def _(axis_size: int, in_batched: list[bool], states: Array) -> tuple[Array, boo
     least, most = jnp.min(states, 0, initial=FULL), jnp.max(states, 0, initial=EMPTY)
     joint = jnp.where(least == most, least, PARTIAL)
     if axis_size > 1:  # what devices have to ask each other for is not worth knowing
-        joint = jnp.where(placement.is_spread(), PARTIAL, joint)
+        joint = jnp.where(placement.is_spread(states), PARTIAL, joint)
     return _joint(joint), False

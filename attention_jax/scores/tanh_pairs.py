@@ -142,7 +142,7 @@ def _in_every_example(flag):
 def _(axis_size, in_batched, flags):
     flag = jnp.all(flags)
     if axis_size > 1:
-        flag = flag & ~placement.is_spread()
+        flag = flag & ~placement.is_spread(flags)
     return _in_every_example(flag), False
 
 

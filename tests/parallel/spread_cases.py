@@ -264,34 +264,37 @@ def _initialized(module, inputs, call, key):
 
 
 def whole_programs():
-    """Return layers under `scan` and `jax.checkpoint`, and a step of training."""
+    """Return layers under `scan`, with `jax.checkpoint` and without, and a partly manual mesh."""
     layers, features = 3, N * H
-
-    def stack(weights, x):
-        @jax.checkpoint
-        def layer(x, weight):
-            heads = (x @ weight).reshape(B, T, N, H)
-            heads = attend(heads, heads, heads, mask=masks.Causal(), **TILED)
-            return x + heads.reshape(x.shape), None
-
-        return jax.lax.scan(layer, x, weights)[0]
-
-    def stacked(weights, x):
-        return with_gradients(stack, weights, x)
-
-    sizes = (features * features, layers * features * features)
     batch = P("data")
+    scanned = functools.partial(
+        Case,
+        arrays=(array(layers, features, features), array(B, T, features)),
+        specs=(P(), batch),
+        sharded=(batch, P(), batch),
+        parameters=(features * features, layers * features * features),
+    )
+    kept, again = (functools.partial(with_gradients, layers_of(again)) for again in (False, True))
     return {
-        "scan over layers": Case(
-            stacked,
-            (array(layers, features, features), array(B, T, features)),
-            (P(), batch),
-            (batch, P(), batch),
-            sizes,
-            tells_mesh=True,
-        ),
+        "scan over layers": scanned(kept),
+        "scan over layers, computed again": scanned(again),
+        "scan over layers, a known mesh": scanned(again, tells_mesh=True),
         "partly manual": attention(partly_manual),
     }
+
+
+def layers_of(again):
+    """Return attention in layers under `scan`, computed again for the backward pass or not."""
+
+    def layer(x, weight):
+        heads = (x @ weight).reshape(B, T, N, H)
+        heads = attend(heads, heads, heads, mask=masks.Causal(), **TILED)
+        return x + heads.reshape(x.shape), None
+
+    def stack(weights, x):
+        return jax.lax.scan(jax.checkpoint(layer) if again else layer, x, weights)[0]
+
+    return stack
 
 
 def partly_manual(query, key, value):

@@ -71,7 +71,7 @@ def test_each_device_does_its_share():
         ("dense", 15),
         ("linear", 11),
         ("cache", 4),
-        ("whole", 2),
+        ("whole", 4),
         ("nnx", 14),
         ("linen", 14),
         ("executed", 5),
