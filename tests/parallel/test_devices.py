@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+FILES = ["tests/parallel/test_sequence.py", "tests/parallel/test_sequence_derivatives.py"]
 # What is computed does not depend on how well it is compiled.
 FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
@@ -19,7 +20,7 @@ FLAGS = (
 def test_sequences_are_split_over_eight_devices():
     command = [sys.executable, "-m", "pytest", "-n", "0", "-v", "-m", "", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "tests/parallel/test_sequence.py"],
+        [*command, *FILES],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,
