@@ -11,9 +11,9 @@ way that these came. Keys are sent for again there: a device keeps what it holds
 and L, whatever the number of steps.
 
 Every transfer starts from what the device holds, none from another transfer, so a transfer can run
-while the tiles of the step before it are computed. `_after` asks the compiler to let it wait for the
-tiles of the step before that one. A compiler that drops the barrier, as that for CPU does, and the
-backward pass, whose steps nothing orders, may hold the received keys of all steps at once.
+while the tiles of the step before it are computed. `_after` asks the compiler to let it wait for
+the tiles of the step before that one. A compiler that drops the barrier, as that for CPU does, and
+the backward pass, whose steps nothing orders, may hold the received keys of all steps at once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Attention over a split sequence is attention over the whole one, in every combination."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -175,3 +176,20 @@ def test_as_on_one_device(case, method, order):
     ours = functools.partial(split_attend, method=method, order=order, mesh=mesh_of(), **options)
     dense = functools.partial(attend, implementation="dense")
     close(gradients(ours, case, arrays), gradients(dense, case, arrays))
+
+
+def test_keys_travel_to_those_that_attend_to_them_alone():
+    arrays = [jax.ShapeDtypeStruct((1, 64, 2, 4), "float32")] * 3
+    mesh = mesh_of((8,))
+    ring = functools.partial(
+        parallel.attend, axis="sp", method="ring", mesh=mesh, tile_sizes=(4, 4)
+    )
+
+    def moved(mask):
+        text = jax.jit(functools.partial(ring, mask=mask)).lower(*arrays).compile().as_text()
+        assert "all-gather" not in text
+        return re.findall(r"source_target_pairs=\{(\S*)\}", text)
+
+    neighbours = ",".join(f"{{{device},{device + 1}}}" for device in range(7))
+    assert moved(masks.Window(8, 0)) == [neighbours] * 2
+    assert not moved(masks.Segment(np.arange(64) // 8))
