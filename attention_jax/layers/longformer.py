@@ -77,5 +77,9 @@ class LongformerLayer(NamedTuple):
             options=dropout,
             **options,
         )
-        example = jnp.broadcast_to(jnp.arange(batch)[:, None], at.shape)
-        return output.at[example, jnp.where(present, at, length)].set(own, mode="drop")
+        return jax.vmap(_with_rows)(output, jnp.where(present, at, length), own)
+
+
+def _with_rows(output: Array, at: Array, rows: Array) -> Array:
+    """Put rows in their places, but for those beyond the last."""
+    return output.at[at].set(rows, mode="drop")

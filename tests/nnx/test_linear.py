@@ -143,9 +143,7 @@ def decoders(**options):
     state = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda p: 0.5 * jax.random.normal(keys(), p.shape), state))
     build = functools.partial(attention_linen.LinearAttention, **attention)
-    twin = attention_linen.CausalDecoder(
-        9, 8, num_heads=2, num_layers=2, options={"attention": build}
-    )
+    twin = attention_linen.CausalDecoder(9, 8, num_heads=2, num_layers=2, attention=build)
     return model, twin, {"params": parameters(model)}
 
 

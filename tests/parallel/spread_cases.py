@@ -222,7 +222,7 @@ def module_cases(api):
 
 def of_module(api, name):
     """Return a module's result and the gradients of its parameters, examples spread over two."""
-    sizes, inputs, _, options, linen_options, call = EXAMPLES[name]
+    sizes, inputs, _, options, call = EXAMPLES[name]
     call = {key: x for key, x in call.items() if key != "return_weights"}
     if api == "nnx":
         build = functools.partial(getattr(attention_nnx, name), *sizes, **options)
@@ -233,7 +233,7 @@ def of_module(api, name):
         def apply(state, others, inputs):
             return nnx.merge(graph, state, others)(*inputs, **call)
     else:
-        module = getattr(attention_linen, name)(*sizes, **(linen_options or options))
+        module = getattr(attention_linen, name)(*sizes, **options)
         of_key = functools.partial(_initialized, module, inputs, call)
         state, others = jax.eval_shape(of_key, jax.random.key(0)), None
 
