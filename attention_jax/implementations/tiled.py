@@ -80,7 +80,7 @@ def _over_tiles(head: Head, plan: Plan) -> tuple[Array, Array]:
         query=mapped(head.score.query_map, query),
         key=mapped(head.score.key_map, key),
         value=value,
-        bias=padded_bias(bias, query, key),
+        bias=_padded_bias(bias, query, key),
         functions=Functions(head.score, bias_of_pairs, head.normalizer),
         captured={},
     )
@@ -145,7 +145,7 @@ def padded(x: Array, more: int, axis: int = 0) -> Array:
     return lax.dynamic_update_slice_in_dim(jnp.broadcast_to(last, shape), x, 0, axis)
 
 
-def padded_bias(bias: Array | None, query: Array, key: Array) -> Array | None:
+def _padded_bias(bias: Array | None, query: Array, key: Array) -> Array | None:
     if bias is None:
         return None
     for axis, length in enumerate((len(query), len(key))):

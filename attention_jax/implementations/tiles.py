@@ -96,10 +96,7 @@ class Plan:
             states = self.within(mask).tiles(*grid, self.tile[1])
             return states[rows, units // per_tile]
         states = self.within(mask).tiles(*grid, self.unit)
-        states = states[rows[:, None], units[:, None] + np.arange(per_tile)]
-        module = np if isinstance(states, np.ndarray) else jnp
-        least, most = states.min(axis=1), states.max(axis=1)
-        return module.where(least == most, least, module.asarray(PARTIAL, states.dtype))
+        return joined(states, rows, units, per_tile)
 
     @functools.cached_property
     def visits(self) -> list[Visits]:
@@ -136,7 +133,7 @@ def make_plan(
       tile: queries and keys of a tile, [bt, bk].
       is_static: whether the whole mask is known while tracing.
     """
-    per_tile = next((parts for parts in FRACTIONS if tile[1] % parts == 0), 1)
+    per_tile = units_of(tile[1])
     unit = tile[1] // per_tile
     live = np.asarray(mask.tiles(*pairs, tile[0], unit)) != EMPTY
     rows, units = cover(live, per_tile)
@@ -148,6 +145,19 @@ def make_plan(
     states = np.zeros(len(starts), np.int8)
     plan = Plan(pairs, tile, unit, starts, states, covered, is_static)
     return dataclasses.replace(plan, states=np.asarray(plan.states_of(mask)))
+
+
+def units_of(width: int) -> int:
+    """Return into how many units a tile of so many keys is divided: it begins at any of them."""
+    return next((parts for parts in FRACTIONS if width % parts == 0), 1)
+
+
+def joined(states: Any, rows: np.ndarray, units: np.ndarray, per_tile: int) -> Any:
+    """Return what tiles are, [n], from units [rows, units]: what all theirs are, else PARTIAL."""
+    states = states[rows[:, None], units[:, None] + np.arange(per_tile)]
+    module = np if isinstance(states, np.ndarray) else jnp
+    least, most = states.min(axis=1), states.max(axis=1)
+    return module.where(least == most, least, module.asarray(PARTIAL, states.dtype))
 
 
 class _Tiles(NamedTuple):

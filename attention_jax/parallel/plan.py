@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.implementations import choice
-from attention_jax.implementations.tiles import FRACTIONS, cover
+from attention_jax.implementations.tiles import FRACTIONS, cover, joined, units_of
 from attention_jax.masks import EMPTY, FULL, PARTIAL, Lengths, Mask
 from attention_jax.masks.intervals import Interval, classify
 from attention_jax.parallel.placement import Placement
@@ -106,8 +106,7 @@ def _plan_of(
 ) -> Plan:
     devices = placement.axis.devices
     queries, keys = placement.known(0), placement.known(1)
-    per_tile = next((parts for parts in FRACTIONS if tile[1] % parts == 0), 1)
-    unit = tile[1] // per_tile
+    unit = tile[1] // units_of(tile[1])
     rows = -(-placement.shares[0] // tile[0])
     received = placement.lengths[1] if gathered else placement.shares[1]
     units = -(-received // unit)
@@ -202,9 +201,5 @@ def _padded(grid: Any, plan: Plan) -> Any:
 
 def _states_at(grid: Any, starts: np.ndarray, plan: Plan) -> Any:
     """Return what tiles are, [n], from the units [rows, units] that they are made of."""
-    per_tile = plan.tile[1] // plan.unit
     rows, first = (starts // (plan.tile[0], plan.unit)).T
-    states = grid[rows[:, None], first[:, None] + np.arange(per_tile)]
-    module = np if isinstance(grid, np.ndarray) else jnp
-    least, most = states.min(axis=1), states.max(axis=1)
-    return module.where(least == most, least, module.asarray(PARTIAL, states.dtype))
+    return joined(grid, rows, first, plan.tile[1] // plan.unit)

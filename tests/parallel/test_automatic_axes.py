@@ -5,31 +5,17 @@ share of the products, and results are sharded as the queries are.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.parallel import eight
 from tests.parallel.programs import collectives, numbers, product_flops
-
-ROOT = Path(__file__).parents[2]
-FLAGS = "--xla_force_host_platform_device_count=8"
 
 
 def records(group):
     """Return what was read from the programs of a group, each compiled for eight devices."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.spread_cases", group],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    output = eight.run("tests.parallel.spread_cases", group)
+    return [json.loads(line) for line in output.splitlines()]
 
 
 def faults(found):

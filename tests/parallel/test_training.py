@@ -2,31 +2,18 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-FLAGS = "--xla_force_host_platform_device_count=8"
+from tests.parallel import eight
 
 
 @functools.cache
 def losses(api):
     """Train in a process of eight devices, and return the losses of every case."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.training_cases", api],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    output = eight.run("tests.parallel.training_cases", api)
+    found = [json.loads(line) for line in output.splitlines()]
     return {one["case"]: one["losses"] for one in found}
 
 
