@@ -27,7 +27,7 @@ from attention_jax.base.typing import (
 )
 from attention_jax.masks import Mask, algebra, batch_axes
 from attention_jax.masks.intervals import indices
-from attention_jax.normalizers import Elementwise, Exponential, streaming
+from attention_jax.normalizers import LogSum, Streaming, name_of, streaming
 from attention_jax.scores import separate
 from attention_jax.scores.composition import finished, is_positional
 
@@ -83,9 +83,10 @@ class Request:
         options["mask"] = algebra.with_int32(algebra.as_mask(options["mask"]))
         options["bias"] = as_bias(options["bias"])
         request = cls(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), **options)
-        if request.return_logsumexp and not isinstance(request.streaming, Exponential):
+        if request.return_logsumexp and not isinstance(request.streaming, LogSum):
             raise ValueError(
-                "attend: return_logsumexp needs a softmax normalizer; this one has no log-sum-exp."
+                "attend: return_logsumexp needs a normalizer of the softmax family; "
+                f"{request.normalizer_name} has no log-sum-exp."
             )
         return request
 
@@ -111,9 +112,14 @@ class Request:
         return self.sizes["N"] // self.sizes["K"]
 
     @property
-    def streaming(self) -> Exponential | Elementwise | None:
-        """How the normalizer is computed tile by tile."""
+    def streaming(self) -> Streaming | None:
+        """How the normalizer is computed tile by tile; None if it needs the whole row."""
         return streaming(function_of(self.normalizer))
+
+    @property
+    def normalizer_name(self) -> str:
+        """The normalizer in a message."""
+        return name_of(function_of(self.normalizer))
 
     @property
     def pairs(self) -> tuple[int, int]:

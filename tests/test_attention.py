@@ -549,8 +549,9 @@ ERRORS = {
     "query_weight=...).": lambda: attend(
         QUERY, KEY, VALUE, score=bind(scores.additive, value=jnp.ones(2))
     ),
-    "attend: return_logsumexp needs a softmax normalizer; this one has no log-sum-exp.": lambda: (
-        attend(QUERY, KEY, VALUE, normalizer=normalizers.sigmoid, return_logsumexp=True)
+    "attend: return_logsumexp needs a normalizer of the softmax family; sigmoid has no "
+    "log-sum-exp.": lambda: attend(
+        QUERY, KEY, VALUE, normalizer=normalizers.sigmoid, return_logsumexp=True
     ),
     "attend: GlobalTokens.tokens must hold an entry for each of the max(T, S) = 7 positions, got "
     "shape (2,); build the mask for this length.": lambda: attend(

@@ -96,7 +96,7 @@ def lacks(name: str, request: Request) -> str | None:
         return "never holds the weights; use implementation='dense' to look at them."
     if name == "tiled" and request.streaming is None:
         return (
-            "cannot stream this normalizer, which needs a whole row of logits; use "
+            f"cannot stream {request.normalizer_name}, which needs a whole row of logits; use "
             "implementation='dense'."
         )
     return None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attention_jax.base.finite import finite_rows
 from attention_jax.implementations.head import Attended, Head, kept
 from attention_jax.masks.intervals import indices
-from attention_jax.normalizers import Exponential, log_normalizer, streaming
+from attention_jax.normalizers import LogSum, log_normalizer, streaming
 
 
 def dense(head: Head, with_logsumexp: bool = True) -> Attended:
@@ -34,5 +34,7 @@ def dense(head: Head, with_logsumexp: bool = True) -> Attended:
         used = weights * kept(head.dropout, q_idx, kv_idx, weights.dtype)
 
     how = streaming(head.normalizer) if with_logsumexp else None
-    logsumexp = log_normalizer(logits, allowed, how.sink) if isinstance(how, Exponential) else None
+    logsumexp = None
+    if isinstance(how, LogSum):
+        logsumexp = log_normalizer(how.exponent(logits), allowed, how.sink)
     return Attended(used @ value, used, logsumexp)

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 
 from attention_jax.base.finite import infinite_where
 from attention_jax.base.matmul import times
-from attention_jax.normalizers import Elementwise, Exponential
+from attention_jax.normalizers import Elementwise, LogSum
 
 Array = jax.Array
+
+OnePass = LogSum | Elementwise
+"""What is computed in one pass: the statistics of a row grow along with its context."""
 
 
 class Tile(NamedTuple):
@@ -35,11 +38,11 @@ class Tile(NamedTuple):
         poison = self.query_poison[:, None] + self.key_poison[None, :]
         return jnp.where(self.allowed, self.logits + poison, masked)
 
-    def exponentials(self, hidden: Array, base: Array) -> Array:
-        """Return exp(hidden - base), with the poison that hidden logits do not have yet."""
+    def poisoned(self, hidden: Array, base: Array) -> tuple[Array, Array]:
+        """Return both with the poison that hidden logits do not have yet."""
         if self.allowed is None:
-            hidden, base = hidden + self.key_poison[None, :], base + self.query_poison
-        return jnp.exp(hidden - base[:, None])
+            return hidden + self.key_poison[None, :], base + self.query_poison
+        return hidden, base
 
     def row_poison(self) -> Array:
         """Return the poison of each row that need not be added to every logit, [bt]."""
@@ -73,31 +76,31 @@ class RunningSums(NamedTuple):
         return cls(maximum, jnp.zeros(rows, dtype), jnp.zeros((rows, depth), dtype))
 
 
-def accumulate(how: Exponential | Elementwise, sums: RunningSums, tile: Tile) -> RunningSums:
+def accumulate(how: OnePass, sums: RunningSums, tile: Tile) -> RunningSums:
     """Add a tile to the sums."""
     if isinstance(how, Elementwise):
-        weights = how.function(tile.hidden(masked=0.0))
+        weights = how.weight(tile.hidden(masked=0.0), None)
         if tile.allowed is not None:
             weights = jnp.where(tile.allowed, weights, 0.0)
         context = sums.context + times(tile.used(weights), tile.value)
         return RunningSums(sums.maximum, sums.total + tile.row_poison(), context)
 
     logits = tile.hidden(masked=-jnp.inf)
-    maximum = jnp.maximum(sums.maximum, jnp.max(logits, axis=1))
+    maximum = jnp.maximum(sums.maximum, jnp.max(how.exponent(logits), axis=1))
     shrink = jnp.exp(sums.maximum - maximum)
-    weights = tile.exponentials(logits, maximum)
-    total = sums.total * shrink + jnp.sum(weights, axis=1)
+    weights = how.weight(*tile.poisoned(logits, maximum))
+    total = sums.total * shrink + jnp.sum(magnitude(how, weights), axis=1)
     context = sums.context * shrink[:, None] + times(tile.used(weights), tile.value)
     return RunningSums(maximum, total, context)
 
 
-def finished(how: Exponential | Elementwise, sums: RunningSums) -> tuple[Array, Array]:
+def finished(how: OnePass, sums: RunningSums) -> tuple[Array, Array]:
     """Return context [bt, V] and log-sum-exp [bt]; for a normalizer without sum, the poison."""
     context, logsumexp = finished_finite(how, sums)
     return context, with_empty(logsumexp)
 
 
-def finished_finite(how: Exponential | Elementwise, sums: RunningSums) -> tuple[Array, Array]:
+def finished_finite(how: OnePass, sums: RunningSums) -> tuple[Array, Array]:
     """Return the same, but for the largest number there is as the log of an empty sum.
 
     The backward pass keeps it, and `jax.debug_infs` refuses infinite numbers among the results of
@@ -113,17 +116,35 @@ def finished_finite(how: Exponential | Elementwise, sums: RunningSums) -> tuple[
     return sums.context / total[..., None], logsumexp
 
 
-def weights_given(how: Exponential | Elementwise, tile: Tile, base: Array) -> Array:
+def weights_given(how: OnePass, tile: Tile, base: Array) -> Array:
     """Return the weights [bt, bk] of a tile, given the log-sum-exp (or poison) of its rows."""
-    logits = (
-        tile.logits + base[:, None]
-        if isinstance(how, Elementwise)
-        else (tile.logits - base[:, None])
-    )
-    function = how.function if isinstance(how, Elementwise) else jnp.exp
+    # Without sum, the poison of the rows has no other way into the weights.
+    logits = tile.logits + base[:, None] if isinstance(how, Elementwise) else tile.logits
     if tile.allowed is None:
-        return function(logits)
-    return jnp.where(tile.allowed, function(jnp.where(tile.allowed, logits, 0.0)), 0.0)
+        return how.weight(logits, base)
+    return jnp.where(tile.allowed, how.weight(jnp.where(tile.allowed, logits, 0.0), base), 0.0)
+
+
+def magnitude(how: OnePass, weights: Array) -> Array:
+    """Return what the weights add to the sum of their row, [bt, bk]."""
+    return jnp.abs(weights) if isinstance(how, LogSum) and how.signed else weights
+
+
+def magnitude_change(how: OnePass, weights: Array, change: Array) -> Array:
+    """Return the tangent of that."""
+    signed = isinstance(how, LogSum) and how.signed
+    return jnp.sign(weights) * change if signed else change
+
+
+def changes(how: OnePass, total: Array, context: Array, at: Array) -> tuple[Array, Array]:
+    """Return the tangents of context and statistics, given the sums of `Tangent` and the context.
+
+    The statistics were fixed in those sums. Of a log-sum-exp L, L' = sum_j |w_ij|'; and as each
+    weight is a multiple of exp(-L), the context changes by -L' times itself.
+    """
+    if isinstance(how, LogSum):
+        return context - total[..., None] * at, total
+    return context, jnp.zeros_like(total)
 
 
 def finite_or_zero(logsumexp: Array) -> Array:

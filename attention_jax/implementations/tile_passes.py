@@ -25,7 +25,7 @@ from attention_jax.implementations.passes import Pass, over_visits
 from attention_jax.implementations.tiles import Visits
 from attention_jax.masks import Mask
 from attention_jax.masks.intervals import indices
-from attention_jax.normalizers import Elementwise, Exponential, streaming
+from attention_jax.normalizers import Elementwise, LogSum, name_of, streaming
 from attention_jax.scores import Separated
 from attention_jax.scores.composition import identity
 
@@ -78,15 +78,15 @@ class Given(NamedTuple):
         return rows_from(query, i, rows), rows_from(key, j, columns)
 
 
-def exponential_or_elementwise(normalizer: Normalizer) -> Exponential | Elementwise:
-    """Return how a normalizer is computed tile by tile.
+def one_pass(normalizer: Normalizer) -> online.OnePass:
+    """Return how a normalizer is computed in one pass over the tiles.
 
     Raises:
-      ValueError: it needs a whole row of logits.
+      ValueError: it is not.
     """
     how = streaming(normalizer)
-    if how is None:
-        raise ValueError("tiled: this normalizer needs a whole row of logits; use dense.")
+    if not isinstance(how, LogSum | Elementwise):
+        raise ValueError(f"tiled: {name_of(normalizer)} is not computed in one pass; use dense.")
     return how
 
 
@@ -175,7 +175,7 @@ class Forward(Pass):
         start = online.RunningSums.start(length, depth, operands.value.dtype)
         sums = varying_like(start, operands, self.given.query_poison)
         sums = over_visits(self, self.tiles.visits, self.given.states, sums)
-        how = exponential_or_elementwise(operands.functions.normalizer)
+        how = one_pass(operands.functions.normalizer)
         return online.finished_finite(how, sums)
 
     def slice(self, operands: Operands, i: Any, j: Any, rows: int) -> Operands:
@@ -188,7 +188,7 @@ class Forward(Pass):
         self, masked: bool, here: Operands, sums: online.RunningSums, i: Any, j: Any
     ) -> online.RunningSums:
         tile = self.tiles.compute(here, self.given, i, j, masked)
-        return online.accumulate(exponential_or_elementwise(here.functions.normalizer), sums, tile)
+        return online.accumulate(one_pass(here.functions.normalizer), sums, tile)
 
     def of_empty_tile(
         self, here: Operands, sums: online.RunningSums, *where: Any
@@ -239,7 +239,8 @@ class Tangent(Pass):
         total, context = self.zeros(base)
         if sum(self.moves) > value_moves:
             weights, weights_change, tile = _jvp(weigh, primal, direction)
-            total = jnp.sum(weights_change, axis=1)
+            how = one_pass(here.functions.normalizer)
+            total = jnp.sum(online.magnitude_change(how, weights, weights_change), axis=1)
             context = times(tile.used(weights_change), tile.value)
         else:
             weights, tile = weigh(primal)
@@ -262,7 +263,7 @@ class Tangent(Pass):
         leaves = [next(those) if m else x for x, m in zip(floats, self.moves, strict=True)]
         operands = merge_floats(leaves, rest)
         tile = self.tiles.compute(operands, self.given, i, j, masked)
-        how = exponential_or_elementwise(operands.functions.normalizer)
+        how = one_pass(operands.functions.normalizer)
         return online.weights_given(how, tile, base), tile
 
     def of_empty_tile(

@@ -38,10 +38,10 @@ from attention_jax.implementations.tile_passes import (
     Operands,
     Tangent,
     Tiles,
-    exponential_or_elementwise,
+    one_pass,
 )
 from attention_jax.implementations.tiles import Plan
-from attention_jax.normalizers import Exponential
+from attention_jax.normalizers import LogSum
 from attention_jax.scores.composition import identity
 
 Array = jax.Array
@@ -60,8 +60,8 @@ def tiled(head: Head, plan: Plan) -> Attended:
 
 def with_sink(normalizer: Normalizer, context: Array, logsumexp: Array) -> Attended:
     """Add the sink of a normalizer to attention over all keys, if it has one."""
-    how = exponential_or_elementwise(normalizer)
-    if not isinstance(how, Exponential):
+    how = one_pass(normalizer)
+    if not isinstance(how, LogSum):
         return Attended(context)
     attended = Attended(context, logsumexp=logsumexp)
     if how.sink is None:
@@ -112,11 +112,8 @@ def _attend_jvp(tiles: Tiles, primals: Any, tangents: Any) -> Any:
     moves = [not _is_zero(x) for x in tangents[0]]
     base = online.finite_or_zero(logsumexp)
     log_tangent, context_tangent = Tangent(tiles, (operands, change), given, base, moves)()
-    if isinstance(exponential_or_elementwise(operands.functions.normalizer), Exponential):
-        context_tangent = context_tangent - log_tangent[:, None] * context
-    else:
-        log_tangent = jnp.zeros_like(log_tangent)
-    return (context, logsumexp), (context_tangent, log_tangent)
+    how = one_pass(operands.functions.normalizer)
+    return (context, logsumexp), online.changes(how, log_tangent, context_tangent, context)
 
 
 def _is_zero(tangent: Any) -> bool:

@@ -7,8 +7,6 @@ attention need a whole row, and run under "dense" alone.
 """
 
 from attention_jax.normalizers.common import (
-    Elementwise,
-    Exponential,
     hard,
     log_normalizer,
     sigmoid,
@@ -16,17 +14,27 @@ from attention_jax.normalizers.common import (
     softmax_plus_one,
     softmax_with_sink,
     stable_logsumexp,
-    streaming,
     top_k,
+)
+from attention_jax.normalizers.protocol import (
+    Elementwise,
+    Exponential,
+    LogSum,
+    Streaming,
+    name_of,
+    streaming,
 )
 from attention_jax.normalizers.sparse import entmax15, sparsemax
 
 __all__ = [
     "Elementwise",
     "Exponential",
+    "LogSum",
+    "Streaming",
     "entmax15",
     "hard",
     "log_normalizer",
+    "name_of",
     "sigmoid",
     "softmax",
     "softmax_plus_one",

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from attention_jax.base.binding import ask, bind, rule
+from attention_jax.base.binding import bind, rule
 from attention_jax.base.checks import at_least
-from attention_jax.base.equality import ByValue
 from attention_jax.base.parameters import Parameter
-from attention_jax.base.typing import Normalizer
+from attention_jax.normalizers.protocol import Elementwise, Exponential
 
 __all__ = [
-    "Elementwise",
-    "Exponential",
     "hard",
     "log_normalizer",
     "sigmoid",
@@ -26,30 +21,10 @@ __all__ = [
     "softmax_plus_one",
     "softmax_with_sink",
     "stable_logsumexp",
-    "streaming",
     "top_k",
 ]
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Exponential(ByValue):
-    """Weights exp(logit - normalizer), where a sink adds exp(sink) to the normalizer."""
-
-    sink: Any = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Elementwise(ByValue):
-    """Weights that depend on their own logit alone."""
-
-    function: Callable[[Array], Array]
-
-
-def streaming(normalizer: Normalizer) -> Exponential | Elementwise | None:
-    """Return how a normalizer streams over tiles, or None if it needs the whole row."""
-    return ask(normalizer, "streaming")
 
 
 def log_normalizer(logits: Array, allowed: Array, sink: Any = None) -> Array:

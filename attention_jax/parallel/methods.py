@@ -108,9 +108,10 @@ def lacks(method: str, request: Request, placement: Placement) -> str | None:
             f"gives each of the {devices} devices of axis {placement.axis.name!r} the same number "
             f"of key heads, got K = {heads}; use 'ring' or 'all_gather'."
         )
-    if method != "all_to_all" and request.streaming is None:
+    how = request.streaming
+    if method != "all_to_all" and (how is None or not how.merges):
         return (
-            "joins blocks of keys, and this normalizer needs a whole row of logits; use "
+            f"joins blocks of keys, and {request.normalizer_name} needs a whole row of logits; use "
             "'all_to_all'."
         )
     return None

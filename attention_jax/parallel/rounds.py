@@ -42,11 +42,10 @@ from attention_jax.implementations.tile_passes import (
     Operands,
     Tangent,
     Tiles,
-    exponential_or_elementwise,
+    one_pass,
 )
 from attention_jax.implementations.tiled import padded
 from attention_jax.implementations.tiles import Visits
-from attention_jax.normalizers import Exponential
 from attention_jax.parallel.placement import Placement
 from attention_jax.parallel.plan import Plan, Step
 
@@ -299,7 +298,7 @@ def attend(rounds: Rounds, operands: Operands, local: Local) -> tuple[Array, Arr
     """Return context [B, T, K, G, V] and log-sum-exp [B, T, K, G] of the queries of this device."""
     if not rounds.plan.steps:
         sums = _start(operands, local)
-        return online.finished(exponential_or_elementwise(operands.functions.normalizer), sums)
+        return online.finished(one_pass(operands.functions.normalizer), sums)
     operands, local = varying_like((operands, rounds.asked(local)), operands, local)
     rounds, operands, local = rounds.traced(operands, local)
     context, logsumexp = _attend(rounds, *split_floats(operands), local)
@@ -323,7 +322,7 @@ def _attend(rounds: Rounds, floats: list[Array], rest: Rest, local: Local) -> tu
             coming = rounds.forward(steps[number + 1], operands, local)
         add = functools.partial(_add, rounds)
         sums = rounds.over_heads(add, letters)(*here, sums)
-    return online.finished_finite(exponential_or_elementwise(operands.functions.normalizer), sums)
+    return online.finished_finite(one_pass(operands.functions.normalizer), sums)
 
 
 def _after(operands: Operands, sums: Any) -> tuple[Operands, Any]:
@@ -373,11 +372,8 @@ def _attend_jvp(rounds: Rounds, primals: Any, tangents: Any) -> Any:
         log_more, context_more = changed(floats, change, rest, local, base)
         log_tangent, context_tangent = log_tangent + log_more, context_tangent + context_more
     normalizer = merge_floats(floats, rest).functions.normalizer
-    if isinstance(exponential_or_elementwise(normalizer), Exponential):
-        context_tangent = context_tangent - log_tangent[..., None] * context
-    else:
-        log_tangent = jnp.zeros_like(log_tangent)
-    return (context, logsumexp), (context_tangent, log_tangent)
+    changed = online.changes(one_pass(normalizer), log_tangent, context_tangent, context)
+    return (context, logsumexp), changed
 
 
 def _check_captured(moves: Any, operands: Operands) -> None:

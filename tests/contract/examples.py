@@ -348,4 +348,13 @@ NORMALIZERS: dict[str, NormalizerExample] = {
     "top_k": NormalizerExample(bind(normalizers.top_k, k=2), _top_k(2)),
     "hard": NormalizerExample(normalizers.hard, _top_k(1)),
 }
-NOT_NORMALIZERS = {"Exponential", "Elementwise", "streaming", "log_normalizer", "stable_logsumexp"}
+NOT_NORMALIZERS = {
+    "Elementwise",
+    "Exponential",
+    "LogSum",
+    "Streaming",
+    "log_normalizer",
+    "name_of",
+    "stable_logsumexp",
+    "streaming",
+}

@@ -55,7 +55,7 @@ def test_none_takes_what_moves_least():
         (
             {"method": "ring", "normalizer": normalizers.hard},
             ValueError,
-            "'ring' joins blocks of keys, and this normalizer needs a whole row",
+            "'ring' joins blocks of keys, and hard needs a whole row",
         ),
         ({"order": np.zeros(4096, int)}, ShapeError, "each position from 0 to 4095 once"),
         ({"return_weights": True}, TypeError, "return_weights cannot be given for a split"),

@@ -1,0 +1,107 @@
+"""How a normalizer is computed tile by tile: what a row needs to know, and a weight given that.
+
+Every kind keeps one promise. Given the statistics of a row, a weight is a function of its own logit
+and of these alone; so any tile of weights can be computed again from logits and statistics, and no
+derivative needs more than that.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.base.binding import ask, taken_apart
+from attention_jax.base.equality import ByValue
+from attention_jax.base.typing import Normalizer
+
+__all__ = ["Elementwise", "Exponential", "LogSum", "Streaming", "name_of", "streaming"]
+
+Array = jax.Array
+
+
+class Streaming(ByValue, abc.ABC):
+    """How the weights of a row follow tile by tile; the answer of the rule "streaming"."""
+
+    merges: ClassVar[bool] = False
+    """Whether results over disjoint parts of the keys join to the result over all of them."""
+
+    @abc.abstractmethod
+    def weight(self, logits: Array, statistics: Any) -> Array:
+        """Return the weights of a tile.
+
+        Args:
+          logits: [bt, bk], of pairs that may attend.
+          statistics: of each row, arrays [bt].
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogSum(Streaming):
+    """Weights whose magnitudes sum to one, found in one pass: those of Exponential, and others.
+
+    The statistic of a row is L = log(sum_j exp(exponent(e_j)) + exp(sink)). A subclass defines
+    `exponent` and `weight`, whose magnitude is |w| = exp(exponent(e) - L). At a logit of -inf they
+    are -inf and 0.
+    """
+
+    sink: Any = None
+    merges = True
+    signed: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def exponent(self, logits: Array) -> Array:
+        """Return the logarithms of the terms of the sum, [bt, bk]."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exponential(LogSum):
+    """The softmax family, w = exp(e - L): softmax, and softmax with a sink.
+
+    >>> Exponential().weight(jnp.zeros((1, 2)), jnp.log(jnp.array([4.0])))
+    Array([[0.25, 0.25]], dtype=float32)
+    """
+
+    signed = False
+
+    def exponent(self, logits: Array) -> Array:
+        return logits
+
+    def weight(self, logits: Array, statistics: Any) -> Array:
+        return jnp.exp(logits - statistics[:, None])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Elementwise(Streaming):
+    """Weights that depend on their own logit alone: w = function(e).
+
+    >>> Elementwise(jax.nn.relu).weight(jnp.array([[-1.0, 2.0]]), None)
+    Array([[0., 2.]], dtype=float32)
+    """
+
+    function: Callable[[Array], Array]
+    merges = True
+
+    def weight(self, logits: Array, statistics: Any) -> Array:
+        return self.function(logits)
+
+
+def streaming(normalizer: Normalizer) -> Streaming | None:
+    """Return how a normalizer streams over tiles, or None if it needs the whole row."""
+    return ask(normalizer, "streaming")
+
+
+def name_of(normalizer: Normalizer) -> str:
+    """Return the name of a normalizer for a message.
+
+    >>> from attention_jax import bind, normalizers
+    >>> name_of(bind(normalizers.top_k, k=2))
+    'top_k'
+    """
+    function, _, _ = taken_apart(normalizer)
+    name = getattr(function, "__name__", type(function).__name__)
+    return "this normalizer" if name == "<lambda>" else name
