@@ -1,4 +1,4 @@
-"""Measures of attention weights, pictures of them, and alignments.
+"""Measures of attention weights, pictures and pages of them, and alignments.
 
 All take weights [..., T, S] as `attend(..., return_weights=True)` gives them, and count in float32
 or better. A query that attends to nothing, a row of zeros, has no entropy and no support, and is
@@ -12,6 +12,7 @@ from attention_jax.diagnostics.alignment import (
     links,
     quality_of_counts,
 )
+from attention_jax.diagnostics.explorer import Explorer, View, explore
 from attention_jax.diagnostics.weights import (
     additive_saturation,
     effective_support,
@@ -29,10 +30,13 @@ from attention_jax.diagnostics.weights import (
 
 __all__ = [
     "AlignmentQuality",
+    "Explorer",
+    "View",
     "additive_saturation",
     "alignment_quality",
     "effective_support",
     "entropy",
+    "explore",
     "head_ablation",
     "jacobian_trace",
     "jensen_shannon",
