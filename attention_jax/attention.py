@@ -155,10 +155,10 @@ def _attended(request: Request, spread: bool | None) -> Attended:
     name = choice.choose(request)
     if name == "cudnn":
         return Attended(cudnn.attend(request))
-    given = operands(request)
+    given = operands(request, as_given=name == "tiled")
     of_head, sequential = functools.partial(dense, with_logsumexp=request.return_logsumexp), ""
     if name == "tiled":
-        of_head = functools.partial(tiled, plan=choice.plan_for(request))
+        of_head = functools.partial(tiled, plan=choice.plan_for(request), products=request.products)
         sequential = choice.sequential_axes(given["mask"].axes)
     wanted = request.return_weights, request.return_logsumexp
     one_head = functools.partial(_one_head, of_head, given, wanted)

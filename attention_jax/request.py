@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 
 from attention_jax.base import checks
 from attention_jax.base.binding import BiasLike, PerHead, as_pytree, unbound
+from attention_jax.base.matmul import Products, precision_in_force
 from attention_jax.base.parameters import Learned
 from attention_jax.base.typing import (
     AnyScore,
@@ -46,7 +47,8 @@ class DropoutKey(NamedTuple):
 class Request:
     """The arguments of `attend`, checked against each other, and their sizes by axis letter.
 
-    `lengths` are those of whole sequences [T, S] where query and key are parts of them.
+    `lengths` are those of whole sequences [T, S] where query and key are parts of them;
+    `precision` is the one of `jax.default_matmul_precision` where attention is called.
     """
 
     query: Array
@@ -63,6 +65,7 @@ class Request:
     return_weights: bool = dataclasses.field(metadata={"static": True})
     return_logsumexp: bool = dataclasses.field(metadata={"static": True})
     lengths: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
+    precision: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(cls, query: Any, key: Any, value: Any, **options: Any) -> Request:
@@ -82,6 +85,7 @@ class Request:
             options[name] = _as_function(name, options[name])
         options["mask"] = algebra.with_int32(algebra.as_mask(options["mask"]))
         options["bias"] = as_bias(options["bias"])
+        options["precision"] = precision_in_force()
         request = cls(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), **options)
         if request.return_logsumexp and not isinstance(request.streaming, LogSum):
             raise ValueError(
@@ -105,6 +109,11 @@ class Request:
     def dtype(self) -> Any:
         """The dtype to compute in."""
         return at_least_float32(self.query.dtype)
+
+    @property
+    def products(self) -> Products:
+        """How the products of tiles are computed."""
+        return Products.of(self.query.dtype, self.precision)
 
     @property
     def groups(self) -> int:
@@ -143,16 +152,18 @@ class Operand(NamedTuple):
         return self.finish(jax.tree.unflatten(self.structure, leaves))
 
 
-def operands(request: Request) -> dict[str, Operand]:
+def operands(request: Request, as_given: bool = False) -> dict[str, Operand]:
     """Return every operand by its name in `Head`, each checked against the others.
+
+    Queries, keys and values are in the dtype to compute in, or `as_given`.
 
     Raises:
       ShapeError, TypeError: as `attend`.
     """
     return {
-        "query": _operand(request, request.query, ["BTN"]),
-        "key": _operand(request, request.key, ["BSK"]),
-        "value": _operand(request, request.value, ["BSK"]),
+        "query": _operand(request, request.query, ["BTN"], as_given=as_given),
+        "key": _operand(request, request.key, ["BSK"], as_given=as_given),
+        "value": _operand(request, request.value, ["BSK"], as_given=as_given),
         "score": _score(request),
         "mask": _operand(request, *batch_axes.of_mask("attend", request.mask, request.sizes)),
         "bias": _bias(request),
@@ -254,14 +265,16 @@ def _is_one_rng(rng: Any) -> bool:
 
 
 def _operand(
-    request: Request, tree: Any, letters: list[str], finish: Callable[[Any], Any] | None = None
+    request: Request,
+    tree: Any,
+    letters: list[str],
+    finish: Callable[[Any], Any] | None = None,
+    as_given: bool = False,
 ) -> Operand:
     """Cast floating-point leaves, and split axis N into K and G where key heads are shared."""
     leaves, structure = jax.tree.flatten(tree)
-    grouped = [
-        _grouped(request, cast(leaf, request.dtype), axes)
-        for leaf, axes in zip(leaves, letters, strict=True)
-    ]
+    leaves = leaves if as_given else [cast(leaf, request.dtype) for leaf in leaves]
+    grouped = [_grouped(request, leaf, axes) for leaf, axes in zip(leaves, letters, strict=True)]
     axes = [one.replace("N", heads(request)) for one in letters]
     return Operand(grouped, axes, structure, finish or _as_is)
 

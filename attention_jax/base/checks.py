@@ -95,6 +95,11 @@ def floating(operation: str, /, **tensors: Any) -> None:
                 f"with jnp.asarray({name})."
             )
         dtype = jnp.result_type(array)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ShapeError(
+                f"{operation}: {name} must be real, got {dtype}; attend to real and imaginary "
+                f"parts as features, jnp.concatenate([{name}.real, {name}.imag], axis=-1)."
+            )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ShapeError(
                 f"{operation}: {name} must be floating point, got {dtype}; "

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.base.finite import infinite_where
-from attention_jax.base.matmul import times
+from attention_jax.base.matmul import PLAIN, Products, times
 from attention_jax.normalizers import Elementwise, LogSum
 
 Array = jax.Array
@@ -30,6 +30,7 @@ class Tile(NamedTuple):
     keep: Array | None
     query_poison: Array
     key_poison: Array
+    products: Products = PLAIN
 
     def hidden(self, masked: float) -> Array:
         """Return the logits, and where some may not attend, poison and `masked` among them."""
@@ -53,6 +54,10 @@ class Tile(NamedTuple):
     def used(self, weights: Array) -> Array:
         """Return the weights after dropout."""
         return weights if self.keep is None else weights * self.keep
+
+    def weighted(self, weights: Array, products: Products | None = None) -> Array:
+        """Return the values of the tile times the weights after dropout, [bt, V]."""
+        return times(self.used(weights), self.value, products or self.products)
 
 
 class RunningSums(NamedTuple):
@@ -79,10 +84,11 @@ class RunningSums(NamedTuple):
 def accumulate(how: OnePass, sums: RunningSums, tile: Tile) -> RunningSums:
     """Add a tile to the sums."""
     if isinstance(how, Elementwise):
+        # Like those of a derivative, such weights may leave the range of float16.
         weights = how.weight(tile.hidden(masked=0.0), None)
         if tile.allowed is not None:
             weights = jnp.where(tile.allowed, weights, 0.0)
-        context = sums.context + times(tile.used(weights), tile.value)
+        context = sums.context + tile.weighted(weights, tile.products.of_derivatives)
         return RunningSums(sums.maximum, sums.total + tile.row_poison(), context)
 
     logits = tile.hidden(masked=-jnp.inf)
@@ -90,7 +96,7 @@ def accumulate(how: OnePass, sums: RunningSums, tile: Tile) -> RunningSums:
     shrink = jnp.exp(sums.maximum - maximum)
     weights = how.weight(*tile.poisoned(logits, maximum))
     total = sums.total * shrink + jnp.sum(magnitude(how, weights), axis=1)
-    context = sums.context * shrink[:, None] + times(tile.used(weights), tile.value)
+    context = sums.context * shrink[:, None] + tile.weighted(weights)
     return RunningSums(maximum, total, context)
 
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.base.finite import finite
-from attention_jax.base.matmul import times
+from attention_jax.base.matmul import PLAIN, Products, times
 from attention_jax.base.trees import Rest, hoisted, merge_floats, split_floats, varying_like
-from attention_jax.base.typing import Bias, Normalizer
+from attention_jax.base.typing import Bias, Normalizer, at_least_float32
 from attention_jax.implementations import online
 from attention_jax.implementations.head import kept
 from attention_jax.implementations.passes import Pass, over_visits
@@ -43,6 +43,7 @@ class Functions(NamedTuple):
 class Operands(NamedTuple):
     """What the result is differentiated with respect to; of all rows, or of one tile.
 
+    Query, key and value may be in half precision; a tile of them is computed in float32.
     `captured` holds what score and bias close over, by the number of rows of a tile.
     """
 
@@ -96,11 +97,13 @@ class Tiles:
 
     `logits[rows](tile, q_idx, kv_idx, *captured)` are the logits of a tile of so many rows, with
     what score and bias close over made arguments, so that it has gradients too;
-    `allowed[rows](mask, q_idx, kv_idx, *captured)` is the mask of that tile.
+    `allowed[rows](mask, q_idx, kv_idx, *captured)` is the mask of that tile. `products` says how
+    weights and values are multiplied; logits say so themselves.
     """
 
     key_size: int
     visits: list[Visits]
+    products: Products = PLAIN
     logits: dict[int, Callable[..., Array]] = dataclasses.field(default_factory=dict)
     allowed: dict[int, Callable[..., Array]] = dataclasses.field(default_factory=dict)
 
@@ -113,7 +116,7 @@ class Tiles:
         logits, captured, allowed, of_mask = {}, {}, {}, {}
         for rows in sorted({visits.rows for visits in self.visits}):
             q_idx, kv_idx = given.at(0, 0, rows, self.key_size)
-            tile = self.slice(operands, 0, 0, rows)
+            tile = widened(self.slice(operands, 0, 0, rows))
             logits[rows], captured[rows] = hoisted(functools.partial(_logits), tile, q_idx, kv_idx)
             if any(visits.masked and visits.rows == rows for visits in self.visits):
                 allowed[rows], of_mask[rows] = hoisted(
@@ -153,9 +156,10 @@ class Tiles:
             ),
             value=usable.value,
             allowed=allowed,
-            keep=None if given.dropout is None else kept(given.dropout, *pair, here.value.dtype),
+            keep=None if given.dropout is None else kept(given.dropout, *pair, usable.value.dtype),
             query_poison=rows_from(given.query_poison, i, rows),
             key_poison=rows_from(given.key_poison, j, self.key_size),
+            products=self.products,
         )
 
 
@@ -172,7 +176,8 @@ class Forward(Pass):
         """Return context [T, V] and log-sum-exp [T], as `online.finished_finite` has it."""
         (operands,) = self.operands
         length, depth = operands.query.shape[0], operands.value.shape[1]
-        start = online.RunningSums.start(length, depth, operands.value.dtype)
+        dtype = at_least_float32(operands.value.dtype)
+        start = online.RunningSums.start(length, depth, dtype)
         sums = varying_like(start, operands, self.given.query_poison)
         sums = over_visits(self, self.tiles.visits, self.given.states, sums)
         how = one_pass(operands.functions.normalizer)
@@ -229,7 +234,7 @@ class Tangent(Pass):
     def of_tile(
         self, masked: bool, here: Operands, change: Operands, base: Array, i: Any, j: Any
     ) -> tuple[Array, Array]:
-        floats, rest = split_floats(here)
+        floats, rest = split_floats(widened(here))
         weigh = functools.partial(self.weigh, (floats, rest), (base, i, j), masked)
         primal, direction = (
             [x for x, moves in zip(leaves, self.moves, strict=True) if moves]
@@ -237,16 +242,17 @@ class Tangent(Pass):
         )
         value_moves = merge_floats(self.moves, rest).value
         total, context = self.zeros(base)
+        products = self.tiles.products.of_derivatives
         if sum(self.moves) > value_moves:
             weights, weights_change, tile = _jvp(weigh, primal, direction)
             how = one_pass(here.functions.normalizer)
             total = jnp.sum(online.magnitude_change(how, weights, weights_change), axis=1)
-            context = times(tile.used(weights_change), tile.value)
+            context = tile.weighted(weights_change, products)
         else:
             weights, tile = weigh(primal)
         if value_moves:
             value_change = jnp.where(jnp.isfinite(here.value), change.value, 0.0)
-            context = context + times(tile.used(weights), value_change)
+            context = context + times(tile.used(weights), value_change, products)
         return total, context
 
     def weigh(
@@ -299,8 +305,16 @@ def _allowed(mask: Mask, q_idx: Array, kv_idx: Array) -> Array:
     return mask(q_idx[:, None], kv_idx[None, :])
 
 
+def widened(operands: Operands) -> Operands:
+    """Return query, key and value in float32 or better."""
+    rows = operands.query, operands.key, operands.value
+    query, key, value = (x.astype(at_least_float32(x.dtype)) for x in rows)
+    return operands._replace(query=query, key=key, value=value)
+
+
 def _usable(tile: Operands) -> Operands:
     """Replace NaN and Inf where no map of the score has done so; see `poison`."""
+    tile = widened(tile)
     score = tile.functions.score
     return tile._replace(
         query=finite(tile.query) if score.query_map.func is identity.func else tile.query,

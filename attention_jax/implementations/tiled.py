@@ -26,8 +26,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.base.finite import finite, poison
+from attention_jax.base.matmul import PLAIN, Products
 from attention_jax.base.trees import Rest, merge_floats, split_floats
-from attention_jax.base.typing import Normalizer
+from attention_jax.base.typing import Normalizer, at_least_float32
 from attention_jax.implementations import online
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.merging import merge
@@ -39,6 +40,7 @@ from attention_jax.implementations.tile_passes import (
     Tangent,
     Tiles,
     one_pass,
+    widened,
 )
 from attention_jax.implementations.tiles import Plan
 from attention_jax.normalizers import LogSum
@@ -47,14 +49,15 @@ from attention_jax.scores.composition import identity
 Array = jax.Array
 
 
-def tiled(head: Head, plan: Plan) -> Attended:
-    """Attend one head, a tile of queries and keys at a time."""
+def tiled(head: Head, plan: Plan, products: Products = PLAIN) -> Attended:
+    """Attend one head, a tile of queries and keys at a time; results are float32 or better."""
     query_length, key_length = head.query.shape[0], head.key.shape[0]
     if query_length == 0 or key_length == 0:
-        context = jnp.zeros((query_length, head.value.shape[1]), head.value.dtype)
-        logsumexp = jnp.full(query_length, -jnp.inf, head.value.dtype)
+        dtype = at_least_float32(head.value.dtype)
+        context = jnp.zeros((query_length, head.value.shape[1]), dtype)
+        logsumexp = jnp.full(query_length, -jnp.inf, dtype)
     else:
-        context, logsumexp = _over_tiles(head, plan)
+        context, logsumexp = _over_tiles(head, plan, products)
     return with_sink(head.normalizer, context, logsumexp)
 
 
@@ -70,7 +73,7 @@ def with_sink(normalizer: Normalizer, context: Array, logsumexp: Array) -> Atten
     return merge(attended, Attended(jnp.zeros_like(context), logsumexp=sink))
 
 
-def _over_tiles(head: Head, plan: Plan) -> tuple[Array, Array]:
+def _over_tiles(head: Head, plan: Plan, products: Products) -> tuple[Array, Array]:
     """Clean, pad and gather what the tiles need, and pass over them."""
     query_length, key_length = plan.pairs
     query = padded(head.query, -query_length % plan.largest_visit)
@@ -81,7 +84,7 @@ def _over_tiles(head: Head, plan: Plan) -> tuple[Array, Array]:
         key=mapped(head.score.key_map, key),
         value=value,
         bias=_padded_bias(bias, query, key),
-        functions=Functions(head.score, bias_of_pairs, head.normalizer),
+        functions=Functions(head.score.multiplied(products), bias_of_pairs, head.normalizer),
         captured={},
     )
     given = Given(
@@ -89,10 +92,11 @@ def _over_tiles(head: Head, plan: Plan) -> tuple[Array, Array]:
         captured={},
         states=None if plan.is_static else jnp.asarray(plan.states_of(head.mask)),
         dropout=head.dropout,
-        query_poison=poison(query),
-        key_poison=poison(key) + poison(value),
+        query_poison=_poison(query),
+        key_poison=_poison(key) + _poison(value),
     )
-    tiles, operands, given = Tiles(plan.tile[1], plan.visits).traced(operands, given)
+    tiles = Tiles(plan.tile[1], plan.visits, products)
+    tiles, operands, given = tiles.traced(operands, given)
     context, logsumexp = _attend(tiles, *split_floats(operands), given)
     return context[:query_length], online.with_empty(logsumexp[:query_length])
 
@@ -108,7 +112,8 @@ def _attend_jvp(tiles: Tiles, primals: Any, tangents: Any) -> Any:
     floats, rest, given = primals
     context, logsumexp = map(checkpoint_name, _attend(tiles, floats, rest, given), SAVED)
     operands = merge_floats(floats, rest)
-    change = merge_floats([_array(x) for x in tangents[0]], rest)
+    # In half precision the sums of the backward pass over tiles would be, too.
+    change = widened(merge_floats([_array(x) for x in tangents[0]], rest))
     moves = [not _is_zero(x) for x in tangents[0]]
     base = online.finite_or_zero(logsumexp)
     log_tangent, context_tangent = Tangent(tiles, (operands, change), given, base, moves)()
@@ -126,7 +131,13 @@ def _array(tangent: Any) -> Array:
 
 def mapped(of_row: Any, x: Array) -> Array:
     """Apply a score's map of rows to finite numbers; without a map, tiles clean their own rows."""
-    return x if of_row.func is identity.func else of_row(finite(x))
+    if of_row.func is identity.func:
+        return x
+    return of_row(finite(x.astype(at_least_float32(x.dtype))))
+
+
+def _poison(x: Array) -> Array:
+    return poison(x).astype(at_least_float32(x.dtype))
 
 
 def padded(x: Array, more: int, axis: int = 0) -> Array:

@@ -6,6 +6,7 @@ of either is named here, and is honoured or refused, never dropped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -125,16 +126,15 @@ class FlaxAttention:
           dropout_rate: share of weights that are dropped.
           deterministic: True leaves dropout out.
           dtype: of the computation and the context; that of the operands unless given.
-          precision: refused unless it is the default.
+          precision: of all products, and of their derivatives; of two, the higher one.
           module: sows the weights before dropout, [*batch, N, T, S], where Flax does.
-          force_fp32_for_softmax: it always is, or better.
+          force_fp32_for_softmax: it always is, or better; True sows the weights so too.
           einsum_dot_general: refused.
           qk_attn_weights_einsum: refused.
           attn_weights_value_einsum: refused.
           is_causal: query i attends to the keys 0 to i.
           input_positions: refused.
         """
-        _refuse_precision(precision)
         _refuse_keywords(
             einsum_dot_general=einsum_dot_general,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
@@ -153,13 +153,15 @@ class FlaxAttention:
             normalizer=self.normalizer,
             implementation=self.implementation,
         )
-        if module is not None:
-            weights = attend_with(return_weights=True).weights
-            _sow(module, layout.split(weights.astype(dtype)))
         dropout = {}
         if dropout_rate and not deterministic:
             dropout = _dropout(dropout_rate, dropout_rng, broadcast_dropout)
-        return layout.split(attend_with(**dropout))
+        with _in_precision(precision):
+            if module is not None:
+                weights = attend_with(return_weights=True).weights
+                sown = at_least_float32(dtype) if force_fp32_for_softmax else dtype
+                _sow(module, layout.split(weights.astype(sown)))
+            return layout.split(attend_with(**dropout))
 
     def _position(self, layout: Layout, mask: MaskLike, is_causal: bool) -> Array | None:
         """Return the position of a single query of a layer that decodes; None where it is 0."""
@@ -251,12 +253,36 @@ def _refuse_modules(**parts: Any) -> None:
             )
 
 
-def _refuse_precision(precision: Any) -> None:
-    if precision not in (None, "default", jax.lax.Precision.DEFAULT):
+def _in_precision(precision: Any) -> contextlib.AbstractContextManager[None]:
+    """Compute the products in a precision of `jax.lax`; None leaves the one that is in force."""
+    if precision is None:
+        return contextlib.nullcontext()
+    named = [_precision_name(one) for one in _pair(precision)]
+    if None in named or (len(set(named)) > 1 and not set(named) <= set(_RISING)):
         raise ValueError(
-            f"attention_fn: precision {precision!r} is not done for one layer; leave it out and "
-            "call the whole function under jax.default_matmul_precision(...)."
+            "attention_fn: precision must be a jax.lax.Precision, its name, two of them or a "
+            f"jax.lax.DotAlgorithmPreset, got {precision!r}."
         )
+    return jax.default_matmul_precision(max(named, key=(*_RISING, *named).index))
+
+
+_RISING = ("default", "high", "highest")
+
+
+def _pair(precision: Any) -> tuple[Any, ...]:
+    return precision if isinstance(precision, tuple) and len(precision) == 2 else (precision,)
+
+
+def _precision_name(precision: Any) -> str | None:
+    """Return the name of one precision for `jax.default_matmul_precision`; None if it has none."""
+    if isinstance(precision, jax.lax.DotAlgorithmPreset):
+        return precision.name
+    if isinstance(precision, str) and precision in jax.lax.DotAlgorithmPreset.__members__:
+        return precision
+    try:
+        return jax.lax.Precision(precision).name.lower()
+    except ValueError:
+        return None
 
 
 _INSTEAD = {

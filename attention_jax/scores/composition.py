@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 
 from attention_jax.base import checks
 from attention_jax.base.binding import PerHead, as_pytree, ask, bind, taken_apart, unbound
+from attention_jax.base.matmul import Products
 from attention_jax.base.typing import AnyScore, PositionalScore, Score, require_callable
 from attention_jax.masks.intervals import indices
 
@@ -57,6 +58,16 @@ class Separated(NamedTuple):
         """Score rows to which the two maps have been applied."""
         indices = {"q_idx": q_idx, "kv_idx": kv_idx} if is_positional(self.pairs) else {}
         return self.finish(self.pairs(query, key, **indices))
+
+    def multiplied(self, products: Products) -> Separated:
+        """Return the score with the product of its rows computed so, if it is marked `multiplies`.
+
+        What else a score computes is left as it is written.
+        """
+        function, _, keywords = taken_apart(self.pairs)
+        if not hasattr(function, "__multiplies__"):
+            return self
+        return self._replace(pairs=bind(function, **keywords | {"products": products}))
 
 
 class Composition(Protocol[P]):
@@ -127,6 +138,12 @@ def positional(score: S) -> S:
     """
     score.__positional__ = True
     return score
+
+
+def multiplies(pairs: S) -> S:
+    """Mark a pairwise part that is a product of rows and takes `products`, how to compute it."""
+    pairs.__multiplies__ = True
+    return pairs
 
 
 def require_score(label: str, score: Any) -> None:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from attention_jax.base import checks
 from attention_jax.base.binding import bind, rule
-from attention_jax.base.matmul import times_transpose
+from attention_jax.base.matmul import Products, times_transpose
 from attention_jax.scores.composition import (
     Separated,
     finished,
     identity,
     mapped,
+    multiplies,
     positional,
     projected,
     row_normalized,
@@ -315,7 +316,7 @@ def location(
 
 @rule(dot, "separation")
 def _separate_dot() -> Separated:
-    return Separated(identity, identity, bind(times_transpose), identity)
+    return Separated(identity, identity, bind(_pairs), identity)
 
 
 @rule(scaled_dot, "separation")
@@ -368,8 +369,17 @@ def _inverse_root(query: Array) -> Array:
     return jnp.asarray(query.shape[-1] ** -0.5 if query.shape[-1] else 1.0, query.dtype)
 
 
-def _scaled_pairs(query: Array, key: Array) -> Array:
-    return times_transpose(query * _inverse_root(query), key)
+@multiplies
+def _pairs(query: Array, key: Array, products: Products | None = None) -> Array:
+    return times_transpose(query, key, products)
+
+
+@multiplies
+def _scaled_pairs(query: Array, key: Array, products: Products | None = None) -> Array:
+    if products is None or products.operands is None:
+        return times_transpose(query * _inverse_root(query), key, products)
+    # A query that is scaled first would be rounded once more.
+    return times_transpose(query, key, products) * _inverse_root(query)
 
 
 def _divide(logits: Array, by: Any) -> Array:

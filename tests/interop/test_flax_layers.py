@@ -1,6 +1,7 @@
 import ast
 import functools
 import inspect
+import re
 import textwrap
 
 import jax
@@ -149,6 +150,11 @@ def test_dtype_of_a_layer():
     context, sown = jax.eval_shape(apply, variables, X)
     assert context.dtype == jnp.bfloat16
     assert sown["intermediates"]["attention_weights"][0].dtype == jnp.bfloat16
+    forced = layer.clone(force_fp32_for_softmax=True)
+    _, sown = jax.eval_shape(
+        functools.partial(forced.apply, sow_weights=True, mutable="intermediates"), variables, X
+    )
+    assert sown["intermediates"]["attention_weights"][0].dtype == jnp.float32
 
 
 def test_dtype_argument():
@@ -395,8 +401,14 @@ ERRORS = {
     ],
     "decode=True takes the position of the query from the mask of the layer's cache, and there is "
     "no such mask": [({"mask": masks.Causal(), "decode": True}, {"query": ONE})],
-    "precision Precision.HIGHEST is not done for one layer; leave it out and call the whole "
-    "function under jax.default_matmul_precision": [({}, {"precision": jax.lax.Precision.HIGHEST})],
+    "precision must be a jax.lax.Precision, its name, two of them or a "
+    "jax.lax.DotAlgorithmPreset, got 'best'": [({}, {"precision": "best"})],
+    "jax.lax.DotAlgorithmPreset, got ('high', 'TF32_TF32_F32')": [
+        ({}, {"precision": ("high", "TF32_TF32_F32")})
+    ],
+    "query must be real, got complex64; attend to real and imaginary parts as features": [
+        ({}, {x: jnp.zeros((B, T, N, H), jnp.complex64) for x in ("query", "key", "value")})
+    ],
     "qk_attn_weights_einsum is not honoured; the products of tiles are not einsums": [
         ({}, {"qk_attn_weights_einsum": jnp.einsum})
     ],
@@ -444,17 +456,25 @@ def test_errors_say_what_is_wrong(text):
         assert text in str(raised.value)
 
 
-@pytest.mark.parametrize("precision", [None, "default", jax.lax.Precision.DEFAULT])
-def test_default_precision_is_taken(precision):
-    context = jax.eval_shape(lambda q: attention_fn()(q, KEY, VALUE, precision=precision), QUERY)
-    assert context.shape == QUERY.shape
+PRECISIONS = {
+    "HIGHEST": (jax.lax.Precision.HIGHEST, "highest", "float32", ("high", "highest")),
+    "HIGH": (jax.lax.Precision.HIGH, (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH)),
+    "DEFAULT": (None, "default", jax.lax.Precision.DEFAULT, "fastest"),
+}
 
 
-def test_precision_of_the_whole_function():
-    """What the refusal of `precision` advises reaches every product, the backward ones too."""
-    function = jax.jit(
-        jax.grad(lambda q: attention_fn(implementation="tiled")(q, KEY, VALUE).sum())
-    )
-    with jax.default_matmul_precision("highest"):
-        program = function.lower(QUERY).as_text()
-    assert program.count("stablehlo.dot_general") == program.count("precision = [HIGHEST, HIGHEST]")
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precision_reaches_every_product(name):
+    """The backward ones too, which are traced when the call is over."""
+    attend_with = attention_fn(implementation="tiled", score=scores.cosine)
+    for precision in PRECISIONS[name]:
+        function = jax.jit(functools.partial(attend_with, precision=precision))
+        gradients = jax.jit(jax.grad(lambda *x, f=function: f(*x).sum(), (0, 1, 2)))
+        program = gradients.lower(QUERY, KEY, VALUE).as_text()
+        products = re.findall(r"stablehlo.dot_general.*", program)
+        # What looks for NaN multiplies by zero in the highest precision, whatever is asked for.
+        ours = [product for product in products if not product.endswith("tensor<3xf32>")]
+        assert len(ours) >= 6
+        expected = {"HIGHEST"} if name == "HIGHEST" else {name, "HIGHEST"}
+        found = {x for p in ours for x in re.findall(r"precision = \[(\w+), \w+\]", p)}
+        assert found and found <= expected, (precision, found)
