@@ -16,7 +16,10 @@ _PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-:root { color-scheme: light; --ink: #1c1e21; --soft: #5f6670; --line: #dfe3e8; --paper: #fff; }
+:root { color-scheme: light dark; --ink: light-dark(#1c1e21, #e8eaed);
+  --soft: light-dark(#5f6670, #a3abb5); --line: light-dark(#dfe3e8, #3a4048);
+  --paper: light-dark(#fff, #15181c); --mark: light-dark(#fde9dd, #6b3517);
+  --code: light-dark(#f5f6f8, #22262c); }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 17px/1.55 Charter, "Bitstream Charter", Cambria, Georgia, serif; }
@@ -45,12 +48,12 @@ td small { display: block; white-space: nowrap; }
 .settings div { display: flex; justify-content: space-between; gap: 1rem; break-inside: avoid;
   border-bottom: 1px solid var(--line); padding: .15rem 0; }
 .settings span:first-child { color: var(--soft); }
-.wrong { background: #fde9dd; }
+.wrong { background: var(--mark); }
 figure { margin: 1rem 0 2rem; }
-figure img { max-width: 100%; height: auto; display: block; }
+figure img { max-width: 100%; height: auto; display: block; background: #fff; }
 code, pre { font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-pre { background: #f5f6f8; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; }
-@media print { main { padding: 0; } }
+pre { background: var(--code); padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; }
+@media print { :root { color-scheme: light; } main { padding: 0; } }
 $style</style>
 </head>
 <body>

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.command_line import UsageError
-from experiments.translate import decode, train_step
+from experiments.translate import decode, looking, train_step
 from experiments.translate.config import Config
 from experiments.translate.model import Graph
 from experiments.translate.prepare import Run
@@ -70,6 +70,10 @@ class Placement:
         function = self._split(function, given, self._of_seeds)
         return jax.jit(function, in_shardings=given, out_shardings=self.replicated)
 
+    def looking(self, function: Any) -> Any:
+        """Compile a function of parameters and a few sentences that every device runs."""
+        return jax.jit(function, out_shardings=self.replicated)
+
     def _split(self, function: Any, given: Any, found: NamedSharding) -> Any:
         if self.axis is None:
             return function
@@ -100,6 +104,13 @@ class Placement:
     def fed_batches(self, compiled: Compiled) -> Compiled:
         """Return a compiled function of a state and batches that takes NumPy arrays."""
         return functools.partial(self._feed_batches, compiled) if self.several else compiled
+
+    def shown(self, compiled: Compiled) -> Compiled:
+        """Return a compiled function of parameters and a few sentences that takes NumPy arrays."""
+        return functools.partial(self._show, compiled) if self.several else compiled
+
+    def _show(self, compiled: Compiled, parameters: Any, *sides: np.ndarray) -> Any:
+        return compiled(parameters, *self.put(sides, self.replicated))
 
     def _feed(self, compiled: Compiled, parameters: Any, *sides: np.ndarray) -> Any:
         return compiled(parameters, *self.put(sides, self.sharded))
@@ -145,7 +156,8 @@ class Programs:
       force: reads given translations, by width (S, T).
       greedy: translates greedily, as validation does, by width S.
       search: translates as the configuration asks for, by width S.
-      batch_size: of all of them.
+      look: returns all weights of the sentences of `looking`; None where nothing is trained.
+      batch_size: of all the others.
       seconds: what compilation took.
     """
 
@@ -153,6 +165,7 @@ class Programs:
     force: Mapping[tuple[int, int], Compiled]
     greedy: Mapping[int, Compiled]
     search: Mapping[int, Compiled]
+    look: Compiled | None
     batch_size: int
     seconds: float
 
@@ -167,6 +180,7 @@ def compile_all(score: str, run: Run, state: State, *, evaluate: bool = True) ->
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
     train = placement.fed_batches(compiled.pop(("train", None)))
+    look = compiled.pop(("look", None), None)
     by_kind: dict[str, dict[Any, Compiled]] = {"force": {}, "greedy": {}, "search": {}}
     for (kind, width), program in compiled.items():
         by_kind[kind][width] = placement.fed(program)
@@ -175,6 +189,7 @@ def compile_all(score: str, run: Run, state: State, *, evaluate: bool = True) ->
         force=by_kind["force"],
         greedy=by_kind["greedy"],
         search=by_kind["search"] or by_kind["greedy"],
+        look=look and placement.shown(look),
         batch_size=run.config.batch_size,
         seconds=time.perf_counter() - start,
     )
@@ -201,6 +216,9 @@ def _lowered_evaluation(
     force = placement.decoding(functools.partial(decode.force, graph), sides=2)
     for width in run.task.widths:
         lowered["force", width] = force.lower(parameters, *(_tokens(size, n) for n in width))
+    look = placement.looking(functools.partial(looking.look, graph))
+    shown = looking.sentences(run.task)
+    lowered["look", None] = look.lower(parameters, *(_tokens(*x.shape) for x in shown[1:]))
     for kind, decoder in _decoders(graph, run.config, run.task.longest).items():
         program = placement.decoding(decoder)
         for length in {width[0] for width in run.task.widths}:
@@ -221,6 +239,7 @@ def compile_when_called(graph: Graph, config: Config, longest: int, batch_size: 
         force=_for_any_shape(functools.partial(decode.force, graph)),
         greedy=compiled["greedy"],
         search=compiled.get("search", compiled["greedy"]),
+        look=None,
         batch_size=batch_size,
         seconds=0.0,
     )

@@ -282,6 +282,13 @@ class Translator(nnx.Module):
         units = self._dropped(units, dropout_rng, 2, target.T.shape, where)
         return self.decoder.output(units), weights
 
+    def look(self, source: Array, target: Array) -> dict[str, Array]:
+        """Return the weights [B, 1, 1, T, S] when pairs are read; none without attention."""
+        if self.decoder.attention is None:
+            return {}
+        _, weights = self(source, target)
+        return {"cross-attention": weights.swapaxes(0, 1)[:, None, None]}
+
     def start(self, memory: Memory, longest: int) -> Carry:
         """Return the carry of the first step: arrays with a leading axis B."""
         del longest

@@ -54,6 +54,11 @@ class Run:
         """What training measures."""
         return Log(self.folder / "metrics.jsonl")
 
+    @property
+    def looks(self) -> Log:
+        """What translators look at after each validation."""
+        return Log(self.folder / "attention.jsonl")
+
     def checkpoints(self, score: str) -> Checkpoints:
         """Return the checkpoints of the translators of a score."""
         return Checkpoints(self.folder / "checkpoints" / score)

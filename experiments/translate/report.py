@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from attention_jax.diagnostics import Explorer
 from experiments import pages
 from experiments.translate import table
 from experiments.translate.config import OF_MODEL, Config
@@ -24,6 +25,8 @@ $comparison
 <h2>Learning curves</h2>
 <figure><img alt="Learning curves" src="$curves">
 <figcaption>On the validation set. $bands</figcaption></figure>
+
+$explorer
 
 <h2>Alignments</h2>
 <p class="soft">Attention weights of the translator of seed 0 while it reads the reference: rows are
@@ -53,6 +56,11 @@ _EXTRA = (
     ("chrf", "chrF", 1),
     ("alignment_error", "AER %", 1),
 )
+_EXPLORE = (
+    "Attention weights of sentences of the validation set while their references are read, after "
+    "each validation. Underlined words and framed cells are sure links of the gold alignment, if "
+    "there is one."
+)
 _LONG = "Sentences longer than any in training."
 _GOLD = (
     " Frames are gold links (dotted: possible links). These are the sentences of readable length "
@@ -61,7 +69,11 @@ _GOLD = (
 
 
 def write(
-    results: Record, outcomes: Sequence[Record], figures: Sequence[str], folder: Path
+    results: Record,
+    outcomes: Sequence[Record],
+    figures: Sequence[str],
+    folder: Path,
+    explorer: Explorer | None = None,
 ) -> Path:
     """Write the report and return its path."""
     scores = [outcome["score"] for outcome in outcomes]
@@ -77,6 +89,7 @@ def write(
         comparison=_comparison(results),
         curves=pages.inline(folder / "figures" / "learning_curves.svg"),
         bands=escape(_bands(results)),
+        explorer=_explored(explorer),
         gold=_GOLD if outcomes[0]["pictures"][0]["gold"] else "",
         alignments="".join(
             f'<figure><img alt="{name}" src="{pages.inline(folder / "figures" / f"{name}.svg")}">'
@@ -98,6 +111,12 @@ def write(
     title = " against ".join(scores[:2]) if len(scores) == 2 else ", ".join(scores)
     write_text(path, pages.page(title, body))
     return path
+
+
+def _explored(explorer: Explorer | None) -> str:
+    if explorer is None:
+        return ""
+    return f"<h2>Explore</h2>\n<p class='soft'>{_EXPLORE}</p>\n{explorer.fragment()}"
 
 
 def command(config: Record, program: str = "experiments.translate") -> str:

@@ -19,15 +19,14 @@ from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
 from experiments.translate import evaluate
 from experiments.translate.evaluate import Trained
+from experiments.translate.looking import pictured
 from experiments.translate.prepare import Run
 from experiments.translate.table import COMPARED
 from experiments.translate.train_step import count_parameters
 from experiments.translate.workdir import Record, is_first, unsealed, write_text
 
-# Numbers of sentences whose weights are drawn, and whose translations are shown.
-_PICTURED, _SAMPLED = 3, 6
-# Source lengths and largest target length of sentences that are drawn.
-_READABLE, _TALLEST = range(6, 15), 20
+# Number of sentences whose translations are shown.
+_SAMPLED = 6
 # Exact match in percent that counts as reached.
 _REACHED = 90.0
 
@@ -87,20 +86,6 @@ def speed(records: list[Record]) -> dict[str, Any]:
         "steps_to_90": [steps[at[0]] if len(at) else None for at in reached],
         "mean_exact_match": exact.mean(axis=0).tolist(),
     }
-
-
-def pictured(pairs: Sequence[Pair]) -> list[int]:
-    """Choose sentences to draw: of readable length, those with the most reordering."""
-
-    def crossings(pair: Pair) -> int:
-        order = [source for _, source in sorted((j, i) for i, j in pair.sure or ())]
-        return sum(a > b for n, a in enumerate(order) for b in order[n + 1 :])
-
-    def is_readable(pair: Pair) -> bool:
-        return len(pair.source) in _READABLE and len(pair.target) <= _TALLEST
-
-    readable = [i for i, pair in enumerate(pairs) if is_readable(pair)] or range(len(pairs))
-    return sorted(readable, key=lambda i: (-crossings(pairs[i]), i))[:_PICTURED]
 
 
 def _sample(pair: Pair, translation: tuple[str, ...]) -> Record:

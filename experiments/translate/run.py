@@ -10,8 +10,9 @@ from pathlib import Path
 
 import jax
 
+from attention_jax.diagnostics import Explorer
 from experiments.command_line import show, terminal
-from experiments.translate import figures, report, results, table, workdir
+from experiments.translate import figures, looking, report, results, table, workdir
 from experiments.translate.compile import Placement, check_divides
 from experiments.translate.config import Config
 from experiments.translate.data import save_tokenizer
@@ -71,10 +72,17 @@ def train_and_report(config: Config) -> Path:
         workdir.write_json(folder / "results.json", summary)
         log = {score: run.log.complete_records(score) for score in run.sizes}
         names = figures.draw_all(outcomes, log, folder / "figures")
-        path = report.write(summary, outcomes, names, folder)
+        path = report.write(summary, outcomes, names, folder, _explorer(run))
     table.show(run.console, summary)
     show(path.absolute())
     return path
+
+
+def _explorer(run: Run) -> Explorer | None:
+    """Return a page with what the translators look at, if that was kept."""
+    looks = {score: run.looks.records(score) for score in run.sizes}
+    pairs = looking.sentences(run.task).pairs
+    return looking.explorer(looks, pairs, run.config.model == "transformer")
 
 
 def _prepared(config: Config) -> Run:

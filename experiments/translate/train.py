@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from experiments import metrics
-from experiments.translate import evaluate
+from experiments.translate import evaluate, looking
 from experiments.translate.compile import Placement, Programs, compile_all
 from experiments.translate.evaluate import Trained
 from experiments.translate.log import ROUND
@@ -93,7 +93,8 @@ def train(score: str, run: Run) -> Trained:
     step, state = restored or (0, state)
     if step and is_first():
         run.log.complete_records(score, needed=[ROUND])
-    run.log.rewind(score, step)
+    for log in (run.log, run.looks):
+        log.rewind(score, step)
     with ProgressMeter(run.console, score, step, run.config.steps) as meter:
         programs = compile_all(score, run, state)
         meter.begin()
@@ -116,6 +117,7 @@ class _Trainer:
         self.score, self.run, self.placement = score, run, placement
         self.programs, self.meter = programs, meter
         self.checkpoints = run.checkpoints(score)
+        self.shown = looking.sentences(run.task)
         self.saved, self.saved_at = 0, time.monotonic()
 
     def train(self, step: int, state: State, arrays: Any) -> State:
@@ -170,6 +172,9 @@ class _Trainer:
         self._check_validation(step, losses)
         record = {"valid_loss": losses, "exact_match": exact}
         self.run.log.append({"score": self.score, "step": step, **record})
+        if self.programs.look:
+            weights = self.programs.look(state.parameters, *self.shown[1:])
+            self.run.looks.append(looking.record(self.score, step, weights))
         self.meter.evaluated(step, float(np.mean(losses)), float(np.mean(exact)), speed)
 
     def _save(self, step: int, state: State) -> None:

@@ -102,11 +102,9 @@ class TransformerTranslator(nnx.Module):
         alignment (Garg et al. 2019, section 4.1).
         """
         self._drop_by(dropout_rng)
-        begin = jnp.full_like(target[:, :1], BOS)
-        previous = jnp.concatenate([begin, target[:, :-1]], axis=1)
         written, weights = self.model.write(
             source,
-            previous,
+            _shifted(target),
             Lengths(_lengths(source)),
             deterministic=dropout_rng is None,
             return_weights=True,
@@ -114,6 +112,19 @@ class TransformerTranslator(nnx.Module):
         looked = weights[max(self.layers - 2, 0)].cross_attention.mean(axis=1)
         written = rows_at(written.swapaxes(0, 1), where)
         return self.model.target.attend(written), looked.swapaxes(0, 1)
+
+    def look(self, source: Array, target: Array) -> dict[str, Array]:
+        """Return the weights [B, L, N, queries, keys] of every attention when pairs are read."""
+        self._drop_by(None)
+        mask, weighed = Lengths(_lengths(source)), {"deterministic": True, "return_weights": True}
+        _, encoder = self.model.encode(source, mask, **weighed)
+        _, decoder = self.model.write(source, _shifted(target), mask, **weighed)
+        every = {
+            "cross-attention": [layer.cross_attention for layer in decoder],
+            "encoder": [layer.attention for layer in encoder],
+            "decoder": [layer.attention for layer in decoder],
+        }
+        return {name: jnp.stack(weights, axis=1) for name, weights in every.items()}
 
     def start(self, memory: Memory, longest: int) -> Any:
         """Return the carry of the first step: arrays with a leading axis B."""
@@ -133,6 +144,12 @@ class TransformerTranslator(nnx.Module):
         for number, layer in enumerate(layers):
             own = None if rng is None else jax.random.fold_in(rng, number)
             layer.rngs = nnx.data(None if own is None else nnx.RngStream(own, tag="dropout"))
+
+
+def _shifted(target: Array) -> Array:
+    """Return the word before each of the target's [B, T]."""
+    begin = jnp.full_like(target[:, :1], BOS)
+    return jnp.concatenate([begin, target[:, :-1]], axis=1)
 
 
 def _lengths(tokens: Array) -> Array:

@@ -10,8 +10,9 @@ from experiments.metrics import CLASSES
 from experiments.significance import holm, sign_flip_p_value
 from experiments.translate import report, results
 from experiments.translate.config import Config
+from experiments.translate.looking import pictured
 from experiments.translate.prepare import Run
-from experiments.translate.results import pictured, speed
+from experiments.translate.results import speed
 
 HIGH = [90.0, 91.0, 92.0, 90.0, 91.0, 92.0, 93.0, 90.0]
 LOW = [40.0, 42.0, 41.0, 44.0, 40.0, 41.0, 42.0, 45.0]

@@ -182,6 +182,8 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(done, tmp_path)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
 
     assert records(folder) == records(uninterrupted)
+    looks = [(run / "attention.jsonl").read_text("utf-8") for run in (folder, uninterrupted)]
+    assert looks[0] == looks[1] and looks[0].count("\n") == STEPS // 1000
     ours, theirs = parameters(folder, STEPS), parameters(uninterrupted, STEPS)
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():

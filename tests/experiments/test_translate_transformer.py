@@ -77,6 +77,24 @@ def test_weights_are_those_of_the_source(translate):
 
 
 @pytest.mark.slow
+def test_all_weights_can_be_looked_at(additive, translate):
+    graph, parameters = additive
+    looked = quick(lambda p: nnx.merge(graph, p).look(SOURCE, TARGET))(parameters)
+    shapes = {name: weights.shape for name, weights in looked.items()}
+    assert shapes == {
+        "cross-attention": (2, 2, 2, 4, 5),
+        "encoder": (2, 2, 2, 5, 5),
+        "decoder": (2, 2, 2, 4, 4),
+    }
+    _, weights = translate(SOURCE, TARGET)
+    mean = looked["cross-attention"][:, 0].mean(axis=1).swapaxes(0, 1)
+    np.testing.assert_allclose(mean, weights, atol=1e-6)
+    np.testing.assert_allclose(looked["encoder"].sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(looked["encoder"][1, ..., 3:], 0.0)
+    np.testing.assert_array_equal(np.triu(looked["decoder"], 1), 0.0)
+
+
+@pytest.mark.slow
 def test_no_word_sees_itself_or_a_later_one():
     graph, parameters = drawn("additive", SIZES._replace(layers=1))
     translate = functools.partial(forward(graph), parameters)
