@@ -1,7 +1,6 @@
 """Training on several devices is training on one, within rounding."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.translate.compile import num_devices
+from tests.experiments.kills import quick
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def test_eight_devices_train_as_one_does(tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", "experiments.translate", *FLAGS, f"--workdir={folder}"],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env={**quick(), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
             check=False,
