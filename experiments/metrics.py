@@ -6,10 +6,12 @@ Hypotheses and references are tuples of words. References are the words of the t
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import regex
 
 from attention_jax.diagnostics import AlignmentQuality, quality_of_counts
 from experiments.data.corpus import Links, Pair, pharaoh
@@ -23,14 +25,26 @@ __all__ = [
     "bleu",
     "by_class",
     "chrf",
+    "chrf_plus_plus",
     "exact_match",
     "links",
     "pharaoh",
     "signatures",
     "token_accuracy",
+    "tokenizer_notice",
+    "tokenizer_of",
 ]
 
 CLASSES = ("sure_found", "possible_found", "links_wrong")
+
+_LETTER = regex.compile(r"\p{L}")
+_SCRIPTS = {
+    "kana": regex.compile(r"[\p{Hiragana}\p{Katakana}]"),
+    "han": regex.compile(r"\p{Han}"),
+    "unspaced": regex.compile(r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"),
+}
+# What sacrebleu's tokenizer of Japanese imports.
+_MECAB = ("MeCab", "ipadic")
 
 Sentences = Sequence[Sequence[str]]
 
@@ -73,11 +87,43 @@ def token_accuracy(hypotheses: Sentences, references: Sentences) -> float:
     return right / max(1, sum(max(len(h), len(r)) for h, r in pairs))
 
 
+def tokenizer_of(references: Sentences) -> str:
+    """The tokenizer of sacrebleu for the language of a text, by its script.
+
+    `zh` for Chinese, `ja-mecab` for Japanese (`char` where MeCab is not installed), `char` for
+    other scripts without spaces between words, and `13a`, the default, for all others.
+
+    >>> tokenizer_of([("我", "喜欢", "猫")]), tokenizer_of([("ein", "Hund")])
+    ('zh', '13a')
+    """
+    text = "".join(word for words in references for word in words)
+    letters = len(_LETTER.findall(text)) or 1
+    share = {name: len(of.findall(text)) / letters for name, of in _SCRIPTS.items()}
+    # Japanese has Chinese characters too, and other texts may quote a few of either.
+    if share["kana"] > 0.1:
+        return "ja-mecab" if all(map(importlib.util.find_spec, _MECAB)) else "char"
+    if share["han"] > 0.5:
+        return "zh"
+    return "char" if share["unspaced"] > 0.5 else "13a"
+
+
+def tokenizer_notice(references: Sentences) -> str | None:
+    """A sentence on the tokenizer of BLEU, where it is not the default."""
+    name = tokenizer_of(references)
+    if name == "13a":
+        return None
+    notice = f"BLEU counts tokens of sacrebleu's tokenizer {name}"
+    if name == "char" and any(_SCRIPTS["kana"].search(w) for words in references for w in words):
+        notice += "; for ja-mecab, which papers use for Japanese, install sacrebleu[ja]"
+    return f"{notice}."
+
+
 def bleu(hypotheses: Sentences, references: Sentences) -> Score:
-    """Corpus BLEU of the detokenised text (Papineni et al. 2002; Post 2018)."""
+    """Corpus BLEU of the detokenised text (Papineni et al. 2002; Post 2018); see `tokenizer_of`."""
     from sacrebleu.metrics.bleu import BLEU
 
-    return _corpus_score("bleu", BLEU(), hypotheses, references)
+    measure = BLEU(tokenize=tokenizer_of(references))
+    return _corpus_score("bleu", measure, hypotheses, references)
 
 
 def chrf(hypotheses: Sentences, references: Sentences) -> Score:
@@ -87,17 +133,28 @@ def chrf(hypotheses: Sentences, references: Sentences) -> Score:
     return _corpus_score("chrf", CHRF(), hypotheses, references)
 
 
-def signatures(lowercased: bool = False) -> dict[str, str]:
+def chrf_plus_plus(hypotheses: Sentences, references: Sentences) -> Score:
+    """Corpus chrF2++ of the detokenised text, with pairs of words (Popović 2017)."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    return _corpus_score("chrf_plus_plus", CHRF(word_order=2), hypotheses, references)
+
+
+def signatures(references: Sentences = (), lowercased: bool = False) -> dict[str, str]:
     """What sacrebleu calls the settings of `bleu` and of `chrf`.
 
     Args:
+      references: the text, whose language decides on the tokenizer.
       lowercased: whether all words were lower-cased before they were compared; scores are then
         those that sacrebleu gives without regard to case, and say so.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    measures = {"bleu": BLEU(lowercase=lowercased), "chrf": CHRF(lowercase=lowercased)}
+    measures = {
+        "bleu": BLEU(lowercase=lowercased, tokenize=tokenizer_of(references)),
+        "chrf": CHRF(lowercase=lowercased),
+    }
     word = [("a",)]
     return {
         name: _corpus_score(name, measure, word, word).signature

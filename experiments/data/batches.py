@@ -7,7 +7,7 @@ the step and the seed, so that a resumed run sees exactly what an uninterrupted 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def bucket(
     """
     if not pairs:
         raise DataError("There are no pairs to put into batches; give at least one.")
-    lengths = np.array([(len(p.source) + 1, len(p.target) + 1) for p in pairs])
+    lengths = encoded_lengths(pairs, source_vocabulary, target_vocabulary)
     if widths is None:
         widths = choose_widths(lengths, num_buckets, minimum=batch_size)
     elif (lengths > np.array(widths).max(axis=0)[None, :]).any():
@@ -109,6 +109,16 @@ def bucket(
             targets = pad([target_vocabulary.encode(p.target) for p in held], target_width)
             members.append(Bucket(sources, targets, index))
     return Buckets(tuple(members))
+
+
+def encoded_lengths(
+    pairs: Iterable[Pair], source_vocabulary: Vocabulary, target_vocabulary: Vocabulary
+) -> np.ndarray:
+    """[n, 2]: the integers of both sides of each pair, EOS included."""
+    sides = (
+        (source_vocabulary.counts(p.source), target_vocabulary.counts(p.target)) for p in pairs
+    )
+    return np.array([(sum(source) + 1, sum(target) + 1) for source, target in sides])
 
 
 def pad(sequences: Sequence[list[int]], width: int) -> np.ndarray:

@@ -167,7 +167,7 @@ def assemble(
                 f"{name}: no word occurs min_count={min_count} times in the "
                 f"{len(corpus.train)} training pairs; set a smaller min_count."
             )
-    told += _overlap(corpus) + _unknown(corpus)
+    told += _overlap(corpus) + unknown_words(corpus)
     return replace(corpus, notices=tuple(told))
 
 
@@ -235,8 +235,8 @@ def _overlap(corpus: Corpus) -> list[str]:
     return found
 
 
-def _unknown(corpus: Corpus) -> list[str]:
-    """The share of <unk> in training and test."""
+def unknown_words(corpus: Corpus) -> list[str]:
+    """A sentence on the share of <unk> in training and test, if there is any."""
 
     def share(pairs: tuple[Pair, ...], side: str, vocabulary: Vocabulary) -> float:
         tokens = [word for pair in pairs for word in getattr(pair, side)]

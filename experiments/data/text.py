@@ -34,6 +34,11 @@ _INVISIBLE = re.compile("[\u00ad\u200e\u200f\u2060\ufeff]")
 _BLANK = re.compile("[\x00-\x1f\x7f-\x9f\u200b]")
 
 _CLOSING = regex.compile(r"[.,;:!?%)\]}…”’]+|n['’]t|" + _SUFFIX, regex.IGNORECASE)
+# Scripts without spaces between words, and their punctuation.
+_UNSPACED = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+    r"\u3001-\u303f\u30fb\u30fc\uff01-\uffef]"
+)
 _OPENING = frozenset("([{„‚¿¡$£€#")
 _TOGGLING = {'"': '"', "'": "'", "«": "«»", "»": "«»"}
 _AMBIGUOUS = {"“": "„", "‘": "‚"}  # they open in English, and close what these opened in German
@@ -133,6 +138,8 @@ def cut(text: str, at_spaces: bool, lowercase: bool) -> tuple[str, ...]:
 def detokenize(tokens: Iterable[str]) -> str:
     r"""Tokens as a line of text, punctuation and contractions joined to their words.
 
+    Scripts that have no spaces between words, such as Japanese and Thai, get none.
+
     >>> print(detokenize(tokenize('She said: "I don\'t know (yet)."')))
     She said: "I don't know (yet)."
     """
@@ -150,6 +157,11 @@ def detokenize(tokens: Iterable[str]) -> str:
             opened ^= {kind}
         elif opens:
             opened.add(token)
-        text += token if glued or closes else f" {token}"
+        joined = glued or closes or (_is_unspaced(text[-1:]) and _is_unspaced(token[:1]))
+        text += token if joined else f" {token}"
         glued = opens
     return text
+
+
+def _is_unspaced(character: str) -> bool:
+    return bool(_UNSPACED.fullmatch(character))

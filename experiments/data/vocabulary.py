@@ -64,6 +64,14 @@ class Vocabulary:
         """The integers of ``tokens``; no BOS or EOS is added."""
         return [self._ids.get(token, UNK) for token in tokens]
 
+    def counts(self, tokens: Iterable[str]) -> list[int]:
+        """The number of integers of each token."""
+        return [1 for _ in tokens]
+
+    def pieces(self, tokens: Iterable[str]) -> list[str]:
+        """The text of each integer of ``tokens``."""
+        return list(tokens)
+
     def decode(self, ids: Iterable[int]) -> tuple[str, ...]:
         """The words up to the first EOS; any other special symbol is shown, not hidden."""
         words = []

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from experiments import processes
 from experiments.command_line import UsageError
 from experiments.data.load import GENERATED
+from experiments.data.subwords import KINDS as SUBWORDS
 
 SCORES = (
     "additive",
@@ -127,6 +128,12 @@ class Config:
     )
     min_count: int = _data(2, "Words of the files seen less often are read as <unk>.", POSITIVE)
     max_vocabulary: int = _data(10_000, "Most frequent words kept on each side.", POSITIVE)
+    subwords: str = _data(
+        "none",
+        "Cut words into pieces, at most --max_vocabulary on each side, learnt from the training "
+        "pairs: bpe, unigram, characters, or none. Alignments and metrics are of words.",
+        one_of(*SUBWORDS),
+    )
     lowercase: bool = _data(True, "Lower-case the text of files.")
     data_seed: int = _data(0, "Seed of the generator and of splitting.", NOT_NEGATIVE)
 
@@ -257,6 +264,11 @@ class Config:
         return _largest_divisor(math.gcd(self.steps, self.evaluate_every), _LONGEST_ROUND)
 
     @property
+    def has_subwords(self) -> bool:
+        """Whether words are cut into pieces."""
+        return self.subwords != "none"
+
+    @property
     def key(self) -> str:
         """Eight hexadecimal digits that name the run."""
         return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
@@ -326,6 +338,8 @@ class Config:
         if self.mode != "train" or self.data not in GENERATED:
             return
         for name in _OF_FILES:
+            if name == "max_vocabulary" and self.has_subwords:
+                continue
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UsageError(
                     f"--{name} is for data in files, and {self.data} is generated; leave it out."

@@ -13,10 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import metrics
 from experiments.command_line import UsageError
 from experiments.data import DataError, Sizes, load
-from experiments.data.batches import Buckets, bucket, choose_widths, rounded_up, schedule
+from experiments.data.batches import (
+    Buckets,
+    bucket,
+    choose_widths,
+    encoded_lengths,
+    rounded_up,
+    schedule,
+)
 from experiments.data.corpus import Corpus, Pair
+from experiments.data.subwords import pooled, vocabulary_of, with_subwords
 from experiments.data.text import cut, detokenize
 from experiments.data.vocabulary import PAD, Vocabulary
 from experiments.translate.config import Config
@@ -41,6 +50,13 @@ class Examples(NamedTuple):
     buckets: Buckets
     corpus: Corpus
 
+    def weights_of_words(self, number: int, weights: np.ndarray) -> np.ndarray:
+        """Return the weights [words + 1, words + 1] of a pair, from those of its rows."""
+        pair = self.pairs[number]
+        target = self.corpus.target_vocabulary.counts(pair.target)
+        source = self.corpus.source_vocabulary.counts(pair.source)
+        return pooled(weights, target, source)[: len(target) + 1, : len(source) + 1]
+
 
 def bucketed(
     sets: Mapping[str, Sequence[Pair]], corpus: Corpus, batch_size: int, multiple: int = 1
@@ -50,9 +66,8 @@ def bucketed(
     Each width is a multiple of `multiple`, so that later sets need no new compilation.
     """
     vocabularies = corpus.source_vocabulary, corpus.target_vocabulary
-    lengths = np.array(
-        [(len(p.source) + 1, len(p.target) + 1) for pairs in sets.values() for p in pairs]
-    )
+    every = [pair for pairs in sets.values() for pair in pairs]
+    lengths = encoded_lengths(every, *vocabularies)
     chosen = choose_widths(lengths, _EVALUATION_WIDTHS)
     widths = tuple((rounded_up(s, multiple), rounded_up(t, multiple)) for s, t in chosen)
     found = {}
@@ -135,10 +150,12 @@ def load_task(config: Config) -> Task:
             sizes=Sizes(config.train_size, config.valid_size, config.test_size),
             seed=config.data_seed,
             max_length=config.max_length,
-            min_count=config.min_count,
+            min_count=1 if config.has_subwords else config.min_count,
             max_vocabulary=config.max_vocabulary,
             lowercase=config.lowercase,
         )
+        if config.has_subwords:
+            corpus = with_subwords(corpus, config.subwords, config.max_vocabulary)
         training = bucket(
             corpus.train,
             corpus.source_vocabulary,
@@ -152,6 +169,8 @@ def load_task(config: Config) -> Task:
         ]
     except DataError as error:
         raise UsageError(str(error)) from None
+    notice = metrics.tokenizer_notice([pair.target for pair in corpus.test])
+    corpus = dataclasses.replace(corpus, notices=(*corpus.notices, *filter(None, [notice])))
     order = schedules[0].bucket
     rows = np.stack([of_seed.rows for of_seed in schedules], axis=1)
     words = [(b.target != PAD).sum(1) for b in training.members]
@@ -277,7 +296,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     record = read_json(folder / _VOCABULARIES, folder, _WRITTEN_ANEW)
     try:
-        sides = {side: Vocabulary(record[side]) for side in ("source", "target")}
+        sides = {side: vocabulary_of(record[side]) for side in ("source", "target")}
         return Tokenizer(**{**record, **sides})
     except (KeyError, TypeError, ValueError):
         raise UsageError(f"{folder / _VOCABULARIES} is damaged; {_WRITTEN_ANEW}") from None

@@ -109,8 +109,9 @@ def attended(trained: Trained, examples: Examples) -> tuple[list[list[Links]], l
             pair = examples.pairs[position]
             lengths = len(pair.source), len(pair.target)
             for seed, array in enumerate(arrays if pair.sure is not None else ()):
-                links[seed][position] = metrics.links(array[row], *lengths)
-            weights[position] = arrays[0, row, : lengths[1] + 1, : lengths[0] + 1]
+                of_words = examples.weights_of_words(position, array[row])
+                links[seed][position] = metrics.links(of_words, *lengths)
+            weights[position] = examples.weights_of_words(position, arrays[0, row])
     return links, weights
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from attention_jax.diagnostics import Explorer, View
 from experiments.data.batches import pad
-from experiments.data.corpus import Pair
+from experiments.data.corpus import Corpus, Pair
 from experiments.translate.data import Task
 from experiments.translate.model import Graph
 from experiments.translate.workdir import Record
@@ -36,7 +36,10 @@ _WEIGHTS, _KIND = "weights", "float16"
 
 
 class Sentences(NamedTuple):
-    """Pairs whose weights are kept, as words and as rows, source [B, S] and target [B, T]."""
+    """Pairs whose weights are kept, as rows, source [B, S] and target [B, T].
+
+    The words of the pairs are tokens of the rows: subwords, which then have no gold alignment.
+    """
 
     pairs: Sequence[Pair]
     source: np.ndarray
@@ -60,15 +63,20 @@ def pictured(pairs: Sequence[Pair]) -> list[int]:
 def sentences(task: Task) -> Sentences:
     """Return the sentences of the validation set whose weights are kept."""
     valid, corpus = task.sets["valid"].pairs, task.corpus
-    pairs = [valid[number] for number in pictured(valid)]
-    sides = [
-        [vocabulary.encode(words) for words in of_side]
-        for vocabulary, of_side in (
-            (corpus.source_vocabulary, [pair.source for pair in pairs]),
-            (corpus.target_vocabulary, [pair.target for pair in pairs]),
-        )
-    ]
-    return Sentences(pairs, *(pad(rows, max(map(len, rows)) + 1) for rows in sides))
+    chosen = [valid[number] for number in pictured(valid)]
+    rows = (
+        [corpus.source_vocabulary.encode(pair.source) for pair in chosen],
+        [corpus.target_vocabulary.encode(pair.target) for pair in chosen],
+    )
+    pairs = [_as_tokens(pair, corpus) for pair in chosen]
+    return Sentences(pairs, *(pad(side, max(map(len, side)) + 1) for side in rows))
+
+
+def _as_tokens(pair: Pair, corpus: Corpus) -> Pair:
+    source = tuple(corpus.source_vocabulary.pieces(pair.source))
+    target = tuple(corpus.target_vocabulary.pieces(pair.target))
+    same = len(source) == len(pair.source) and len(target) == len(pair.target)
+    return Pair(source, target, *((pair.sure, pair.possible) if same else ()))
 
 
 def look(graph: Graph, parameters: Any, source: Array, target: Array) -> dict[str, Array]:

@@ -128,20 +128,22 @@ def summarize(run: Run, outcomes: Sequence[Record], environment: Record) -> Reco
             "target_words": len(corpus.target_vocabulary),
             "notices": list(corpus.notices),
         },
-        "signatures": signatures(config.lowercase, corpus.at_spaces),
+        "signatures": signatures(run.task.sets["test"].pairs, config.lowercase, corpus.at_spaces),
         "mechanisms": mechanisms,
         "comparisons": _comparisons(mechanisms) if len(mechanisms) > 1 else [],
     }
 
 
-def signatures(lowercase: bool, at_spaces: bool) -> dict[str, str]:
+def signatures(pairs: Sequence[Pair], lowercase: bool, at_spaces: bool) -> dict[str, str]:
     """Return sacrebleu's signatures for text of a run, which tokenizes all sets alike.
 
     Args:
+      pairs: the references.
       lowercase: as the run has it.
       at_spaces: whether its corpus was split at spaces only, and so not lower-cased.
     """
-    return metrics.signatures(lowercased=lowercase and not at_spaces)
+    references = [pair.target for pair in pairs]
+    return metrics.signatures(references, lowercased=lowercase and not at_spaces)
 
 
 def measured(outcome: Record) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def describe(run: Run) -> None:
     pairs |= {name: len(examples.pairs) for name, examples in run.task.sets.items()}
     lines = [
         f"{corpus.name}: {', '.join(f'{count:,} {name}' for name, count in pairs.items())} pairs, "
-        f"{len(corpus.source_vocabulary):,} and {len(corpus.target_vocabulary):,} words",
+        f"{len(corpus.source_vocabulary):,} and {len(corpus.target_vocabulary):,} "
+        f"{'subwords' if run.config.has_subwords else 'words'}",
         *corpus.notices,
         f"parameters: {parameters}",
         f"folder: {run.folder}",

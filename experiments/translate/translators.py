@@ -56,13 +56,13 @@ class Translators(NamedTuple):
     compiled: dict[tuple[int, int], Programs]
 
     def limit(self, sentence: Words) -> int:
-        """Return the number of words after which the translation of a sentence is cut off.
+        """Return the number of tokens after which the translation of a sentence is cut off.
 
         It is that of training, doubled until it is 1.5 times the length of the sentence: it
         depends on the sentence alone, and has few values, each of which is compiled.
         """
         limit = self.tokenizer.longest
-        while limit < 3 * len(sentence) // 2:
+        while limit < 3 * sum(self.tokenizer.source.counts(sentence)) // 2:
             limit *= 2
         return limit
 

@@ -57,7 +57,7 @@ def _evaluate(config: Config) -> None:
         found = translators.evaluated(functools.partial(evaluate, translators.score), pairs)
         records.append({"score": translators.score, "step": translators.step, **found.measured})
     tokenizer = loaded[0].tokenizer
-    signatures = results.signatures(tokenizer.lowercase, tokenizer.at_spaces)
+    signatures = results.signatures(pairs, tokenizer.lowercase, tokenizer.at_spaces)
     about = {"set": name, "pairs": len(pairs), "signatures": signatures}
     show(report_evaluation(config, about, records).absolute())
 

@@ -51,7 +51,9 @@ def run_sweep(sweep: Sweep) -> None:
         summary = results.summarize(sweep, records)
         summary |= {
             "environment": json.loads((folder / "config.json").read_text("utf-8"))["environment"],
-            "signatures": run_results.signatures(sweep.base.lowercase, task.corpus.at_spaces),
+            "signatures": run_results.signatures(
+                task.sets["test"].pairs, sweep.base.lowercase, task.corpus.at_spaces
+            ),
             "pairs": {name: len(of_set.pairs) for name, of_set in task.sets.items()},
         }
         others = table.other_rows(folder, records)

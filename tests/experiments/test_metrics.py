@@ -1,5 +1,6 @@
 """Metrics against hand-computed values and sacrebleu on plain text."""
 
+import importlib.util
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.data import Pair, Sizes, load
+from experiments.data.text import detokenize
 from experiments.metrics import (
     alignment_quality,
     bleu,
@@ -18,6 +20,8 @@ from experiments.metrics import (
     pharaoh,
     signatures,
     token_accuracy,
+    tokenizer_notice,
+    tokenizer_of,
 )
 
 LINKS = st.frozensets(st.tuples(st.integers(0, 4), st.integers(0, 4)))
@@ -70,6 +74,38 @@ def test_bleu_and_chrf_are_sacrebleu_on_the_text():
     perfect = [("a", "b", "c", "d", "e")]
     assert bleu(perfect, perfect).value == pytest.approx(100)
     assert bleu([()], perfect).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("references", "tokenizer"),
+    [
+        ([("ein", "Hund", "猫")], "13a"),
+        ([("我", "喜欢", "猫", "。"), ("vs", ".")], "zh"),
+        ([("ฉันชอบแมว",)], "char"),
+        ([("고양이를", "좋아해요")], "13a"),
+        ([()], "13a"),
+        ([("123", "!")], "13a"),
+    ],
+)
+def test_bleu_takes_the_tokenizer_of_the_language(references, tokenizer):
+    assert tokenizer_of(references) == tokenizer
+    texts = [detokenize(words) for words in references]
+    found = bleu(references, references)
+    expected = sacrebleu.corpus_bleu(texts, [texts], tokenize=tokenizer).score
+    assert found.value == expected and f"tok:{tokenizer}" in found.signature
+    assert signatures(references)["bleu"] == found.signature
+    notice = tokenizer_notice(references)
+    assert notice is None if tokenizer == "13a" else tokenizer in str(notice)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_japanese_is_cut_by_mecab_where_it_is_installed(installed, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    references = [("私は猫が好きです", "。")]
+    assert tokenizer_of(references) == ("ja-mecab" if installed else "char")
+    notice = str(tokenizer_notice(references))
+    assert ("install sacrebleu[ja]" in notice) is not installed
+    assert ("ja-mecab." in notice) is installed
 
 
 def test_links_take_the_argmax_and_leave_out_eos_and_padding():
