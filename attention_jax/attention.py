@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from attention_jax import masks
 from attention_jax.base.binding import BiasLike, PerHead
@@ -15,6 +16,7 @@ from attention_jax.implementations.choice import IMPLEMENTATIONS
 from attention_jax.implementations.dense import dense
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.lifting import lift
+from attention_jax.implementations.pallas.attending import pallas
 from attention_jax.implementations.tiled import tiled
 from attention_jax.masks import as_mask
 from attention_jax.normalizers import softmax
@@ -62,9 +64,10 @@ def attend(
       dropout_key: a `jax.random` key; which pairs are dropped depends on it, on example, head
         and position alone, whatever the implementation.
       implementation: "dense" holds all T x S weights; "tiled" never does, in memory linear in T
-        and S, with every derivative; "cudnn" is NVIDIA's kernel, for plain dot products in half
-        precision. A name is done or refused; None takes "dense" where weights are asked for or
-        all pairs fit in one tile, "cudnn" where it applies, and else "tiled".
+        and S, with every derivative; "pallas" does so by kernels generated for TPU and GPU;
+        "cudnn" is NVIDIA's kernel, for plain dot products in half precision. A name is done or
+        refused; None takes "dense" where weights are asked for or all pairs fit in one tile,
+        "cudnn" where it applies, and else "tiled".
       tile_sizes: queries and keys a tile; None chooses from shapes, mask and device.
       return_weights: also return the weights [B, N, T, S], after dropout.
       return_logsumexp: also return the log of the softmax normalizer, [B, T, N], in float32 or
@@ -155,18 +158,24 @@ def _attended(request: Request, spread: bool | None) -> Attended:
     name = choice.choose(request)
     if name == "cudnn":
         return Attended(cudnn.attend(request))
-    given = operands(request, as_given=name == "tiled")
+    given = operands(request, as_given=name in ("tiled", "pallas"))
     of_head, sequential = functools.partial(dense, with_logsumexp=request.return_logsumexp), ""
     if name == "tiled":
         of_head = functools.partial(tiled, plan=choice.plan_for(request), products=request.products)
         sequential = choice.sequential_axes(given["mask"].axes)
+    elif name == "pallas":
+        plan = choice.plan_for(request, name=name)
+        of_head = functools.partial(pallas, plan=plan, products=request.products)
     wanted = request.return_weights, request.return_logsumexp
     one_head = functools.partial(_one_head, of_head, given, wanted)
     axes = [letters for operand in given.values() for letters in operand.axes]
     letters: Any = [x.replace("N", heads(request)) for x in ("BTN", "BN", "BTN")]
     letters = Attended(*letters)
     lifted = lift(one_head, axes, letters, f"B{heads(request)}", sequential, SAVED, spread)
-    attended = lifted(*(leaf for operand in given.values() for leaf in operand.leaves))
+    leaves = [leaf for operand in given.values() for leaf in operand.leaves]
+    if name == "pallas":  # vectorised, NumPy's arrays would be constants of its derivatives
+        leaves = [jnp.asarray(leaf) for leaf in leaves]
+    attended = lifted(*leaves)
     context, weights, logsumexp = jax.tree.map(
         functools.partial(_ungrouped, request),
         attended,

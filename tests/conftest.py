@@ -22,9 +22,10 @@ def x64():
         yield
 
 
-# Tiles small enough that even the shortest sequences have several; cuDNN is tested on a GPU.
+# Tiles small enough that even the shortest sequences have several; kernels have
+# no float64: cuDNN is tested on a GPU, and pallas in tests/implementations/test_pallas.py.
 OPTIONS = {"tiled": {"tile_sizes": (2, 3)}}
-PORTABLE = [name for name in attention.IMPLEMENTATIONS if name != "cudnn"]
+PORTABLE = [name for name in attention.IMPLEMENTATIONS if name not in ("pallas", "cudnn")]
 
 
 @pytest.fixture(params=PORTABLE)

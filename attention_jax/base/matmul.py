@@ -87,6 +87,11 @@ def times_transpose(a: Array, b: Array, products: Products | None = None) -> Arr
     return _multiply(a, b, "nt", products)
 
 
+def transpose_times(a: Array, b: Array, products: Products | None = None) -> Array:
+    """Return A^T B for A [k, m] and B [k, n]; None as for `times`."""
+    return _multiply(a, b, "tn", products)
+
+
 def _multiply(a: Array, b: Array, kind: str, products: Products | None) -> Array:
     """Bind the primitive; under `shard_map` both sides must vary over the same mesh axes.
 

@@ -2,5 +2,6 @@
 
 from attention_jax.implementations.head import Attended
 from attention_jax.implementations.merging import merge
+from attention_jax.implementations.pallas.primitive import interpreted
 
-__all__ = ["Attended", "merge"]
+__all__ = ["Attended", "interpreted", "merge"]

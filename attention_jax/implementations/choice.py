@@ -12,9 +12,10 @@ from attention_jax.implementations import cudnn
 from attention_jax.implementations.tiles import TOGETHER_PAIRS, Plan, make_plan
 from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
+from attention_jax.normalizers import Elementwise, LogSum
 from attention_jax.request import Request
 
-IMPLEMENTATIONS = ("dense", "tiled", "cudnn")
+IMPLEMENTATIONS = ("dense", "tiled", "pallas", "cudnn")
 
 DENSE_PAIRS = 256 * 256
 """At and below this many pairs T x S of a head, None picks "dense": the whole plane is one tile."""
@@ -25,6 +26,9 @@ CANDIDATES = {
 }
 """Queries and keys of a tile to choose from. On CPU a 512 x 512 tile of float32 fills the level-2
 cache."""
+
+KERNEL_TILES = {"tpu": (512, 512), "gpu": (64, 64), "cpu": (128, 128)}
+"""Queries and keys of a tile of a kernel; traced on a CPU, one that suits both accelerators."""
 
 VISIT_PAIRS = 95_000
 """The cost of visiting a tile beyond that of its pairs, in pairs (fitted on a 2-core CPU)."""
@@ -92,20 +96,40 @@ def lacks(name: str, request: Request) -> str | None:
     """Say what an implementation cannot do of what is asked, or None if it can do all of it."""
     if name == "cudnn":
         return cudnn.lacks(request)
-    if name == "tiled" and request.return_weights:
+    if name == "dense":
+        return None
+    if request.return_weights:
         return "never holds the weights; use implementation='dense' to look at them."
-    if name == "tiled" and request.streaming is None:
+    if request.streaming is None:
         return (
             f"cannot stream {request.normalizer_name}, which needs a whole row of logits; use "
             "implementation='dense'."
         )
+    if name == "pallas" and not isinstance(request.streaming, LogSum | Elementwise):
+        return (
+            f"computes {request.normalizer_name} in no single pass over the keys; use "
+            "implementation='tiled'."
+        )
+    if name == "pallas" and request.dtype == np.float64:
+        return (
+            "computes in float32, got float64; give float32, bfloat16 or float16, or use "
+            "implementation='tiled'."
+        )
     return None
 
 
-def plan_for(request: Request, platform: str | None = None) -> Plan:
-    """Return the tiles to visit: of the size that is asked for, or for which they cost least."""
+def plan_for(request: Request, platform: str | None = None, name: str = "tiled") -> Plan:
+    """Return the tiles to visit: of the size that is asked for, or for which they cost least.
+
+    Those of kernels lie on a grid, and may stick out.
+    """
     mask, is_static = known_mask(request.mask, request.sizes)
     pairs = max(request.sizes["T"], 1), max(request.sizes["S"], 1)
+    if name == "pallas":
+        tile = request.tile_sizes or KERNEL_TILES.get(
+            platform or jax.default_backend(), KERNEL_TILES["cpu"]
+        )
+        return make_plan(mask, pairs, tile, is_static, on_grid=True)
     if request.tile_sizes is not None:
         return make_plan(mask, pairs, clipped(request.tile_sizes, pairs), is_static)
     return _cheapest_plan(mask, pairs, is_static, platform or jax.default_backend())
@@ -154,7 +178,7 @@ def describe(request: Request) -> Choice:
         plan = plan_for(dataclasses.replace(request, tile_sizes=whole))
         visited = grid = 1 if all(request.pairs) else 0
     else:
-        plan = plan_for(request)
+        plan = plan_for(request, name=name)
         visited = len(plan.starts)
         grid = -(-query_length // plan.tile[0]) * -(-key_length // plan.tile[1])
     partial, full = (int((plan.states == state).sum()) for state in (PARTIAL, FULL))

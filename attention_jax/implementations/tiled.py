@@ -42,7 +42,7 @@ from attention_jax.implementations.tile_passes import (
     one_pass,
     widened,
 )
-from attention_jax.implementations.tiles import Plan
+from attention_jax.implementations.tiles import Plan, Visits
 from attention_jax.normalizers import LogSum
 from attention_jax.scores.composition import identity
 
@@ -74,9 +74,19 @@ def with_sink(normalizer: Normalizer, context: Array, logsumexp: Array) -> Atten
 
 
 def _over_tiles(head: Head, plan: Plan, products: Products) -> tuple[Array, Array]:
-    """Clean, pad and gather what the tiles need, and pass over them."""
+    tiles, operands, given = prepared(head, plan, plan.visits, products)
+    context, logsumexp = _attend(tiles, *split_floats(operands), given)
+    length = plan.pairs[0]
+    return context[:length], online.with_empty(logsumexp[:length])
+
+
+def prepared(
+    head: Head, plan: Plan, visits: list[Visits], products: Products
+) -> tuple[Tiles, Operands, Given]:
+    """Clean, pad and gather what the tiles need."""
     query_length, key_length = plan.pairs
-    query = padded(head.query, -query_length % plan.largest_visit)
+    tallest = max((one.height for one in visits), default=plan.tile[0])
+    query = padded(head.query, -query_length % tallest)
     key, value = (padded(x, plan.covered - key_length) for x in (head.key, head.value))
     bias_of_pairs, bias = (head.bias, None) if callable(head.bias) else (None, head.bias)
     operands = Operands(
@@ -95,10 +105,7 @@ def _over_tiles(head: Head, plan: Plan, products: Products) -> tuple[Array, Arra
         query_poison=_poison(query),
         key_poison=_poison(key) + _poison(value),
     )
-    tiles = Tiles(plan.tile[1], plan.visits, products)
-    tiles, operands, given = tiles.traced(operands, given)
-    context, logsumexp = _attend(tiles, *split_floats(operands), given)
-    return context[:query_length], online.with_empty(logsumexp[:query_length])
+    return Tiles(plan.tile[1], visits, products).traced(operands, given)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

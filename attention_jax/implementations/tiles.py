@@ -120,7 +120,11 @@ class Plan:
 
 
 def make_plan(
-    mask: Mask, pairs: tuple[int, int], tile: tuple[int, int], is_static: bool = True
+    mask: Mask,
+    pairs: tuple[int, int],
+    tile: tuple[int, int],
+    is_static: bool = True,
+    on_grid: bool = False,
 ) -> Plan:
     """Cover what may be live of each row of tiles by as few tiles as possible.
 
@@ -132,8 +136,9 @@ def make_plan(
       pairs: the numbers of queries and keys, [T, S].
       tile: queries and keys of a tile, [bt, bk].
       is_static: whether the whole mask is known while tracing.
+      on_grid: whether tiles begin at multiples of their width alone, as those of kernels do.
     """
-    per_tile = units_of(tile[1])
+    per_tile = 1 if on_grid else units_of(tile[1])
     unit = tile[1] // per_tile
     live = np.asarray(mask.tiles(*pairs, tile[0], unit)) != EMPTY
     rows, units = cover(live, per_tile)

@@ -384,5 +384,5 @@ def test_what_tiled_cannot_do_is_refused_by_name():
         attend(*qkv(), implementation="tiled", tile_sizes=(0, 8))
     with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU; this process runs on cpu"):
         attend(*qkv(), implementation="cudnn")
-    with pytest.raises(ValueError, match="must be None or one of dense, tiled, cudnn, got 'flash'"):
+    with pytest.raises(ValueError, match="one of dense, tiled, pallas, cudnn, got 'flash'"):
         attend(*qkv(), implementation="flash")

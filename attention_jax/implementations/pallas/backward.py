@@ -1,0 +1,229 @@
+"""The backward kernels: cotangents of the queries with parameters, and of keys with values.
+
+The sums of a row are those of `tile_passes.Tangent`: of w'_ij over j, and of w'_ij v_j + w_ij v'_j.
+With cotangents a_i and b_i of these, the cotangent of w_ij is a_i + b_i . v_j, and JAX takes the
+rest from the derivative of the score on a tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.base.finite import finite
+from attention_jax.base.matmul import times_transpose, transpose_times
+from attention_jax.implementations import online
+from attention_jax.implementations.pallas.blocks import Block, Kernel, Live, Sum
+from attention_jax.implementations.pallas.forward import add_states
+from attention_jax.implementations.pallas.parts import Head, Inputs, Pairs, Reader, bias_block
+from attention_jax.implementations.pallas.primitive import call
+from attention_jax.implementations.pallas.splitting import Looked
+from attention_jax.implementations.tiles import Plan
+from attention_jax.normalizers import Elementwise
+
+Array = jax.Array
+
+
+class Rows(NamedTuple):
+    """What the backward pass knows of each query: its log-sum-exp, and the cotangents of its sums.
+
+    Whole arrays, or the numbers of the operands of a kernel that hold them.
+
+    Attributes:
+      base: [T], log-sum-exp, 0 where there is none; without sum, the poison.
+      total: a, [T].
+      context: b, [T, V].
+    """
+
+    base: Any
+    total: Any
+    context: Any
+
+
+class Target(NamedTuple):
+    """The cotangent of one part of `Moving`: where it is added up, and where it goes.
+
+    `by` is the side whose rows of tiles add it up; `block` is cut from the result, of one tile
+    alone where `is_of_pairs`. The result is reshaped to `shape`; where `is_partial` it holds a
+    sum for each row, and these are added.
+    """
+
+    by: str
+    block: Block
+    shape: tuple[int, ...]
+    is_of_pairs: bool = False
+    is_partial: bool = False
+
+
+def pull_back(head: Head, plan: Plan, rows: Rows, moves: list[bool]) -> list[Array | None]:
+    """Return the cotangent of each leaf of `head.moving` that moves, None of the others."""
+    targets = _targets(head)
+    found: list[Array | None] = [None] * len(targets)
+    for by in "qk":
+        wanted = [
+            n
+            for n, (target, moving) in enumerate(zip(targets, moves, strict=True))
+            if moving and target.by == by
+        ]
+        if not wanted:
+            continue
+        wanted.sort(key=lambda n: targets[n].is_of_pairs)
+        results = _run(head, plan, rows, wanted, by)
+        for n, result in zip(wanted, results, strict=True):
+            found[n] = _whole(head, plan, targets[n], result)
+    return found
+
+
+def _run(head: Head, plan: Plan, rows: Rows, wanted: list[int], by: str) -> list[Array]:
+    """Run the kernel whose rows are those of queries, or those of keys."""
+    inputs = Inputs()
+    reader = Reader.of(inputs, head)
+    length, depth = head.tile[0], head.operands.value.shape[1]
+    of_rows = Rows(
+        inputs.add(rows.base[None, :], Block((1, length), ".q")),
+        inputs.add(rows.total[None, :], Block((1, length), ".q")),
+        inputs.add(rows.context, Block((length, depth), "q.")),
+    )
+    targets = _targets(head)
+    targets = [targets[n] for n in wanted]
+    backward = Backward(reader, of_rows, wanted, targets)
+    live = Live.of(plan, head.counts, by)
+    kernel = Kernel(
+        by=by,
+        live=live,
+        blocks=inputs.blocks,
+        results=[(target.block, jnp.float32) for target in targets],
+        counts=head.counts,
+        tile=head.tile,
+        sums=[Sum(_at_least_2d(t.block.shape), 0.0) for t in targets if not t.is_of_pairs],
+        step=backward.step,
+        finish=backward.finish,
+        states=add_states(inputs, live, head),
+    )
+    return call(kernel, *inputs.arrays)
+
+
+def _whole(head: Head, plan: Plan, target: Target, result: Array) -> Array:
+    """Return a cotangent as a whole array."""
+    if target.is_partial:
+        return jnp.sum(result, axis=0).reshape(target.shape)
+    if not target.is_of_pairs:
+        return result.reshape(target.shape)
+    visited = np.zeros(head.counts, bool)
+    visited[tuple((plan.starts // plan.tile).T)] = True
+    if visited.all():
+        return result
+    (rows, columns), (down, across) = head.tile, head.counts
+    tiles = result.reshape(down, rows, across, columns)
+    return jnp.where(visited[:, None, :, None], tiles, 0.0).reshape(result.shape)
+
+
+def _targets(head: Head) -> list[Target]:
+    """Return where the cotangent of each leaf of `head.moving` goes."""
+    (rows, columns), moving = head.tile, head.moving
+    query, key, value = (
+        Target(by, Block((size, x.shape[1]), f"{by}."), x.shape)
+        for x, size, by in (
+            (moving.query, rows, "q"),
+            (moving.key, columns, "k"),
+            (moving.value, columns, "k"),
+        )
+    )
+    bias = [_of_bias(array, head.tile) for array in moving.bias]
+    return [query, key, value, *bias, *(x for looked in moving[4:] for x in _of_looked(looked))]
+
+
+def _of_bias(array: Array, tile: tuple[int, int]) -> Target:
+    block = bias_block(array, tile)
+    if block.places == "..":
+        return Target("q", Block((1, 1, 1), "q.."), array.shape, is_partial=True)
+    by = "k" if block.places == ".k" else "q"
+    return Target(by, block, array.shape, is_of_pairs=block.places == "qk")
+
+
+def _of_looked(looked: Looked) -> list[Target]:
+    whole = [_for_each("q", array.shape, array.shape, True) for array in looked.whole]
+    of_query = [_for_each("q", array.shape[1:], array.shape) for array in looked.of_query]
+    of_key = [_for_each("k", array.shape[1:], array.shape) for array in looked.of_key]
+    return [*whole, *of_query, *of_key]
+
+
+def _for_each(
+    by: str, part: tuple[int, ...], shape: tuple[int, ...], is_partial: bool = False
+) -> Target:
+    stored = (1, *_at_least_2d(part))
+    return Target(by, Block(stored, by + "." * (len(stored) - 1)), shape, is_partial=is_partial)
+
+
+def _at_least_2d(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (1,) * (2 - len(shape)) + shape
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backward:
+    """The cotangents that one kernel adds up: of some leaves of `Moving`, by their numbers."""
+
+    reader: Reader
+    rows: Rows
+    wanted: list[int]
+    targets: list[Target]
+
+    def step(
+        self, masked: bool, sums: list[Array], values: Sequence[Array], i: Array, j: Array
+    ) -> tuple[list[Array], list[Array]]:
+        pairs = Pairs.at(i, j, self.reader.head.tile)
+        base, total = (values[n].reshape(-1, 1) for n in self.rows[:2])
+        context = values[self.rows.context].astype(jnp.float32)
+        products = self.reader.head.products.of_derivatives
+        here = self.reader.read(values)
+        leaves, structure = jax.tree.flatten(here)
+        moving = [n for n in self.wanted if n != VALUE]
+        allowed = self.reader.may(masked, values, pairs)
+        weigh = functools.partial(self.weigh, (leaves, structure), moving, (pairs, allowed, base))
+        weights, pull = jax.vjp(weigh, [leaves[n] for n in moving])
+        keep = self.reader.kept(values, pairs)
+        change = times_transpose(context, finite(here.value), products)
+        total = online.magnitude_change(self.reader.head.how, weights, total)
+        change = total + (change if keep is None else change * keep)
+        found = dict(zip(moving, *pull(change), strict=True))
+        if VALUE in self.wanted:
+            used = weights if keep is None else weights * keep
+            product = transpose_times(used, context, products)
+            found[VALUE] = jnp.where(jnp.isfinite(here.value), product, 0.0)
+        pairs_alone, added = [], []
+        for n, target in zip(self.wanted, self.targets, strict=True):
+            (pairs_alone if target.is_of_pairs else added).append(found[n])
+        sums = [x + more.reshape(x.shape) for x, more in zip(sums, added, strict=True)]
+        return sums, pairs_alone
+
+    def weigh(self, here: Any, moving: list[int], given: Any, chosen: list[Array]) -> Array:
+        """Return the weights of a tile, as a function of the leaves that move."""
+        leaves, structure = here
+        pairs, allowed, base = given
+        leaves = list(leaves)
+        for n, leaf in zip(moving, chosen, strict=True):
+            leaves[n] = leaf
+        tile = jax.tree.unflatten(structure, leaves)
+        logits = self.reader.logits_of(tile, pairs)
+        if isinstance(self.reader.head.how, Elementwise):  # where base is the poison of the row
+            logits = logits + base
+        if allowed is not None:
+            logits = jnp.where(allowed, logits, 0.0)
+        weights = self.reader.weights_of(logits, base, tile, pairs)
+        return weights if allowed is None else jnp.where(allowed, weights, 0.0)
+
+    def finish(self, sums: list[Array], values: Sequence[Array]) -> list[Array]:
+        return [
+            x.reshape(t.block.shape)
+            for x, t in zip(sums, [t for t in self.targets if not t.is_of_pairs], strict=True)
+        ]
+
+
+VALUE = 2
+"""The number of the values among the leaves of `Moving`."""

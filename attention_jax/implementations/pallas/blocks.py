@@ -1,0 +1,120 @@
+"""What a kernel is made of: blocks of its operands and results, and what it does with a tile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.base.trees import varying_like
+from attention_jax.implementations.tiles import Plan
+from attention_jax.masks import EMPTY
+
+Array = jax.Array
+
+
+class Block(NamedTuple):
+    """The part of an array that one tile reads or writes.
+
+    `places` has a letter for each axis: q if it is cut along the queries, k along the keys, else a
+    dot. `shape` is that of the part.
+    """
+
+    shape: tuple[int, ...]
+    places: str
+
+
+class Live(NamedTuple):
+    """The tiles to visit, row by row of tiles of one side; every row has one at least, [n] each.
+
+    `first` and `last` are 1 where a row begins and ends. `number` is that of the tile in the plan,
+    -1 for a row that has none. `state` says what it is, as far as that is known while tracing.
+    """
+
+    row: np.ndarray
+    column: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    state: np.ndarray
+    number: np.ndarray
+
+    @classmethod
+    def of(cls, plan: Plan, counts: tuple[int, int], by: str) -> Live:
+        """Order the tiles of a plan by the rows of queries, or by those of keys."""
+        side = "qk".index(by)
+        places = plan.starts // plan.tile
+        missing = np.setdiff1d(np.arange(counts[side]), places[:, side])
+        row = np.concatenate([places[:, side], missing])
+        column = np.concatenate([places[:, 1 - side], np.zeros_like(missing)])
+        number = np.concatenate([np.arange(len(places)), np.full(len(missing), -1)])
+        state = np.concatenate([plan.states, np.full(len(missing), EMPTY)])
+        order = np.lexsort((column, row))
+        row, column, number, state = (
+            x[order].astype(np.int32) for x in (row, column, number, state)
+        )
+        changes = row[1:] != row[:-1]
+        first, last = np.append(True, changes), np.append(changes, True)
+        return cls(row, column, first.astype(np.int32), last.astype(np.int32), state, number)
+
+
+class Sum(NamedTuple):
+    """What is added up over the tiles of a row: its shape, and the number it starts from."""
+
+    shape: tuple[int, ...]
+    start: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """What is done with each tile, whatever the platform.
+
+    Attributes:
+      by: "q" if the tiles of a row of queries follow each other, "k" if those of keys.
+      live: the tiles.
+      blocks: of each operand.
+      results: block and dtype of each result; those cut along both sides come last.
+      counts: how many tiles there are along queries and along keys.
+      sums: float32 numbers that are kept from tile to tile of a row.
+      step: (masked, sums, blocks of the operands, i, j) -> (sums, results of the pairs), where i is
+        the first query of the tile and j its first key.
+      finish: (sums, blocks of the operands) -> results of the row; of operands cut along the other
+        side it must read nothing.
+      states: the number of the operand [1, n] that says what each tile is, where only run time
+        knows.
+    """
+
+    by: str
+    live: Live
+    blocks: Sequence[Block]
+    results: Sequence[tuple[Block, Any]]
+    counts: tuple[int, int]
+    tile: tuple[int, int]
+    sums: Sequence[Sum]
+    step: Callable[..., tuple[list[Array], list[Array]]]
+    finish: Callable[..., list[Array]]
+    states: int | None = None
+
+    @property
+    def shapes(self) -> list[jax.ShapeDtypeStruct]:
+        """The results as whole arrays."""
+        return [jax.ShapeDtypeStruct(self.whole(block), dtype) for block, dtype in self.results]
+
+    def shapes_like(self, *arrays: Array) -> list[Any]:
+        """Return the results as whole arrays that vary over a mesh as the operands do."""
+        zeros = [jnp.zeros(one.shape, one.dtype) for one in self.shapes]
+        return jax.tree.map(jax.typeof, varying_like(zeros, *arrays))
+
+    def whole(self, block: Block) -> tuple[int, ...]:
+        """Return the shape of the array that is cut into these blocks."""
+        many = {"q": self.counts[0], "k": self.counts[1], ".": 1}
+        return tuple(
+            size * many[place] for size, place in zip(block.shape, block.places, strict=True)
+        )
+
+    def is_of_pairs(self, block: Block) -> bool:
+        """Tell whether a block is cut along both sides."""
+        return "q" in block.places and "k" in block.places

@@ -1,0 +1,168 @@
+"""A kernel as an operation of JAX: for the platform that a program is lowered for, and batched."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from attention_jax.base.trees import varying_like
+from attention_jax.implementations.pallas import mosaic, triton
+from attention_jax.implementations.pallas.blocks import Kernel
+
+Array = jax.Array
+
+_INTERPRETED = contextvars.ContextVar[str | None]("interpreted", default=None)
+_RUN = {"tpu": mosaic.run, "gpu": triton.run}
+
+
+@contextlib.contextmanager
+def interpreted(platform: str = "tpu") -> Iterator[None]:
+    """Let kernels run in Pallas' interpreter on a CPU: to test a score or mask of your own, slowly.
+
+    What is compiled within the context is interpreted, and stays so.
+
+    Args:
+      platform: "tpu" or "gpu", whose kernel is interpreted.
+
+    Raises:
+      ValueError: another platform.
+
+    >>> from attention_jax import attend
+    >>> x = jnp.ones((1, 16, 1, 8))
+    >>> with interpreted():
+    ...     attend(x, x, x, implementation="pallas").shape
+    (1, 16, 1, 8)
+    """
+    if platform not in _RUN:
+        raise ValueError(f'interpreted: platform must be "tpu" or "gpu", got {platform!r}.')
+    token = _INTERPRETED.set(platform)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def call(kernel: Kernel, *arrays: Array) -> list[Array]:
+    """Run a kernel over whole arrays, whatever the platform."""
+    return _kernel.bind(*arrays, kernel=kernel, axes=())
+
+
+def batched(function: Any, axes: tuple[Any, ...]) -> Any:
+    """Vectorise a function over axes, the innermost first."""
+    for each in axes:
+        function = jax.vmap(function, each)
+    return function
+
+
+def _on(
+    platform: str, *arrays: Array, kernel: Kernel, axes: tuple[Any, ...], interpret: bool = False
+) -> list[Array]:
+    """Run a kernel as on a platform; Mosaic takes blocks of the last two axes only."""
+    run = functools.partial(_RUN[platform], kernel, interpret)
+    return (_batched_in_front if platform == "tpu" else batched)(run, axes)(*arrays)
+
+
+def _batched_in_front(function: Any, axes: tuple[Any, ...]) -> Any:
+    for each in axes:
+        front = tuple(None if axis is None else 0 for axis in each)
+        function = functools.partial(_moved, jax.vmap(function, front), each)
+    return function
+
+
+def _moved(function: Any, axes: tuple[Any, ...], *arrays: Array) -> Any:
+    """Call a function of arrays whose mapped axes come first."""
+    pairs = zip(arrays, axes, strict=True)
+    return function(*(x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in pairs))
+
+
+def _on_cpu(*arrays: Array, kernel: Kernel, axes: tuple[Any, ...]) -> list[Array]:
+    platform = _INTERPRETED.get()
+    if platform is None:
+        raise ValueError(
+            "attend: implementation 'pallas' runs on TPU and GPU, and this program is compiled for "
+            "a CPU; use implementation='tiled', or to test a kernel, run within "
+            "implementations.interpreted()."
+        )
+    return _on(platform, *arrays, kernel=kernel, axes=axes, interpret=True)
+
+
+def shaped_like(shapes: Any, *arrays: Any) -> list[Any]:
+    """Return results of the given shapes that vary over a mesh as the arrays do."""
+    make = functools.partial(_zeros, shapes)
+    return jax.make_jaxpr(make)(*arrays).out_avals
+
+
+def _zeros(shapes: Any, *arrays: Array) -> list[Array]:
+    return [varying_like(jnp.zeros(one.shape, one.dtype), *arrays) for one in shapes]
+
+
+def mapped_sizes(arrays: Any, axes: tuple[Any, ...]) -> list[int]:
+    """Return the sizes of the axes that a batched operation has, outermost first."""
+    sizes, shapes = [], [list(x.shape) for x in arrays]
+    for each in reversed(axes):
+        found = {
+            shape.pop(axis) for shape, axis in zip(shapes, each, strict=True) if axis is not None
+        }
+        sizes.append(*found)
+    return sizes
+
+
+def _abstract(*arrays: Any, kernel: Kernel, axes: tuple[Any, ...]) -> list[Any]:
+    front = mapped_sizes(arrays, axes)
+    shapes = [jax.ShapeDtypeStruct((*front, *one.shape), one.dtype) for one in kernel.shapes]
+    return shaped_like(shapes, *arrays)
+
+
+def _batch(operands: Any, dims: Any, *, kernel: Kernel, axes: tuple[Any, ...]) -> Any:
+    dims = tuple(dims)
+    results = _kernel.bind(*operands, kernel=kernel, axes=(*axes, dims))
+    return results, (0,) * len(results)
+
+
+def _on_one_device(rule: Any, context: Any, *arguments: Any, **parameters: Any) -> Any:
+    """Lower a kernel without what its operands vary over: within a kernel there is no mesh."""
+    types = [ShapedArray(x.shape, x.dtype) for x in context.avals_in]
+    return rule(context.replace(avals_in=types), *arguments, **parameters)
+
+
+def _lowered(platform: str, rule: Any, *arguments: Any, **parameters: Any) -> Any:
+    """Lower a kernel for a platform, and say in one sentence what it does not do there."""
+    try:
+        return _on_one_device(rule, *arguments, **parameters)
+    except Exception as error:  # every lowering has its own
+        raise ValueError(
+            f"attend: implementation 'pallas' makes no kernel for {platform.upper()} of this: "
+            f"{_reason(error)}; use implementation='tiled'."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what a lowering says, in a few words; where a primitive is unknown, its name."""
+    text = " ".join(str(error).split())
+    unknown = re.search(r"Unimplemented primitive in Pallas .*?: ([\w-]+)", text)
+    if unknown:
+        return f"the score, mask, bias or normalizer uses the primitive {unknown[1]}"
+    first = re.sub(r"^\w+Error: ", "", text).partition(". ")[0]
+    return first[:1].lower() + first[1:].rstrip(".")
+
+
+_kernel = Primitive("attention_kernel")
+_kernel.multiple_results = True
+_kernel.def_impl(jax.jit(_on_cpu, static_argnames=("kernel", "axes")))
+_kernel.def_abstract_eval(_abstract)
+batching.primitive_batchers[_kernel] = _batch
+_rule = mlir.lower_fun(_on_cpu, multiple_results=True)
+mlir.register_lowering(_kernel, functools.partial(_on_one_device, _rule), platform="cpu")
+for _platform, _kind in (("tpu", "tpu"), ("cuda", "gpu"), ("rocm", "gpu")):
+    _rule = mlir.lower_fun(functools.partial(_on, _kind), multiple_results=True)
+    mlir.register_lowering(_kernel, functools.partial(_lowered, _kind, _rule), platform=_platform)

@@ -1,0 +1,145 @@
+"""Evaluate a jaxpr inside a kernel, by primitives that Pallas lowers for TPU and GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from attention_jax.implementations.pallas.splitting import evaluated, value_of
+
+Array = jax.Array
+
+
+def in_kernel(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function inside a kernel: trace it, and replay what was traced.
+
+    Its derivatives must have been taken before: rules of derivatives are gone afterwards.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    results = _replayed(closed, *jax.tree.leaves(arguments))
+    return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+
+def _replayed(closed: ClosedJaxpr | Jaxpr, *arguments: Any) -> list[Any]:
+    jaxpr, constants = (
+        (closed.jaxpr, closed.consts) if isinstance(closed, ClosedJaxpr) else (closed, ())
+    )
+    values = dict(zip(jaxpr.constvars, constants, strict=True))
+    values |= zip(jaxpr.invars, arguments, strict=True)
+    read = functools.partial(value_of, values)
+    for equation in jaxpr.eqns:
+        rule = RULES.get(equation.primitive.name)
+        if rule is None:
+            values |= evaluated(equation, read)
+        else:
+            results = rule(equation.params, *map(read, equation.invars))
+            values |= zip(equation.outvars, results, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _call(name: str, params: dict[str, Any], *arguments: Any) -> list[Any]:
+    return _replayed(params[name], *arguments)
+
+
+def _product(params: dict[str, Any], a: Array, b: Array) -> list[Any]:
+    """Multiply as `base.matmul` does, with sums in float32."""
+    left, right = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[params["kind"]]
+    contracted = ((left,), (right,)), ((), ())
+    if params["operands"] is None:
+        return [lax.dot_general(a, b, contracted, params["precision"])]
+    a, b = a.astype(params["operands"]), b.astype(params["operands"])
+    return [lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)]
+
+
+def _cond(params: dict[str, Any], which: Array, *arguments: Any) -> list[Any]:
+    branches = [functools.partial(_replayed, branch) for branch in params["branches"]]
+    return lax.switch(which, branches, *arguments)
+
+
+def _scan(params: dict[str, Any], *arguments: Any) -> list[Any]:
+    """Loop over what a scan splits and stacks: neither is a primitive of kernels."""
+    constants, carry = params["num_consts"], params["num_carry"]
+    given, sums, split = (
+        arguments[:constants],
+        arguments[constants : constants + carry],
+        arguments[constants + carry :],
+    )
+    stacked = [jnp.zeros(out.shape, out.dtype) for out in params["jaxpr"].out_avals[carry:]]
+    length = params["length"]
+    stacked = [jnp.zeros((length, *x.shape), x.dtype) for x in stacked]
+    body = functools.partial(_step, params, (given, split))
+    sums, stacked = lax.fori_loop(0, length, body, (list(sums), stacked))
+    return [*sums, *stacked]
+
+
+def _step(params: dict[str, Any], fixed: Any, n: Any, state: Any) -> Any:
+    (given, split), (sums, stacked) = fixed, state
+    n = params["length"] - 1 - n if params["reverse"] else n
+    n = jnp.asarray(n, jnp.int32)
+    results = _replayed(params["jaxpr"], *given, *sums, *(_taken(x, n) for x in split))
+    stacked = [_put(x, n, y) for x, y in zip(stacked, results[len(sums) :], strict=True)]
+    return results[: len(sums)], stacked
+
+
+def _taken(x: Array, n: Array) -> Array:
+    """Return x[n], as a sum that leaves the others out."""
+    chosen = _chosen(x, n)
+    if x.dtype == jnp.bool_:
+        return jnp.any(x & chosen, axis=0)
+    return jnp.sum(jnp.where(chosen, x, jnp.zeros_like(x)), axis=0, dtype=x.dtype)
+
+
+def _put(x: Array, n: Array, part: Array) -> Array:
+    return jnp.where(_chosen(x, n), part[None], x)
+
+
+def _chosen(x: Array, n: Array) -> Array:
+    return lax.broadcasted_iota(jnp.int32, x.shape, 0) == n
+
+
+def _all(params: dict[str, Any], x: Array) -> list[Any]:
+    return [jnp.min(jnp.where(x, 1.0, 0.0), axis=params["axes"]) > 0.0]
+
+
+def _any(params: dict[str, Any], x: Array) -> list[Any]:
+    return [jnp.max(jnp.where(x, 1.0, 0.0), axis=params["axes"]) > 0.0]
+
+
+def _is_finite(params: dict[str, Any], x: Array) -> list[Any]:
+    return [jnp.abs(x) <= jnp.finfo(x.dtype).max]
+
+
+def _empty(params: dict[str, Any]) -> list[Any]:
+    return [jnp.zeros(params.get("shape", ()), params["dtype"])]
+
+
+def _same(params: dict[str, Any], *arguments: Any) -> list[Any]:
+    return list(arguments)
+
+
+RULES: dict[str, Callable[..., list[Any]]] = {
+    **dict.fromkeys(
+        ("jit", "pjit", "checkpoint", "remat", "remat2"), functools.partial(_call, "jaxpr")
+    ),
+    **dict.fromkeys(
+        ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"),
+        functools.partial(_call, "call_jaxpr"),
+    ),
+    **dict.fromkeys(("copy", "optimization_barrier", "reduce_precision", "same"), _same),
+    "custom_vmap_call": functools.partial(_call, "call"),
+    "tile_product": _product,
+    "cond": _cond,
+    "scan": _scan,
+    "reduce_and": _all,
+    "reduce_or": _any,
+    "is_finite": _is_finite,
+    "empty": _empty,
+    "empty2": _empty,
+}
+"""How to evaluate what Pallas does not know, or lowers for one platform only."""
