@@ -141,11 +141,11 @@ def _described(method: str, request: Request, placement: Placement) -> Choice:
     plan = make_plan(request, placement, gathered=method == "all_gather")
     live = tuple(int(n) for n in plan.live)
     if method == "all_gather":
-        moved = keys_and_values * (devices - 1) * bool(plan.steps)
+        moved = keys_and_values * (devices - 1) * bool(plan.chains)
         return Choice(Split(method, devices, plan.tile, live, int(moved > 0), moved), plan)
-    into = [destination for step in plan.steps for _, destination in step.pairs]
-    most = int(np.bincount(into, minlength=1).max())
-    steps = sum(bool(step.pairs) for step in plan.steps)
+    moves = [pairs for chain in plan.chains for pairs in chain.moves if pairs]
+    into = [destination for pairs in moves for _, destination in pairs]
+    most, steps = int(np.bincount(into, minlength=1).max()), len(moves)
     return Choice(Split(method, devices, plan.tile, live, steps, most * keys_and_values), plan)
 
 

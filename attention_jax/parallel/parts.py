@@ -15,13 +15,13 @@ from jax import lax
 from attention_jax.base.finite import finite, poison
 from attention_jax.implementations import choice
 from attention_jax.implementations.dense import dense
-from attention_jax.implementations.head import Attended, Head
+from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.lifting import lift
 from attention_jax.implementations.tile_passes import Functions, Operands, Tiles
 from attention_jax.implementations.tiled import padded, tiled, with_sink
 from attention_jax.implementations.tiles import Plan as HeadPlan
 from attention_jax.implementations.tiles import Visits
-from attention_jax.parallel import rounds
+from attention_jax.parallel import chains, rounds
 from attention_jax.parallel.placement import Placement
 from attention_jax.parallel.plan import Plan
 from attention_jax.request import Operand
@@ -105,7 +105,7 @@ class Parts:
             travels=travels,
             tiles=Tiles(plan.tile[1], [none]),
         )
-        context, logsumexp = rounds.attend(how, operands, local)
+        context, logsumexp = chains.attend(how, operands, local)
         context, logsumexp = (
             x[:, : given["query"].leaves[0].shape[1]] for x in (context, logsumexp)
         )
@@ -158,7 +158,7 @@ class Parts:
         axes = [letters for operand in given.values() for letters in operand.axes]
         one = functools.partial(_one_head, of_head, given, self.wants_logsumexp)
         sequential = "" if plan is None else choice.sequential_axes(given["mask"].axes)
-        lifted = lift(one, axes, self.letters, self.order, sequential, rounds.SAVED)
+        lifted = lift(one, axes, self.letters, self.order, sequential, SAVED)
         attended = lifted(*(leaf for operand in given.values() for leaf in operand.leaves))
         context, _, logsumexp = attended
         context = self.exchanged(_taken(context, orders[0]), 1, 2, self.travels[1])

@@ -29,34 +29,52 @@ MOST_CELLS = 2**24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Step:
-    """Tiles of the keys that a device has at one step of attention.
+class Chain:
+    """Steps of attention between which keys travel on: a loop, with the tiles of each step.
+
+    At step n device d has the keys of device d + first + n stride. They come to the first step
+    from the device that holds them, and to any other from the device that had them before.
 
     Attributes:
-      shift: device d has the keys of device d + shift; None where it has those of all devices.
-      pairs: from which device to which the keys move, (source, destination); only where some tile
-        of them may be live.
-      starts: [D, n, 2], the first query and the first key of each tile, for each device; [1, n, 2]
-        where they are the same for all.
-      states: [D, n], what each tile is, EMPTY beyond the last; None where only run time knows.
+      first: 0 where a device has its own keys; None where it has those of all devices.
+      stride: see above.
+      pairs: from which device to which keys move before the first step, (source, destination).
+      onward: the same before every other step. Keys come to a device where some tile of them may
+        be live, or may be so on a device that they reach through it.
+      starts: [steps, D, n, 2], the first query and the first key of each tile, for each device;
+        [steps, 1, n, 2] where they are the same for all.
+      states: [steps, D, n], what each tile is, EMPTY beyond the last; None where only run time
+        knows.
     """
 
-    shift: int | None
+    first: int | None
+    stride: int
     pairs: tuple[tuple[int, int], ...]
+    onward: tuple[tuple[int, int], ...]
     starts: np.ndarray
     states: np.ndarray | None
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are."""
+        return len(self.starts)
+
+    @property
+    def moves(self) -> list[tuple[tuple[int, int], ...]]:
+        """From which device to which keys move, before each step."""
+        return [self.pairs, *[self.onward] * (self.steps - 1)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """The steps of all devices, in tiles of `tile` = [bt, bk] queries by keys.
+    """What all devices do, in tiles of `tile` = [bt, bk] queries by keys.
 
     Attributes:
       tile: [bt, bk].
       unit: the first key of a tile is a multiple of this.
       received: how many keys a device has at a step.
       covered: the tiles reach up to this key.
-      steps: those in which some device may have a live tile.
+      chains: of the steps in which some device may have a live tile.
       live: [D], the tiles that each device visits, as far as known while tracing.
     """
 
@@ -64,17 +82,18 @@ class Plan:
     unit: int
     received: int
     covered: int
-    steps: tuple[Step, ...]
+    chains: tuple[Chain, ...]
     live: np.ndarray
 
     def within(self, mask: Mask, key_length: int) -> Mask:
         """Return the mask without keys beyond the last, whose positions are `key_length`."""
         return mask & Lengths(key_length) if self.covered > self.received else mask
 
-    def states(self, mask: Mask, queries: Any, keys: Any, starts: np.ndarray) -> Any:
+    def states(self, mask: Mask, queries: Any, keys: Any, starts: Any) -> Any:
         """Ask the mask of a head what the tiles are, at the positions of a device, [n]."""
         grid = classify(mask, _intervals(queries, self.tile[0], 0), _intervals(keys, self.unit, 1))
-        return _states_at(_padded(grid, self), starts, self)
+        rows, first = starts[:, 0] // self.tile[0], starts[:, 1] // self.unit
+        return _states_at(_padded(grid, self), (rows, first), self)
 
 
 def make_plan(request: Request, placement: Placement, gathered: bool) -> Plan:
@@ -118,28 +137,19 @@ def _plan_of(
         q_idx = _intervals(queries, tile[0], 0)
         kv_idx = _intervals(keys.reshape(1, -1) if gathered else keys, unit, 1)
         grid = np.asarray(classify(mask, q_idx, kv_idx)).reshape(devices, rows, -1, units)
-    # By step: the keys of device d + shift lie at (d + shift) mod D.
+    # The keys of device d + shift lie at (d + shift) mod D.
     shifts = [None] if gathered else list(range(devices))
     device = np.arange(devices)
     grid = np.stack([grid[device, :, (device + (s or 0)) % grid.shape[2]] for s in shifts], axis=1)
-    moves = {shift: _moves(shift, grid[:, n]) for n, shift in enumerate(shifts)}
+    needed = (grid != EMPTY).any(axis=(2, 3)).T
     grid = _padded(grid, empty)
     if not is_static:
         grid = grid.max(axis=0, keepdims=True)
-    return _covered(grid, empty, is_static, moves)
+    return _covered(grid, empty, is_static, dict(zip(shifts, needed, strict=True)))
 
 
-def _moves(shift: int | None, grid: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Return from which device to which keys move, for the states [D, rows, units] of a step."""
-    needed = np.flatnonzero((grid != EMPTY).any(axis=(1, 2))) if shift else []
-    return tuple((int(d + (shift or 0)) % len(grid), int(d)) for d in needed)
-
-
-def _covered(
-    grid: np.ndarray, empty: Plan, is_static: bool, moves: dict[int | None, tuple[Any, ...]]
-) -> Plan:
-    """Cover what may be live in the grid [D or 1, steps, rows, units] by tiles."""
-    shifts = list(moves)
+def _covered(grid: np.ndarray, empty: Plan, is_static: bool, needed: dict[Any, np.ndarray]) -> Plan:
+    """Cover what may be live in the grid [D or 1, shifts, rows, units] by tiles."""
     per_tile = empty.tile[1] // empty.unit
     live = (grid != EMPTY).reshape(-1, grid.shape[-1])
     row, first = cover(live, per_tile)
@@ -148,27 +158,72 @@ def _covered(
         empty = dataclasses.replace(empty, covered=empty.covered + more * empty.unit)
         grid = _padded(grid, empty)
         row, first = cover((grid != EMPTY).reshape(-1, grid.shape[-1]), per_tile)
-    who, step, row = np.unravel_index(row, grid.shape[:3])
-    starts = np.stack([row * empty.tile[0], first * empty.unit], axis=1).astype(np.int32)
-    states = np.zeros(len(starts), np.int8)
-    for at in np.unique(who * len(shifts) + step):
-        of = who * len(shifts) + step == at
-        whole = grid[at // len(shifts), at % len(shifts)]
-        states[of] = _states_at(whole, starts[of], empty)
-    devices = len(empty.live)
-    steps, live = [], np.zeros(devices, int)
-    for number, shift in enumerate(shifts):
-        of = [np.flatnonzero((who == d) & (step == number)) for d in range(len(grid))]
-        counts = np.array([len(which) for which in of])
-        if not counts.any():
-            continue
-        live += counts
-        table = np.zeros((len(grid), counts.max(), 2), np.int32)
-        kinds = np.full(table.shape[:2], EMPTY, np.int8)
-        for d, which in enumerate(of):
-            table[d, : len(which)], kinds[d, : len(which)] = starts[which], states[which]
-        steps.append(Step(shift, moves[shift], table, kinds if is_static else None))
-    return dataclasses.replace(empty, steps=tuple(steps), live=live)
+    starts = np.stack([row % grid.shape[2] * empty.tile[0], first * empty.unit], axis=1)
+    states = _states_at(grid.reshape(-1, grid.shape[-1]), (row, first), empty)
+    who, shift = np.unravel_index(row // grid.shape[2], grid.shape[:2])
+    counts = np.zeros(grid.shape[:2], int)
+    np.add.at(counts, (who, shift), 1)
+    number = np.arange(len(row)) - np.searchsorted(row // grid.shape[2], row // grid.shape[2])
+    shifts = list(needed)
+    chains = []
+    for run in _runs([s for n, s in enumerate(shifts) if counts[:, n].any()], needed):
+        at = [shifts.index(s) for s in run]
+        table = np.zeros((len(at), len(grid), counts[:, at].max(), 2), np.int32)
+        kinds = np.full(table.shape[:3], EMPTY, np.int8)
+        for step, n in enumerate(at):
+            of = shift == n
+            table[step, who[of], number[of]] = starts[of]
+            kinds[step, who[of], number[of]] = states[of]
+        chains.append(_chain(run, needed, table, kinds if is_static else None))
+    live = np.zeros(len(empty.live), int) + counts.sum(axis=1)
+    return dataclasses.replace(empty, chains=tuple(chains), live=live)
+
+
+def _runs(shifts: list[int | None], needed: dict[int | None, np.ndarray]) -> list[list[int | None]]:
+    """Split shifts into runs of one stride: the fewest there are, and of these that move least.
+
+    The keys that a device holds itself are a run of their own, as they do not travel.
+    """
+    own = [[shift] for shift in shifts if not shift]
+    others = [shift for shift in shifts if shift]
+    found = []
+    for order in (others, others[::-1]):
+        runs: list[list[int]] = []
+        for shift in order:
+            if runs and shift - runs[-1][-1] == (1 if order is others else -1):
+                runs[-1].append(shift)
+            else:
+                runs.append([shift])
+        found.append(runs)
+    return own + min(found, key=lambda runs: (len(runs), _moved(runs, needed)))
+
+
+def _moved(runs: list[list[int]], needed: dict[Any, np.ndarray]) -> int:
+    """Return how many parts of the keys move."""
+    empty = np.zeros((0, 0))
+    chains = (_chain(run, needed, np.zeros((len(run), 0)), empty) for run in runs)
+    return sum(len(pairs) for chain in chains for pairs in chain.moves)
+
+
+def _chain(
+    run: list[Any],
+    needed: dict[Any, np.ndarray],
+    starts: np.ndarray,
+    states: np.ndarray | None,
+) -> Chain:
+    """Return the chain of a run of shifts, with the moves that its tiles need."""
+    first, stride = run[0] or 0, (run[1] or 0) - (run[0] or 0) if len(run) > 1 else 0
+    ever = [needed[run[-1]]]  # whether a device, or one that keys reach through it, needs them
+    for shift in run[-2::-1]:
+        ever.insert(0, needed[shift] | np.roll(ever[0], stride))
+    onward = np.any(ever[1:], axis=0) if len(run) > 1 else []
+    pairs = _pairs(first, ever[0]) if run[0] else ()
+    return Chain(run[0], stride, pairs, _pairs(stride, onward), starts, states)
+
+
+def _pairs(shift: int, into: Any) -> tuple[tuple[int, int], ...]:
+    """Return the moves to the devices where `into` is true."""
+    return tuple((int(d + shift) % len(into), int(d)) for d in np.flatnonzero(into))
 
 
 def _intervals(positions: Any, size: int, axis: int) -> Interval:
@@ -199,7 +254,6 @@ def _padded(grid: Any, plan: Plan) -> Any:
     return module.pad(grid, widths, constant_values=EMPTY) if more else grid
 
 
-def _states_at(grid: Any, starts: np.ndarray, plan: Plan) -> Any:
+def _states_at(grid: Any, where: tuple[Any, Any], plan: Plan) -> Any:
     """Return what tiles are, [n], from the units [rows, units] that they are made of."""
-    rows, first = (starts // (plan.tile[0], plan.unit)).T
-    return joined(grid, rows, first, plan.tile[1] // plan.unit)
+    return joined(grid, *where, plan.tile[1] // plan.unit)

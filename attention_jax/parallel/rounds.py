@@ -1,19 +1,6 @@
-"""Attention of local queries over keys that arrive step by step, with every derivative.
+"""What a device has at each step of attention: positions, tiles, masks, and keys that arrived.
 
-A step brings the keys and values of another device, or those of all devices at once; the running
-sums of an online softmax go on from step to step, as if all keys had been there. So what was said
-in `implementations.tiled` of tiles holds for steps: with the log-sum-exp L over all of them,
-
-    w_ij = exp(e_ij - L_i),        o'_i = sum_j w_ij (e'_ij v_j + v'_j) - L'_i o_i,
-
-a step of the tangent is linear, and JAX transposes it: gradients of keys and values travel back the
-way that these came. Keys are sent for again there: a device keeps what it holds itself, its context
-and L, whatever the number of steps.
-
-Every transfer starts from what the device holds, none from another transfer, so a transfer can run
-while the tiles of the step before it are computed. `_after` asks the compiler to let it wait for
-the tiles of the step before that one. A compiler that drops the barrier, as that for CPU does, and
-the backward pass, whose steps nothing orders, may hold the received keys of all steps at once.
+A step brings the keys and values of another device, or those of all devices at once.
 """
 
 from __future__ import annotations
@@ -27,29 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.base.finite import poison
-from attention_jax.base.trees import Rest, merge_floats, split_floats, varying_like
+from attention_jax.base.trees import varying_like
 from attention_jax.implementations import online
-from attention_jax.implementations.head import SAVED
 from attention_jax.implementations.lifting import lift
-from attention_jax.implementations.passes import over_visits
-from attention_jax.implementations.tile_passes import (
-    Forward,
-    Given,
-    Operands,
-    Tangent,
-    Tiles,
-    one_pass,
-)
+from attention_jax.implementations.tile_passes import Given, Operands, Tiles
 from attention_jax.implementations.tiled import padded
 from attention_jax.implementations.tiles import Visits
 from attention_jax.parallel.placement import Placement
-from attention_jax.parallel.plan import Plan, Step
+from attention_jax.parallel.plan import Chain, Plan
 
 Array = jax.Array
+
+__all__ = ["At", "Letters", "Local", "Rounds"]
 
 
 class Letters(NamedTuple):
@@ -68,8 +46,8 @@ class Letters(NamedTuple):
 class Local(NamedTuple):
     """What a device holds and the result is not differentiated with respect to.
 
-    `orders` are those of queries and keys, or None. `states` says for each step what its tiles are,
-    where only run time knows: asked before, since a mask may close over anything.
+    `orders` are those of queries and keys, or None. `states` says for the steps of each chain what
+    their tiles are, where only run time knows: asked before, since a mask may close over anything.
     """
 
     mask: Any
@@ -97,7 +75,7 @@ class Rounds:
     """How a device attends to all keys; holds only what is known while tracing.
 
     Attributes:
-      plan: the steps and their tiles.
+      plan: the chains and their tiles.
       placement: who holds which positions; its orders are None where only run time knows.
       letters: of the leaves.
       heads: "KG" or "K".
@@ -132,52 +110,63 @@ class Rounds:
         )
 
     def _traced(self, found: list[Any], operands: Operands, local: Local) -> Array:
-        step = self.plan.steps[0]
-        at = self.at(step, local)
-        operands = self.received(step, operands, at, {"key", "value", "bias"})
+        chain = self.plan.chains[0]
+        keys = self.arrived(chain, self.travelling(operands))
+        operands, given, _ = self.here(chain, 0, operands, local, keys)
         trace = functools.partial(_trace, self.tiles, found)
-        return self.over_heads(trace, "B" + self.heads)(operands, self.given(operands, local, at))
+        return self.over_heads(trace, "B" + self.heads)(operands, given)
 
-    def at(self, step: Step, local: Local) -> At:
+    def at(self, chain: Chain, step: Any, local: Local) -> At:
         """Return where the tiles of a step lie on this device."""
         axis = self.placement.axis
         device = lax.axis_index(axis.name)
         known = dataclasses.replace(self.placement, orders=local.orders)
         queries = known.positions(0, device)
-        if step.shift is None:
+        if chain.first is None:
             keys = known.all_positions(1)
         else:
-            keys = known.positions(1, (device + step.shift) % axis.devices)
+            shift = chain.first + chain.stride % axis.devices * step
+            keys = known.positions(1, (device + shift) % axis.devices)
         beyond = jnp.full(self.plan.covered - len(keys), self.placement.lengths[1], jnp.int32)
         more = -len(queries) % self.plan.tile[0]
         keys, beyond = varying_like((keys, beyond), queries)
         at = At(
             (queries, keys),
             (padded(queries, more), jnp.concatenate([keys, beyond])),
-            _row_of(device, step.starts),
-            self.states(step, local, device),
+            _row_of(device, _row_of(step, chain.starts)),
+            self.states(chain, step, local),
         )
         return varying_like(at, queries)
 
-    def states(self, step: Step, local: Local, device: Array) -> Any:
+    def states(self, chain: Chain, step: Any, local: Local) -> Any:
         """Return what the tiles of a step are, of all heads."""
-        if step.states is not None:
-            return _row_of(device, step.states)
-        return None if local.states is None else local.states[self.plan.steps.index(step)]
+        if chain.states is not None:
+            return _row_of(lax.axis_index(self.placement.axis.name), _row_of(step, chain.states))
+        if local.states is None:
+            return None
+        return _row_of(step, local.states[self.plan.chains.index(chain)])
 
     def asked(self, local: Local) -> Local:
         """Ask the mask what the tiles are, where only run time knows."""
-        if self.plan.steps[0].states is not None:
+        if self.plan.chains[0].states is not None:
             return local
+        asked = (
+            lax.map(
+                functools.partial(self.asked_at, chain, local),
+                np.arange(chain.steps, dtype=np.int32),
+            )
+            for chain in self.plan.chains
+        )
+        return local._replace(states=list(asked))
+
+    def asked_at(self, chain: Chain, local: Local, step: Any) -> Array:
+        """Ask the mask what the tiles of a step are."""
         leaves, structure = jax.tree.flatten(local.mask)
         letters = self.letters.states
-        states = []
-        for step in self.plan.steps:
-            ask = functools.partial(_states, self.plan, structure, step.starts[0])
-            axes = ["", "", *self.letters.mask]
-            asked = lift(ask, axes, letters, letters) if letters else ask
-            states.append(asked(*self.at(step, local).rows, *leaves))
-        return local._replace(states=states)
+        ask = functools.partial(_states, self.plan, structure)
+        asked = lift(ask, ["", "", "", *self.letters.mask], letters, letters) if letters else ask
+        at = self.at(chain, step, local)
+        return asked(at.starts, *at.rows, *leaves)
 
     def given(self, operands: Operands, local: Local, at: At) -> Given:
         """Return what the tiles of a step need besides operands, of all heads."""
@@ -194,47 +183,67 @@ class Rounds:
             positions=at.padded,
         )
 
-    def received(self, step: Step, operands: Operands, at: At, moving: set[str]) -> Operands:
-        """Bring the keys of a step, their values and columns of a bias; linear in all of them.
+    def here(
+        self, chain: Chain, step: Any, operands: Operands, local: Local, arrived: tuple[Any, Any]
+    ) -> tuple[Operands, Given, At]:
+        """Return what the tiles of a step are computed from, with the keys that arrived."""
+        at = self.at(chain, step, local)
+        operands = self.with_keys(operands, at, arrived)
+        return operands, self.given(operands, local, at), at._replace(states=None)
 
-        What is not `moving` is zero, and so it is where it arrives.
-        """
-
-        def bring(name: str, function: Callable[[Array], Array]) -> Any:
-            x = getattr(operands, name)
-            if x is None or name in moving:
-                return None if x is None else function(x)
-            shape = jax.eval_shape(function, x)
-            return varying_like(jnp.zeros(shape.shape, shape.dtype), x)
-
+    def with_keys(self, operands: Operands, at: At, arrived: tuple[Any, ...]) -> Operands:
+        """Put keys, values and columns of a bias in place; linear in them, and None is zero."""
         key, value = (
-            bring(name, functools.partial(self.brought, step, dtype))
-            for name, dtype in zip(("key", "value"), self.travels, strict=True)
+            self.placed(x, own)
+            for x, own in zip(arrived, (operands.key, operands.value), strict=True)
         )
-        bias = bring("bias", functools.partial(_columns, at.padded[1]))
+        bias = None if operands.bias is None else _columns(at.padded[1], operands.bias)
         return operands._replace(key=key, value=value, bias=bias)
 
-    def brought(self, step: Step, dtype: Any, x: Array) -> Array:
-        """Bring rows [B, S, ...] that other devices hold, and repeat the last up to a tile."""
-        name = self.placement.axis.name
-        if step.shift is None:
-            moved = lax.all_gather(x.astype(dtype), name, axis=1, tiled=True).astype(x.dtype)
-        elif step.shift:
-            moved = lax.ppermute(x.astype(dtype), name, step.pairs).astype(x.dtype)
-        else:
-            moved = x
-        return padded(moved, self.plan.covered - moved.shape[1], axis=1)
+    def placed(self, x: Array | None, own: Array) -> Array:
+        """Repeat the last of the rows [B, S, ...] that arrived up to a tile."""
+        if x is None:
+            shape = own.shape[0], self.plan.covered, *own.shape[2:]
+            return varying_like(jnp.zeros(shape, own.dtype), own)
+        return padded(x.astype(own.dtype), self.plan.covered - x.shape[1], axis=1)
+
+    def travelling(self, operands: Operands) -> tuple[Array, Array]:
+        """Return the keys and values of this device in the dtypes in which they travel."""
+        return operands.key.astype(self.travels[0]), operands.value.astype(self.travels[1])
+
+    def arrived(self, chain: Chain, arrays: Any) -> Any:
+        """Bring arrays [B, S, ...], one for each key, to the first step of a chain."""
+        if chain.first is None:
+            gather = functools.partial(lax.all_gather, axis_name=self.placement.axis.name, axis=1)
+            return jax.tree.map(functools.partial(gather, tiled=True), arrays)
+        return self.moved(arrays, chain.pairs) if chain.first else arrays
+
+    def moved(self, arrays: Any, pairs: Any) -> Any:
+        """Move arrays between devices; zeros arrive where no pair leads."""
+        move = functools.partial(lax.ppermute, axis_name=self.placement.axis.name, perm=pairs)
+        return jax.tree.map(move, arrays)
+
+    def on_with(self, chain: Chain, arrays: Any) -> Any:
+        """Move what was summed up for the keys of a step, to where these are at the next."""
+        return self.moved(arrays, _shifted(self.placement.axis.devices, chain.stride))
+
+    def home(self, chain: Chain, arrays: Any) -> Any:
+        """Move what was summed up for the keys of the last step, to the devices that hold these."""
+        if chain.first is None:
+            axis = self.placement.axis.name
+            gather = functools.partial(lax.psum_scatter, axis_name=axis, scatter_dimension=1)
+            return jax.tree.map(functools.partial(gather, tiled=True), arrays)
+        if not chain.first:
+            return arrays
+        pairs = tuple((to, source) for source, to in chain.pairs)
+        if chain.steps > 1:
+            shift = chain.first + (chain.steps - 1) * chain.stride
+            pairs = tuple((to, at) for at, to in _shifted(self.placement.axis.devices, shift))
+        return self.moved(arrays, pairs)
 
     def over_heads(self, function: Callable[..., Any], result: Any) -> Callable[..., Any]:
         """Map a function of one head: operands, given and any sums, all of which have letters."""
         return _OverHeads(self, function, result)
-
-    def forward(self, step: Step, operands: Operands, local: Local) -> tuple[Any, ...]:
-        """Return what the tiles of a step are computed from."""
-        at = self.at(step, local)
-        operands = self.received(step, operands, at, {"key", "value", "bias"})
-        given = self.given(operands, local, at)
-        return operands, given, at._replace(states=None)
 
     def visits(self, given: Given, at: At) -> tuple[list[Visits], Array]:
         """Return the visits of one head, and what their tiles are."""
@@ -294,51 +303,6 @@ def _of_leaves(function: Callable[..., Any], structure: Any, *leaves: Any) -> An
     return function(*jax.tree.unflatten(structure, leaves))
 
 
-def attend(rounds: Rounds, operands: Operands, local: Local) -> tuple[Array, Array]:
-    """Return context [B, T, K, G, V] and log-sum-exp [B, T, K, G] of the queries of this device."""
-    if not rounds.plan.steps:
-        sums = _start(operands, local)
-        return online.finished(one_pass(operands.functions.normalizer), sums)
-    operands, local = varying_like((operands, rounds.asked(local)), operands, local)
-    rounds, operands, local = rounds.traced(operands, local)
-    context, logsumexp = _attend(rounds, *split_floats(operands), local)
-    return context, online.with_empty(logsumexp)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend(rounds: Rounds, floats: list[Array], rest: Rest, local: Local) -> tuple[Array, Array]:
-    """Return context and log-sum-exp, as `online.finished_finite` has it."""
-    operands = merge_floats(floats, rest)
-    sums = _start(operands, local)
-    steps = rounds.plan.steps
-    rows = f"BT{rounds.heads}"
-    letters: Any = [rows] * 3
-    letters = online.RunningSums(*letters)
-    coming = rounds.forward(steps[0], operands, local)
-    for number in range(len(steps)):
-        here = coming
-        if number + 1 < len(steps):
-            operands, sums = _after(operands, sums)
-            coming = rounds.forward(steps[number + 1], operands, local)
-        add = functools.partial(_add, rounds)
-        sums = rounds.over_heads(add, letters)(*here, sums)
-    return online.finished_finite(one_pass(operands.functions.normalizer), sums)
-
-
-def _after(operands: Operands, sums: Any) -> tuple[Operands, Any]:
-    """Let the next transfer wait for sums."""
-    key, value, sums = lax.optimization_barrier((operands.key, operands.value, sums))
-    return operands._replace(key=key, value=value), sums
-
-
-def _start(operands: Operands, local: Local) -> online.RunningSums:
-    zeros = jnp.zeros_like(local.query_poison)
-    depth = operands.value.shape[-1]
-    context = jnp.broadcast_to(zeros[..., None], (*zeros.shape, depth))
-    lowest = jnp.full_like(zeros, jnp.finfo(zeros.dtype).min)  # as `RunningSums.start`
-    return varying_like(online.RunningSums(lowest, zeros, context), operands, local)
-
-
 def _states(
     plan: Plan, structure: Any, starts: Any, queries: Array, keys: Array, *mask: Any
 ) -> Array:
@@ -351,81 +315,9 @@ def _trace(tiles: Tiles, found: list[Any], operands: Operands, given: Given) -> 
     return jnp.zeros(())
 
 
-def _add(rounds: Rounds, operands: Operands, given: Given, at: At, sums: Any) -> online.RunningSums:
-    """Add the tiles of a step to the running sums of one head."""
-    return over_visits(Forward(rounds.tiles, (operands,), given), *rounds.visits(given, at), sums)
-
-
-@functools.partial(_attend.defjvp, symbolic_zeros=True)
-def _attend_jvp(rounds: Rounds, primals: Any, tangents: Any) -> Any:
-    floats, rest, local = primals
-    context, logsumexp = map(checkpoint_name, _attend(rounds, floats, rest, local), SAVED)
-    moves = [not isinstance(x, SymbolicZero) for x in tangents[0]]
-    _check_captured(merge_floats(moves, rest).captured, merge_floats(floats, rest))
-    change = [
-        x if m else jnp.zeros(x.shape, x.dtype) for x, m in zip(tangents[0], moves, strict=True)
-    ]
-    base = online.finite_or_zero(logsumexp)
-    log_tangent, context_tangent = jnp.zeros_like(logsumexp), jnp.zeros_like(context)
-    for step in rounds.plan.steps:
-        changed = jax.checkpoint(functools.partial(_change, rounds, step, moves))
-        log_more, context_more = changed(floats, change, rest, local, base)
-        log_tangent, context_tangent = log_tangent + log_more, context_tangent + context_more
-    normalizer = merge_floats(floats, rest).functions.normalizer
-    changed = online.changes(one_pass(normalizer), log_tangent, context_tangent, context)
-    return (context, logsumexp), changed
-
-
-def _check_captured(moves: Any, operands: Operands) -> None:
-    """Refuse gradients that devices would have to sum up in branches that only some of them take.
-
-    They do within a `shard_map` that checks what varies. What is bound to a function is made to
-    vary before it is used, which what a function closes over cannot be.
-    """
-    query = jax.typeof(operands.query).manual_axis_type.varying
-    for moved, value in zip(*map(jax.tree.leaves, (moves, operands.captured)), strict=True):
-        if moved is True and query - jax.typeof(value).manual_axis_type.varying:
-            raise ValueError(
-                "parallel.attend: within shard_map, a score or bias may not close over values "
-                "under differentiation; give them with attention_jax.bind, or call it outside."
-            )
-
-
-def _change(
-    rounds: Rounds,
-    step: Step,
-    moves: list[bool],
-    floats: list[Array],
-    change: list[Array],
-    rest: Rest,
-    local: Local,
-    base: Array,
-) -> tuple[Array, Array]:
-    """Return the sums of the tangent over the tiles of a step, all heads."""
-    at = rounds.at(step, local)
-    operands = merge_floats(floats, rest)
-    moving = {name for name in ("key", "value", "bias") if getattr(merge_floats(moves, rest), name)}
-    here = rounds.received(step, operands, at, {"key", "value", "bias"})
-    there = rounds.received(step, merge_floats(change, rest), at, moving)
-    of_head = functools.partial(_change_of_head, rounds, moves)
-    rows = f"BT{rounds.heads}"
-    return rounds.over_heads(of_head, (rows, rows))(
-        here, rounds.given(here, local, at), at._replace(states=None), split_floats(there)[0], base
-    )
-
-
-def _change_of_head(
-    rounds: Rounds,
-    moves: list[bool],
-    operands: Operands,
-    given: Given,
-    at: At,
-    change: list[Array],
-    base: Array,
-) -> tuple[Array, Array]:
-    both = operands, merge_floats(change, split_floats(operands)[1])
-    tangent = Tangent(rounds.tiles, both, given, base, moves)
-    return over_visits(tangent, *rounds.visits(given, at), tangent.zeros(base))
+def _shifted(devices: int, shift: int) -> tuple[tuple[int, int], ...]:
+    """Return the moves to every device d from device d + shift."""
+    return tuple(((d + shift) % devices, d) for d in range(devices))
 
 
 def _columns(positions: Array, bias: Array) -> Array:
@@ -436,8 +328,10 @@ def _columns(positions: Array, bias: Array) -> Array:
     return jnp.take(bias, positions, axis=-1, mode="clip")
 
 
-def _row_of(device: Any, table: np.ndarray) -> Any:
-    """Return the entry of a table for this device; of one entry, the one for all."""
-    if len(table) == 1:
-        return jnp.asarray(table[0])
-    return lax.dynamic_index_in_dim(jnp.asarray(table), device, keepdims=False)
+def _row_of(which: Any, table: Any) -> Any:
+    """Return an entry of a table; of one entry, the one for all."""
+    if len(table) == 1 or isinstance(which, int):
+        return table[0 if len(table) == 1 else which]
+    return lax.dynamic_index_in_dim(
+        jnp.asarray(table), which, keepdims=False, allow_negative_indices=False
+    )
