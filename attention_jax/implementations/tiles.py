@@ -159,7 +159,7 @@ def units_of(width: int) -> int:
 
 def joined(states: Any, rows: np.ndarray, units: np.ndarray, per_tile: int) -> Any:
     """Return what tiles are, [n], from units [rows, units]: what all theirs are, else PARTIAL."""
-    states = states[rows[:, None], units[:, None] + np.arange(per_tile)]
+    states = states[rows[:, None], units[:, None] + np.arange(per_tile, dtype=np.int32)[None, :]]
     module = np if isinstance(states, np.ndarray) else jnp
     least, most = states.min(axis=1), states.max(axis=1)
     return module.where(least == most, least, module.asarray(PARTIAL, states.dtype))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attention_jax import attend, bind, masks, normalizers, parallel, per_head, scores
 
@@ -17,13 +17,12 @@ pytestmark = [
 ]
 
 B, N, K, H, V = 2, 4, 2, 4, 3
-DEVICES, SHARE = 2, 13
-T = DEVICES * SHARE
+T = 28
 TILES = (3, 4)
 ORDER = np.random.default_rng(0).permutation(T)
 
 
-def mesh_of(shape=(DEVICES,), names=("sp",), kind=AxisType.Auto):
+def mesh_of(shape=(2,), names=("sp",), kind=AxisType.Auto):
     devices = jax.devices()[: int(np.prod(shape))]
     return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=devices)
 
@@ -48,17 +47,18 @@ def recency(q_idx, kv_idx, rate):
     return -rate * jnp.log1p(abs(q_idx - kv_idx).astype(jnp.float64))
 
 
-def segments():
-    return np.repeat([0, 1, 2, 3], [3, 10, 9, T - 22])[None, :] + np.array([[0], [0]])
-
-
 # For each case its parameters, and a function from these to options of `attend`.
 CASES = {
-    "plain": ({}, lambda: {}),
     "causal, grouped": ({}, lambda: {"mask": masks.Causal()}),
-    "window, positional score": (
+    "window, positional score, plus one, dropout": (
         {"rate": 0.1},
-        lambda rate: {"mask": masks.Window(5, 2), "score": bind(fading_dot, rate=rate)},
+        lambda rate: {
+            "mask": masks.Window(5, 2) & ~masks.Prefix(6),  # with empty rows
+            "score": bind(fading_dot, rate=rate),
+            "normalizer": normalizers.softmax_plus_one,
+            "dropout_rate": 0.3,
+            "dropout_key": jax.random.key(3),
+        },
     ),
     "segments in jit, bias per head": (
         {"rate": normal(N), "ids": np.array([[0] * 9 + [1] * (T - 9), [2] * 20 + [3] * (T - 20)])},
@@ -67,27 +67,33 @@ CASES = {
             "bias": per_head(bind(recency, rate=rate)),
         },
     ),
-    "lengths, bias of pairs": (
-        {"bias": normal(B, N, T, T), "lengths": np.array([T - 9, 5])},
-        lambda bias, lengths: {"mask": masks.Lengths(lengths, lengths), "bias": bias},
-    ),
-    "array of pairs, bias of keys": (
-        {"bias": normal(N, 1, T)},
-        lambda bias: {"mask": np.asarray(normal(B, 1, T, T) > 0.3), "bias": bias},
-    ),
-    "additive score, sink": (
-        {"w": normal(H, 3), "u": normal(H, 3), "v": normal(3), "sink": np.float64(0.3)},
-        lambda w, u, v, sink: {
-            "mask": masks.Causal(),
-            "score": bind(scores.additive, query_weight=w, key_weight=u, value=v, bias=0 * v),
-            "normalizer": bind(normalizers.softmax_with_sink, sink=sink),
+    "lengths, bias of pairs, score and sink per head": (
+        {
+            "bias": normal(B, N, T, T),
+            "lengths": np.array([T - 9, 5]),
+            "weight": normal(N, H, H),
+            "sink": normal(N),
         },
-    ),
-    "score, sink per head": (
-        {"weight": normal(N, H, H), "sink": normal(N)},
-        lambda weight, sink: {
+        lambda bias, lengths, weight, sink: {
+            "mask": masks.Lengths(lengths, lengths),
+            "bias": bias,
             "score": scores.scaled(per_head(bind(scores.bilinear, weight=weight)), 0.5),
             "normalizer": per_head(bind(normalizers.softmax_with_sink, sink=sink)),
+        },
+    ),
+    "array of pairs, bias of keys, additive score, sink": (
+        {
+            "bias": normal(N, 1, T),
+            "w": normal(H, 3),
+            "u": normal(H, 3),
+            "v": normal(3),
+            "sink": np.float64(0.3),
+        },
+        lambda bias, w, u, v, sink: {
+            "mask": np.asarray(normal(B, 1, T, T) > 0.3),
+            "bias": bias,
+            "score": bind(scores.additive, query_weight=w, key_weight=u, value=v, bias=0 * v),
+            "normalizer": bind(normalizers.softmax_with_sink, sink=sink),
         },
     ),
     "sigmoid, dropout": (
@@ -97,15 +103,6 @@ CASES = {
             "mask": masks.Causal(),
             "dropout_rate": 0.4,
             "dropout_key": jax.random.key(7),
-        },
-    ),
-    "empty rows, plus one, dropout": (
-        {},
-        lambda: {
-            "mask": ~masks.Prefix(6) & masks.Causal(),
-            "normalizer": normalizers.softmax_plus_one,
-            "dropout_rate": 0.3,
-            "dropout_key": jax.random.key(3),
         },
     ),
     "captured": (
@@ -161,21 +158,43 @@ def close(got, expected):
         np.testing.assert_allclose(one, other, atol=1e-11, rtol=1e-11)
 
 
-NAMES = list(CASES)
-COMBINATIONS = [
-    *((name, "ring", ORDER if n % 2 else None) for n, name in enumerate(NAMES)),
-    *((name, "all_gather", None if n % 2 else ORDER) for n, name in enumerate(NAMES[3::3])),
-    *((name, "all_to_all", None if n % 2 else ORDER) for n, name in enumerate(NAMES[5::2])),
+CAUSAL, WINDOW, SEGMENTS, LENGTHS, PAIRS, SIGMOID, CAPTURED = CASES
+COMBINATIONS = [  # of two devices, no keys travel on
+    (CAUSAL, "ring", 4, ORDER),
+    (WINDOW, "ring", 2, None),
+    (SEGMENTS, "ring", 4, ORDER),
+    (LENGTHS, "ring", 2, ORDER),
+    (PAIRS, "ring", 2, None),
+    (SIGMOID, "ring", 2, None),
+    (CAPTURED, "ring", 2, None),
+    (LENGTHS, "all_gather", 2, ORDER),
+    (WINDOW, "all_to_all", 2, ORDER),
+    (PAIRS, "all_to_all", 2, None),
 ]
 
 
-@pytest.mark.parametrize(("case", "method", "order"), COMBINATIONS)
-def test_as_on_one_device(case, method, order):
+@pytest.mark.parametrize(("case", "method", "devices", "order"), COMBINATIONS)
+def test_as_on_one_device(case, method, devices, order):
     arrays = qkv(key_heads=4 if method == "all_to_all" else K)
     options = {} if method == "all_to_all" else {"tile_sizes": TILES}
-    ours = functools.partial(split_attend, method=method, order=order, mesh=mesh_of(), **options)
+    mesh = mesh_of((devices,))
+    ours = functools.partial(split_attend, method=method, order=order, mesh=mesh, **options)
     dense = functools.partial(attend, implementation="dense")
     close(gradients(ours, case, arrays), gradients(dense, case, arrays))
+
+
+def test_memory_of_a_device_falls_as_devices_grow():
+    """Temporaries are some parts of the sequence each, and their number stays."""
+    arrays = [jax.ShapeDtypeStruct((1, 4096, 1, 16), "float32")] * 3
+
+    def temporaries(devices):
+        mesh = mesh_of((devices,))
+        split = functools.partial(parallel.attend, axis="sp", method="ring", mesh=mesh)
+        of = jax.grad(lambda *arrays: split(*arrays, tile_sizes=(64, 64)).sum(), (0, 1, 2))
+        program = jax.jit(of, in_shardings=NamedSharding(mesh, PartitionSpec(None, "sp")))
+        return program.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8) <= 0.55 * temporaries(4)
 
 
 def test_keys_travel_to_those_that_attend_to_them_alone():
@@ -192,4 +211,6 @@ def test_keys_travel_to_those_that_attend_to_them_alone():
 
     neighbours = ",".join(f"{{{device},{device + 1}}}" for device in range(7))
     assert moved(masks.Window(8, 0)) == [neighbours] * 2
+    onward = neighbours.removeprefix("{0,1},")  # keys of 0 to 6 come from the device that has them
+    assert set(moved(masks.Window(16, 0))) == {neighbours, onward}
     assert not moved(masks.Segment(np.arange(64) // 8))
