@@ -7,7 +7,16 @@
 (2, 9, 4, 8)
 """
 
-from attention_jax import base, diagnostics, linear, masks, normalizers, positions, scores
+from attention_jax import (
+    base,
+    diagnostics,
+    linear,
+    masks,
+    normalizers,
+    positions,
+    scores,
+    statistics,
+)
 from attention_jax.attention import attend, explain
 from attention_jax.base import Parameter, ShapeError, bind, learned, per_head
 from attention_jax.implementations import Attended, merge
@@ -29,4 +38,5 @@ __all__ = [
     "per_head",
     "positions",
     "scores",
+    "statistics",
 ]

@@ -22,6 +22,7 @@ from attention_jax.masks import as_mask
 from attention_jax.normalizers import softmax
 from attention_jax.request import Operand, Request, heads, operands
 from attention_jax.scores import scaled_dot
+from attention_jax.statistics import Statistics
 
 __all__ = ["IMPLEMENTATIONS", "attend", "explain"]
 
@@ -43,6 +44,7 @@ def attend(
     tile_sizes: tuple[int, int] | None = None,
     return_weights: bool = False,
     return_logsumexp: bool = False,
+    statistics: Statistics | None = None,
 ) -> Any:
     r"""Attention: context_i = sum_j normalizer(score(q_i, k_j) + bias_ij)_j v_j, j as masked.
 
@@ -72,11 +74,13 @@ def attend(
       return_weights: also return the weights [B, N, T, S], after dropout.
       return_logsumexp: also return the log of the softmax normalizer, [B, T, N], in float32 or
         better; -inf for a query that may attend to nothing.
+      statistics: also return statistics (`attention_jax.statistics`) by these names, such as
+        {"entropy": statistics.entropy}: of weights that need not be held, in float32 or better.
 
     Returns:
-      Context [B, T, N, V] in the dtype of `value`; with `return_weights` or `return_logsumexp`
-      an `Attended`, the named tuple (context, weights, logsumexp) with None for what was not
-      asked for.
+      Context [B, T, N, V] in the dtype of `value`; with `return_weights`, `return_logsumexp` or
+      `statistics` an `Attended`, the named tuple (context, weights, logsumexp, statistics) with
+      None for what was not asked for.
 
     Raises:
       ShapeError: operands that do not fit each other.
@@ -103,9 +107,10 @@ def attend(
         tile_sizes=tile_sizes,
         return_weights=return_weights,
         return_logsumexp=return_logsumexp,
+        statistics=statistics,
     )
     attended = programs.call(_attended, request)
-    return attended if return_weights or return_logsumexp else attended.context
+    return attended if return_weights or return_logsumexp or statistics else attended.context
 
 
 def explain(
@@ -123,6 +128,7 @@ def explain(
     tile_sizes: tuple[int, int] | None = None,
     return_weights: bool = False,
     return_logsumexp: bool = False,
+    statistics: Statistics | None = None,
 ) -> choice.Choice:
     """Tell what `attend` would run for the same arguments: tiles of each kind, operations, bytes.
 
@@ -145,6 +151,7 @@ def explain(
         tile_sizes=tile_sizes,
         return_weights=return_weights,
         return_logsumexp=return_logsumexp,
+        statistics=statistics,
     )
     mask = as_mask(mask)
     if programs.is_staged():
@@ -169,19 +176,18 @@ def _attended(request: Request, spread: bool | None) -> Attended:
     wanted = request.return_weights, request.return_logsumexp
     one_head = functools.partial(_one_head, of_head, given, wanted)
     axes = [letters for operand in given.values() for letters in operand.axes]
-    letters: Any = [x.replace("N", heads(request)) for x in ("BTN", "BN", "BTN")]
-    letters = Attended(*letters)
+    of_each = {name: f"B{each.axis}N" for name, each in (request.statistics or {}).items()}
+    letters = Attended("BTN", "BN", "BTN", of_each or None)  # type: ignore[arg-type]
+    letters = jax.tree.map(lambda x: x.replace("N", heads(request)), letters)
     lifted = lift(one_head, axes, letters, f"B{heads(request)}", sequential, SAVED, spread)
     leaves = [leaf for operand in given.values() for leaf in operand.leaves]
     if name == "pallas":  # vectorised, NumPy's arrays would be constants of its derivatives
         leaves = [jnp.asarray(leaf) for leaf in leaves]
     attended = lifted(*leaves)
-    context, weights, logsumexp = jax.tree.map(
-        functools.partial(_ungrouped, request),
-        attended,
-        jax.tree.broadcast(letters, attended),
+    ungrouped = jax.tree.map(
+        functools.partial(_ungrouped, request), attended, jax.tree.broadcast(letters, attended)
     )
-    return Attended(context.astype(request.value.dtype), weights, logsumexp)
+    return ungrouped._replace(context=ungrouped.context.astype(request.value.dtype))
 
 
 def _explained(
@@ -199,8 +205,11 @@ def _one_head(
     """Run an implementation on the arrays of one head, and leave out what is not wanted."""
     rest = iter(leaves)
     built = {name: part.build([next(rest) for _ in part.leaves]) for name, part in given.items()}
-    context, weights, logsumexp = of_head(Head(**built))
-    return Attended(context, weights if wanted[0] else None, logsumexp if wanted[1] else None)
+    found = of_head(Head(**built))
+    return found._replace(
+        weights=found.weights if wanted[0] else None,
+        logsumexp=found.logsumexp if wanted[1] else None,
+    )
 
 
 def _ungrouped(request: Request, x: Array, letters: str) -> Array:

@@ -221,10 +221,11 @@ def view_of(memory: tuple[Array, Array], cache: KeyValueCache, num_tokens: int) 
     )
 
 
+# Statistics would take the slots of a cache for positions.
 _OPTIONS = [
     name
     for name, parameter in inspect.signature(attend).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name != "mask"
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("mask", "statistics")
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import LogSum, Streaming, name_of, streaming
 from attention_jax.scores import separate
 from attention_jax.scores.composition import finished, is_positional
+from attention_jax.statistics import Pairs, Statistic, Statistics
 
 Array = jax.Array
 
@@ -64,6 +65,7 @@ class Request:
     tile_sizes: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
     return_weights: bool = dataclasses.field(metadata={"static": True})
     return_logsumexp: bool = dataclasses.field(metadata={"static": True})
+    statistics: Statistics | None = None
     lengths: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
     precision: str | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -86,6 +88,7 @@ class Request:
         options["mask"] = algebra.with_int32(algebra.as_mask(options["mask"]))
         options["bias"] = as_bias(options["bias"])
         options["precision"] = precision_in_force()
+        options["statistics"] = _checked_statistics(options.get("statistics"))
         request = cls(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), **options)
         if request.return_logsumexp and not isinstance(request.streaming, LogSum):
             raise ValueError(
@@ -169,7 +172,7 @@ def operands(request: Request, as_given: bool = False) -> dict[str, Operand]:
         "bias": _bias(request),
         "normalizer": _normalizer(request),
         "dropout": _dropout(request),
-    }
+    } | _statistics(request)
 
 
 def function_of(function: Any) -> Any:
@@ -372,6 +375,78 @@ def _dropout(request: Request) -> Operand:
     rngs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, numbers)
     words = jax.vmap(_two_words)(rngs).reshape(batch, num_heads, 2)
     return _operand(request, words, ["BN"], functools.partial(_with_rate, request.dropout_rate))
+
+
+def _checked_statistics(given: Any) -> dict[str, Statistic] | None:
+    """Return statistics by name; none of them is the same as not to ask."""
+    if not given:
+        return None
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "attend: statistics must be a dict from names to statistics, such as "
+            f"{{'entropy': statistics.entropy}}, got {type(given).__name__}."
+        )
+    for name, statistic in given.items():
+        if isinstance(statistic, Statistic):
+            continue
+        advice = "call it with its arguments" if callable(statistic) else "take one of them"
+        raise TypeError(
+            f"attend: statistics[{name!r}] must be a statistic of attention_jax.statistics, got "
+            f"{getattr(statistic, '__name__', type(statistic).__name__)}; {advice}, or wrap your "
+            "own function of a tile in statistics.Statistic."
+        )
+    return dict(given)
+
+
+def _statistics(request: Request) -> dict[str, Operand]:
+    """Return the statistics as an operand: masks as they differ between heads, and the rest alike.
+
+    Raises:
+      ShapeError: sums without the leading axis that they are to have.
+    """
+    if request.statistics is None:
+        return {}
+    parts, structure = jax.tree.flatten(request.statistics, is_leaf=_is_mask)
+    letters: list[str] = []
+    for number, part in enumerate(parts):
+        if _is_mask(part):
+            mask = algebra.with_int32(part)
+            parts[number], found = batch_axes.of_mask("attend: statistics", mask, request.sizes)
+            letters += found
+        else:
+            letters += [""]
+    operand = _operand(request, jax.tree.unflatten(structure, parts), letters)
+    _check_sums(request, operand)
+    return {"statistics": operand}
+
+
+def _is_mask(part: Any) -> bool:
+    return isinstance(part, Mask)
+
+
+def _check_sums(request: Request, operand: Operand) -> None:
+    """Require that the sums of a statistic are those of the queries, or of the keys, of a tile."""
+    sizes = {"T": 3, "S": 5}
+    of_head = [
+        jax.ShapeDtypeStruct(jnp.shape(leaf)[len(letters) :], jnp.result_type(leaf))
+        for leaf, letters in zip(operand.leaves, operand.axes, strict=True)
+    ]
+    pairs = jax.eval_shape(functools.partial(Pairs.none, *sizes.values(), request.dtype))
+    sums = _shape_of(functools.partial(_sums_of_tile, operand), of_head, pairs)
+    for name, statistic in (request.statistics or {}).items():
+        leading, axis = ("S", 0) if statistic.of == "key" else ("T", 1)
+        for leaf in jax.tree.leaves(sums[name]):
+            if leaf.shape[:1] != (sizes[leading],):
+                raise checks.ShapeError(
+                    f"attend: statistics[{name!r}] must return sums with the leading axis "
+                    f"{leading}, got shape {leaf.shape} for a tile of {sizes['T']} queries and "
+                    f"{sizes['S']} keys; sum over axis {axis}."
+                )
+
+
+def _sums_of_tile(operand: Operand, leaves: list[Any], pairs: Pairs) -> dict[str, Any]:
+    statistics = operand.build(leaves)
+    return {name: statistic.of_tile(pairs) for name, statistic in statistics.items()}
 
 
 def heads(request: Request) -> str:

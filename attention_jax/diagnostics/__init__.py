@@ -1,7 +1,9 @@
 """Measures of attention weights, pictures and pages of them, and alignments.
 
 All take weights [..., T, S] as `attend(..., return_weights=True)` gives them, and count in float32
-or better. A query that attends to nothing, a row of zeros, has no entropy and no support, and is
+or better. Of sequences whose weights are too many to be held, `attend(..., statistics=...)` gives
+entropy, effective support, the trace of the Jacobian, the share of saturated rows and more. A query
+that attends to nothing, a row of zeros, has no entropy and no support, and is
 left out of means over rows; no gradient is made NaN by a weight of zero.
 """
 

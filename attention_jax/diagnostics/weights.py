@@ -1,4 +1,9 @@
-"""Measures of attention weights, and of what removing a head changes."""
+"""Measures of attention weights, and of what removing a head changes.
+
+Those of single rows are statistics (`attention_jax.statistics`) of weights that are there; without
+the weights, `attend(..., statistics=...)` computes the same at any length. Weights of several heads
+or layers together, and weights that are changed, have to be held.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attention_jax import statistics
 from attention_jax.base import checks
 from attention_jax.base.typing import at_least_float32
+from attention_jax.statistics import of_matrix
 
 __all__ = [
     "additive_saturation",
@@ -43,7 +50,7 @@ def entropy(weights: Array) -> Array:
     >>> entropy(jnp.array([[0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])) + 0.0
     Array([0.693, 0.   ], dtype=float32)
     """
-    return _entropy(_distributions("entropy", weights))
+    return of_matrix(statistics.entropy, _wide("entropy", weights))
 
 
 def effective_support(weights: Array) -> Array:
@@ -58,8 +65,7 @@ def effective_support(weights: Array) -> Array:
     >>> effective_support(jnp.array([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]))
     Array([2., 0.], dtype=float32)
     """
-    p = _distributions("effective_support", weights)
-    return jnp.where(_attends(p), jnp.exp(_entropy(p)), 0.0)
+    return of_matrix(statistics.effective_support, _wide("effective_support", weights))
 
 
 def jacobian_trace(weights: Array) -> Array:
@@ -77,8 +83,7 @@ def jacobian_trace(weights: Array) -> Array:
     >>> jacobian_trace(jnp.array([[0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]))
     Array([0.5, 0. ], dtype=float32)
     """
-    weights = _wide("jacobian_trace", weights)
-    return jnp.sum(weights * (1.0 - weights), axis=-1)
+    return of_matrix(statistics.jacobian_trace, _wide("jacobian_trace", weights))
 
 
 def saturated_rows(weights: Array, threshold: float = 0.95) -> Array:
@@ -94,9 +99,7 @@ def saturated_rows(weights: Array, threshold: float = 0.95) -> Array:
     >>> saturated_rows(jnp.array([[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]]))
     Array(0.5, dtype=float32)
     """
-    weights = _wide("saturated_rows", weights)
-    largest = jnp.max(weights, axis=-1, initial=0.0)
-    return _mean_where(jnp.asarray(largest > threshold, weights.dtype), _attends(weights))
+    return of_matrix(statistics.saturated_rows(threshold), _wide("saturated_rows", weights))
 
 
 def tanh_saturation(inputs: Array, threshold: float = 0.05) -> Array:
@@ -171,6 +174,8 @@ def jensen_shannon(weights: Array) -> Array:
     Returns:
       [..., N, N] in nats, between 0 (alike) and ln 2 (no key in common), over the rows in which
       both heads attend to something; 0 where there is none.
+
+    Of pairs of heads, so that the weights of all heads have to be held.
 
     Lin 1991, equation 4.1; Clark et al. 2019, section 6 (distances between heads).
 
@@ -250,6 +255,8 @@ def replace_heads(
 ) -> Array:
     """Replace the weights of the heads that are not kept, by zeros or by `uniform` ones.
 
+    It needs the weights; a head is removed without them as `head_ablation` says.
+
     Args:
       weights: [..., N, T, S].
       keep: [N] boolean.
@@ -278,9 +285,9 @@ def replace_heads(
 def head_ablation(evaluate: Callable[[Array], Any], num_heads: int) -> Any:
     """Evaluate with each head left out in turn.
 
-    `evaluate` decides how a head is left out: it may use `replace_heads` on weights, or
-    multiply the rows of an output projection W^O [N, V, D] by `keep[:, None, None]`, which
-    removes the head from a trained model exactly.
+    `evaluate` decides how a head is left out: it may use `replace_heads` on weights, which have to
+    be held; or multiply the rows of an output projection W^O [N, V, D] by `keep[:, None, None]`,
+    which removes the head from a trained model exactly, at any length.
 
     Args:
       evaluate: from `keep`, [N] boolean, to a loss or any pytree of outputs.
@@ -303,7 +310,8 @@ def rollout(layers: Sequence[Array]) -> Array:
     r"""Attention from the last layer back to the input: A_L ... A_1, A_l = (W_l + I) / row sums.
 
     W_l is the mean over heads of layer l, and I stands for the residual connection; a row that
-    attends to nothing is the residual alone.
+    attends to nothing is the residual alone. The result is a matrix, and its layers have to be
+    held; to follow few positions X [T, n] from the input, apply A_l X by `attend` with X as values.
 
     Args:
       layers: weights [..., N, T, T] of each layer, the first layer first.

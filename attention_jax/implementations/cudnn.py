@@ -38,6 +38,8 @@ def lacks(request: Request) -> str | None:
         return "takes no bias here."
     if request.dropout_rate > 0:
         return "draws other dropout masks than the rest; use implementation='tiled'."
+    if request.statistics is not None:
+        return "computes no statistics of the weights; use implementation='tiled'."
     if request.return_weights or request.return_logsumexp:
         return "returns the context only."
     if any(sizes[depth] % 8 or sizes[depth] > 128 for depth in "QHV"):

@@ -11,6 +11,7 @@ from attention_jax.base.finite import finite_rows
 from attention_jax.implementations.head import Attended, Head, kept
 from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import LogSum, log_normalizer, streaming
+from attention_jax.statistics import Pairs
 
 
 def dense(head: Head, with_logsumexp: bool = True) -> Attended:
@@ -37,4 +38,8 @@ def dense(head: Head, with_logsumexp: bool = True) -> Attended:
     logsumexp = None
     if isinstance(how, LogSum):
         logsumexp = log_normalizer(how.exponent(logits), allowed, how.sink)
-    return Attended(used @ value, used, logsumexp)
+    statistics = None
+    if head.statistics is not None:
+        pairs = Pairs.of(used, logits, allowed, q_idx, kv_idx)
+        statistics = {name: each.of_pairs(pairs) for name, each in head.statistics.items()}
+    return Attended(used @ value, used, logsumexp, statistics)

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from attention_jax.base.typing import Bias, Normalizer
 from attention_jax.masks import Mask
 from attention_jax.scores import Separated
+from attention_jax.statistics import Statistics
 
 Array = jax.Array
 
 
-SAVED = ("context", "logsumexp")
+SAVED = ("context", "logsumexp", "statistics")
 """Names of the results that the backward pass of one head needs, besides its operands."""
 
 
@@ -24,6 +25,7 @@ class Head(NamedTuple):
 
     `bias` is None, an array that broadcasts to [T, S] or a function of (q_idx, kv_idx);
     `dropout` is None, or the two words (uint32 [2]) and the rate that decide which pairs are kept.
+    `statistics` are those that are asked for, by name, with what they hold of this head.
     """
 
     query: Array
@@ -34,6 +36,7 @@ class Head(NamedTuple):
     bias: Bias | Array | None
     normalizer: Normalizer
     dropout: tuple[Array, Array] | None
+    statistics: Statistics | None = None
 
 
 class Attended(NamedTuple):
@@ -43,13 +46,16 @@ class Attended(NamedTuple):
       context: [B, T, N, V].
       weights: [B, N, T, S], after dropout.
       logsumexp: log of the softmax normalizer, [B, T, N]; -inf where nothing may be attended.
+      statistics: by name, of queries [B, T, N], of keys [B, S, N] and of heads [B, N], with
+        further axes where a statistic has them.
 
-    Of one head: [T, V], [T, S] and [T].
+    Of one head: [T, V], [T, S], [T], and statistics without B and N.
     """
 
     context: Array
     weights: Array | None = None
     logsumexp: Array | None = None
+    statistics: dict[str, Any] | None = None
 
 
 def kept(dropout: tuple[Array, Array], q_idx: Array, kv_idx: Array, dtype: Any) -> Array:

@@ -59,10 +59,15 @@ def call(function: Callable[[Request, bool | None], Any], request: Request) -> A
     spread = bool(spread)
     functions = request.score, request.bias, request.normalizer, request.mask
     try:
-        parts = tuple(_of_tree(functions, set()))
+        parts = tuple(_of_tree((*functions, request.statistics), set()))
         score, bias, normalizer, mask = map(_interned, functions)
         same = dataclasses.replace(
-            request, score=score, bias=bias, normalizer=normalizer, mask=with_constants(mask)
+            request,
+            score=score,
+            bias=bias,
+            normalizer=normalizer,
+            mask=with_constants(mask),
+            statistics=_interned(request.statistics),
         )
         leaves, structure = jax.tree.flatten(same)
         program = _program(function, (structure, spread, jax.default_backend(), parts))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.base.finite import finite
 from attention_jax.base.matmul import PLAIN, Products, times
@@ -290,6 +291,19 @@ class Tangent(Pass):
 def rows_from(x: Array, start: Any, size: int, axis: int = 0) -> Array:
     """Return `size` rows of an array from `start` on."""
     return lax.dynamic_slice_in_dim(x, start, size, axis, allow_negative_indices=False)
+
+
+def tangents_of(tangents: list[Any], rest: Rest) -> tuple[Any, list[bool]]:
+    """Return tangents as operands, with zeros for those that do not move, and which do."""
+    arrays, moves = arrays_of(tangents)
+    return merge_floats(arrays, rest), moves
+
+
+def arrays_of(tangents: list[Any]) -> tuple[list[Array], list[bool]]:
+    """Return tangents as arrays, and which of them may be other than zero."""
+    moves = [not isinstance(x, SymbolicZero) for x in tangents]
+    pairs = zip(tangents, moves, strict=True)
+    return [x if m else jnp.zeros(x.shape, x.dtype) for x, m in pairs], moves
 
 
 def _logits(tile: Operands, q_idx: Array, kv_idx: Array) -> Array:

@@ -23,13 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.base.finite import finite, poison
 from attention_jax.base.matmul import PLAIN, Products
 from attention_jax.base.trees import Rest, merge_floats, split_floats
 from attention_jax.base.typing import Normalizer, at_least_float32
-from attention_jax.implementations import online
+from attention_jax.implementations import measured, online
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.merging import merge
 from attention_jax.implementations.tile_passes import (
@@ -40,6 +39,7 @@ from attention_jax.implementations.tile_passes import (
     Tangent,
     Tiles,
     one_pass,
+    tangents_of,
     widened,
 )
 from attention_jax.implementations.tiles import Plan, Visits
@@ -56,9 +56,20 @@ def tiled(head: Head, plan: Plan, products: Products = PLAIN) -> Attended:
         dtype = at_least_float32(head.value.dtype)
         context = jnp.zeros((query_length, head.value.shape[1]), dtype)
         logsumexp = jnp.full(query_length, -jnp.inf, dtype)
-    else:
-        context, logsumexp = _over_tiles(head, plan, products)
-    return with_sink(head.normalizer, context, logsumexp)
+        attended = with_sink(head.normalizer, context, logsumexp)
+        return attended._replace(statistics=measured.of_no_pairs(head))
+    if head.statistics is not None:
+        return _measured(head, plan, products)
+    return with_sink(head.normalizer, *_over_tiles(head, plan, products))
+
+
+def _measured(head: Head, plan: Plan, products: Products) -> Attended:
+    """Attend and compute statistics: those that stream along with the context, then the others."""
+    prepare = functools.partial(prepared, head, plan, products=products)
+    each = measured.Measured(head, plan, prepare)
+    context, of_keys, sums = each.with_context()
+    attended = with_sink(head.normalizer, context, of_keys)
+    return attended._replace(statistics=each.finished(sums, of_keys, attended.logsumexp))
 
 
 def with_sink(normalizer: Normalizer, context: Array, logsumexp: Array) -> Attended:
@@ -74,6 +85,7 @@ def with_sink(normalizer: Normalizer, context: Array, logsumexp: Array) -> Atten
 
 
 def _over_tiles(head: Head, plan: Plan, products: Products) -> tuple[Array, Array]:
+    """Pass over the tiles; return context [T, V] and log-sum-exp [T]."""
     tiles, operands, given = prepared(head, plan, plan.visits, products)
     context, logsumexp = _attend(tiles, *split_floats(operands), given)
     length = plan.pairs[0]
@@ -120,20 +132,12 @@ def _attend_jvp(tiles: Tiles, primals: Any, tangents: Any) -> Any:
     context, logsumexp = map(checkpoint_name, _attend(tiles, floats, rest, given), SAVED)
     operands = merge_floats(floats, rest)
     # In half precision the sums of the backward pass over tiles would be, too.
-    change = widened(merge_floats([_array(x) for x in tangents[0]], rest))
-    moves = [not _is_zero(x) for x in tangents[0]]
+    change, moves = tangents_of(tangents[0], rest)
+    change = widened(change)
     base = online.finite_or_zero(logsumexp)
     log_tangent, context_tangent = Tangent(tiles, (operands, change), given, base, moves)()
     how = one_pass(operands.functions.normalizer)
     return (context, logsumexp), online.changes(how, log_tangent, context_tangent, context)
-
-
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero)
-
-
-def _array(tangent: Any) -> Array:
-    return jnp.zeros(tangent.shape, tangent.dtype) if _is_zero(tangent) else tangent
 
 
 def mapped(of_row: Any, x: Array) -> Array:

@@ -51,8 +51,8 @@ class TokenModelMethods:
           positions: of the tokens, [T] or [B, T]; 0, 1, ... or the `order` unless given.
           types: of the tokens, [B, T], where the embedding has any; 0 unless given.
           deterministic: instead of the module's own.
-          **options: bias, order, tile_sizes, return_weights and sow_weights, as in
-            `TransformerStack`.
+          **options: bias, order, tile_sizes, return_weights, sow_weights, statistics and
+            sow_statistics, as in `TransformerStack`.
         """
         if positions is None:
             check_length(tokens.shape[1], self.max_length)
@@ -91,7 +91,8 @@ class CausalDecoderMethods(TokenModelMethods):
         """Return a vector [B, T, features] for each token, made of it and of those before.
 
         The mask, for all layers or each, is joined with the causal one. Options are positions,
-        types, deterministic, bias, order, tile_sizes, return_weights and sow_weights.
+        types, deterministic, bias, order, tile_sizes, return_weights, sow_weights, statistics and
+        sow_statistics.
         """
         return super().encode(tokens, map_layers(and_causal, mask), **options)
 
@@ -198,8 +199,8 @@ class EncoderDecoderMethods:
           deterministic: instead of the module's own.
           source_order: of the source, as `order` is of the target, where the sequences are split
             over devices; see `MultiHeadAttention`.
-          **options: of the decoder: order, return_weights and sow_weights, as in
-            `TransformerStack`.
+          **options: of the decoder: order, return_weights, sow_weights, statistics and
+            sow_statistics, as in `TransformerStack`.
 
         Returns:
           [B, T, features].

@@ -20,10 +20,12 @@ from attention_jax.cache import (
     next_positions,
     view_of,
 )
+from attention_jax.implementations import Attended
 from attention_jax.layers.heads import HeadsMethods, ProjectedMemory, Projections
 from attention_jax.masks import MaskLike
 from attention_jax.masks.algebra import leading_axes
 from attention_jax.masks.intervals import Interval, Unknown, judge
+from attention_jax.statistics import Statistics
 
 Array = jax.Array
 ROWS_CHECKED = 64
@@ -57,8 +59,8 @@ class MultiHead(NamedTuple):
         options: dict[str, Any],
         return_weights: bool,
         order: Any = None,
-    ) -> tuple[Array, Array | None]:
-        """Return the output [B, T, out_features] and, where asked for, the weights.
+    ) -> tuple[Array, Attended | None]:
+        """Return the output [B, T, out_features] and what else is asked for of `attend`, or None.
 
         `functions` are score and bias instead of the layer's own, `options` others of `attend`.
         """
@@ -84,8 +86,9 @@ class MultiHead(NamedTuple):
             implementation=self.implementation,
             return_weights=return_weights,
         )
-        context, weights = result[:2] if return_weights else (result, None)
-        return self.projections.join(context), weights
+        if not isinstance(result, Attended):
+            return self.projections.join(result), None
+        return self.projections.join(result.context), result
 
     def _refuse_weights(self, return_weights: bool) -> None:
         """Refuse weights of a sequence that is split: no device has a row of them."""
@@ -117,6 +120,36 @@ class MultiHead(NamedTuple):
         )
         context, *weights = result[:2] if return_weights else (result,)
         return self.projections.join(context), *weights
+
+
+class Extras(NamedTuple):
+    """What a call returns or leaves behind beside the output: weights, and statistics by name."""
+
+    return_weights: bool
+    sow_weights: bool
+    statistics: Statistics | None
+    sow_statistics: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The option of `attend`, if it is needed.
+
+        Raises:
+          ValueError: statistics are to be left behind, and none is named.
+        """
+        if self.sow_statistics and not self.statistics:
+            raise ValueError(
+                "MultiHeadAttention: sow_statistics needs statistics, a dict of those to compute."
+            )
+        return {"statistics": self.statistics} if self.statistics else {}
+
+    def returned(self, output: Array, found: Attended | None) -> Any:
+        """Return the output, and as a tuple with it what is to be returned."""
+        weights = [found.weights] if found is not None and self.return_weights else []
+        is_returned = found is not None and self.statistics and not self.sow_statistics
+        statistics = [found.statistics] if found is not None and is_returned else []
+        extras = weights + statistics
+        return (output, *extras) if extras else output
 
 
 class MultiHeadMethods(HeadsMethods):

@@ -26,10 +26,13 @@ Cache = KeyValueCache | LinearState
 
 
 class BlockWeights(NamedTuple):
-    """The weights of a block: of self-attention [B, N, T, T] and, to a memory, [B, N, T, S]."""
+    """The weights of a block: of self-attention [B, N, T, T] and, to a memory, [B, N, T, S].
 
-    attention: Array
-    cross_attention: Array | None = None
+    Or statistics, where these are asked for; both, as a pair, where both are.
+    """
+
+    attention: Any
+    cross_attention: Any = None
 
 
 class Sublayer(NamedTuple):
@@ -97,8 +100,9 @@ class BlockMethods:
           memory_mask: of the attention to the memory.
           bias: of the self-attention, instead of its own.
           deterministic: instead of the module's own.
-          **options: positions, order, tile_sizes, return_weights and sow_weights of
-            `MultiHeadAttention`; and memory_order, where the memory is dealt to devices too.
+          **options: positions, order, tile_sizes, return_weights, sow_weights, statistics and
+            sow_statistics of `MultiHeadAttention`; and memory_order, where the memory is dealt to
+            devices too.
 
         Returns:
           [B, T, features]; with it `attention_jax.layers.BlockWeights` where asked for.
@@ -112,15 +116,16 @@ class BlockMethods:
         memory_order = options.pop("memory_order", None)
         layer = block.attention.layer
         known = _known(layer, {**options, "bias": bias})
-        x, *weights = block.attention.add(x, functools.partial(layer, mask=mask, **known))
+        x, *found = block.attention.add(x, functools.partial(layer, mask=mask, **known))
+        weights = _as_one(found)
         if block.cross_attention is not None:
             layer = block.cross_attention.layer
             if memory_order is not None:
                 options["order"] = options.get("order"), memory_order
             attention = functools.partial(layer, mask=memory_mask, **_known(layer, options))
             attention = functools.partial(_call_with_memory, attention, memory)
-            x, *more = block.cross_attention.add(x, attention)
-            weights += more
+            x, *found = block.cross_attention.add(x, attention)
+            weights += _as_one(found)
         (x,) = block.feed_forward.add(x, block.feed_forward.layer)
         return (x, BlockWeights(*weights)) if weights else x
 
@@ -214,8 +219,8 @@ class StackMethods:
 
         The memory is one array for all blocks, or what `keys` made of it. `mask`, `memory_mask`
         and `bias` are one for all blocks, a list or tuple with one for each, or
-        `attention_jax.layers.by_layer(function)`. With `return_weights` a list with the weights
-        of every block comes with the result.
+        `attention_jax.layers.by_layer(function)`. With `return_weights` or `statistics` a list
+        with the `BlockWeights` of every block comes with the result.
 
         Raises:
           ValueError: a list or tuple that does not have one entry for each layer.
@@ -259,6 +264,11 @@ class StackMethods:
             functools.partial(_decode_block, own) for own in _options_of_blocks(stack, options)
         ]
         return _apply_blocks(stack, x, memory, calls, caches)
+
+
+def _as_one(extras: list[Any]) -> list[Any]:
+    """Return the extras of one attention as one entry, if there are any."""
+    return [tuple(extras)] if len(extras) > 1 else extras
 
 
 def _options_of_blocks(stack: Stack, options: dict[str, Any]) -> list[dict[str, Any]]:

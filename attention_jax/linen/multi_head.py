@@ -13,11 +13,12 @@ from attention_jax.base.binding import BiasLike, PerHead
 from attention_jax.base.parameters import Initializer
 from attention_jax.base.typing import AnyScore
 from attention_jax.layers.heads import Learnable, ProjectedMemory
-from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
+from attention_jax.layers.multi_head import Extras, MultiHead, MultiHeadMethods
 from attention_jax.linen.bound import Bound
 from attention_jax.linen.heads import MultiHeadLayer, dropout_options
 from attention_jax.masks import MaskLike
 from attention_jax.normalizers import softmax
+from attention_jax.statistics import Statistics
 
 Array = jax.Array
 
@@ -27,8 +28,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
 
     The twin of `attention_jax.nnx.MultiHeadAttention`, where its fields are described, with the
     same parameters; `qk_norm` is `nn.RMSNorm` or `nn.LayerNorm`, and a bias that is a module
-    cannot be used (declare its parameters with `attention_jax.learned`). Sown weights
-    are in the collection "intermediates".
+    cannot be used (declare its parameters with `attention_jax.learned`). What is
+    sown is in the collection "intermediates".
 
     Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023 (grouped-query); Henry et al. 2020
     and Dehghani et al. 2023, section 2 (norm of query and key); Kitaev et al. 2020 (shared).
@@ -93,10 +94,13 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
         deterministic: bool | None = None,
         return_weights: bool = False,
         sow_weights: bool = False,
+        statistics: Statistics | None = None,
+        sow_statistics: bool = False,
         tile_sizes: tuple[int, int] | None = None,
     ) -> Any:
         """Attend from the query to the memory, or to itself, as the twin does."""
-        output, weights = self._layer()(
+        extras = Extras(return_weights, sow_weights, statistics, sow_statistics)
+        output, found = self._layer()(
             query,
             memory,
             value,
@@ -105,9 +109,15 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
             positions=positions,
             memory_positions=memory_positions,
             order=order,
-            options={"tile_sizes": tile_sizes, **dropout_options(self, deterministic)},
+            options={
+                "tile_sizes": tile_sizes,
+                **extras.options,
+                **dropout_options(self, deterministic),
+            },
             return_weights=return_weights or sow_weights,
         )
-        if sow_weights:
-            self.sow("intermediates", "attention_weights", weights)
-        return (output, weights) if return_weights else output
+        if found is not None and sow_weights:
+            self.sow("intermediates", "attention_weights", found.weights)
+        if found is not None and sow_statistics:
+            self.sow("intermediates", "attention_statistics", found.statistics)
+        return extras.returned(output, found)

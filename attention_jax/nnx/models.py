@@ -279,7 +279,8 @@ class PatchEncoder(nnx.Module):
     def __call__(self, images: Array, *, deterministic: bool | None = None, **options: Any) -> Any:
         """Return logits [B, num_classes] of images [B, height, width, C].
 
-        Options are return_weights and sow_weights, as in `TransformerStack`.
+        Options are return_weights, sow_weights, statistics and sow_statistics, as in
+        `TransformerStack`.
         """
         x = self.patch(models.patches(images, self.patch_size))
         x = models.add_class_token(x, self.class_token[...], self.positions[...])

@@ -14,11 +14,12 @@ from attention_jax.base.binding import BiasLike, PerHead
 from attention_jax.base.parameters import Initializer
 from attention_jax.base.typing import AnyScore
 from attention_jax.layers.heads import Learnable, ProjectedMemory
-from attention_jax.layers.multi_head import MultiHead, MultiHeadMethods
+from attention_jax.layers.multi_head import Extras, MultiHead, MultiHeadMethods
 from attention_jax.masks import MaskLike
 from attention_jax.nnx.bound import Bound
 from attention_jax.nnx.heads import MultiHeadLayer, dropout_options
 from attention_jax.normalizers import softmax
+from attention_jax.statistics import Statistics
 
 Array = jax.Array
 
@@ -118,6 +119,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         return_weights: bool = False,
         sow_weights: bool = False,
+        statistics: Statistics | None = None,
+        sow_statistics: bool = False,
         tile_sizes: tuple[int, int] | None = None,
     ) -> Any:
         """Attend from the query to the memory, or to itself.
@@ -138,16 +141,19 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
           rngs: for dropout, instead of the module's own.
           return_weights: also return the weights [B, N, T, S], after dropout.
           sow_weights: leave them as `nnx.Intermediate` "attention_weights".
+          statistics: also return these, as in `attend`, which need no weights to be held.
+          sow_statistics: leave them as `nnx.Intermediate` "attention_statistics" instead.
           tile_sizes: as in `attend`.
 
         Returns:
-          [B, T, out_features]; with it the weights where asked for.
+          [B, T, out_features]; with it weights and statistics, in this order, where asked for.
 
         Raises:
           ShapeError: inputs that do not fit each other or the module.
           ValueError: an argument out of range, or something the implementation cannot do.
         """
-        output, weights = self._layer()(
+        extras = Extras(return_weights, sow_weights, statistics, sow_statistics)
+        output, found = self._layer()(
             query,
             memory,
             value,
@@ -156,12 +162,18 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
             positions=positions,
             memory_positions=memory_positions,
             order=order,
-            options={"tile_sizes": tile_sizes, **dropout_options(self, deterministic, rngs)},
+            options={
+                "tile_sizes": tile_sizes,
+                **extras.options,
+                **dropout_options(self, deterministic, rngs),
+            },
             return_weights=return_weights or sow_weights,
         )
-        if sow_weights:
-            self.sow(nnx.Intermediate, "attention_weights", weights)
-        return (output, weights) if return_weights else output
+        if found is not None and sow_weights:
+            self.sow(nnx.Intermediate, "attention_weights", found.weights)
+        if found is not None and sow_statistics:
+            self.sow(nnx.Intermediate, "attention_statistics", found.statistics)
+        return extras.returned(output, found)
 
     def _layer(self) -> MultiHead:
         """Return the computation with this module's parameters: projections, score, join."""

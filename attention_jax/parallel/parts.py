@@ -160,7 +160,7 @@ class Parts:
         sequential = "" if plan is None else choice.sequential_axes(given["mask"].axes)
         lifted = lift(one, axes, self.letters, self.order, sequential, SAVED)
         attended = lifted(*(leaf for operand in given.values() for leaf in operand.leaves))
-        context, _, logsumexp = attended
+        context, logsumexp = attended.context, attended.logsumexp
         context = self.exchanged(_taken(context, orders[0]), 1, 2, self.travels[1])
         if logsumexp is not None:
             logsumexp = self.exchanged(_taken(logsumexp, orders[0]), 1, 2, logsumexp.dtype)
@@ -199,5 +199,5 @@ def _one_head(
 ) -> Attended:
     rest = iter(leaves)
     built = {name: part.build([next(rest) for _ in part.leaves]) for name, part in given.items()}
-    context, _, logsumexp = of_head(Head(**built))
-    return Attended(context, None, logsumexp if wants_logsumexp else None)
+    found = of_head(Head(**built))
+    return Attended(found.context, logsumexp=found.logsumexp if wants_logsumexp else None)

@@ -148,7 +148,7 @@ def _explained(
 
 def _of_nothing(request: Request) -> Attended:
     """Return what attention is without queries or without keys."""
-    names = [field.name for field in dataclasses.fields(request)[3:-1]]
+    names = [field.name for field in dataclasses.fields(request)[3:-2]]
     options = {name: getattr(request, name) for name in names}
     found = attention.attend(request.query, request.key, request.value, **options)
     return found if request.return_logsumexp else Attended(found)
@@ -303,8 +303,8 @@ def _of_part(
     """Attend on one device; context and, if asked for, log-sum-exp."""
     given = {name: part._replace(leaves=leaves[name]) for name, part in given.items()}
     run = parts.by_heads if chosen.split.method == "all_to_all" else parts.by_steps
-    context, _, logsumexp = run(given, orders, chosen.plan)
-    return [context] if logsumexp is None else [context, logsumexp]
+    found = run(given, orders, chosen.plan)
+    return [found.context] if found.logsumexp is None else [found.context, found.logsumexp]
 
 
 def _attended(request: Request, found: list[Array]) -> Attended:

@@ -1,0 +1,306 @@
+"""Tiled attention with statistics, and the derivatives of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from attention_jax.base.trees import Rest, merge_floats, split_floats, varying_like
+from attention_jax.base.typing import at_least_float32
+from attention_jax.implementations import online
+from attention_jax.implementations.head import SAVED, Head
+from attention_jax.implementations.passes import Pass, over_visits
+from attention_jax.implementations.tile_passes import (
+    Given,
+    Operands,
+    Tangent,
+    Tiles,
+    arrays_of,
+    one_pass,
+    rows_from,
+    tangents_of,
+    widened,
+)
+from attention_jax.implementations.tile_statistics import (
+    Asked,
+    MeasuredForward,
+    Measures,
+    MovedTangent,
+    given_pairs,
+    merged,
+    rescaled,
+)
+from attention_jax.implementations.tiles import Plan, Visits
+from attention_jax.masks import FULL
+from attention_jax.statistics import Pairs, Statistic
+
+Array = jax.Array
+
+
+def of_no_pairs(head: Head) -> dict[str, Any] | None:
+    """Return the statistics of a head without queries or without keys."""
+    if head.statistics is None:
+        return None
+    pairs = Pairs.none(len(head.query), len(head.key), at_least_float32(head.value.dtype))
+    return {name: each.of_pairs(pairs) for name, each in head.statistics.items()}
+
+
+class Measured(NamedTuple):
+    """A head in tiles, with statistics; `prepare(visits)` is what the tiles of visits need."""
+
+    head: Head
+    plan: Plan
+    prepare: Callable[[list[Visits]], tuple[Tiles, Operands, Given]]
+
+    @property
+    def streaming(self) -> dict[str, Statistic]:
+        """The statistics that are computed with the context."""
+        return {name: each for name, each in self.statistics.items() if each.streams}
+
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        """All statistics."""
+        return dict(self.head.statistics or {})
+
+    def with_context(self) -> tuple[Array, Array, dict[str, Any]]:
+        """Return context [T, V], log-sum-exp [T], and the sums of the statistics that stream."""
+        how, operands, given, asked = self.traced(self.plan.visits, self.streaming)
+        found = _with_context(how, *split_floats(operands), given, asked)
+        context, logsumexp, sums = jax.tree.map(lambda x: x[: self.plan.pairs[0]], found)
+        return context, online.with_empty(logsumexp), sums
+
+    def finished(
+        self, sums: dict[str, Any], of_keys: Array, of_all: Array | None
+    ) -> dict[str, Any]:
+        """Return the statistics, given the sums of those that stream; compute those of the others.
+
+        `of_keys` is the log-sum-exp over the keys, [T], and `of_all` that with the sink of the
+        normalizer; None if it has no log-sum-exp.
+        """
+        streaming, base = self.streaming, jnp.zeros_like(of_keys)
+        if of_all is not None:
+            base = online.finite_or_zero(of_all)
+            share = jnp.where(of_keys == -jnp.inf, 0.0, online.finite_or_zero(of_keys) - base)
+            sums = rescaled(streaming, sums, share)
+        rest = {name: each for name, each in self.statistics.items() if name not in streaming}
+        if rest:
+            sums = sums | self.with_final_weights(rest, base)
+        return {name: each.finish(sums[name]) for name, each in self.statistics.items()}
+
+    def with_final_weights(self, statistics: dict[str, Statistic], base: Array) -> dict[str, Any]:
+        """Return the sums of statistics, given log-sum-exp; tiles are visited one by one."""
+        how, operands, given, asked = self.traced(one_by_one(self.plan), statistics)
+        base = jnp.pad(base, (0, len(operands.query) - len(base)))
+        how = *how, self.plan.pairs[0]
+        sums = _with_final_weights(how, *split_floats(operands), given, asked, base)
+        found = {}
+        for name, each in statistics.items():
+            length = self.plan.pairs[each.of == "key"]
+            found[name] = jax.tree.map(functools.partial(_first, length), sums[name])
+        return found
+
+    def traced(
+        self, visits: list[Visits], statistics: dict[str, Statistic]
+    ) -> tuple[tuple[Tiles, Measures], Operands, Given, Asked]:
+        """Trace the functions of a tile and those of statistics, for these visits."""
+        tiles, operands, given = self.prepare(visits)
+        dtype = at_least_float32(operands.value.dtype)
+        measures, asked = Measures.traced(statistics, tiles, dtype)
+        return (tiles, measures), operands, given, asked
+
+
+def one_by_one(plan: Plan) -> list[Visits]:
+    """Return visits of single tiles: those of several at once may sum over the same queries."""
+    if not plan.is_static:
+        return plan.visits
+    is_full = plan.states == FULL
+    return [
+        Visits(masked, plan.tile[0], 1, plan.starts[of, 0], plan.starts[of, 1:])
+        for masked, of in ((False, is_full), (True, ~is_full))
+        if of.any()
+    ]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_context(
+    how: tuple[Tiles, Measures], floats: list[Array], rest: Rest, given: Given, asked: Asked
+) -> tuple[Array, Array, Any]:
+    tiles, measures = how
+    return MeasuredForward(tiles, (merge_floats(floats, rest),), given, measures, asked)()
+
+
+@functools.partial(_with_context.defjvp, symbolic_zeros=True)
+def _with_context_jvp(how: tuple[Tiles, Measures], primals: Any, tangents: Any) -> Any:
+    (tiles, measures), (floats, rest, given, asked) = how, primals
+    context, logsumexp, sums = _with_context(how, floats, rest, given, asked)
+    context, logsumexp = map(checkpoint_name, (context, logsumexp), SAVED)
+    sums = jax.tree.map(functools.partial(checkpoint_name, name=SAVED[2]), sums)
+    operands = merge_floats(floats, rest)
+    change, moves = tangents_of(tangents[0], rest)
+    change = widened(change)
+    base = online.finite_or_zero(logsumexp)
+    both = operands, change
+    changes = online.changes(
+        one_pass(operands.functions.normalizer),
+        *Tangent(tiles, both, given, base, moves)(),
+        context,
+    )
+    moved = MovedTangent(tiles, both, given, base, moves, changes[1], measures, asked, sums)()
+    return (context, logsumexp, sums), (*changes, _with_integers(moved, sums))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Final(Pass):
+    """Join what tiles of final weights add, for each of their queries or keys."""
+
+    tiles: Tiles
+    operands: tuple[Operands]
+    given: Given
+    base: Array
+    measures: Measures
+    asked: Asked
+    queries: int
+    is_transposed = False
+
+    def __call__(self) -> Any:
+        """Return the sums, by name."""
+        (operands,) = self.operands
+        sums = self.measures.of_no_pairs(self.asked, len(operands.query), len(operands.key))
+        sums = varying_like(sums, operands, self.base)
+        return over_visits(self, self.tiles.visits, self.given.states, sums)
+
+    def slice(self, operands: Operands, i: Any, j: Any, rows: int) -> Operands:
+        return self.tiles.slice(operands, i, j, rows)
+
+    def read(self, sums: Any, i: Any, rows: int) -> Array:
+        return rows_from(self.base, i, rows)
+
+    def of_tile(self, masked: bool, here: Operands, base: Array, i: Any, j: Any) -> Any:
+        pairs = given_pairs(self.tiles, here, self.given, base, (masked, i, j), self.queries)
+        return j, self.measures.of_pairs(self.asked, pairs)
+
+    def of_empty_tile(self, here: Operands, base: Array, i: Any, j: Any) -> Any:
+        return j, self.measures.of_no_pairs(self.asked, len(here.query), len(here.key))
+
+    def write(self, sums: Any, i: Any, computed: Any) -> Any:
+        j, added = computed
+        before = part_of(self.asked, sums, i, j, added)
+        after = merged(self.asked.statistics, before, added)
+        return {
+            name: jax.tree.map(
+                functools.partial(_put, start=j if each.of == "key" else i), sums[name], after[name]
+            )
+            for name, each in self.asked.statistics.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FinalTangent(MovedTangent):
+    """The tangents of what `Final` returns."""
+
+    def read(self, sums: Any, i: Any, rows: int) -> Any:
+        return tuple(rows_from(x, i, rows) for x in (self.base, self.base_change))
+
+    def of_tile(  # type: ignore[override]
+        self, masked: bool, here: Operands, change: Operands, rows: Any, i: Any, j: Any
+    ) -> Any:
+        merged = self.part(here, i, j)
+        return j, super().of_tile(masked, here, change, (*rows, merged), i, j)
+
+    def of_empty_tile(  # type: ignore[override]
+        self, here: Operands, change: Operands, rows: Any, i: Any, j: Any
+    ) -> Any:
+        return j, super().of_empty_tile(here, change, (*rows, self.part(here, i, j)))
+
+    def part(self, here: Operands, i: Any, j: Any) -> Any:
+        """Return the merged sums of the queries, or of the keys, of a tile."""
+        like = self.measures.of_no_pairs(self.asked, len(here.query), len(here.key))
+        return part_of(self.asked, self.merged, i, j, like)
+
+    def write(self, sums: Any, i: Any, computed: Any) -> Any:
+        j, added = computed
+        starts = [
+            j if self.asked.statistics[name].of == "key" else i
+            for name in sorted(self.merged)
+            for _ in split_floats(self.merged[name])[0]
+        ]
+        return [_added(*each) for each in zip(sums, added, starts, strict=True)]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_final_weights(
+    how: tuple[Tiles, Measures, int],
+    floats: list[Array],
+    rest: Rest,
+    given: Given,
+    asked: Asked,
+    base: Array,
+) -> Any:
+    tiles, measures, queries = how
+    operands = merge_floats(floats, rest)
+    return Final(tiles, (operands,), given, base, measures, asked, queries)()
+
+
+@functools.partial(_with_final_weights.defjvp, symbolic_zeros=True)
+def _with_final_weights_jvp(how: tuple[Tiles, Measures, int], primals: Any, tangents: Any) -> Any:
+    (tiles, measures, queries), (floats, rest, given, asked, base) = how, primals
+    sums = _with_final_weights(how, *primals)
+    sums = jax.tree.map(functools.partial(checkpoint_name, name=SAVED[2]), sums)
+    change, moves = tangents_of(tangents[0], rest)
+    change = widened(change)
+    both = merge_floats(floats, rest), change
+    (base_change,), _ = arrays_of([tangents[4]])
+    moved = FinalTangent(
+        tiles, both, given, base, moves, base_change, measures, asked, sums, queries
+    )()
+    return sums, _with_integers(moved, sums)
+
+
+def part_of(asked: Asked, sums: Any, i: Any, j: Any, like: Any) -> Any:
+    """Return the sums from query i, or from key j, on: as many as those they are like."""
+    found = {}
+    for name, each in asked.statistics.items():
+        start = j if each.of == "key" else i
+        found[name] = jax.tree.map(functools.partial(_taken, start=start), sums[name], like[name])
+    return found
+
+
+def _first(length: int, x: Array) -> Array:
+    return x[:length]
+
+
+def _taken(x: Array, like: Array, start: Any) -> Array:
+    return rows_from(x, start, len(like))
+
+
+def _put(x: Array, rows: Array, start: Any) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, rows, start, 0, allow_negative_indices=False)
+
+
+def _added(x: Array, rows: Array, start: Any) -> Array:
+    """Add rows as a scatter, whose transposition reads the rows and leaves the rest alone."""
+    where = start + jnp.arange(len(rows), dtype=jnp.int32)
+    return x.at[where].add(
+        rows, mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True
+    )
+
+
+def _with_integers(moved: list[Array], sums: Any) -> Any:
+    """Return tangents of all sums, those of integers among them."""
+    rest = iter(moved)
+    return jax.tree.map(
+        lambda x: (
+            next(rest)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else np.zeros(x.shape, jax.dtypes.float0)
+        ),
+        sums,
+    )

@@ -1,0 +1,299 @@
+"""Statistics over tiles: sums that grow with the context, and those that need final weights.
+
+In the pass that computes the context the weights of a query are known up to a factor, which changes
+with its largest logit; a statistic says what that does to its sums. Given the log-sum-exp L, any
+tile of weights can be computed again: so the sums are a function of the operands and L, whose
+derivative is one pass over the tiles, linear in the tangents of both. What is not rescaled, or sums
+over queries, is computed by such a pass in the first place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.base.trees import hoisted, merge_floats, split_floats, varying_like
+from attention_jax.implementations import online
+from attention_jax.implementations.passes import over_visits
+from attention_jax.implementations.tile_passes import (
+    Forward,
+    Given,
+    Operands,
+    Tangent,
+    Tiles,
+    one_pass,
+    rows_from,
+    widened,
+)
+from attention_jax.masks.intervals import indices
+from attention_jax.normalizers import LogSum
+from attention_jax.statistics import Pairs, Statistic
+from attention_jax.statistics.protocol import row_maximum
+
+Array = jax.Array
+
+
+class Asked(NamedTuple):
+    """Statistics by name, and what their functions close over by the number of rows of a tile."""
+
+    statistics: dict[str, Statistic]
+    of_tile: dict[int, list[Any]]
+    moved: dict[int, list[Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measures:
+    """How statistics are computed from a tile; holds only what is known while tracing.
+
+    `of_tile[rows](statistics, pairs, *captured)` are the sums of a tile of so many rows, and
+    `moved[rows](statistics, pairs, merged, *captured)` those that have their derivative.
+    """
+
+    key_size: int
+    dtype: Any
+    of_tile: dict[int, Callable[..., Any]]
+    moved: dict[int, Callable[..., Any]]
+
+    @classmethod
+    def traced(
+        cls, statistics: dict[str, Statistic], tiles: Tiles, dtype: Any
+    ) -> tuple[Measures, Asked]:
+        """Trace the functions for each height of a tile, and take out what they close over."""
+        of_tile, moved, captured, of_moved = {}, {}, {}, {}
+        for rows in sorted({visits.rows for visits in tiles.visits}):
+            example = statistics, Pairs.none(rows, tiles.key_size, dtype)
+            of_tile[rows], captured[rows] = hoisted(functools.partial(_of_tile), *example)
+            merged = of_tile[rows](*example, *captured[rows])
+            moved[rows], of_moved[rows] = hoisted(functools.partial(_moved), *example, merged)
+        measures = cls(tiles.key_size, dtype, of_tile, moved)
+        return measures, Asked(statistics, captured, of_moved)
+
+    def of_no_pairs(self, asked: Asked, queries: int, keys: int) -> Any:
+        """Return the sums over no pairs: what is the neutral element of each merge."""
+        found = {}
+        for name, statistic in asked.statistics.items():
+            shape = (1, keys) if statistic.of == "key" else (queries, 1)
+            found[name] = statistic.of_tile(Pairs.none(*shape, self.dtype))
+        return found
+
+    def of_pairs(self, asked: Asked, pairs: Pairs) -> Any:
+        """Return the sums of a tile, by name."""
+        rows = pairs.weights.shape[0]
+        return self.of_tile[rows](asked.statistics, pairs, *asked.of_tile[rows])
+
+    def moving(self, asked: Asked, pairs: Pairs, merged: Any) -> list[Array]:
+        """Return what a tile adds to the derivatives of the floating-point sums."""
+        rows = pairs.weights.shape[0]
+        return self.moved[rows](asked.statistics, pairs, merged, *asked.moved[rows])
+
+
+class Sums(NamedTuple):
+    """What grows over the tiles: that of the context, and that of each statistic."""
+
+    context: online.RunningSums
+    statistics: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MeasuredForward(Forward):
+    """Let each tile add to the running sums of its query rows, and to those of statistics."""
+
+    measures: Measures
+    asked: Asked
+
+    def __call__(self) -> tuple[Array, Array, Any]:  # type: ignore[override]
+        """Return context [T, V], log-sum-exp [T] as `online.finished_finite` has it, and sums."""
+        (operands,) = self.operands
+        length, depth = operands.query.shape[0], operands.value.shape[1]
+        dtype = self.measures.dtype
+        start = Sums(
+            online.RunningSums.start(length, depth, dtype),
+            self.measures.of_no_pairs(self.asked, length, 1),
+        )
+        sums = varying_like(start, operands, self.given.query_poison)
+        sums = over_visits(self, self.tiles.visits, self.given.states, sums)
+        how = one_pass(operands.functions.normalizer)
+        context, logsumexp = online.finished_finite(how, sums.context)
+        measured = sums.statistics
+        if isinstance(how, LogSum):
+            total = sums.context.total
+            last = -jnp.log(jnp.where(total == 0, 1.0, total))
+            measured = rescaled(self.asked.statistics, measured, last)
+        return context, logsumexp, measured
+
+    def of_tile(  # type: ignore[override]
+        self, masked: bool, here: Operands, sums: Sums, i: Any, j: Any
+    ) -> Sums:
+        tile = self.tiles.compute(here, self.given, i, j, masked)
+        how = one_pass(here.functions.normalizer)
+        context = online.accumulate(how, sums.context, tile)
+        where = self.given.at(i, j, here.query.shape[0], self.tiles.key_size)
+        before = sums.statistics
+        if isinstance(how, LogSum):
+            lowest = jnp.finfo(context.maximum.dtype).min
+            log_factor = jnp.maximum(sums.context.maximum - context.maximum, lowest)
+            before = rescaled(self.asked.statistics, before, log_factor)
+        added = self.measures.of_pairs(
+            self.asked, _pairs(tile, _so_far(how, tile, context.maximum), where)
+        )
+        return Sums(context, merged(self.asked.statistics, before, added))
+
+    def of_empty_tile(self, here: Operands, sums: Any, *where: Any) -> Any:
+        return sums
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MovedTangent(Tangent):
+    """Sum over tiles the tangents of what they add to statistics, linear in the tangents.
+
+    Those of the operands and of `base`, the log-sum-exp; with the merged sums held fixed.
+    """
+
+    base_change: Array
+    measures: Measures
+    asked: Asked
+    merged: Any
+    queries: int | None = None
+
+    def __call__(self) -> list[Array]:  # type: ignore[override]
+        """Return the tangents of the floating-point sums, in their order."""
+        sums = [jnp.zeros_like(x) for x in split_floats(self.merged)[0]]
+        sums = varying_like(sums, self.base)
+        return over_visits(self, self.tiles.visits, self.given.states, sums)
+
+    def read(self, sums: Any, i: Any, rows: int) -> Any:
+        return jax.tree.map(
+            functools.partial(rows_from, start=i, size=rows),
+            (self.base, self.base_change, self.merged),
+        )
+
+    def of_tile(  # type: ignore[override]
+        self, masked: bool, here: Operands, change: Operands, rows: Any, i: Any, j: Any
+    ) -> list[Array]:
+        base, base_change, merged = rows
+        floats, rest = split_floats(widened(here))
+        primal, direction = (
+            [x for x, moves in zip(leaves, self.moves, strict=True) if moves]
+            for leaves in (floats, split_floats(change)[0])
+        )
+        measure = functools.partial(self.measure, (floats, rest), (masked, i, j), merged)
+        return jax.jvp(measure, (primal, base), (direction, base_change))[1]
+
+    def measure(self, here: Any, where: Any, merged: Any, moving: Any, base: Array) -> list[Array]:
+        """Return what a tile adds, as a function of what moves."""
+        floats, rest = here
+        masked, i, j = where
+        those = iter(moving)
+        leaves = [next(those) if m else x for x, m in zip(floats, self.moves, strict=True)]
+        operands = merge_floats(leaves, rest)
+        pairs = given_pairs(self.tiles, operands, self.given, base, (masked, i, j), self.queries)
+        return self.measures.moving(self.asked, pairs, merged)
+
+    def of_empty_tile(  # type: ignore[override]
+        self, here: Operands, change: Operands, rows: Any, *where: Any
+    ) -> list[Array]:
+        return [jnp.zeros_like(x) for x in split_floats(rows[2])[0]]
+
+
+def given_pairs(
+    tiles: Tiles,
+    here: Operands,
+    given: Given,
+    base: Array,
+    at: tuple[bool, Any, Any],
+    queries: int | None = None,
+) -> Pairs:
+    """Return the pairs of a tile, given the log-sum-exp of its rows.
+
+    Rows from `queries` on, if it is given, attend to nothing.
+    """
+    masked, i, j = at
+    tile = tiles.compute(here, given, i, j, masked)
+    rows = here.query.shape[0]
+    if queries is not None and queries % rows:
+        is_query = jnp.broadcast_to((i + indices(rows) < queries)[:, None], tile.logits.shape)
+        allowed = is_query if tile.allowed is None else tile.allowed & is_query
+        tile = tile._replace(allowed=allowed)
+    how = one_pass(here.functions.normalizer)
+    where = given.at(i, j, rows, tiles.key_size)
+    return _pairs(tile, _given(how, tile, base), where)
+
+
+def merged(statistics: dict[str, Statistic], first: Any, second: Any) -> Any:
+    """Join the sums of two sets of keys (or of queries), by name."""
+    return {name: each.merge(first[name], second[name]) for name, each in statistics.items()}
+
+
+def rescaled(statistics: dict[str, Statistic], sums: Any, log_factor: Array) -> Any:
+    """Return the sums of weights times exp(log_factor) in each row, by name."""
+    return {
+        name: sums[name] if each.rescale is None else each.rescale(sums[name], log_factor)
+        for name, each in statistics.items()
+    }
+
+
+def _so_far(how: online.OnePass, tile: online.Tile, maximum: Array) -> tuple[Array, Array]:
+    """Return the weights of a tile less the largest logit so far, and their logarithms.
+
+    Written as `online.accumulate` does, so that the compiler computes both once.
+    """
+    if isinstance(how, LogSum):
+        logits, base = tile.poisoned(tile.hidden(masked=-jnp.inf), maximum)
+        return how.weight(logits, base), how.exponent(logits) - base[:, None]
+    return _given(how, tile, maximum)
+
+
+def _given(how: online.OnePass, tile: online.Tile, base: Array) -> tuple[Array, Array]:
+    """Return the final weights of a tile, and their logarithms."""
+    logits = _poisoned(tile)
+    weights = how.weight(logits, base)
+    if isinstance(how, LogSum):
+        log_weights = how.exponent(logits) - base[:, None]
+    else:
+        log_weights = jnp.log(jnp.where(weights > 0, weights, 1.0))
+    if tile.allowed is None:
+        return weights, log_weights
+    return jnp.where(tile.allowed, weights, 0.0), jnp.where(tile.allowed, log_weights, 0.0)
+
+
+def _poisoned(tile: online.Tile) -> Array:
+    """Return the logits of a tile with poison among them, and zero where none may attend."""
+    poison = tile.query_poison[:, None] + tile.key_poison[None, :]
+    logits = tile.logits + poison
+    return logits if tile.allowed is None else jnp.where(tile.allowed, logits, 0.0)
+
+
+def _pairs(tile: online.Tile, weighed: tuple[Array, Array], where: tuple[Array, Array]) -> Pairs:
+    """Return what a statistic is told of a tile."""
+    weights, log_weights = weighed
+    allowed = jnp.ones(weights.shape, bool) if tile.allowed is None else tile.allowed
+    if tile.keep is not None:
+        log_weights = log_weights + jnp.log(jnp.where(tile.keep > 0, tile.keep, 1.0))
+    return Pairs(
+        tile.used(weights),
+        jnp.maximum(log_weights, jnp.finfo(weights.dtype).min),
+        _poisoned(tile),
+        allowed,
+        where[0][:, None],
+        where[1][None, :],
+        row_maximum(tile.hidden(masked=-jnp.inf)) + tile.row_poison(),
+    )
+
+
+def _of_tile(statistics: dict[str, Statistic], pairs: Pairs) -> Any:
+    return {name: statistic.of_tile(pairs) for name, statistic in statistics.items()}
+
+
+def _moved(statistics: dict[str, Statistic], pairs: Pairs, merged: Any) -> list[Array]:
+    """Return what a tile adds to the derivatives, in the order of the floating-point sums."""
+    found = {name: statistic.moved(pairs, merged[name]) for name, statistic in statistics.items()}
+    found = {
+        name: jax.tree.map(jnp.zeros_like, merged[name]) if sums is None else sums
+        for name, sums in found.items()
+    }
+    return split_floats(found)[0]

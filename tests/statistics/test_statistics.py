@@ -1,0 +1,161 @@
+"""Statistics against formulas on the matrix, under every implementation, and their derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_jax import attend, masks, normalizers, statistics
+from tests import oracle
+from tests.statistics.examples import LENGTH, NOT_STATISTICS, STATISTICS
+
+BATCH, HEADS, KEY_HEADS, DEPTH = 2, 2, 1, 4
+EVERY = {name: example.statistic for name, example in STATISTICS.items()}
+RAGGED = np.array([LENGTH, 4])
+MASKS = {
+    "ragged": (
+        masks.Causal() & masks.Lengths(RAGGED, RAGGED),
+        lambda b, n, i, j: j <= i and max(i, j) < RAGGED[b],
+    ),
+    "all": (None, lambda b, n, i, j: True),
+    "late": (masks.Causal(offset=-3), lambda b, n, i, j: j <= i - 3),
+}
+NORMALIZERS = {
+    "softmax": (normalizers.softmax, oracle.softmax),
+    "plus one": (
+        normalizers.softmax_plus_one,
+        lambda logits, allowed: oracle.softmax(np.append(logits, 0), np.append(allowed, True))[:-1],
+    ),
+    "sigmoid": (
+        normalizers.sigmoid,
+        lambda logits, allowed: np.where(allowed, 1 / (1 + np.exp(-logits)), 0),
+    ),
+}
+
+
+def arrays(dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(BATCH, LENGTH, heads, DEPTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    return [jnp.asarray(2 * rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def expected(query, key, value, rule, normalizer=oracle.softmax, keep=None):
+    """Return every statistic of the loops over pairs, as `attend` lays them out."""
+
+    def formula(q, k):
+        return q @ k / np.sqrt(DEPTH)
+
+    _, weights = oracle.attention(query, key, value, formula, rule, None, normalizer, keep)
+    rows, columns = np.indices((LENGTH, LENGTH))
+    found = {}
+    for name, example in STATISTICS.items():
+        examples = []
+        for b in range(BATCH):
+            heads = []
+            for n in range(HEADS):
+                logits = oracle.logits_of(query[b, :, n], key[b, :, 0], formula)
+                allowed = np.vectorize(functools.partial(rule, b, n))(rows, columns)
+                heads.append(example.formula(weights[b, n], logits, allowed))
+            axis = 0 if example.statistic.of == "head" else 1
+            examples.append(jax.tree.map(lambda *x, axis=axis: np.stack(x, axis), *heads))
+        found[name] = jax.tree.map(lambda *x: np.stack(x), *examples)
+    return found
+
+
+def assert_alike(actual, wanted, rtol=1e-12):
+    """Compare statistics by name: a named tuple of the one is a tuple of the other."""
+    assert actual.keys() == wanted.keys()
+    for name, one in actual.items():
+        for first, second in zip(*map(jax.tree.leaves, (one, wanted[name])), strict=True):
+            assert first.shape == second.shape, name
+            np.testing.assert_allclose(first, second, rtol, rtol, err_msg=name)
+
+
+def tiled(**options):
+    return {"implementation": "tiled", "tile_sizes": (4, 3)} | options
+
+
+def test_every_export_has_an_example():
+    missing = set(statistics.__all__) - set(STATISTICS) - NOT_STATISTICS
+    assert not missing, f"add to tests/statistics/examples.py: {sorted(missing)}"
+
+
+@pytest.mark.parametrize(
+    ("mask", "normalizer", "options"),
+    [
+        ("ragged", "softmax", {"implementation": "dense"}),
+        ("ragged", "softmax", tiled()),
+        pytest.param("all", "sigmoid", tiled(), marks=pytest.mark.slow),
+        pytest.param("late", "plus one", tiled(), marks=pytest.mark.slow),
+    ],
+)
+def test_values_are_those_of_the_matrix(mask, normalizer, options, x64):
+    query, key, value = arrays()
+    (attended, rule), (normalized, of_row) = MASKS[mask], NORMALIZERS[normalizer]
+    found = attend(
+        query, key, value, mask=attended, normalizer=normalized, statistics=EVERY, **options
+    )
+    assert_alike(found.statistics, expected(query, key, value, rule, of_row))
+    plain = attend(query, key, value, mask=attended, normalizer=normalized, **options)
+    np.testing.assert_allclose(found.context, plain, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_values_after_dropout_are_those_of_the_weights_after_dropout(x64):
+    query, key, value = arrays()
+    options = {"dropout_rate": 0.4, "dropout_key": jax.random.key(3), "statistics": EVERY}
+    dense = attend(query, key, value, return_weights=True, **options)
+    plain = attend(query, key, value, return_weights=True).weights
+    keep = np.asarray(dense.weights / plain)
+    found = attend(query, key, value, **tiled(**options))
+    wanted = expected(query, key, value, MASKS["all"][1], keep=keep)
+    assert_alike(dense.statistics, wanted)
+    assert_alike(found.statistics, wanted)
+
+
+def penalty(options, chosen, query, key, value):
+    """Return a number that depends on every entry of the statistics, and on the context."""
+    found = attend(query, key, value, statistics=chosen, **options)
+    floats = [
+        jnp.where(jnp.isfinite(leaf), leaf, 0.0)
+        for leaf in jax.tree.leaves(found.statistics)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    waves = [
+        jnp.sin(jnp.arange(leaf.size).astype(leaf.dtype)).reshape(leaf.shape) for leaf in floats
+    ]
+    return jnp.sum(found.context**2) + sum(
+        jnp.sum(leaf * wave) for leaf, wave in zip(floats, waves, strict=True)
+    )
+
+
+def derivatives(chosen, options, operands, directions):
+    """Return the penalty and its gradient, and how both change along a direction."""
+    function = jax.value_and_grad(functools.partial(penalty, options, chosen), (0, 1, 2))
+    return jax.jit(lambda x, change: jax.jvp(function, x, change))(operands, directions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mask", "normalizer", "chosen"),
+    [
+        ("ragged", "softmax", ["entropy", "largest_logit", "distance_spread", "received_mass"]),
+        ("late", "plus one", ["heaviest", "largest_weight", "jacobian_trace", "mass_by_distance"]),
+    ],
+)
+def test_every_derivative_is_that_of_the_matrix(mask, normalizer, chosen, x64):
+    operands, directions = tuple(arrays()), tuple(arrays(seed=1))
+    chosen = {name: EVERY[name] for name in chosen}
+    options = {"mask": MASKS[mask][0], "normalizer": NORMALIZERS[normalizer][0]}
+    ways = [tiled(**options), {"implementation": "dense"} | options]
+    found = [derivatives(chosen, way, operands, directions) for way in ways]
+    for first, second in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-10, atol=1e-11)
+    step = 1e-6
+    plus, minus = (
+        penalty(ways[1], chosen, *(x + sign * y for x, y in zip(operands, directions, strict=True)))
+        for sign in (step, -step)
+    )
+    np.testing.assert_allclose(found[1][1][0], (plus - minus) / (2 * step), rtol=1e-6)
