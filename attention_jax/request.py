@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import LogSum, Streaming, name_of, streaming
 from attention_jax.scores import separate
 from attention_jax.scores.composition import finished, is_positional
-from attention_jax.statistics import Pairs, Statistic, Statistics
+from attention_jax.statistics import Pairs, Statistics, checked
 
 Array = jax.Array
 
@@ -88,7 +88,7 @@ class Request:
         options["mask"] = algebra.with_int32(algebra.as_mask(options["mask"]))
         options["bias"] = as_bias(options["bias"])
         options["precision"] = precision_in_force()
-        options["statistics"] = _checked_statistics(options.get("statistics"))
+        options["statistics"] = checked("attend", options.get("statistics"))
         request = cls(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), **options)
         if request.return_logsumexp and not isinstance(request.streaming, LogSum):
             raise ValueError(
@@ -375,27 +375,6 @@ def _dropout(request: Request) -> Operand:
     rngs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, numbers)
     words = jax.vmap(_two_words)(rngs).reshape(batch, num_heads, 2)
     return _operand(request, words, ["BN"], functools.partial(_with_rate, request.dropout_rate))
-
-
-def _checked_statistics(given: Any) -> dict[str, Statistic] | None:
-    """Return statistics by name; none of them is the same as not to ask."""
-    if not given:
-        return None
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            "attend: statistics must be a dict from names to statistics, such as "
-            f"{{'entropy': statistics.entropy}}, got {type(given).__name__}."
-        )
-    for name, statistic in given.items():
-        if isinstance(statistic, Statistic):
-            continue
-        advice = "call it with its arguments" if callable(statistic) else "take one of them"
-        raise TypeError(
-            f"attend: statistics[{name!r}] must be a statistic of attention_jax.statistics, got "
-            f"{getattr(statistic, '__name__', type(statistic).__name__)}; {advice}, or wrap your "
-            "own function of a tile in statistics.Statistic."
-        )
-    return dict(given)
 
 
 def _statistics(request: Request) -> dict[str, Operand]:

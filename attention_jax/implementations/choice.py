@@ -110,6 +110,8 @@ def lacks(name: str, request: Request) -> str | None:
             f"computes {request.normalizer_name} in no single pass over the keys; use "
             "implementation='tiled'."
         )
+    if name == "pallas" and request.statistics is not None:
+        return "computes no statistics of the weights; use implementation='tiled'."
     if name == "pallas" and request.dtype == np.float64:
         return (
             "computes in float32, got float64; give float32, bfloat16 or float16, or use "

@@ -21,7 +21,7 @@ from attention_jax.base.equality import ByValue
 from attention_jax.base.typing import require_callable
 from attention_jax.masks.intervals import indices
 
-__all__ = ["Pairs", "Statistic", "of_matrix", "over_queries", "scaled"]
+__all__ = ["Pairs", "Statistic", "Statistics", "checked", "of_matrix", "over_queries", "scaled"]
 
 Array = jax.Array
 AXES = {"query": "T", "key": "S", "head": ""}
@@ -211,6 +211,34 @@ class Statistic(ByValue):
 
 Statistics = Mapping[str, Statistic]
 """What `attend` takes: statistics by the names that their results get."""
+
+
+def checked(operation: str, given: Any) -> dict[str, Statistic] | None:
+    """Return statistics by name; to ask for none of them is not to ask.
+
+    Raises:
+      TypeError: no dict, or something else than statistics in it.
+
+    >>> checked("f", {})
+    """
+    if not given:
+        return None
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{operation}: statistics must be a dict from names to statistics, such as "
+            f"{{'entropy': statistics.entropy}}, got {type(given).__name__}."
+        )
+    for name, statistic in given.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{operation}: the names of statistics must be strings, got {name!r}.")
+        if not isinstance(statistic, Statistic):
+            what = getattr(statistic, "__name__", type(statistic).__name__)
+            advice = "call it with its arguments, or wrap " if callable(statistic) else "wrap "
+            raise TypeError(
+                f"{operation}: statistics[{name!r}] must be one of attention_jax.statistics, got "
+                f"{what}; {advice}your own function of a tile in statistics.Statistic."
+            )
+    return dict(given)
 
 
 def over_queries(statistic: Statistic, reduce: Callable[..., Array] = jnp.mean) -> Statistic:

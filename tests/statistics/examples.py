@@ -127,6 +127,7 @@ NOT_STATISTICS = {
     "Pairs",
     "Statistic",
     "Statistics",
+    "checked",
     "diagonal",
     "of_matrix",
     "over_queries",

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import attend, masks, normalizers, statistics
+from attention_jax import ShapeError, attend, masks, normalizers, parallel, statistics
+from attention_jax.statistics import Statistic
 from tests import oracle
 from tests.statistics.examples import LENGTH, NOT_STATISTICS, STATISTICS
 
@@ -159,3 +160,95 @@ def test_every_derivative_is_that_of_the_matrix(mask, normalizer, chosen, x64):
         for sign in (step, -step)
     )
     np.testing.assert_allclose(found[1][1][0], (plus - minus) / (2 * step), rtol=1e-6)
+
+
+ONES = jnp.ones((1, 4, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "error", "message"),
+    [
+        (
+            [statistics.entropy],
+            {},
+            TypeError,
+            "attend: statistics must be a dict from names to statistics, such as {'entropy': "
+            "statistics.entropy}, got list.",
+        ),
+        (
+            {"mass": statistics.mass},
+            {},
+            TypeError,
+            "attend: statistics['mass'] must be one of attention_jax.statistics, got mass; call it "
+            "with its arguments, or wrap your own function of a tile in statistics.Statistic.",
+        ),
+        (
+            {0: statistics.entropy},
+            {},
+            TypeError,
+            "attend: the names of statistics must be strings, got 0.",
+        ),
+        (
+            {"own": Statistic(lambda pairs: pairs.weights.sum(axis=0))},
+            {},
+            ShapeError,
+            "attend: statistics['own'] must return sums with the leading axis T, got shape (5,) "
+            "for a tile of 3 queries and 5 keys; sum over axis 1.",
+        ),
+        (
+            {"entropy": statistics.entropy},
+            {"implementation": "pallas"},
+            ValueError,
+            "attend: implementation 'pallas' computes no statistics of the weights; use "
+            "implementation='tiled'.",
+        ),
+    ],
+)
+def test_what_attend_refuses(given, options, error, message):
+    with pytest.raises(error) as caught:
+        attend(ONES, ONES, ONES, statistics=given, **options)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: Statistic(3),
+            TypeError,
+            "Statistic: of_tile must be a function `of_tile(pairs) -> sums`, got 3.",
+        ),
+        (
+            lambda: Statistic(lambda pairs: pairs, rescale=lambda sums: sums),
+            TypeError,
+            "Statistic: rescale must be a function `rescale(sums, log_factor [T]) -> sums`, got "
+            "<lambda>(sums): too many positional arguments.",
+        ),
+        (
+            lambda: Statistic(lambda pairs: pairs, of="row"),
+            ValueError,
+            "Statistic: of must be query, key or head, got 'row'.",
+        ),
+        (
+            lambda: statistics.over_queries(statistics.received_mass),
+            ValueError,
+            "over_queries: give a statistic of queries, got one of 'key'.",
+        ),
+        (
+            lambda: statistics.mass_by_distance([0, 2, 2]),
+            ValueError,
+            "mass_by_distance: edges must be increasing distances, at least one, got [0, 2, 2].",
+        ),
+        (lambda: statistics.heaviest(0), ValueError, "heaviest: k must be 1 or more, got 0."),
+        (
+            lambda: parallel.attend(ONES, ONES, ONES, axis="x", statistics=EVERY),
+            TypeError,
+            "parallel.attend: statistics cannot be given for a split sequence; it takes score, "
+            "mask, bias, normalizer, dropout_rate, dropout_key, tile_sizes, return_logsumexp.",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
