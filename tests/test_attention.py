@@ -179,7 +179,7 @@ def test_odd_lengths(queries, keys, implementation):
 )
 def test_nothing_in_nothing_out(sizes, implementation):
     query, key, value = operands(**sizes)
-    context, _, logsumexp = attend(
+    context, _, logsumexp, _ = attend(
         query, key, value, mask=Causal(), **implementation, return_logsumexp=True
     )
     assert context.shape == (query.shape[0], query.shape[1], N, V)
@@ -197,7 +197,7 @@ def test_nothing_in_nothing_out(sizes, implementation):
 def test_weights_and_logsumexp_are_those_of_the_formula():
     mask, allowed = MASKS["composition"]
     expected, weights = oracle.attention(QUERY, KEY, VALUE, scaled_dot, allowed)
-    context, got_weights, logsumexp = attend(
+    context, got_weights, logsumexp, _ = attend(
         QUERY, KEY, VALUE, mask=mask, return_weights=True, return_logsumexp=True
     )
     is_close(context, expected)
@@ -275,7 +275,7 @@ def test_poison_that_is_attended_shows(where, implementation):
 def test_dtypes(dtype, implementation, x64):
     """Output in the dtype of the value, statistics in float32 or better, as is the accuracy."""
     inputs = operands(1, 7, 129, 2, 1, dtype=dtype)
-    context, _, logsumexp = attend(*inputs, **implementation, return_logsumexp=True)
+    context, _, logsumexp, _ = attend(*inputs, **implementation, return_logsumexp=True)
     assert context.dtype == dtype
     assert logsumexp.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
     exact, _ = oracle.attention(*inputs, scaled_dot)

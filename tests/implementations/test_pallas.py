@@ -305,7 +305,7 @@ def test_it_lowers_under_shard_map(name, score):
 def test_nothing_to_attend():
     query, key, value = qkv()
     for mask, keys in ((masks.Full(), 0), (masks.Causal(-9), S)):
-        context, _, logsumexp = attend(
+        context, _, logsumexp, _ = attend(
             query,
             key[:, :keys],
             value[:, :keys],
