@@ -16,12 +16,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.base.matmul import PLAIN, Products
+from attention_jax.base.transposition import linear_call
 from attention_jax.base.trees import Rest, merge_floats, split_floats, varying_like
 from attention_jax.base.typing import at_least_float32
 from attention_jax.implementations import online
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.pallas import backward, forward, parts
-from attention_jax.implementations.pallas.linear import Linear
 from attention_jax.implementations.pallas.splitting import Looked, Split
 from attention_jax.implementations.tile_passes import (
     Given,
@@ -80,9 +80,7 @@ def _attend_jvp(static: _Static, primals: Any, tangents: Any) -> Any:
     change = [x.astype(at_least_float32(x.dtype)) for x in tangents[0] if not _is_zero(x)]
     leaves, structure = jax.tree.flatten((floats, rest, given, online.finite_or_zero(logsumexp)))
     sums = _Sums(static, structure, moves)
-    shapes = [jax.ShapeDtypeStruct(x.shape, logsumexp.dtype) for x in (logsumexp, context)]
-    linear = Linear(sums.tangent, sums.transposed, shapes, len(leaves))
-    log_tangent, context_tangent = linear(*leaves, *change)
+    log_tangent, context_tangent = linear_call(sums.tangent, sums.transposed, leaves, change)
     how = one_pass(merge_floats(floats, rest).functions.normalizer)
     change, log_change = online.changes(how, log_tangent, context_tangent, context)
     return (context, logsumexp), (change.astype(context.dtype), log_change)
@@ -104,11 +102,10 @@ class _Sums:
     structure: Any
     moves: tuple[bool, ...]
 
-    def tangent(self, *arguments: Array) -> tuple[Array, Array]:
-        """Return both sums, [T] and [T, V], linear in the last arguments: tangents of floats."""
-        number = self.structure.num_leaves
-        floats, rest, given, base = jax.tree.unflatten(self.structure, arguments[:number])
-        those = iter(arguments[number:])
+    def tangent(self, leaves: list[Array], change: list[Array]) -> tuple[Array, Array]:
+        """Return both sums, [T] and [T, V], linear in the tangents of the floats that move."""
+        floats, rest, given, base = jax.tree.unflatten(self.structure, leaves)
+        those = iter(change)
         change = [
             next(those) if move else jnp.zeros_like(x)
             for x, move in zip(floats, self.moves, strict=True)
@@ -116,18 +113,18 @@ class _Sums:
         operands = merge_floats(floats, rest), merge_floats(change, rest)
         return Tangent(self.static.tiles, operands, given, base, list(self.moves))()
 
-    def transposed(self, *arguments: Array) -> list[Array]:
+    def transposed(self, leaves: list[Array], cotangents: tuple[Array, Array]) -> list[Array]:
         """Return the cotangents of the floats that move, given those of the two sums."""
-        number = self.structure.num_leaves
-        return _pull_back(self, list(arguments[:number]), list(arguments[number:]))
+        return _pull_back(self, leaves, list(cotangents))
 
     def plainly_transposed(self, leaves: list[Array], cotangents: list[Array]) -> list[Array]:
         """Return the same by JAX's own transposition of the linear pass."""
         floats = jax.tree.unflatten(self.structure, leaves)[0]
         change = [x for x, move in zip(floats, self.moves, strict=True) if move]
-        linear = functools.partial(self.tangent, *leaves)
-        transpose = jax.linear_transpose(linear, *map(_shaped, change))
-        return list(transpose(tuple(cotangents)))
+        transpose = jax.linear_transpose(
+            functools.partial(self.tangent, leaves), [_shaped(x) for x in change]
+        )
+        return transpose(tuple(cotangents))[0]
 
     def by_kernels(self, leaves: list[Array], cotangents: list[Array]) -> list[Array]:
         """Return the same by kernels."""
