@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.base import checks
+from attention_jax.implementations import choice
 from attention_jax.masks import MaskLike
 from attention_jax.parallel.work import Parts, Work, run_of
 
@@ -32,14 +33,17 @@ BOUND = 1.05
 AIM = 1.01
 """Blocks change places until the dearest device has at most this many times the mean."""
 
-SMALLEST_BLOCK = 8
-"""The least block that is tried: fewer rows of a tile cost an accelerator as much as 8 do."""
+MOST_CELLS = 2**24
+"""Blocks are not made smaller where the mask would have to be asked about more tiles."""
 
-MOST_BLOCKS = 4096
-"""Blocks are not made smaller where there would be more."""
+MOST_ROUNDS = 4
+"""Small blocks change places at most this often."""
 
-WAITING = 1.1
-"""An order that waits at most this many times as long as another may have other merits."""
+LARGER = (2, 4)
+"""A ring takes tiles about so many times as large as those that work is counted in."""
+
+SLOWER = 1.02
+"""An order that takes a ring at most this many times as long as another may have other merits."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,8 +103,8 @@ def deal(
     Device d holds the positions `order[d T / D : (d + 1) T / D]`, whole blocks of consecutive
     positions, in ascending order. Where consecutive parts are balanced, as for a window, they are
     returned: few keys move then. Else, of orders whose dearest device has at most `BOUND` times the
-    mean, that one is taken in which the devices of a ring wait least for each other (to 10 %),
-    then the one that moves fewest keys, then the one of the largest blocks.
+    mean, that one is taken with which a ring is fastest (to 2 %), as its devices wait for each
+    other at every step and its tiles span blocks; then the one that moves fewest keys.
 
     One order serves a whole batch: work is summed over examples and heads. What a mask knows only
     inside `jit` counts as live; give segments and lengths as arrays of the data pipeline.
@@ -110,12 +114,12 @@ def deal(
       lengths: T of a sequence that attends to itself, or (T, S). Keys are dealt as the queries
         are where T = S, else they stay in parts of consecutive positions.
       devices: D; divides T, and S.
-      block: positions that stay together, a divisor of T / D. None chooses; blocks smaller than a
-        tile are taken only where others reach no balance, and none smaller than 8 or than T / 4096.
-        Where none reaches it, as with a row that alone is dearer than a device should be, the best
-        order is returned (`load` tells how good).
-      tile_sizes: queries and keys of the tiles that work is counted in, each clipped to a block:
-        128 unless given, and larger for sequences of more than 2^19.
+      block: positions that stay together, a divisor of T / D. None chooses: blocks of a tile or
+        more; and where none of these reach balance, few smaller ones change places, so that most
+        positions stay together. Where nothing reaches it, as with a row that alone is dearer than
+        a device should be, the best order is returned (`load` tells how good).
+      tile_sizes: queries and keys of the tiles that work is counted in, which end where
+        consecutive positions do: 128 unless given, and larger for sequences of more than 2^19.
 
     Raises:
       ShapeError: lengths that devices and blocks do not divide, or a mask of other lengths.
@@ -128,23 +132,24 @@ def deal(
     """
     lengths = _lengths("deal", lengths, devices)
     query_length = lengths[0]
-    sizes = [block] if block is not None else _blocks(query_length, devices)
     if block is not None:
         checks.at_least("deal", 1, block=block)
         _divide("deal", "T", query_length, {"devices": devices, "block": block})
     work = Work.of("deal", mask, lengths, tile_sizes)
-    whole = [size for size in sizes if size >= work.tile_sizes[0]] or sizes[:1]
-    finest = work.between_blocks(query_length // whole[-1], devices) if whole else None
-    consecutive = np.arange(devices)[:, None]
-    found = [_Deal(consecutive, _between(work, finest, query_length // devices, devices))]
-    for size in sizes:
-        best = _best(found)
-        if best.is_balanced and (len(best.blocks[0]) == 1 or size < whole[-1]):
+    sizes = _blocks(query_length // devices, work.tile_sizes[0]) if block is None else [block]
+    finest = work.between_blocks(query_length // sizes[-1], devices) if sizes else None
+    consecutive = _Deal(np.arange(query_length, dtype=np.int32), devices, work)
+    found = [consecutive]
+    if not consecutive.is_balanced or block is not None:
+        for size in sizes:
+            blocks = query_length // size
+            found += _deals(work, _summed(work, finest, blocks, devices), devices)
+    for size in _smaller(work, query_length // devices) if block is None else []:
+        if any(one.is_balanced for one in found):
             break
-        if best.is_balanced and best.load.waiting <= WAITING:
-            break
-        found += _deals(_between(work, finest, size, devices), devices)
-    return _best(found).order(query_length)
+        costs = work.of_blocks(query_length // size)
+        found += [_refined(one, costs) for one in {consecutive, _best(found)}]
+    return _best(found).order
 
 
 def load(
@@ -185,14 +190,16 @@ def load(
     if key_order is None and query_length == key_length:
         key_order = order
     work = Work.of("load", mask, lengths, tile_sizes)
-    spans = tile_sizes is not None
-    queries, keys = (
-        Parts.of(each, devices, size if spans else min(size, run_of(each, devices)))
-        for each, size in zip(
-            (order, _order("load", "S", key_order, key_length)), work.tile_sizes, strict=True
-        )
+    orders = order, _order("load", "S", key_order, key_length)
+    return _load(work, orders, devices, spans=tile_sizes is not None)
+
+
+def _load(work: Work, orders: tuple[Any, Any], devices: int, spans: bool) -> Load:
+    parts = (
+        Parts.of(order, devices, size, spans)
+        for order, size in zip(orders, work.tile_sizes, strict=True)
     )
-    return Load(work.between(queries, keys))
+    return Load(work.between(*parts))
 
 
 def permute(x: Any, order: Any, axis: int = 1) -> Any:
@@ -235,44 +242,59 @@ def restore(x: Any, order: Any, axis: int = 1) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Deal:
-    """The numbers of the blocks of each device, [D, blocks a device], and pairs between blocks."""
+    """An order, [T]; `given` are the pairs between parts, where they are known."""
 
-    blocks: np.ndarray
-    pairs: np.ndarray
+    order: np.ndarray
+    devices: int
+    work: Work
+    given: np.ndarray | None = None
 
     @functools.cached_property
     def load(self) -> Load:
         """The work of every device."""
-        devices = len(self.blocks)
-        of_queries = self.pairs[self.blocks].sum(axis=1)
-        if self.pairs.shape[1] == self.blocks.size:
-            of_queries = of_queries[:, self.blocks.ravel()]
-        return Load(of_queries.reshape(devices, devices, -1).sum(axis=2))
+        if self.given is not None:
+            return Load(self.given)
+        is_self = self.work.lengths[0] == self.work.lengths[1]
+        keys = self.order if is_self else np.arange(self.work.lengths[1])
+        return _load(self.work, (self.order, keys), self.devices, spans=False)
+
+    @functools.cached_property
+    def time(self) -> float:
+        """The time of a ring with the larger tiles that suit it, counted in pairs."""
+        is_self = self.work.lengths[0] == self.work.lengths[1]
+        orders = self.order, self.order if is_self else np.arange(self.work.lengths[1])
+        times = []
+        for larger in LARGER:
+            rows, columns = tile = tuple(larger * size for size in self.work.tile_sizes)
+            work = dataclasses.replace(self.work, tile_sizes=tile)
+            load = _load(work, orders, self.devices, spans=True)
+            visits = 1 + choice.VISIT_PAIRS / (rows * columns)
+            times.append(load.waiting * load.devices.mean() * visits)
+        return min(times)
+
+    @functools.cached_property
+    def runs(self) -> int:
+        """How many runs of consecutive positions there are."""
+        return int((np.diff(self.order) != 1).sum())
 
     @property
     def is_balanced(self) -> bool:
         """Whether the dearest device is within the bound."""
         return self.load.dearest <= BOUND
 
-    def order(self, length: int) -> np.ndarray:
-        """Return the positions of all devices, [T]."""
-        positions = np.arange(length, dtype=np.int32).reshape(self.blocks.size, -1)
-        return positions[self.blocks].ravel()
-
 
 def _best(found: list[_Deal]) -> _Deal:
-    """Return the order that is best: balanced, with little waiting, few keys that move."""
+    """Return the order that is best: balanced, with a fast ring, few keys that move."""
     balanced = [one for one in found if one.is_balanced]
-    if not balanced:
-        return min(found, key=lambda one: one.load.dearest)
-    least = min(one.load.waiting for one in balanced)
-    able = [one for one in balanced if one.load.waiting <= WAITING * least]
-    return min(able, key=lambda one: (one.load.moves, one.blocks.size, one.load.waiting))
+    if len(balanced) < 2:
+        return min(balanced or found, key=lambda one: one.load.dearest)
+    least = min(one.time for one in balanced)
+    able = [one for one in balanced if one.time <= SLOWER * least]
+    return min(able, key=lambda one: (one.load.moves, one.runs, one.time))
 
 
-def _between(work: Work, finest: np.ndarray | None, size: int, devices: int) -> np.ndarray:
-    """Return the pairs between blocks of a size, summed up from smaller ones where that is so."""
-    blocks = work.lengths[0] // size
+def _summed(work: Work, finest: np.ndarray | None, blocks: int, devices: int) -> np.ndarray:
+    """Return the pairs between blocks, summed up from smaller ones where that is so."""
     if finest is None or len(finest) % blocks:
         return work.between_blocks(blocks, devices)
     is_self = work.lengths[0] == work.lengths[1]
@@ -280,7 +302,7 @@ def _between(work: Work, finest: np.ndarray | None, size: int, devices: int) -> 
     return finest.reshape(blocks, len(finest) // blocks, columns, -1).sum(axis=(1, 3))
 
 
-def _deals(pairs: np.ndarray, devices: int) -> list[_Deal]:
+def _deals(work: Work, pairs: np.ndarray, devices: int) -> list[_Deal]:
     """Deal blocks to devices in two ways, and exchange blocks until the work is the same.
 
     From consecutive parts few blocks change places. Dealt by their work, forth and back, every
@@ -292,19 +314,56 @@ def _deals(pairs: np.ndarray, devices: int) -> list[_Deal]:
     by_work[1::2] = by_work[1::2, ::-1]
     near, alike = (_exchanged(blocks, costs) for blocks in (consecutive, by_work.T))
     alike = alike[np.argsort(alike[:, 0])]
-    return [_Deal(alike, pairs), _Deal(near, pairs)]
+    return [_of_blocks(work, blocks, pairs) for blocks in (alike, near)]
 
 
-def _exchanged(blocks: np.ndarray, costs: np.ndarray) -> np.ndarray:
+def _of_blocks(work: Work, blocks: np.ndarray, pairs: np.ndarray) -> _Deal:
+    """Return the order of the blocks [D, blocks a device], whose pairs are known."""
+    devices = len(blocks)
+    of_queries = pairs[blocks].sum(axis=1)
+    if pairs.shape[1] == blocks.size:
+        of_queries = of_queries[:, blocks.ravel()]
+    given = of_queries.reshape(devices, devices, -1).sum(axis=2)
+    return _Deal(_positions(blocks, work.lengths[0]), devices, work, given)
+
+
+def _positions(blocks: np.ndarray, length: int) -> np.ndarray:
+    """Return the positions of all devices, [T], each with its blocks."""
+    return np.arange(length, dtype=np.int32).reshape(blocks.size, -1)[blocks].ravel()
+
+
+def _refined(deal: _Deal, costs: np.ndarray) -> _Deal:
+    """Exchange few blocks of another order, smaller than those that it is made of.
+
+    What a block costs is counted as if all others were in order; by how much that is wrong for a
+    device is known when they have changed places, and then they do so again.
+    """
+    devices, size = deal.devices, len(deal.order) // len(costs)
+    if run_of(deal.order, devices) % size:
+        return deal
+    for _ in range(MOST_ROUNDS):
+        blocks = deal.order.reshape(devices, -1, size)[:, :, 0] // size
+        wrong = deal.load.devices - costs[blocks].sum(axis=1)
+        order = _positions(_exchanged(blocks, costs, wrong), len(deal.order))
+        following = _Deal(order, devices, deal.work)
+        deal = min(deal, following, key=lambda one: one.load.dearest)
+        if deal is not following or deal.is_balanced:
+            break
+    return deal
+
+
+def _exchanged(blocks: np.ndarray, costs: np.ndarray, more: Any = 0) -> np.ndarray:
     """Exchange a block of the dearest device and one of a cheap device while that helps.
+
+    A device has the costs of its blocks and `more`, which stays.
 
     Of the cheapest device that can help at all, those two are exchanged that leave the two devices
     with the most similar work.
     """
     blocks = blocks.copy()
-    aim = AIM * costs.sum() / len(blocks)
+    aim = AIM * (costs[blocks].sum(axis=1) + more).mean()
     for _ in range(blocks.size):
-        of_device = costs[blocks].sum(axis=1)
+        of_device = costs[blocks].sum(axis=1) + more
         dear = int(of_device.argmax())
         if of_device[dear] <= aim:
             break
@@ -332,15 +391,25 @@ def _best_exchange(dear: np.ndarray, cheap: np.ndarray, gap: int) -> tuple[int, 
     return int(given), int(by_cost[near[side, given]])
 
 
-def _blocks(length: int, devices: int) -> list[int]:
-    """Return divisors of T / D, each at most half of the one before, from T / 2 D down."""
-    share = length // devices
-    divisors = [n for n in range(share // 2, SMALLEST_BLOCK - 1, -1) if share % n == 0]
+def _blocks(share: int, tile: int) -> list[int]:
+    """Return divisors of T / D, each at most half of the one before, down to a tile if any is."""
+    divisors = [n for n in range(share // 2, 0, -1) if share % n == 0]
     found: list[int] = []
     for divisor in divisors:
-        if length // divisor <= MOST_BLOCKS and 2 * divisor <= (found[-1] if found else share):
+        if 2 * divisor <= (found[-1] if found else share) and (divisor >= tile or not found):
             found.append(divisor)
     return found
+
+
+def _smaller(work: Work, share: int) -> list[int]:
+    """Return divisors of T / D below the size of a tile, each at most half of the one before."""
+    tiles = work.lengths[1] // work.tile_sizes[1]
+    found = [min(work.tile_sizes[0], share)]
+    for divisor in range(found[0] // 2, 0, -1):
+        cells = work.lengths[0] // divisor * tiles
+        if share % divisor == 0 and 2 * divisor <= found[-1] and cells <= MOST_CELLS:
+            found.append(divisor)
+    return found[1:]
 
 
 def _lengths(operation: str, lengths: Any, devices: int) -> tuple[int, int]:

@@ -1,9 +1,10 @@
 """Which tiles each device visits at each step, from the mask and the positions it holds.
 
-Queries and keys need not lie in order, so a tile is judged by the smallest and the largest position
-of its rows: EMPTY and FULL are true of all positions between, and thus of those that are there.
-All devices run one program: where the tiles are known while tracing, each looks up its own in a
-table; else it asks the mask at run time.
+Queries and keys need not lie in order, so a tile is judged by the runs of consecutive positions
+that it is made of; or, at run time, by the smallest and the largest position of its rows: EMPTY
+and FULL are true of all positions between, and thus of those that are there. All devices run one
+program: where the tiles are known while tracing, each looks up its own in a table; else it asks
+the mask.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from attention_jax.implementations.tiles import FRACTIONS, cover, joined, units_
 from attention_jax.masks import EMPTY, FULL, PARTIAL, Lengths, Mask
 from attention_jax.masks.intervals import Interval, classify
 from attention_jax.parallel.placement import Placement
+from attention_jax.parallel.work import Parts, states_between
 from attention_jax.request import Request
+
+DEARER = 1.1
+"""Of plans that cost at most this many times as much as the cheapest, the least work is done."""
 
 MOST_CELLS = 2**24
 """Smaller tiles are not tried where a mask would have to be asked about more of them."""
@@ -85,6 +90,11 @@ class Plan:
     chains: tuple[Chain, ...]
     live: np.ndarray
 
+    @property
+    def dearest(self) -> int:
+        """The tiles of the device that visits most."""
+        return int(self.live.max())
+
     def within(self, mask: Mask, key_length: int) -> Mask:
         """Return the mask without keys beyond the last, whose positions are `key_length`."""
         return mask & Lengths(key_length) if self.covered > self.received else mask
@@ -97,7 +107,7 @@ class Plan:
 
 
 def make_plan(request: Request, placement: Placement, gathered: bool) -> Plan:
-    """Return the plan whose dearest device has least to do."""
+    """Return the plan whose dearest device needs least time; of nearly equal ones, least work."""
     mask, is_static = choice.known_mask(request.mask, request.sizes)
     share, received = placement.shares
     pairs = share, placement.lengths[1] if gathered else received
@@ -107,17 +117,14 @@ def make_plan(request: Request, placement: Placement, gathered: bool) -> Plan:
         rows, columns = choice.CANDIDATES.get(jax.default_backend(), choice.CANDIDATES["default"])
         tiles = {choice.clipped((row, column), pairs) for row in rows for column in columns}
     of_tile = functools.partial(_plan_of, mask, is_static, placement, gathered)
-    best, least = None, math.inf
+    plans = []
     for tile in sorted(tiles, key=math.prod, reverse=True):
         cells = math.prod(placement.lengths) * FRACTIONS[0] // math.prod(tile)
-        if best is not None and cells > MOST_CELLS:
-            continue
-        plan = of_tile(tile)
-        cost = int(plan.live.max()) * (math.prod(tile) + choice.VISIT_PAIRS)
-        if cost < least:
-            best, least = plan, cost
-    assert best is not None  # there is always one tile
-    return best
+        if not plans or cells <= MOST_CELLS:
+            plans.append(of_tile(tile))
+    costs = [plan.dearest * (math.prod(plan.tile) + choice.VISIT_PAIRS) for plan in plans]
+    able = [plan for plan, cost in zip(plans, costs, strict=True) if cost <= DEARER * min(costs)]
+    return min(able, key=lambda plan: plan.dearest * math.prod(plan.tile))
 
 
 def _plan_of(
@@ -134,9 +141,8 @@ def _plan_of(
         is_static = False
         grid = np.full((devices, rows, 1 if gathered else devices, units), PARTIAL, np.int8)
     else:
-        q_idx = _intervals(queries, tile[0], 0)
-        kv_idx = _intervals(keys.reshape(1, -1) if gathered else keys, unit, 1)
-        grid = np.asarray(classify(mask, q_idx, kv_idx)).reshape(devices, rows, -1, units)
+        grid = _grid(mask, (queries, keys.reshape(1, -1) if gathered else keys), tile[0], unit)
+        grid = grid.reshape(devices, rows, -1, units)
     # The keys of device d + shift lie at (d + shift) mod D.
     shifts = [None] if gathered else list(range(devices))
     device = np.arange(devices)
@@ -224,6 +230,22 @@ def _chain(
 def _pairs(shift: int, into: Any) -> tuple[tuple[int, int], ...]:
     """Return the moves to the devices where `into` is true."""
     return tuple((int(d + shift) % len(into), int(d)) for d in np.flatnonzero(into))
+
+
+def _grid(mask: Mask, positions: tuple[np.ndarray, np.ndarray], rows: int, unit: int) -> np.ndarray:
+    """Return what `rows` queries are with `unit` keys, all of these on all devices.
+
+    From the runs of consecutive positions that they are made of; where these are too many, from
+    the smallest and the largest position.
+    """
+    queries, keys = (
+        Parts.of(of_devices.ravel(), len(of_devices), size)
+        for of_devices, size in zip(positions, (rows, unit), strict=True)
+    )
+    if len(queries.low) * len(keys.low) <= MOST_CELLS:
+        return states_between(mask, queries, keys)
+    intervals = _intervals(positions[0], rows, 0), _intervals(positions[1], unit, 1)
+    return np.asarray(classify(mask, *intervals))
 
 
 def _intervals(positions: Any, size: int, axis: int) -> Interval:

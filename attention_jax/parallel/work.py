@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.base import checks
-from attention_jax.masks import EMPTY, Mask, MaskLike, as_mask, batch_axes
+from attention_jax.masks import EMPTY, PARTIAL, Mask, MaskLike, as_mask, batch_axes
 from attention_jax.masks.algebra import leading_axes, with_int32
 from attention_jax.masks.intervals import Interval, classify
 
@@ -21,46 +21,76 @@ MOST_TILES = 4096
 """Tiles are larger where a sequence would have more."""
 
 CELLS = 2**22
-"""About as many units are classified at a time."""
+"""About as many pairs of runs are classified at a time."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
     """Positions in the order in which they are held, cut into equal parts, and these into tiles.
 
-    A tile is made of units of consecutive positions; the last tile of a part may be smaller.
+    A tile is made of runs of consecutive positions; the last tile of a part may be smaller.
 
     Attributes:
-      units: the first position of every unit, [parts, units a part].
-      unit: positions a unit.
-      first: the first unit of each tile of a part.
-      sizes: the positions of each tile of a part.
+      low, high: the first and the last position of every run, [runs].
+      first_run: the first run of each tile, [tiles].
+      sizes: the positions of each tile, [tiles].
+      part: the part of each tile, [tiles].
+      count: how many parts there are.
     """
 
-    units: np.ndarray
-    unit: int
-    first: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    first_run: np.ndarray
     sizes: np.ndarray
+    part: np.ndarray
+    count: int
 
     @classmethod
-    def of(cls, order: np.ndarray, parts: int, size: int) -> Parts:
-        """Cut an order into parts, with tiles of a size."""
-        share = len(order) // parts
-        begin = np.arange(0, share, min(size, share))
-        unit = math.gcd(run_of(order, parts), *begin[1:2].tolist())
-        units = order[::unit].astype(np.int32).reshape(parts, -1)
-        return cls(units, unit, begin // unit, np.diff(begin, append=share))
+    def of(cls, order: np.ndarray, count: int, size: int, spans: bool = True) -> Parts:
+        """Cut an order into parts, with tiles of a size that span runs, or end where these do."""
+        length = len(order)
+        begins = np.arange(0, length, length // count)  # of the parts
+        breaks = np.flatnonzero(np.diff(order) != 1) + 1
+        pieces = begins if spans else np.union1d(begins, breaks)
+        many = -(-np.diff(pieces, append=length) // size)
+        number = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
+        tiles = np.repeat(pieces, many) + number * size
+        runs = np.union1d(tiles, breaks) if len(breaks) else tiles
+        low = order[runs].astype(np.int32)
+        high = low + np.diff(runs, append=length).astype(np.int32) - np.int32(1)
+        sizes = np.diff(tiles, append=length)
+        return cls(
+            low, high, np.searchsorted(runs, tiles), sizes, tiles // (length // count), count
+        )
 
-    def intervals(self, parts: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first and the last position of every unit of some parts."""
-        low = self.units[parts].ravel()
-        return low, low + np.int32(self.unit - 1)
+    def of_tiles(self, reduce: np.ufunc, x: np.ndarray, axis: int) -> np.ndarray:
+        """Reduce what is known of the runs to the tiles, along an axis."""
+        if x.shape[axis] == len(self.first_run):
+            return x
+        return reduce.reduceat(x, self.first_run, axis=axis)
 
-    def tiles(self, live: np.ndarray, axis: int) -> np.ndarray:
-        """Tell which tiles of a part are live, from what is known of its units along an axis."""
-        if live.shape[axis] == len(self.first):
-            return live
-        return np.logical_or.reduceat(live, self.first, axis=axis)
+    def tiles(self, which: slice) -> Parts:
+        """Return some of the tiles."""
+        runs = slice(*np.append(self.first_run, len(self.low))[[which.start, which.stop]])
+        first = self.first_run[which] - runs.start
+        sizes, part = self.sizes[which], self.part[which]
+        return Parts(self.low[runs], self.high[runs], first, sizes, part, self.count)
+
+
+def states_between(mask: Mask, queries: Parts, keys: Parts) -> np.ndarray:
+    """Return what tiles are, [tiles of queries, tiles of keys].
+
+    What all pairs of the runs are that they are made of, and PARTIAL where these differ.
+    """
+    q_idx = Interval(queries.low[:, None], queries.high[:, None])
+    kv_idx = Interval(keys.low[None, :], keys.high[None, :])
+    states = np.asarray(classify(mask, q_idx, kv_idx))
+    states = np.broadcast_to(states, (len(queries.low), len(keys.low)))
+    least, most = (
+        queries.of_tiles(reduce, keys.of_tiles(reduce, states, 1), 0)
+        for reduce in (np.minimum, np.maximum)
+    )
+    return np.where(least == most, least, np.int8(PARTIAL))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,22 +122,23 @@ class Work:
         )
         return self.between(*parts)
 
+    def of_blocks(self, blocks: int) -> np.ndarray:
+        """Return the pairs of blocks of consecutive queries with all keys, [blocks]."""
+        queries, keys = map(np.arange, self.lengths)
+        of_queries = Parts.of(queries, blocks, self.tile_sizes[0])
+        return self.between(of_queries, Parts.of(keys, 1, self.tile_sizes[1]))[:, 0]
+
     def between(self, queries: Parts, keys: Parts) -> np.ndarray:
         """Return the pairs in live tiles between parts of queries and of keys."""
-        total = np.zeros((len(queries.units), len(keys.units)), np.int64)
-        low, high = keys.intervals(slice(None))
-        kv_idx = Interval(low[None, :], high[None, :])
-        at_once = max(1, CELLS // (queries.units.shape[1] * keys.units.size))
-        for begin in range(0, len(total), at_once):
-            parts = slice(begin, begin + at_once)
-            low, high = queries.intervals(parts)
-            q_idx = Interval(low[:, None], high[:, None])
-            shape = (-1, queries.units.shape[1], *keys.units.shape)
+        total = np.zeros((queries.count, keys.count), np.int64)
+        first = np.searchsorted(keys.part, np.arange(keys.count))
+        at_once = max(1, CELLS * len(queries.sizes) // (len(queries.low) * len(keys.low)))
+        for begin in range(0, len(queries.sizes), at_once):
+            some = queries.tiles(slice(begin, min(begin + at_once, len(queries.sizes))))
             for mask in self.masks:
-                live = (classify(mask, q_idx, kv_idx) != EMPTY).reshape(shape)
-                live = queries.tiles(keys.tiles(live, axis=3), axis=1)
-                of_rows = (live * keys.sizes).sum(axis=3)
-                total[parts] += (of_rows * queries.sizes[:, None]).sum(axis=1)
+                live = states_between(mask, some, keys) != EMPTY
+                of_rows = np.add.reduceat(live * keys.sizes, first, axis=1)
+                np.add.at(total, some.part, of_rows * some.sizes[:, None])
         return total
 
 

@@ -35,6 +35,7 @@ MASKS = {
     "padded": lambda: masks.Lengths(9000, 9000) & masks.Causal(),
     "prefix": lambda: masks.Prefix(4000) | masks.Causal(),
     "Longformer": lambda: masks.longformer(512, tokens=64),
+    "Longformer, 16 tokens": lambda: masks.longformer(512, tokens=16),
     "Longformer, one token": lambda: masks.longformer(512, tokens=1),
     "BigBird": lambda: masks.bigbird(jax.random.key(0), LENGTH),
     "strided": lambda: masks.sparse_strided(128),

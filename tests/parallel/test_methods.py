@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
+import attention_jax
 from attention_jax import masks, normalizers, parallel
 from attention_jax.base import ShapeError
 
@@ -35,6 +36,24 @@ def test_an_order_balances_a_causal_mask():
     assert contiguous.dearest > 1.5
     assert dealt.dearest <= 1.05
     assert sum(dealt.live) == sum(contiguous.live)
+
+
+PACKED = np.repeat(np.arange(40), np.random.default_rng(3).permutation(np.arange(40) * 21 + 2))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [masks.Causal(), masks.Segment(PACKED[: 2**14]), masks.bigbird(jax.random.key(0), 2**14)],
+    ids=["causal", "packed", "BigBird"],
+)
+def test_four_devices_do_a_quarter_each(mask):
+    """The dearest of them has at most 1 / 3.8 of the products of one device, at S = 16k."""
+    x = jax.ShapeDtypeStruct((1, 2**14, 8, 64), jnp.float32)
+    whole = attention_jax.explain(x, x, x, mask=mask)
+    order = parallel.deal(mask, 2**14, 4)
+    found = explain(length=2**14, mask=mask, method="ring", order=order)
+    dearest = max(found.live) * np.prod(found.tile)
+    assert dearest <= (whole.partial + whole.full) * np.prod(whole.tile) / 3.8
 
 
 def test_none_takes_what_moves_least():
