@@ -98,11 +98,30 @@ class Reader:
         if table.exists():
             return self._table(table)
         if left.exists() and right.exists():
+            for languages in ((self.source, self.target), (self.target, self.source)):
+                links = folder / f"{name}.{'-'.join(languages)}.align"
+                if links.exists():
+                    return self._three_files(left, right, links, languages[0] == self.target)
             return self._two_files(left, right)
         if left.exists() or right.exists():
             there, missing = (left, right) if left.exists() else (right, left)
             raise DataError(f"{there} has no partner: {missing} does not exist; both are needed.")
         return None
+
+    def _three_files(self, left: Path, right: Path, links: Path, exchanged: bool) -> list[Pair]:
+        """Source, target and gold alignments, of a target and its source if `exchanged`."""
+        sides = [self._lines(path) for path in (left, right, links)]
+        for path, lines in zip((right, links), sides[1:], strict=True):
+            if len(lines) != len(sides[0]):
+                raise DataError(
+                    f"{left} has {len(sides[0])} lines but {path} has {len(lines)}; line n of one "
+                    "must belong to line n of the other."
+                )
+        first, second = (1, 0) if exchanged else (0, 1)
+        rows = zip(sides[first], sides[second], sides[2], strict=True)
+        numbered = [(number, list(row)) for number, row in enumerate(rows, 1)]
+        pairs = self._linked(links, numbered, (first, second))
+        return self._without_empty(pairs, f"{left} and {right.name}")
 
     def _two_files(self, left: Path, right: Path) -> list[Pair]:
         sources, targets = self._lines(left), self._lines(right)
@@ -142,21 +161,24 @@ class Reader:
         columns, header = self._columns(path, rows[0])
         numbered = list(enumerate(rows, 1))[header:]
         third = [row[2] for _, row in numbered if len(row) > 2 and row[2].strip()]
-        aligned = any(map(is_alignment, third))
-        if aligned:
-            pairs = [(n, _aligned(path, n, row, columns)) for n, row in numbered]
-            if self.at_spaces is None:
-                self.at_spaces = True
-                self.notices.append(
-                    f"{path.name} has gold alignments, so it was split at spaces only."
-                )
-            else:
-                pairs = self._recut(path.name, pairs)
+        if any(map(is_alignment, third)):
+            pairs = self._linked(path, numbered, columns)
         else:
             if third:
                 self.notices.append(f"{path.name}: its third column is no alignment: ignored.")
             pairs = ((n, self._tokenize(*(row[i] for i in columns))) for n, row in numbered)
         return self._without_empty(pairs, str(path))
+
+    def _linked(
+        self, path: Path, numbered: list[tuple[int, list[str]]], columns: tuple[int, int]
+    ) -> list[tuple[int, Pair]]:
+        """Pairs with gold alignments, which are of the words between spaces."""
+        pairs = [(n, _aligned(path, n, row, columns)) for n, row in numbered]
+        if self.at_spaces is not None:
+            return self._recut(path.name, pairs)
+        self.at_spaces = True
+        self.notices.append(f"{path.name} has gold alignments, so it was split at spaces only.")
+        return pairs
 
     def _recut(self, name: str, pairs: list[tuple[int, Pair]]) -> list[tuple[int, Pair]]:
         """Tokenise aligned pairs again, and drop the links of those whose tokens change."""

@@ -200,9 +200,7 @@ def _lowered_training(score: str, run: Run, placement: Placement, state: State) 
     graph, _ = graph_of(score, run.sizes[score], config.dropout, config.dtype)
     order = _tokens(config.round // config.chunk)
     rows = _tokens(*order.shape, config.seeds, config.chunk, config.batch_size)
-    pairs = tuple(
-        (_tokens(*b.source.shape), _tokens(*b.target.shape)) for b in task.training.members
-    )
+    pairs = jax.tree.map(lambda array: _tokens(*array.shape), task.arrays)
     max_words = task.max_words(len(placement.devices))
     train = functools.partial(train_step.train, graph, config, max_words, placement.axis)
     return placement.training(train).lower(state, Batches(pairs, order, rows))

@@ -201,6 +201,12 @@ class Config:
     label_smoothing: float = _training(
         0.1, "Share of the probability that training spreads over all words.", BELOW_ONE
     )
+    guided_alignment: float = _training(
+        0.0,
+        "Weight of a loss that pulls attention to the gold alignments of training pairs, which are "
+        "generated, in a third column, or in files such as train.en-de.align.",
+        NOT_NEGATIVE,
+    )
     dtype: str = _training(
         "float32",
         "Type of computation in training; parameters, losses and evaluation are in float32. "
@@ -327,6 +333,8 @@ class Config:
                 )
             if self.projections == "tied" and self.model == "bigru" and name in _UNTIEABLE:
                 raise UsageError(f"--projections=tied: {name} has no two projections to tie.")
+            if self.guided_alignment and name == "none":
+                raise UsageError("--guided_alignment: none has no attention to guide.")
             if self.qk_norm and name == "location":
                 raise UsageError("--qk_norm: location does not depend on keys; leave it out.")
 

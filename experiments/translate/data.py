@@ -28,6 +28,7 @@ from experiments.data.corpus import Corpus, Pair
 from experiments.data.subwords import pooled, vocabulary_of, with_subwords
 from experiments.data.text import cut, detokenize
 from experiments.data.vocabulary import PAD, Vocabulary
+from experiments.translate import guided
 from experiments.translate.config import Config
 from experiments.translate.workdir import read_json, write_json, write_sealed
 
@@ -84,7 +85,8 @@ class Task:
     Attributes:
       corpus: the pairs as words, and the vocabularies.
       training: the training pairs in buckets.
-      arrays: of each bucket, source [rows, S] and target [rows, T].
+      arrays: of each bucket, source [rows, S] and target [rows, T]; for guided alignment also
+        links [rows, L, 2], see `guided.links_of`.
       order: the bucket of each chunk of steps, [c].
       rows: the rows of each batch, [c, seeds, steps, B].
       tokens: words and end symbols in each chunk, both sides and all seeds, [c].
@@ -93,7 +95,7 @@ class Task:
 
     corpus: Corpus
     training: Buckets
-    arrays: tuple[tuple[Array, Array], ...]
+    arrays: tuple[tuple[Array, ...], ...]
     order: np.ndarray
     rows: np.ndarray
     tokens: np.ndarray
@@ -128,7 +130,8 @@ class Task:
         found = hashlib.sha256()
         every = [self.training, *(examples.buckets for examples in self.sets.values())]
         sides = [side for buckets in every for member in buckets.members for side in member[:2]]
-        for array in (*sides, self.order, self.rows):
+        links = (np.asarray(array) for arrays in self.arrays for array in arrays[2:])
+        for array in (*sides, *links, self.order, self.rows):
             found.update(repr((array.shape, array.dtype)).encode())
             found.update(np.ascontiguousarray(array).data)
         for vocabulary in (self.corpus.source_vocabulary, self.corpus.target_vocabulary):
@@ -169,6 +172,10 @@ def load_task(config: Config) -> Task:
         ]
     except DataError as error:
         raise UsageError(str(error)) from None
+    arrays = tuple((bucket.source, bucket.target) for bucket in training.members)
+    if config.guided_alignment:
+        links = guided.links_of(corpus, training)
+        arrays = tuple((*sides, own) for sides, own in zip(arrays, links, strict=True))
     notice = metrics.tokenizer_notice([pair.target for pair in corpus.test])
     corpus = dataclasses.replace(corpus, notices=(*corpus.notices, *filter(None, [notice])))
     order = schedules[0].bucket
@@ -180,7 +187,7 @@ def load_task(config: Config) -> Task:
     return Task(
         corpus=corpus,
         training=training,
-        arrays=tuple((jnp.asarray(b.source), jnp.asarray(b.target)) for b in training.members),
+        arrays=jax.tree.map(jnp.asarray, arrays),
         order=order,
         rows=rows,
         tokens=np.array(tokens),

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from experiments.data.vocabulary import PAD
+from experiments.translate import guided
 from experiments.translate.config import Config
 from experiments.translate.model import Graph, Sizes, Translator, token_losses
 from experiments.translate.transformer import TransformerTranslator
@@ -166,7 +167,8 @@ class Batches(NamedTuple):
     The leaves are arrays, or their shapes or shardings.
 
     Attributes:
-      pairs: of each bucket all sentences, source [rows, S] and target [rows, T].
+      pairs: of each bucket all sentences, source [rows, S] and target [rows, T]; for guided
+        alignment also links [rows, L, 2], see `guided.links_of`.
       order: the bucket of each chunk, [c].
       rows: the rows of each batch, [c, N, n, B].
     """
@@ -200,7 +202,7 @@ def train(
     """
     # One program for all buckets keeps calls few: each gets fresh memory, page by page.
     chunks = [
-        functools.partial(_take_chunk, graph, config, _Bucket(*pairs, max_words=most, axis=axis))
+        functools.partial(_take_chunk, graph, config, _Bucket(most, axis, *pairs))
         for most, pairs in zip(max_words, batches.pairs, strict=True)
     ]
 
@@ -213,12 +215,13 @@ def train(
 
 
 class _Bucket(NamedTuple):
-    """Source [rows, S], target [rows, T], a bound on target words, the axis of the devices."""
+    """A bound on target words, the axis of the devices, and the arrays of `Batches.pairs`."""
 
-    source: Array
-    target: Array
     max_words: int | None
     axis: str | None
+    source: Array
+    target: Array
+    links: Array | None = None
 
 
 def _take_chunk(
@@ -270,13 +273,23 @@ def _summed(tree: Any, axis: str | None) -> Any:
 def _loss(
     graph: Graph, config: Config, bucket: _Bucket, parameters: Any, rows: Array, rng: Array
 ) -> Array:
-    """Return the share of these rows in the mean loss of a target token of a batch."""
+    """Return the share of these rows in the mean loss of a target token of a batch.
+
+    With guided alignment that of a target token with a gold link is added, weighted.
+    """
     parameters = jax.tree.map(lambda x: x.astype(config.dtype), parameters)
     source, target = bucket.source[rows], bucket.target[rows]
     words, where = words_of(target, bucket.max_words)
-    logits, _ = nnx.merge(graph, parameters)(source, target, rng, where)
+    logits, weights = nnx.merge(graph, parameters)(source, target, rng, where)
     losses = token_losses(logits.astype(jnp.float32), words, config.label_smoothing)
     count = jnp.sum(words != PAD, dtype=losses.dtype)
-    if bucket.axis:
-        count = jax.lax.psum(count, bucket.axis)
-    return jnp.sum(losses) / count
+    loss = jnp.sum(losses) / _over_devices(count, bucket.axis)
+    if bucket.links is None:
+        return loss
+    guide, aligned = guided.losses(weights, bucket.links[rows])
+    aligned = jnp.maximum(_over_devices(aligned, bucket.axis), 1.0)
+    return loss + config.guided_alignment * guide / aligned
+
+
+def _over_devices(count: Array, axis: str | None) -> Array:
+    return jax.lax.psum(count, axis) if axis else count
