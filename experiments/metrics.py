@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "by_class",
     "chrf",
     "chrf_plus_plus",
+    "comet",
     "exact_match",
     "links",
     "pharaoh",
@@ -118,33 +120,37 @@ def tokenizer_notice(references: Sentences) -> str | None:
     return f"{notice}."
 
 
-def bleu(hypotheses: Sentences, references: Sentences) -> Score:
+def bleu(hypotheses: Sentences, references: Sentences, *others: Sentences) -> Score:
     """Corpus BLEU of the detokenised text (Papineni et al. 2002; Post 2018); see `tokenizer_of`."""
     from sacrebleu.metrics.bleu import BLEU
 
     measure = BLEU(tokenize=tokenizer_of(references))
-    return _corpus_score("bleu", measure, hypotheses, references)
+    return _corpus_score("bleu", measure, hypotheses, references, *others)
 
 
-def chrf(hypotheses: Sentences, references: Sentences) -> Score:
+def chrf(hypotheses: Sentences, references: Sentences, *others: Sentences) -> Score:
     """Corpus chrF2 of the detokenised text (Popović 2015)."""
     from sacrebleu.metrics.chrf import CHRF
 
-    return _corpus_score("chrf", CHRF(), hypotheses, references)
+    return _corpus_score("chrf", CHRF(), hypotheses, references, *others)
 
 
-def chrf_plus_plus(hypotheses: Sentences, references: Sentences) -> Score:
+def chrf_plus_plus(hypotheses: Sentences, references: Sentences, *others: Sentences) -> Score:
     """Corpus chrF2++ of the detokenised text, with pairs of words (Popović 2017)."""
     from sacrebleu.metrics.chrf import CHRF
 
-    return _corpus_score("chrf_plus_plus", CHRF(word_order=2), hypotheses, references)
+    measure = CHRF(word_order=2)
+    return _corpus_score("chrf_plus_plus", measure, hypotheses, references, *others)
 
 
-def signatures(references: Sentences = (), lowercased: bool = False) -> dict[str, str]:
+def signatures(
+    references: Sentences = (), lowercased: bool = False, further: int = 0
+) -> dict[str, str]:
     """What sacrebleu calls the settings of `bleu` and of `chrf`.
 
     Args:
       references: the text, whose language decides on the tokenizer.
+      further: how many references each sentence has beside the first.
       lowercased: whether all words were lower-cased before they were compared; scores are then
         those that sacrebleu gives without regard to case, and say so.
     """
@@ -157,16 +163,42 @@ def signatures(references: Sentences = (), lowercased: bool = False) -> dict[str
     }
     word = [("a",)]
     return {
-        name: _corpus_score(name, measure, word, word).signature
+        name: _corpus_score(name, measure, word, word, *further * [word]).signature
         for name, measure in measures.items()
     }
 
 
-def _corpus_score(name: str, metric, hypotheses: Sentences, references: Sentences) -> Score:
-    _check(name, hypotheses, references)
-    texts = [[detokenize(s) for s in sentences] for sentences in (hypotheses, references)]
-    value = metric.corpus_score(texts[0], [texts[1]]).score
+def _corpus_score(
+    name: str, metric, hypotheses: Sentences, references: Sentences, *others: Sentences
+) -> Score:
+    for reference in (references, *others):
+        _check(name, hypotheses, reference)
+    texts = [[detokenize(s) for s in sentences] for sentences in (hypotheses, references, *others)]
+    value = metric.corpus_score(texts[0], texts[1:]).score
     return Score(value, str(metric.get_signature()))
+
+
+def comet(model: str, sources: Sentences, hypotheses: Sentences, references: Sentences) -> float:
+    """The score of a trained COMET model (Rei et al. 2020), in 0..100.
+
+    Args:
+      model: path of a checkpoint, or the name of a model to download.
+      sources: what was translated.
+      hypotheses: the translations.
+      references: of the same sentences.
+
+    Raises:
+      ImportError: the package unbabel-comet is not installed.
+    """
+    from comet import download_model, load_from_checkpoint  # pyright: ignore[reportMissingImports]
+
+    _check("comet", hypotheses, references)
+    path = model if Path(model).exists() else download_model(model)
+    rows = zip(sources, hypotheses, references, strict=True)
+    names = ("src", "mt", "ref")
+    data = [dict(zip(names, map(detokenize, row), strict=True)) for row in rows]
+    found = load_from_checkpoint(path).predict(data, gpus=0, progress_bar=False)
+    return 100 * float(found.system_score)
 
 
 def links(weights: np.ndarray, source_length: int, target_length: int) -> Links:

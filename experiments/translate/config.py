@@ -11,33 +11,22 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments import processes
-from experiments.command_line import UsageError
-from experiments.data.load import GENERATED
 from experiments.data.subwords import KINDS as SUBWORDS
-
-SCORES = (
-    "additive",
-    "bilinear",
-    "concat",
-    "cosine",
-    "dot",
-    "gaussian",
-    "key_normalized_dot",
-    "location",
-    "low_rank_bilinear",
-    "normalized_additive",
-    "scaled_dot",
-    "shared_projection",
-    "trilinear",
+from experiments.translate.checks import SCORES, check
+from experiments.translate.ranges import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    EVEN,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UP_TO_TEN,
+    Range,
+    one_of,
 )
-CONTROLS = ("uniform", "none")
-# Scores that do not have one projection of the query and one of the key.
-_UNTIEABLE = ("bilinear", "concat", "location", "shared_projection")
 
 # Stands in the configuration of a sweep for fields in which its runs differ.
 SWEPT = "swept"
@@ -48,51 +37,10 @@ SEVERAL = "Several processes"
 # Groups of flags on which the results of a run do not depend.
 _NOT_OF_A_RUN = ("Output", SEVERAL, "After training")
 
-# Flags of some modes only.
-_MODES = {
-    "split": ("evaluate",),
-    "input": ("evaluate", "translate", "score"),
-    "alignments": ("translate", "score"),
-    "translator": ("translate", "score"),
-    "coordinator": ("train",),
-    "processes": ("train",),
-    "process": ("train",),
-}
-
-# Flags of data in files only.
-_OF_FILES = ("source", "target", "min_count", "max_vocabulary", "lowercase")
-
-# Flags of one architecture only.
-OF_MODEL = {
-    "bigru": ("query", "bridge"),
-    "transformer": ("heads", "layers", "positions"),
-}
-
 # Consecutive steps on one bucket: with more, a translator forgets sentences of other lengths.
 _LONGEST_CHUNK = 5
 # Steps between two synchronisations with the host: more are not faster.
 _LONGEST_ROUND = 25
-
-
-class Range(NamedTuple):
-    """The values that a field may have: in words, and as a predicate that is False for NaN."""
-
-    words: str
-    contains: Callable[[Any], bool]
-
-
-POSITIVE = Range("a whole number of at least 1", lambda x: x >= 1)
-NOT_NEGATIVE = Range("a finite number of at least 0", lambda x: 0 <= x < math.inf)
-ABOVE_ZERO = Range("a finite number above 0", lambda x: 0 < x < math.inf)
-BELOW_ONE = Range("a number in [0, 1)", lambda x: 0 <= x < 1)
-# With a larger exponent the length penalty of a thousand words overflows float32.
-UP_TO_TEN = Range("a number in [0, 10]", lambda x: 0 <= x <= 10)
-EVEN = Range("an even whole number of at least 2", lambda x: x >= 2 and x % 2 == 0)
-
-
-def one_of(*names: str) -> Range:
-    """Return the range of a field with one of a few values."""
-    return Range(" or ".join(names), names.__contains__)
 
 
 def _field(group: str, default: Any, help: str, range: Range | None = None) -> Any:
@@ -248,12 +196,34 @@ class Config:
         "sentences, or score pairs by log-probability, one a line, source<TAB>target.",
         one_of("train", "evaluate", "translate", "score"),
     )
+    open: bool = _use(
+        False, "Open the report in a browser at the end, also that of a run that is done."
+    )
     split: str = _use("test", "What to evaluate on: test, valid, or another set of the corpus.")
+    references: tuple[str, ...] = _use(
+        (), "Files with further references of the pairs, line by line, for BLEU and chrF."
+    )
+    comet: str = _use(
+        "",
+        "Measure COMET too: the checkpoint of a model, or the name of one to download; needs the "
+        "package unbabel-comet.",
+    )
     input: str = _use(
         "", "File of sentences, or of pairs (.tsv), instead of standard input or --split."
     )
     alignments: str = _use(
         "", "File for the alignments of translated or scored sentences, in Pharaoh format: 0-0 1-2."
+    )
+    pictures: str = _use(
+        "", "Folder for pictures of the alignments of translated or scored sentences, by line."
+    )
+    ensemble: bool = _use(
+        False,
+        "Let all seeds of all --scores translate, score or be evaluated as one, which predicts the "
+        "mean of their probabilities and attends with the mean of their weights.",
+    )
+    members: tuple[str, ...] = _use(
+        (), "Folders of other runs whose translators join the ensemble; of the same vocabularies."
     )
     translator: int = _use(
         0, "Seed of the translator that translates or scores, of the first score.", NOT_NEGATIVE
@@ -306,84 +276,13 @@ class Config:
         Raises:
           UsageError: one sentence with flag, value and what is needed.
         """
-        for field in dataclasses.fields(self):
-            value, range = getattr(self, field.name), field.metadata["range"]
-            if range and value is not None and not range.contains(value):
-                raise UsageError(f"--{field.name} is {value}, but {range.words} is needed.")
-        for name, modes in _MODES.items():
-            field = self.__dataclass_fields__[name]
-            if self.mode not in modes and getattr(self, name) != field.default:
-                raise UsageError(f"--{name} is for --mode={' or '.join(modes)}; leave it out.")
-        if self.translator >= self.seeds:
-            raise UsageError(f"--translator is {self.translator}, but the seeds are {self.seeds}.")
-        processes.check(self.coordinator, self.processes, self.process)
-        self._check_data()
-        self._check_model()
-        if not self.scores:
-            raise UsageError("--scores is empty; name at least one score.")
-        if "" in self.scores:
-            raise UsageError("--scores has an empty name; put one comma between two names.")
-        for name in self.scores:
-            if self.scores.count(name) > 1:
-                raise UsageError(f"--scores names {name} twice; name every score once.")
-            if name not in SCORES + CONTROLS and not _is_path(name):
-                raise UsageError(
-                    f"--scores: there is no score {name!r}; choose from "
-                    f"{', '.join(SCORES + CONTROLS)}, or give package.module.function."
-                )
-            if self.projections == "tied" and self.model == "bigru" and name in _UNTIEABLE:
-                raise UsageError(f"--projections=tied: {name} has no two projections to tie.")
-            if self.guided_alignment and name == "none":
-                raise UsageError("--guided_alignment: none has no attention to guide.")
-            if self.qk_norm and name == "location":
-                raise UsageError("--qk_norm: location does not depend on keys; leave it out.")
-
-    def _check_data(self) -> None:
-        """Refuse flags of data in files for generated data.
-
-        After training, the folder of the run has the data flags.
-        """
-        if self.mode != "train" or self.data not in GENERATED:
-            return
-        for name in _OF_FILES:
-            if name == "max_vocabulary" and self.has_subwords:
-                continue
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise UsageError(
-                    f"--{name} is for data in files, and {self.data} is generated; leave it out."
-                )
-
-    def _check_model(self) -> None:
-        """Refuse flags of the other architecture."""
-        other = "bigru" if self.model == "transformer" else "transformer"
-        for name in OF_MODEL[other]:
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise UsageError(f"--{name} is for --model={other}; leave it out.")
-        if self.model != "transformer":
-            return
-        if "none" in self.scores:
-            raise UsageError(
-                "--scores: none is for --model=bigru, whose decoder starts from the encoder's "
-                "state; a Transformer sees the source only through attention."
-            )
-        if self.width % self.heads:
-            raise UsageError(f"--heads is {self.heads}, but a divisor of {self.width} is needed.")
-        if self.positions == "rotary" and self.head_size % 2:
-            raise UsageError(
-                f"--positions=rotary turns pairs, but a head has depth {self.head_size}; choose "
-                "an even --attention_size."
-            )
+        check(self)
 
     @property
     def head_size(self) -> int:
         """Depth of projected queries and keys: --attention_size, or its default."""
         heads = self.heads if self.model == "transformer" else 1
         return self.attention_size or self.width // heads
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name may be package.module.function."""
-    return "." in name and all(part.isidentifier() for part in name.split("."))
 
 
 def _largest_divisor(number: int, limit: int) -> int:

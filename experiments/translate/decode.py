@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from experiments.data.vocabulary import BOS, EOS, PAD
+from experiments.translate.ensemble import built
 from experiments.translate.model import Graph, token_losses
 
 Array = jax.Array
@@ -60,7 +60,7 @@ def force(graph: Graph, parameters: Any, source: Array, target: Array) -> tuple[
 def _force_one_seed(
     graph: Graph, source: Array, target: Array, parameters: Any
 ) -> tuple[Array, Array]:
-    logits, weights = nnx.merge(graph, parameters)(source, target)
+    logits, weights = built(graph, parameters)(source, target)
     return jnp.sum(token_losses(logits, target.T), axis=0), weights.swapaxes(0, 1)
 
 
@@ -141,7 +141,7 @@ def begin(graph: Graph, longest: int, parameters: Any, source: Array) -> tuple[A
 
 
 def _begin_one_seed(graph: Graph, longest: int, source: Array, parameters: Any) -> tuple[Any, Any]:
-    translator = nnx.merge(graph, parameters)
+    translator = built(graph, parameters)
     memory = translator.encode(source)
     return memory, translator.start(memory, longest)
 
@@ -152,7 +152,7 @@ def _next_words(
     """Return the next carry and logits [N, B, W] after the words [N, B], of every seed."""
 
     def one_seed(parameters: Any, *state: Any) -> tuple[Any, Array]:
-        return nnx.merge(graph, parameters).step(*state)
+        return built(graph, parameters).step(*state)
 
     return jax.vmap(one_seed)(parameters, memory, carry, previous)
 

@@ -46,15 +46,37 @@ class Evaluation(NamedTuple):
     weights: list[Weights]
 
 
-def evaluate(score: str, trained: Trained, examples: Examples) -> Evaluation:
-    """Translate a set of pairs and read its references, and measure both."""
+def evaluate(
+    score: str,
+    trained: Trained,
+    examples: Examples,
+    further: Sequence[Sequence[Words]] | None = None,
+    comet: str = "",
+) -> Evaluation:
+    """Translate a set of pairs and read its references, and measure both.
+
+    Args:
+      score: of the attention.
+      trained: translators.
+      examples: the pairs.
+      further: more references of all pairs for BLEU and chrF; with them, also with none, chrF++ is
+        measured.
+      comet: a model for `metrics.comet`.
+    """
     found = translations(trained, examples)
     links, weights = attended(trained, examples)
     measured = {
-        **quality(found, examples.pairs),
+        **quality(found, examples.pairs, further or ()),
         "loss": losses(trained, examples),
         **alignment(links if score != "none" else [], examples.pairs),
     }
+    pairs = examples.pairs
+    sides = [pair.source for pair in pairs], [pair.target for pair in pairs]
+    if further is not None:
+        scores = [metrics.chrf_plus_plus(h, sides[1], *further) for h in found]
+        measured["chrf_plus_plus"] = [score.value for score in scores]
+    if comet:
+        measured["comet"] = [metrics.comet(comet, sides[0], h, sides[1]) for h in found]
     return Evaluation(measured, found, weights)
 
 
@@ -115,14 +137,22 @@ def attended(trained: Trained, examples: Examples) -> tuple[list[list[Links]], l
     return links, weights
 
 
-def quality(hypotheses: list[list[Words]], pairs: Sequence[Pair]) -> dict[str, list[float]]:
-    """Return exact match, token accuracy, BLEU and chrF for each seed, all in 0..100."""
+def quality(
+    hypotheses: list[list[Words]],
+    pairs: Sequence[Pair],
+    further: Sequence[Sequence[Words]] = (),
+) -> dict[str, list[float]]:
+    """Return exact match, token accuracy, BLEU and chrF for each seed, all in 0..100.
+
+    Exact match and token accuracy are against the pairs alone, BLEU and chrF also against `further`
+    references.
+    """
     references = [pair.target for pair in pairs]
     return {
         "exact_match": [100 * metrics.exact_match(h, references) for h in hypotheses],
         "token_accuracy": [100 * metrics.token_accuracy(h, references) for h in hypotheses],
-        "bleu": [metrics.bleu(h, references).value for h in hypotheses],
-        "chrf": [metrics.chrf(h, references).value for h in hypotheses],
+        "bleu": [metrics.bleu(h, references, *further).value for h in hypotheses],
+        "chrf": [metrics.chrf(h, references, *further).value for h in hypotheses],
     }
 
 

@@ -24,7 +24,7 @@ from attention_jax.base.parameters import (
 from attention_jax.scores import Separated, projected, separate
 from attention_jax.scores.composition import mapped
 from experiments.command_line import UsageError
-from experiments.translate.config import SCORES
+from experiments.translate.checks import SCORES
 
 Array = jax.Array
 

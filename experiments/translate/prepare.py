@@ -16,7 +16,8 @@ from attention_jax.base.checks import ShapeError
 from experiments.command_line import UsageError, terminal
 from experiments.translate import decode, mechanisms
 from experiments.translate.checkpoints import Checkpoints
-from experiments.translate.config import CONTROLS, SCORES, Config
+from experiments.translate.checks import CONTROLS, SCORES
+from experiments.translate.config import Config
 from experiments.translate.data import Task, load_task
 from experiments.translate.log import Log
 from experiments.translate.model import Sizes

@@ -12,7 +12,8 @@ from string import Template
 from attention_jax.diagnostics import Explorer
 from experiments import pages
 from experiments.translate import table
-from experiments.translate.config import OF_MODEL, Config
+from experiments.translate.checks import OF_MODEL
+from experiments.translate.config import Config
 from experiments.translate.workdir import Record, write_text
 
 _BODY = Template("""<p class="lead">$lead</p>

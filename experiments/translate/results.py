@@ -134,16 +134,19 @@ def summarize(run: Run, outcomes: Sequence[Record], environment: Record) -> Reco
     }
 
 
-def signatures(pairs: Sequence[Pair], lowercase: bool, at_spaces: bool) -> dict[str, str]:
+def signatures(
+    pairs: Sequence[Pair], lowercase: bool, at_spaces: bool, further: int = 0
+) -> dict[str, str]:
     """Return sacrebleu's signatures for text of a run, which tokenizes all sets alike.
 
     Args:
-      pairs: the references.
+      pairs: with the references.
       lowercase: as the run has it.
       at_spaces: whether its corpus was split at spaces only, and so not lower-cased.
+      further: how many references each sentence has beside the first.
     """
     references = [pair.target for pair in pairs]
-    return metrics.signatures(references, lowercased=lowercase and not at_spaces)
+    return metrics.signatures(references, further=further, lowercased=lowercase and not at_spaces)
 
 
 def measured(outcome: Record) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import socket
+import webbrowser
 from pathlib import Path
 
 import jax
@@ -75,6 +76,8 @@ def train_and_report(config: Config) -> Path:
         path = report.write(summary, outcomes, names, folder, _explorer(run))
     table.show(run.console, summary)
     show(path.absolute())
+    if config.open and not webbrowser.open(path.absolute().as_uri()):
+        run.console.print("--open: no browser was found to show the report.")
     return path
 
 

@@ -37,6 +37,8 @@ EVALUATION_COLUMNS = (
     ("token_accuracy", "token acc. %", 1),
     ("bleu", "BLEU", 1),
     ("chrf", "chrF", 1),
+    ("chrf_plus_plus", "chrF++", 1),
+    ("comet", "COMET", 1),
     ("alignment_error", "AER %", 1),
     ("sure_found", "sure found %", 1),
     ("possible_found", "possible found %", 1),
@@ -72,6 +74,8 @@ def header(results: Record) -> list[str]:
 def over_seeds(results: Record) -> str:
     """Say over which seeds the numbers of a row are taken."""
     seeds = results["config"]["seeds"]
+    if "ensemble" in results:
+        return "The mean of probabilities, so that there is no interval"
     if seeds == 1:
         return "One seed, so that there is no interval"
     note = too_few_to_cover(seeds)
@@ -177,12 +181,12 @@ def cell(summary: Record | None, digits: int) -> Cell:
 def show_evaluation(console: Console, evaluation: Record) -> None:
     """Print what one evaluation measured of each score."""
     rows = evaluation["scores"]
-    columns = [column for column in EVALUATION_COLUMNS if any(row[column[0]] for row in rows)]
+    columns = [column for column in EVALUATION_COLUMNS if any(row.get(column[0]) for row in rows)]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for title in ("score", *(title for _, title, _ in columns)):
         table.add_column(title, justify="left" if title == "score" else "right")
     for row in rows:
-        cells = [cell(row[key], digits) for key, _, digits in columns]
+        cells = [cell(row.get(key), digits) for key, _, digits in columns]
         table.add_row(row["score"], *(two_lines(*c) for c in cells))
     signatures = evaluation["signatures"]
     parts = [

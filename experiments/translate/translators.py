@@ -1,11 +1,11 @@
-"""The trained translators of one score: load them, translate sentences, converse."""
+"""The trained translators of one score, or an ensemble: load them, translate sentences."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.compile import Programs, compile_when_called
 from experiments.translate.config import Config
 from experiments.translate.data import Examples, Tokenizer, bucketed, load_tokenizer
+from experiments.translate.ensemble import Members
 from experiments.translate.evaluate import Trained, Weights, Words
 from experiments.translate.prepare import reason, sizes_of
 from experiments.translate.train_step import abstract_state, graph_of
@@ -27,7 +28,6 @@ Found = TypeVar("Found")
 
 # Widths are rounded up to a multiple, so that sentences of similar length share a program.
 _MULTIPLE = 8
-_PROMPT = "> "
 # The least weight of a source word that is shown.
 _SHOWN = 0.1
 # Unknown words of a sentence that are listed.
@@ -157,43 +157,33 @@ def load(score: str, config: Config) -> Translators:
     return Translators(score, config, tokenizer, state.parameters, graph, step, {})
 
 
-def converse(translators: Translators, questions: TextIO, answers: TextIO) -> None:
-    """Translate each line as it comes, until the end of the input or Ctrl-C."""
-    print("One sentence a line; an empty one leaves.", file=answers)
-    while True:
-        answers.write(_PROMPT)
-        answers.flush()
-        try:
-            line = questions.readline()
-        except KeyboardInterrupt:
-            line = ""
-        except UnicodeDecodeError:
-            print("This is not UTF-8.", file=answers)
-            continue
-        words = translators.tokenizer.words(line)
-        if not words:
-            print(file=answers)
-            return
-        try:
-            lines = answer(translators, words)
-        except UsageError as error:
-            lines = [str(error)]
-        for text in lines:
-            print(text, file=answers)
+def load_ensemble(config: Config) -> Translators:
+    """Load all translators of the scores of a run, and of its --members, as one.
 
-
-def answer(translators: Translators, words: tuple[str, ...]) -> list[str]:
-    """Return the translation of a sentence, and the source words that each word attends to."""
-    tokenizer = translators.tokenizer
-    (found,) = translators.translations([words])
-    lines = [tokenizer.text(found)]
-    unread = unknown(words, tokenizer.source)
-    if unread:
-        lines.append(f"  read as <unk>: {unread}")
-    if translators.score != "none" and found:
-        (weights,) = translators.weights([Pair(words, found)])
-        lines += alignment(words, found, weights)
-    return lines
+    Raises:
+      UsageError: a run has no checkpoint, or its --members have other vocabularies.
+    """
+    groups = [load(score, config) for score in config.scores]
+    for folder in config.members:
+        given = {"workdir": folder, "mode": config.mode}
+        other = workdir.trained_config(dataclasses.replace(Config(), **given), given)
+        more = [load(score, other) for score in other.scores]
+        same = dataclasses.replace(more[0].tokenizer, longest=groups[0].tokenizer.longest)
+        if same != groups[0].tokenizer:
+            raise UsageError(
+                f"--members: {folder} has other vocabularies than {config.directory}; an ensemble "
+                "needs runs of the same data."
+            )
+        groups += more
+    sizes = [jax.tree.leaves(group.parameters)[0].shape[0] for group in groups]
+    names = ", ".join(dict.fromkeys(group.score for group in groups))
+    first = groups[0]
+    return first._replace(
+        score="none" if names == "none" else f"ensemble of {sum(sizes)} ({names})",
+        graph=Members(tuple(group.graph for group in groups)),
+        parameters=jax.tree.map(lambda x: x[None], tuple(group.parameters for group in groups)),
+        step=min(group.step for group in groups),
+    )
 
 
 def alignment(source: Sequence[str], target: Sequence[str], weights: np.ndarray) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -13,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments import metrics
-from experiments.command_line import UsageError, show, terminal
+from experiments.command_line import UsageError, check_folder, show, terminal
 from experiments.data.corpus import DataError, Pair
 from experiments.data.files import Reader
 from experiments.data.text import lines_of, read_lines
 from experiments.translate import results, table, workdir
 from experiments.translate.config import Config
+from experiments.translate.conversation import converse, draw
 from experiments.translate.data import Tokenizer, check_data, load_task
 from experiments.translate.evaluate import Words, evaluate
-from experiments.translate.translators import Translators, converse, load, tell, unknown
+from experiments.translate.translators import Translators, load, load_ensemble, tell, unknown
 from experiments.translate.workdir import Record, unfinished_of, write_text
 
 _STDIN = "standard input"
@@ -36,6 +38,8 @@ def use(config: Config) -> None:
       UsageError: the run, its checkpoints or the input cannot be used.
     """
     check_alignments(config)
+    if config.comet and not importlib.util.find_spec("comet"):
+        raise UsageError("--comet needs the package unbabel-comet; install it, or leave it out.")
     modes = {"evaluate": _evaluate, "translate": _translate, "score": _score}
     try:
         modes[config.mode](config)
@@ -47,19 +51,45 @@ def _evaluate(config: Config) -> None:
     for score in workdir.run_scores(config.directory):
         if score not in config.scores and not workdir.has_checkpoint(config.directory, score):
             tell(f"{score} has no checkpoint and is left out.")
-    loaded = [load(score, config) for score in config.scores]
+    if config.ensemble:
+        loaded = [load_ensemble(config)]
+    else:
+        loaded = [load(score, config) for score in config.scores]
     if config.input:
         name, pairs = _pairs_of_file(config, loaded[0].tokenizer)
     else:
         name, pairs = _pairs_of_split(config)
+    further = _references(config, loaded[0].tokenizer, name, len(pairs))
+    more = {"further": further, "comet": config.comet}
     records = []
     for translators in loaded:
-        found = translators.evaluated(functools.partial(evaluate, translators.score), pairs)
+        measure = functools.partial(evaluate, translators.score, **more)
+        found = translators.evaluated(measure, pairs)
         records.append({"score": translators.score, "step": translators.step, **found.measured})
     tokenizer = loaded[0].tokenizer
-    signatures = results.signatures(pairs, tokenizer.lowercase, tokenizer.at_spaces)
+    signatures = results.signatures(pairs, tokenizer.lowercase, tokenizer.at_spaces, len(further))
     about = {"set": name, "pairs": len(pairs), "signatures": signatures}
+    if config.ensemble:
+        about["ensemble"] = loaded[0].score
     show(report_evaluation(config, about, records).absolute())
+
+
+def _references(config: Config, tokenizer: Tokenizer, name: str, count: int) -> list[list[Words]]:
+    """Return the further references of each file, for a set of `count` pairs.
+
+    Raises:
+      UsageError: a file has another number of lines.
+    """
+    found = []
+    for path in config.references:
+        lines = read_lines(Path(path))
+        if len(lines) != count:
+            raise UsageError(
+                f"--references: {path} has {len(lines)} lines, but {name} has {count} pairs; line "
+                "n must be a reference of pair n."
+            )
+        found.append([tokenizer.words(line) for line in lines])
+    return found
 
 
 def report_evaluation(config: Config, about: Record, records: Sequence[Record]) -> Path:
@@ -74,14 +104,15 @@ def report_evaluation(config: Config, about: Record, records: Sequence[Record]) 
     """
     names = [name for name, _, _ in table.EVALUATION_COLUMNS]
     rows = [
-        {"score": r["score"], "step": r["step"], **{k: results.summary(r[k]) for k in names}}
+        {"score": r["score"], "step": r["step"], **{k: results.summary(r.get(k)) for k in names}}
         for r in records
     ]
     evaluation = {**about, "config": config.identity, "scores": rows}
     table.show_evaluation(terminal(), evaluation)
-    path = config.directory / "evaluations" / f"{about['set']}{_decoding(config)}.json"
+    name = f"{about['set']}{'-ensemble' * config.ensemble}{_decoding(config)}.json"
+    path = config.directory / "evaluations" / name
     path.parent.mkdir(exist_ok=True)
-    every = [*rows, *_other_rows(path, config.scores)]
+    every = [*rows, *_other_rows(path, [row["score"] for row in rows])]
     scores = {"scores": [row["score"] for row in every]}
     workdir.write_json(path, {**evaluation, "config": config.identity | scores, "scores": every})
     return path
@@ -103,8 +134,15 @@ def _decoding(config: Config) -> str:
     return f"-beam{config.beam_size}-penalty{config.length_penalty:g}"
 
 
+def _chosen(config: Config) -> Translators:
+    """Return the translator that the flags name, or the ensemble."""
+    if config.ensemble:
+        return load_ensemble(config)
+    return load(config.scores[0], config).of_seed(config.translator)
+
+
 def _translate(config: Config) -> None:
-    translators = load(config.scores[0], config).of_seed(config.translator)
+    translators = _chosen(config)
     if not config.input and sys.stdin.isatty():
         converse(translators, sys.stdin, sys.stdout)
         return
@@ -123,7 +161,7 @@ def _translate(config: Config) -> None:
 
 
 def _score(config: Config) -> None:
-    translators = load(config.scores[0], config).of_seed(config.translator)
+    translators = _chosen(config)
     words = translators.tokenizer.words
     pairs = []
     for number, line in enumerate(_lines(config), 1):
@@ -194,10 +232,13 @@ def _tell_unknown(tokenizer: Tokenizer, sentences: Sequence[tuple[Words, Words]]
 
 
 def _save_links(translators: Translators, pairs: Sequence[Pair]) -> None:
-    """Write the alignment of each line, counted in words from 0, to the file of --alignments."""
+    """Write the alignment of each line, counted in words from 0, and draw it, if that is asked."""
+    full = [number for number, pair in enumerate(pairs) if pair.source and pair.target]
+    if full and translators.config.pictures:
+        folder = Path(translators.config.pictures)
+        draw(translators, [pairs[n] for n in full], folder, [n + 1 for n in full])
     if not translators.config.alignments:
         return
-    full = [number for number, pair in enumerate(pairs) if pair.source and pair.target]
     lines = [""] * len(pairs)
     weights = translators.weights([pairs[n] for n in full]) if full else []
     for number, array in zip(full, weights, strict=True):
@@ -212,10 +253,16 @@ def check_alignments(config: Config) -> None:
     Raises:
       UsageError: one sentence that says why.
     """
+    flag = "alignments" if config.alignments else "pictures"
+    if not config.alignments and not config.pictures:
+        return
+    translating = config.scores if config.ensemble else config.scores[:1]
+    if set(translating) == {"none"}:
+        raise UsageError(f"--{flag}: none does not attend; name another of the --scores.")
+    if config.pictures:
+        check_folder("pictures", Path(config.pictures))
     if not config.alignments:
         return
-    if config.scores[0] == "none":
-        raise UsageError("--alignments: none does not attend; name another of the --scores.")
     if not config.input and sys.stdin.isatty():
         raise UsageError("--alignments is for sentences from --input or a pipe; leave it out.")
     path = Path(config.alignments)

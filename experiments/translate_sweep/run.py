@@ -26,7 +26,14 @@ from experiments.translate_sweep import figures, results, table
 from experiments.translate_sweep.config import RATE, Sweep, Trial
 
 # Fields outside of the group "Data" that determine the batches.
-_BATCH_FIELDS = ("seeds", "steps", "batch_size", "buckets", "evaluate_every")
+_BATCH_FIELDS = (
+    "seeds",
+    "steps",
+    "batch_size",
+    "buckets",
+    "evaluate_every",
+    "guided_alignment",
+)
 _KEPT = ("parameters", "sizes", "compile_seconds", "train_seconds", "tokens_per_second")
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from experiments.metrics import (
     alignment_quality,
     bleu,
     chrf,
+    chrf_plus_plus,
+    comet,
     exact_match,
     links,
     pharaoh,
@@ -96,6 +100,43 @@ def test_bleu_takes_the_tokenizer_of_the_language(references, tokenizer):
     assert signatures(references)["bleu"] == found.signature
     notice = tokenizer_notice(references)
     assert notice is None if tokenizer == "13a" else tokenizer in str(notice)
+
+
+def test_several_references_and_chrf_with_words_are_those_of_sacrebleu():
+    hypotheses = [("the", "dog", "sleeps", "."), ("no", "cat", "is", "here")]
+    first = [("the", "dog", "is", "asleep", "."), ("there", "is", "no", "cat")]
+    second = [("the", "dog", "sleeps", "now", "."), ("no", "cat", "is", "here")]
+    texts = [[detokenize(words) for words in side] for side in (hypotheses, first, second)]
+    found = bleu(hypotheses, first, second)
+    assert found.value == sacrebleu.corpus_bleu(texts[0], texts[1:]).score
+    assert found.value > bleu(hypotheses, first).value
+    assert found.signature == signatures(first, further=1)["bleu"]
+    plain = sacrebleu.corpus_chrf(texts[0], texts[1:]).score
+    assert chrf(hypotheses, first, second).value == plain
+    both = sacrebleu.corpus_chrf(texts[0], texts[1:2], word_order=2)
+    assert chrf_plus_plus(hypotheses, first).value == both.score != plain
+    with pytest.raises(ValueError, match="bleu: expected one hypothesis for each"):
+        bleu(hypotheses, first, second[:1])
+
+
+def test_comet_gets_plain_text(monkeypatch, tmp_path):
+    given = {}
+
+    class Model:
+        def predict(self, data, gpus, progress_bar):
+            given.update(data=data, gpus=gpus)
+            return types.SimpleNamespace(system_score=0.75)
+
+    fake = types.SimpleNamespace(
+        download_model=lambda name: f"downloaded {name}",
+        load_from_checkpoint=lambda path: given.update(path=path) or Model(),
+    )
+    monkeypatch.setitem(sys.modules, "comet", fake)
+    words = [("ein", "hund", ".")], [("a", "dog", ".")], [("the", "dog", ".")]
+    assert comet("wmt", *words) == 75.0
+    assert given["data"] == [{"src": "ein hund.", "mt": "a dog.", "ref": "the dog."}]
+    assert given["path"] == "downloaded wmt" and given["gpus"] == 0
+    assert comet(str(tmp_path), *words) == 75.0 and given["path"] == str(tmp_path)
 
 
 @pytest.mark.parametrize("installed", [True, False])

@@ -11,8 +11,9 @@ import pytest
 
 from attention_jax import scores
 from experiments.command_line import HelpRequested, UsageError
+from experiments.translate.checks import CONTROLS, SCORES
 from experiments.translate.command_line import help_text, parse
-from experiments.translate.config import CONTROLS, SCORES, Config
+from experiments.translate.config import Config
 from experiments.translate.report import command
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ from flax import nnx
 
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate import decode
-from experiments.translate.config import UP_TO_TEN
 from experiments.translate.decode import length_penalty, search
 from experiments.translate.model import Sizes
+from experiments.translate.ranges import UP_TO_TEN
 from experiments.translate.train_step import graph_of, quick_options
 
 WORDS, LONGEST = 5, 3

@@ -12,7 +12,7 @@ from flax import nnx
 from attention_jax.nnx import DecoderAttention
 from experiments.data.vocabulary import BOS, EOS, PAD
 from experiments.translate import decode
-from experiments.translate.config import CONTROLS, SCORES
+from experiments.translate.checks import CONTROLS, SCORES
 from experiments.translate.mechanisms import score_of
 from experiments.translate.model import Sizes, gated, token_losses
 from experiments.translate.train_step import (

@@ -6,7 +6,8 @@ import pytest
 
 from attention_jax.base.checks import ShapeError
 from experiments.command_line import UsageError
-from experiments.translate.config import CONTROLS, SCORES, Config
+from experiments.translate.checks import CONTROLS, SCORES
+from experiments.translate.config import Config
 from experiments.translate.model import Sizes
 from experiments.translate.prepare import check_fits, matched, prepare
 from experiments.translate.train_step import (

@@ -15,11 +15,12 @@ from experiments.data.corpus import Pair
 from experiments.data.vocabulary import Vocabulary
 from experiments.translate.command_line import parse
 from experiments.translate.config import Config
+from experiments.translate.conversation import converse
 from experiments.translate.data import Tokenizer
 from experiments.translate.evaluate import evaluate
 from experiments.translate.model import Sizes
 from experiments.translate.train_step import graph_of
-from experiments.translate.translators import Translators, alignment, converse, load
+from experiments.translate.translators import Translators, alignment, load
 
 
 @pytest.fixture(scope="module")
