@@ -175,8 +175,15 @@ class Backward:
     targets: list[Target]
 
     def step(
-        self, masked: bool, sums: list[Array], values: Sequence[Array], i: Array, j: Array
+        self,
+        masked: bool,
+        poisoned: bool,
+        sums: list[Array],
+        values: Sequence[Array],
+        i: Array,
+        j: Array,
     ) -> tuple[list[Array], list[Array]]:
+        del poisoned  # what the forward pass returned of the rows is
         pairs = Pairs.at(i, j, self.reader.head.tile)
         base, total = (values[n].reshape(-1, 1) for n in self.rows[:2])
         context = values[self.rows.context].astype(jnp.float32)

@@ -62,10 +62,27 @@ class Live(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """What is added up over the tiles of a row: its shape, and the number it starts from."""
+    """What is added up over the tiles of a row: its shape, and the number it starts from.
+
+    What `is_of_rows` is a number for each row, [n, 1] or as many equal columns as a platform likes.
+    """
 
     shape: tuple[int, ...]
     start: float
+    is_of_rows: bool = False
+
+
+def across(of_rows: Array, columns: int) -> Array:
+    """Return a number for each row as what broadcasts to [n, columns].
+
+    It is given as [n, 1], or in equal columns.
+    """
+    lanes = of_rows.shape[1]
+    if lanes == 1:
+        return of_rows
+    if columns <= lanes:
+        return of_rows[:, :columns]
+    return jnp.concatenate([of_rows] * (columns // lanes), axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,12 +96,15 @@ class Kernel:
       results: block and dtype of each result; those cut along both sides come last.
       counts: how many tiles there are along queries and along keys.
       sums: float32 numbers that are kept from tile to tile of a row.
-      step: (masked, sums, blocks of the operands, i, j) -> (sums, results of the pairs), where i is
-        the first query of the tile and j its first key.
+      step: (masked, poisoned, sums, blocks of the operands, i, j) -> (sums, results of the pairs),
+        where i is the first query of the tile and j its first key; it is `masked` where the mask
+        has to be read, and `poisoned` where operands may hold NaN or Inf.
       finish: (sums, blocks of the operands) -> results of the row; of operands cut along the other
         side it must read nothing.
       states: the number of the operand [1, n] that says what each tile is, where only run time
         knows.
+      is_poisoned: blocks of the operands -> whether NaN or Inf is among them; None if it makes no
+        difference.
     """
 
     by: str
@@ -97,6 +117,7 @@ class Kernel:
     step: Callable[..., tuple[list[Array], list[Array]]]
     finish: Callable[..., list[Array]]
     states: int | None = None
+    is_poisoned: Callable[..., Array] | None = None
 
     @property
     def shapes(self) -> list[jax.ShapeDtypeStruct]:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.base.trees import varying_like
-from attention_jax.implementations.pallas.blocks import Block, Kernel
+from attention_jax.implementations.pallas.blocks import Block, Kernel, Sum
 from attention_jax.implementations.pallas.replay import in_kernel
 from attention_jax.masks import EMPTY, FULL, PARTIAL
 
@@ -38,7 +38,7 @@ def run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
             for n, block in enumerate(kernel.blocks)
         ],
         out_specs=[places(block) for block, _ in kernel.results],
-        scratch_shapes=[pltpu.VMEM(one.shape, jnp.float32) for one in kernel.sums],
+        scratch_shapes=[pltpu.VMEM(_stored(kernel, one), jnp.float32) for one in kernel.sums],
     )
     return pl.pallas_call(
         functools.partial(_body, kernel),
@@ -47,6 +47,17 @@ def run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
         interpret=interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
     )(*varying_like([*map(jnp.asarray, prefetched), *arrays], *arrays))
+
+
+LANES = 128
+"""Numbers side by side in a register: one for each row is cheapest where all of them are equal."""
+
+
+def _stored(kernel: Kernel, one: Sum) -> tuple[int, ...]:
+    """Return the shape that a sum has in vector memory."""
+    widths = [kernel.tile[1], *(sum_.shape[1] for sum_ in kernel.sums if not sum_.is_of_rows)]
+    fits = all(width % LANES == 0 for width in widths)
+    return (one.shape[0], LANES) if one.is_of_rows and fits else one.shape
 
 
 def _spec(kernel: Kernel, block: Block) -> pl.BlockSpec:
@@ -73,10 +84,16 @@ class _Step:
 
     def begin(self) -> None:
         for reference, start in zip(self.sums, self.kernel.sums, strict=True):
-            reference[...] = jnp.full(start.shape, start.start, jnp.float32)
+            reference[...] = jnp.full(reference.shape, start.start, jnp.float32)
 
-    def visit(self, masked: bool) -> None:
-        step = functools.partial(self.kernel.step, masked)
+    def is_poisoned(self) -> Any:
+        """Tell whether a tile is computed with care for NaN and Inf, which costs a lot."""
+        if self.kernel.is_poisoned is None:
+            return None
+        return in_kernel(self.kernel.is_poisoned, self.values())
+
+    def visit(self, masked: bool, poisoned: bool) -> None:
+        step = functools.partial(self.kernel.step, masked, poisoned)
         values = self.values()
         sums, pairs = in_kernel(step, [x[...] for x in self.sums], values, self.i, self.j)
         _write(self.sums, sums)
@@ -112,8 +129,12 @@ def _body(kernel: Kernel, rows: Any, columns: Any, first: Any, last: Any, state:
     pl.when(first[now] == 1)(step.begin)
     states = kernel.states
     this = state[now] if states is None else operands[states][0, now]
+    poisoned = step.is_poisoned()
     for kind, visit in _cases(kernel, step).items():
-        pl.when(this == kind)(visit)
+        is_kind = this == kind
+        pl.when(is_kind if poisoned is None else is_kind & ~poisoned)(visit)
+    if poisoned is not None:
+        pl.when((this != EMPTY) & poisoned)(functools.partial(step.visit, True, True))
     pl.when(last[now] == 1)(step.end)
 
 
@@ -121,8 +142,8 @@ def _cases(kernel: Kernel, step: _Step) -> dict[int, Callable[[], None]]:
     """Return what is done with tiles of each kind, as far as there are such tiles."""
     cases = {
         EMPTY: step.skip,
-        PARTIAL: functools.partial(step.visit, True),
-        FULL: functools.partial(step.visit, False),
+        PARTIAL: functools.partial(step.visit, True, False),
+        FULL: functools.partial(step.visit, False, False),
     }
     if kernel.states is not None:
         return cases

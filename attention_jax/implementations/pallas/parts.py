@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.base.finite import finite
-from attention_jax.base.matmul import Products
+from attention_jax.base.matmul import Products, times_transpose
 from attention_jax.implementations.online import OnePass
 from attention_jax.implementations.pallas import threefry
 from attention_jax.implementations.pallas.blocks import Block
@@ -143,7 +143,6 @@ class Head:
         logits = functools.partial(_logits, tiles.logits[rows], structure)
         how = one_pass(operands.functions.normalizer)
         pairs = jax.ShapeDtypeStruct(tile, here.value.dtype)
-        row = jax.ShapeDtypeStruct((rows, 1), here.value.dtype)
         exponents = allowed = keep = None
         if isinstance(how, LogSum):
             exponents = split(functools.partial(_exponents, structure), [pairs], tile, leaves)
@@ -165,7 +164,7 @@ class Head:
             how,
             leaves,
             split(logits, data, tile, leaves),
-            split(functools.partial(_weights, structure), [pairs, row], tile, leaves),
+            split(functools.partial(_weights, structure), [pairs, pairs], tile, leaves),
             exponents,
             allowed,
             keep,
@@ -196,11 +195,14 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reader:
-    """Where a kernel of a head finds its operands."""
+    """Where a kernel of a head finds its operands; `poison` of queries and keys is None if unread.
+
+    A map of rows leaves no trace of NaN and Inf: then their poison is an operand, [1, T] or [1, S].
+    """
 
     head: Head
     data: list[int]
-    poison: tuple[int, int]
+    poison: tuple[int | None, int | None]
     logits: Slots
     weights: Slots
     exponents: Slots | None
@@ -208,7 +210,7 @@ class Reader:
     keep: Slots | None
 
     @classmethod
-    def of(cls, inputs: Inputs, head: Head) -> Reader:
+    def of(cls, inputs: Inputs, head: Head, with_poison: bool = False) -> Reader:
         """Add the operands of a head to those of a kernel."""
         operands, given, (rows, columns) = head.operands, head.given, head.tile
         data = [
@@ -217,9 +219,14 @@ class Reader:
             inputs.add(operands.value, Block((columns, operands.value.shape[1]), "k.")),
             *(inputs.add(bias, bias_block(bias, head.tile)) for bias in _bias(operands)),
         ]
-        poison = (
-            inputs.add(given.query_poison[None, :], Block((1, rows), ".q")),
-            inputs.add(given.key_poison[None, :], Block((1, columns), ".k")),
+        maps = operands.functions.score.query_map, operands.functions.score.key_map
+        blocks = Block((1, rows), ".q"), Block((1, columns), ".k")
+        poisons = given.query_poison, given.key_poison
+        of_query, of_key = (
+            inputs.add(array[None, :], block)
+            if with_poison and of_row.func is not identity.func
+            else None
+            for of_row, array, block in zip(maps, poisons, blocks, strict=True)
         )
         _, _, _, _, logits, weights = head.moving
         mask = jax.tree.leaves((given.mask, given.captured.get(rows)))
@@ -227,7 +234,7 @@ class Reader:
         return cls(
             head,
             data,
-            poison,
+            (of_query, of_key),
             Slots.of(inputs, head.logits, logits),
             Slots.of(inputs, head.weights, weights),
             slots(head.exponents, head.leaves),
@@ -246,6 +253,39 @@ class Reader:
         """Return the factor of each pair under dropout, None without."""
         return self.keep and self.keep.function([], *pairs, self.keep.read(values))
 
+    def query_poison(self, values: Sequence[Array]) -> Array:
+        """Return NaN for each query that holds NaN or Inf, else 0, [bt, 1]."""
+        number = self.poison[0]
+        if number is not None:
+            return values[number].reshape(-1, 1)
+        query = values[self.data[0]].astype(jnp.float32)
+        return jnp.sum(jnp.where(jnp.isfinite(query), 0.0, jnp.nan), axis=1, keepdims=True)
+
+    def key_poison(self, values: Sequence[Array]) -> Array:
+        """Return NaN for each key that holds NaN or Inf in itself or its value, else 0, [1, bk].
+
+        They are counted by a product, which gives what is cheap to add to the columns of a tile.
+        """
+        number = self.poison[1]
+        if number is not None:
+            return values[number]
+        count = jnp.zeros((1, self.head.tile[1]), jnp.float32)
+        for rows in (values[n].astype(jnp.float32) for n in self.data[1:3]):
+            bad = jnp.where(jnp.isfinite(rows), 0.0, 1.0)
+            counts = times_transpose(jnp.ones((LEAST_ROWS, rows.shape[1])), bad)
+            count = count + jnp.max(counts, axis=0, keepdims=True)
+        return jnp.where(count > 0.0, jnp.nan, 0.0)
+
+    def is_poisoned(self, values: Sequence[Array], with_query: bool) -> Array:
+        """Tell whether NaN or Inf is among the keys and values of a tile, or also its queries."""
+        of_query, of_key = self.poison
+        asked = [self.data[1], self.data[2]] if of_key is None else [of_key]
+        if with_query:
+            asked.append(self.data[0] if of_query is None else of_query)
+        # Zero times NaN or Inf is NaN, and so is what it is added to: two operations a number.
+        zeros = [jnp.sum(values[n].astype(jnp.float32) * 0.0, axis=0) for n in asked]
+        return sum(map(jnp.sum, zeros)) != 0.0
+
     def read(self, values: Sequence[Array]) -> Moving:
         """Return the blocks of a tile that derivatives are taken of, in float32."""
         query, key, value, *bias = (values[n].astype(jnp.float32) for n in self.data)
@@ -257,13 +297,18 @@ class Reader:
         return self.logits.function(data, *pairs, moving.logits)
 
     def weights_of(self, logits: Array, base: Array, moving: Moving, pairs: Pairs) -> Array:
-        """Return the weights of logits, given the statistic [bt, 1] of each row."""
+        """Return the weights of logits, given the statistics of rows, [bt, 1] or for each pair."""
+        base = jnp.broadcast_to(base, logits.shape)
         return self.weights.function([logits, base], *pairs, moving.weights)
 
     def exponents_of(self, logits: Array, values: Sequence[Array], pairs: Pairs) -> Array:
         """Return the logarithms of what the weights add to the sums of their rows."""
         assert self.exponents is not None
         return self.exponents.function([logits], *pairs, self.exponents.read(values))
+
+
+LEAST_ROWS = 16
+"""Fewer rows are no operand of a product on every platform."""
 
 
 class Moving(NamedTuple):

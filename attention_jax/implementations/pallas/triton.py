@@ -118,7 +118,7 @@ class _Row:
             None if n == kernel.states else reference[self.at(block, column)]
             for n, (reference, block) in enumerate(zip(self.operands, kernel.blocks, strict=True))
         ]
-        step = functools.partial(kernel.step, masked)
+        step = functools.partial(kernel.step, masked, kernel.is_poisoned is not None)
         sums, pairs = in_kernel(step, sums, values, first["q"], first["k"])
         self.write(pairs, column)
         return sums
