@@ -33,6 +33,9 @@ KERNEL_TILES = {"tpu": (512, 512), "gpu": (64, 64), "cpu": (128, 128)}
 VISIT_PAIRS = 95_000
 """The cost of visiting a tile beyond that of its pairs, in pairs (fitted on a 2-core CPU)."""
 
+MOST_TILES = 2**15
+"""Once there is a plan, none is tried that has surely more tiles: to plan them takes too long."""
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +148,8 @@ def _cheapest_plan(mask: Mask, pairs: tuple[int, int], is_static: bool, platform
     for tile in sorted(tiles, key=math.prod, reverse=True):
         # No plan visits fewer pairs than those of FULL tiles, nor more of them at a visit.
         if certain * (1 + VISIT_PAIRS / max(math.prod(tile), *TOGETHER_PAIRS.values())) >= least:
+            continue
+        if certain > MOST_TILES * math.prod(tile):
             continue
         plan = make_plan(mask, pairs, tile, is_static)
         if len(plan.starts) * math.prod(tile) >= least:  # whatever its visits cost

@@ -126,7 +126,7 @@ class _Fold:
 
 
 def _fold(fold: _Fold, states: Array | None, sums: Any) -> Any:
-    where = fold.visits.queries, fold.visits.keys, states
+    where = *fold.visits.places, states
     step = jax.checkpoint(fold.step, prevent_cse=False)
     if states is None or fold.each.is_transposed:
         return lax.scan(step, sums, where)[0]

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.masks import EMPTY, FULL, PARTIAL, Lengths, Mask
+from attention_jax.implementations.covering import cover, live_runs, states_at
+from attention_jax.implementations.progressions import computed
+from attention_jax.masks import FULL, PARTIAL, Lengths, Mask
 
 TOGETHER_PAIRS = {"cpu": 2**19}
 """Tiles that are visited together have about this many pairs."""
@@ -60,6 +62,12 @@ class Visits(NamedTuple):
         """Queries of a visit."""
         return self.rows * self.together
 
+    @property
+    def places(self) -> tuple[Any, Any]:
+        """`queries` and `keys`, as a program computes them."""
+        table = computed(np.concatenate([self.queries[:, None], self.keys], axis=1))
+        return table[:, 0], table[:, 1:]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
@@ -88,11 +96,11 @@ class Plan:
         return mask & Lengths(self.pairs[1]) if self.covered > self.pairs[1] else mask
 
     def states_of(self, mask: Mask) -> Any:
-        """Return what each tile is, [n]: an array of NumPy where the mask is known, else of JAX."""
-        rows, units = (self.starts // (self.tile[0], self.unit)).T
+        """Return what each tile is, [n], for a mask that is known at run time."""
+        rows, units = computed(self.starts // np.array([self.tile[0], self.unit], np.int32)).T
         per_tile = self.tile[1] // self.unit
         grid = self.pairs[0], self.covered, self.tile[0]
-        if not (units % per_tile).any():
+        if not (self.starts[:, 1] % self.tile[1]).any():
             states = self.within(mask).tiles(*grid, self.tile[1])
             return states[rows, units // per_tile]
         states = self.within(mask).tiles(*grid, self.unit)
@@ -140,16 +148,18 @@ def make_plan(
     """
     per_tile = 1 if on_grid else units_of(tile[1])
     unit = tile[1] // per_tile
-    live = np.asarray(mask.tiles(*pairs, tile[0], unit)) != EMPTY
-    rows, units = cover(live, per_tile)
+    runs = live_runs(mask, pairs, (tile[0], unit))
+    rows, units = cover(runs, per_tile)
     if units.min(initial=0) < 0:  # whole tiles do not fit
-        live = np.pad(live, ((0, 0), (0, -live.shape[1] % per_tile)))
-        rows, units = cover(live, per_tile)
+        runs = runs._replace(cells=runs.cells + -runs.cells % per_tile)
+        rows, units = cover(runs, per_tile)
     starts = np.stack([rows * tile[0], units * unit], axis=1).astype(np.int32)
-    covered = live.shape[1] * unit
-    states = np.zeros(len(starts), np.int8)
-    plan = Plan(pairs, tile, unit, starts, states, covered, is_static)
-    return dataclasses.replace(plan, states=np.asarray(plan.states_of(mask)))
+    covered = runs.cells * unit
+    plan = Plan(pairs, tile, unit, starts, np.zeros(0, np.int8), covered, is_static)
+    of_tile = units[:, None] + np.arange(per_tile)
+    grid = (pairs[0], covered), (tile[0], unit)
+    states = states_at(plan.within(mask), *grid, rows[:, None], of_tile)
+    return dataclasses.replace(plan, states=of_units(states))
 
 
 def units_of(width: int) -> int:
@@ -157,9 +167,14 @@ def units_of(width: int) -> int:
     return next((parts for parts in FRACTIONS if width % parts == 0), 1)
 
 
-def joined(states: Any, rows: np.ndarray, units: np.ndarray, per_tile: int) -> Any:
+def joined(states: Any, rows: Any, units: Any, per_tile: int) -> Any:
     """Return what tiles are, [n], from units [rows, units]: what all theirs are, else PARTIAL."""
-    states = states[rows[:, None], units[:, None] + np.arange(per_tile, dtype=np.int32)[None, :]]
+    of_tile = units[:, None] + np.arange(per_tile, dtype=np.int32)[None, :]
+    return of_units(states[rows[:, None], of_tile])
+
+
+def of_units(states: Any) -> Any:
+    """Return what tiles are, [n], from what their units are, [n, units of a tile]."""
     module = np if isinstance(states, np.ndarray) else jnp
     least, most = states.min(axis=1), states.max(axis=1)
     return module.where(least == most, least, module.asarray(PARTIAL, states.dtype))
@@ -251,29 +266,3 @@ def _side_by_side(tiles: _Tiles, together: int) -> tuple[_Tiles, np.ndarray, _Ti
         keys[at_once],
         _Tiles(*(x[alone] for x in (row, key, full))),
     )
-
-
-def cover(live: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cover the live cells of every row by the fewest intervals of one width, none overlapping.
-
-    Returns the row and the first cell of each. The first interval begins at the first live cell,
-    the next at the first live cell that is not covered; then those that stick out at the end are
-    pushed back, and push back those before them, before the first cell where there is no room.
-    """
-    rows, cells = live.shape
-    following = np.full((rows, cells + 1), cells)  # the first live cell from here on
-    following[:, :-1][live] = np.nonzero(live)[1]
-    following = np.minimum.accumulate(following[:, ::-1], axis=1)[:, ::-1]
-    found = []
-    begin = following[:, 0]
-    while (begin < cells).any():
-        found.append(begin)
-        begin = following[np.arange(rows), np.minimum(begin + width, cells)]
-    end = np.full(rows, cells)
-    for number in reversed(range(len(found))):
-        exists = found[number] < cells
-        found[number] = np.where(exists, np.minimum(found[number], end - width), cells)
-        end = np.where(exists, found[number], end)
-    starts = np.stack(found, axis=1) if found else np.zeros((rows, 0), int)
-    row, number = np.nonzero(starts < cells)
-    return row, starts[row, number]

@@ -81,7 +81,8 @@ def _count(queries: Any, keys: Any, q_idx: Interval, kv_idx: Interval) -> Any:
     limits = [(one.low, one.high + 1) for one in (q_idx, kv_idx)]
     arrays = (queries, *limits[0], *limits[1])
     module = jnp if any(isinstance(array, jax.Array) for array in arrays) else np
-    cuts = [module.sort(module.concatenate([x.ravel() for x in pair])) for pair in limits]
+    cuts = [module.concatenate([x.ravel() for x in pair]) for pair in limits]
+    cuts = [np.unique(at) if module is np else jnp.sort(at) for at in cuts]
     row, column = (
         module.searchsorted(at, nodes, side="right")
         for at, nodes in zip(cuts, (queries, keys), strict=True)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.implementations import choice
-from attention_jax.implementations.tiles import FRACTIONS, cover, joined, units_of
+from attention_jax.implementations.covering import cover, runs_of
+from attention_jax.implementations.tiles import FRACTIONS, joined, units_of
 from attention_jax.masks import EMPTY, FULL, PARTIAL, Lengths, Mask
 from attention_jax.masks.intervals import Interval, classify
 from attention_jax.parallel.placement import Placement
@@ -157,13 +158,13 @@ def _plan_of(
 def _covered(grid: np.ndarray, empty: Plan, is_static: bool, needed: dict[Any, np.ndarray]) -> Plan:
     """Cover what may be live in the grid [D or 1, shifts, rows, units] by tiles."""
     per_tile = empty.tile[1] // empty.unit
-    live = (grid != EMPTY).reshape(-1, grid.shape[-1])
-    row, first = cover(live, per_tile)
+    runs = runs_of((grid != EMPTY).reshape(-1, grid.shape[-1]))
+    row, first = cover(runs, per_tile)
     if first.min(initial=0) < 0:  # whole tiles do not fit
         more = -grid.shape[-1] % per_tile
         empty = dataclasses.replace(empty, covered=empty.covered + more * empty.unit)
         grid = _padded(grid, empty)
-        row, first = cover((grid != EMPTY).reshape(-1, grid.shape[-1]), per_tile)
+        row, first = cover(runs._replace(cells=grid.shape[-1]), per_tile)
     starts = np.stack([row % grid.shape[2] * empty.tile[0], first * empty.unit], axis=1)
     states = _states_at(grid.reshape(-1, grid.shape[-1]), (row, first), empty)
     who, shift = np.unravel_index(row // grid.shape[2], grid.shape[:2])

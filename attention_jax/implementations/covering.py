@@ -1,0 +1,133 @@
+"""Which cells of a grid over the T x S plane may be live, and the tiles that cover them.
+
+A mask is asked for blocks of many cells first, and for the cells of those blocks alone that are
+neither EMPTY nor FULL: the work follows the boundary of the mask, not its area.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attention_jax.masks import EMPTY, FULL, PARTIAL, Mask, algebra
+from attention_jax.masks.intervals import Interval, judge
+
+BLOCK = 32
+"""A block has this many rows and this many cells of a row."""
+
+
+class Runs(NamedTuple):
+    """Live cells of a grid whose rows have `cells` cells: in row `row[n]` from `begin` to `end`.
+
+    Ordered by row and cell; runs of a row neither overlap nor touch. The last cell of a run is the
+    one before `end`.
+    """
+
+    row: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    cells: int
+
+
+def runs_of(live: np.ndarray) -> Runs:
+    """Return the runs of an array of booleans, [rows, cells].
+
+    >>> runs_of(np.array([[True, True, False], [False, False, True]]))[:3]
+    (array([0, 1]), array([0, 2]), array([2, 3]))
+    """
+    change = np.diff(live.astype(np.int8), axis=1, prepend=0, append=0)
+    row, begin = np.nonzero(change == 1)
+    return Runs(row, begin, np.nonzero(change == -1)[1], live.shape[1])
+
+
+def live_runs(mask: Mask, pairs: tuple[int, int], size: tuple[int, int]) -> Runs:
+    """Return the cells of `size` = [queries, keys] that a mask may allow, over [T, S] pairs."""
+    rows, cells = (-(-length // of) for length, of in zip(pairs, size, strict=True))
+    mask = algebra.with_int32(mask)
+    blocks = [np.arange(-(-number // BLOCK)) for number in (rows, cells)]
+    states = _states(mask, pairs, [of * BLOCK for of in size], blocks[0][:, None], blocks[1])
+    if states.ndim == 0:  # the answer is the same wherever it is asked
+        live = np.arange(rows if states != EMPTY else 0)
+        return Runs(live, np.zeros_like(live), np.full_like(live, cells), cells)
+    states = np.broadcast_to(states, (len(blocks[0]), len(blocks[1])))
+
+    full = runs_of(states == FULL)
+    row = full.row[:, None] * BLOCK + np.arange(BLOCK)
+    is_row = row < rows
+    begin, end = (np.broadcast_to(x[:, None] * BLOCK, row.shape) for x in (full.begin, full.end))
+    of_full = row[is_row], begin[is_row], np.minimum(end, cells)[is_row]
+
+    first = [BLOCK * x for x in np.nonzero(states == PARTIAL)]
+    row = first[0][:, None, None] + np.arange(BLOCK)[:, None]
+    cell = first[1][:, None, None] + np.arange(BLOCK)
+    within = (row < rows) & (cell < cells)
+    live = within & (_states(mask, pairs, size, row, cell) != EMPTY)
+    part = runs_of(live.reshape(-1, BLOCK))
+    block, low = np.divmod(part.row, BLOCK)
+    of_partial = first[0][block] + low, first[1][block] + part.begin, first[1][block] + part.end
+
+    row, begin, end = map(np.concatenate, zip(of_full, of_partial, strict=True))
+    return _joined(row, begin, end, cells)
+
+
+def states_at(
+    mask: Mask, pairs: tuple[int, int], size: tuple[int, int], row: Any, cell: Any
+) -> np.ndarray:
+    """Return what the cells of a grid are, given by their row and place, in arrays that broadcast.
+
+    >>> from attention_jax.masks import Causal
+    >>> states_at(Causal(), (4, 4), (2, 2), np.array([0, 1]), np.array([1, 0]))
+    array([0, 2], dtype=int8)
+    """
+    states = _states(algebra.with_int32(mask), pairs, size, row, cell)
+    return np.broadcast_to(states, np.broadcast_shapes(np.shape(row), np.shape(cell)))
+
+
+def _states(mask: Mask, pairs: Any, size: Any, row: Any, cell: Any) -> np.ndarray:
+    """Return what cells are; one number if the mask answers the same whatever the indices are."""
+    where = []
+    for number, of, length in zip((row, cell), size, pairs, strict=True):
+        low = np.minimum(number * of, length - 1).astype(np.int32)
+        where.append(Interval(low, np.minimum(number * of + of, length).astype(np.int32) - 1))
+    return np.asarray(judge(mask, *where).state)
+
+
+def _joined(row: np.ndarray, begin: np.ndarray, end: np.ndarray, cells: int) -> Runs:
+    """Order runs, and join those that touch."""
+    order = np.lexsort((begin, row))
+    row, begin, end = row[order], begin[order], end[order]
+    touches = (row[1:] == row[:-1]) & (begin[1:] == end[:-1])
+    is_first, is_last = np.append(True, ~touches), np.append(~touches, True)
+    if not len(row):
+        is_first = is_last = np.zeros(0, bool)
+    return Runs(row[is_first], begin[is_first], end[is_last], cells)
+
+
+def cover(runs: Runs, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cover the live cells of every row by the fewest intervals of one width, none overlapping.
+
+    Returns the row and the first cell of each. The first interval begins at the first live cell,
+    the next at the first live cell that is not covered; then those that stick out at the end are
+    pushed back, and push back those before them, before the first cell where there is no room.
+    """
+    wide = runs.cells + width + 1  # so that no place in one row is one in another
+    ends = runs.row * wide + runs.end
+    run = np.flatnonzero(np.diff(runs.row, prepend=-1))  # where every row is now
+    begin = runs.begin[run]
+    found = [np.zeros((3, 0), int)]
+    while len(run):
+        row, many = runs.row[run], -(-(runs.end[run] - begin) // width)
+        found.append(np.stack([row, begin, many]))
+        past = begin + many * width
+        run = np.searchsorted(ends, row * wide + past, side="right")
+        goes_on = np.append(runs.row, -1)[run] == row
+        run, past = run[goes_on], past[goes_on]
+        begin = np.maximum(past, runs.begin[run])
+    row, begin, many = np.concatenate(found, axis=1)
+    order = np.lexsort((begin, row))
+    row, begin, many = (np.repeat(x[order], many[order]) for x in (row, begin, many))
+    number = np.arange(len(row))
+    begin = begin + width * (number - np.searchsorted(row * wide + begin, row * wide + begin))
+    following = np.searchsorted(row, row, side="right") - number  # itself and those after it
+    return row, np.minimum(begin, runs.cells - following * width)
