@@ -89,7 +89,7 @@ class Request:
         options["bias"] = as_bias(options["bias"])
         options["precision"] = precision_in_force()
         options["statistics"] = checked("attend", options.get("statistics"))
-        request = cls(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), **options)
+        request = cls(*map(_as_array, (query, key, value)), **options)
         if request.return_logsumexp and not isinstance(request.streaming, LogSum):
             raise ValueError(
                 "attend: return_logsumexp needs a normalizer of the softmax family; "
@@ -190,8 +190,14 @@ def as_bias(bias: Any) -> BiasLike:
     (1, 2)
     """
     if bias is None or (not callable(function_of(bias)) and not isinstance(bias, Learned)):
-        return bias if bias is None else jnp.asarray(bias)
+        return bias if bias is None else _as_array(bias)
     return _as_function("bias", bias)
+
+
+def _as_array(numbers: Any) -> Array:
+    """Move what is given in NumPy to a device, although `jax.transfer_guard` may be set."""
+    with jax.transfer_guard_host_to_device("allow"):
+        return jnp.asarray(numbers)
 
 
 def _as_function(name: str, function: Any) -> Any:

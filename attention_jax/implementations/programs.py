@@ -7,7 +7,10 @@ and what is static: that is the key of a program that takes the arrays.
 A function is part of the key by its code and all that the code refers to: what it closes over, its
 defaults, and the globals it names. So a lambda that is written in a loop is the same at each turn.
 Where something it refers to can change in place (a list, an object with attributes) or is an array
-under differentiation, there is no key, and the call is traced anew.
+under differentiation, there is no key, and the call is traced anew. It is one program too, and its
+derivative another, which both end with it: what a loop outside `jit` was compiled to JAX would
+keep, although no call will ask for it again. What has no loop runs an operation at a time, which
+compiles nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ import jax
 import jax.core
 import numpy as np
 from jax import lax
+from jax.extend.core import jaxprs_in_params
+from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p
 
 from attention_jax.base import placement
 from attention_jax.base.binding import PerHead
@@ -38,6 +43,9 @@ LARGEST_CONSTANT = 2**20
 
 _TRUSTED = {"attention_jax", "jax", "jaxlib", "numpy"} | sys.stdlib_module_names - {"__main__"}
 """Packages whose functions, classes and modules are taken to stay as they are."""
+
+_BY_OPERATION = {custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p}
+"""Primitives of which JAX keeps nothing for good that is as new as what they compute."""
 
 _BY_IDENTITY = (types.BuiltinFunctionType, np.ufunc)
 _BY_VALUE = (type(None), bool, int, float, complex, str, bytes, np.generic, np.dtype)
@@ -72,8 +80,31 @@ def call(function: Callable[[Request, bool | None], Any], request: Request) -> A
         leaves, structure = jax.tree.flatten(same)
         program = _program(function, (structure, spread, jax.default_backend(), parts))
     except TypeError:  # it can change in place, or has no hash
-        return function(request, spread)
+        return _once(function, request, spread)
     return program([_on_device(leaf) for leaf in leaves])
+
+
+def _once(function: Callable[[Request, bool | None], Any], request: Request, spread: bool) -> Any:
+    """Call a function as a program that ends with the call, or an operation at a time."""
+    same = dataclasses.replace(request, mask=with_constants(request.mask))
+    leaves, structure = jax.tree.flatten(same)
+    leaves = [_on_device(leaf) for leaf in leaves]
+    program = jax.jit(functools.partial(_of_leaves, function, structure, spread))
+    if _has_loop(program.trace(leaves).jaxpr.jaxpr):
+        return program(leaves)
+    request = jax.tree.unflatten(structure, leaves)
+    # What is moved to the device now are constants, which a program would hold.
+    with jax.transfer_guard_host_to_device("allow"):
+        return function(dataclasses.replace(request, mask=without_constants(request.mask)), spread)
+
+
+def _has_loop(jaxpr: Any) -> bool:
+    """Tell whether there is a loop or a branch, which is compiled as a whole outside `jit` too."""
+    for equation in jaxpr.eqns:
+        inner = list(jaxprs_in_params(equation.params))
+        if (inner and equation.primitive not in _BY_OPERATION) or any(map(_has_loop, inner)):
+            return True
+    return False
 
 
 def _on_device(leaf: Any) -> Any:

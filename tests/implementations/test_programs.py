@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import types
 
 import jax
@@ -248,6 +249,76 @@ def test_a_mask_of_the_user_may_change_too():
         np.testing.assert_allclose(
             found, attend(X, X, X, mask=masks.Causal(-limit[0]), **TILED), atol=1e-6
         )
+
+
+def changeable(i):
+    """Return a mask of a new object at each call: it may change in place."""
+    settings = Settings()
+    settings.shift = i
+    return lambda q_idx, kv_idx: q_idx + settings.shift >= kv_idx
+
+
+NOTHING_KEPT = {
+    "operations": {"implementation": "dense"},
+    "a loop over tiles": TILED,
+    "a loop within a score": {"implementation": "dense", "score": additive()},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "with_gradient"),
+    [
+        ("operations", False),
+        pytest.param("a loop over tiles", False, marks=pytest.mark.slow),
+        pytest.param("a loop over tiles", True, marks=pytest.mark.slow),
+        pytest.param("a loop within a score", False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_call_that_is_traced_anew_leaves_nothing_compiled_behind(name, with_gradient):
+    x = X[:, :8]
+
+    def live(i):
+        def total(x):
+            return attend(x, x, x, mask=changeable(i), **NOTHING_KEPT[name]).sum()
+
+        (jax.grad(total) if with_gradient else total)(x).block_until_ready()
+        gc.collect()
+        return len(jax.devices()[0].client.live_executables())
+
+    first = live(0)
+    assert live(1) == first
+
+
+HOST = np.arange(T)
+FROM_THE_HOST = {
+    "bias": {"bias": np.ones((T, T), np.float32)},
+    "mask": {"mask": HOST[:, None] >= HOST},
+    "closing over an object": {"mask": changeable(1)},
+    "closing over an object and NumPy": {
+        "mask": masks.as_mask(changeable(1)) & (lambda q_idx, kv_idx: jnp.asarray(HOST)[q_idx] >= 0)
+    },
+    "closing over NumPy": {"bias": lambda q_idx, kv_idx: jnp.asarray(HOST)[q_idx - kv_idx]},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "implementation"),
+    [
+        pytest.param(
+            options,
+            kind,
+            id=f"{name}-{kind}",
+            marks=[pytest.mark.slow] * (kind == "tiled" or name != "bias"),
+        )
+        for name, options in FROM_THE_HOST.items()
+        for kind in ("dense", "tiled")
+        if kind == "dense" or name in ("bias", "closing over an object")
+    ],
+)
+def test_numbers_of_the_host_pass_a_guard_of_transfers(options, implementation):
+    chosen = TILED if implementation == "tiled" else {"implementation": "dense"}
+    with jax.transfer_guard("disallow"):
+        assert attend(X, X, X, **options, **chosen).shape == X.shape
 
 
 def test_programs_are_forgotten():
