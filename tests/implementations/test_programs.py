@@ -308,7 +308,7 @@ FROM_THE_HOST = {
             options,
             kind,
             id=f"{name}-{kind}",
-            marks=[pytest.mark.slow] * (kind == "tiled" or name != "bias"),
+            marks=[pytest.mark.slow] * ((name, kind) != ("bias", "dense")),
         )
         for name, options in FROM_THE_HOST.items()
         for kind in ("dense", "tiled")
