@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -258,7 +259,7 @@ def changeable(i):
     return lambda q_idx, kv_idx: q_idx + settings.shift >= kv_idx
 
 
-NOTHING_KEPT = {
+NOTHING_KEPT: dict[str, dict[str, Any]] = {
     "operations": {"implementation": "dense"},
     "a loop over tiles": TILED,
     "a loop within a score": {"implementation": "dense", "score": additive()},
@@ -290,7 +291,7 @@ def test_a_call_that_is_traced_anew_leaves_nothing_compiled_behind(name, with_gr
 
 
 HOST = np.arange(T)
-FROM_THE_HOST = {
+FROM_THE_HOST: dict[str, dict[str, Any]] = {
     "bias": {"bias": np.ones((T, T), np.float32)},
     "mask": {"mask": HOST[:, None] >= HOST},
     "closing over an object": {"mask": changeable(1)},
@@ -316,7 +317,7 @@ FROM_THE_HOST = {
     ],
 )
 def test_numbers_of_the_host_pass_a_guard_of_transfers(options, implementation):
-    chosen = TILED if implementation == "tiled" else {"implementation": "dense"}
+    chosen: dict[str, Any] = TILED if implementation == "tiled" else {"implementation": "dense"}
     with jax.transfer_guard("disallow"):
         assert attend(X, X, X, **options, **chosen).shape == X.shape
 
