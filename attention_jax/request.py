@@ -89,7 +89,7 @@ class Request:
         options["bias"] = as_bias(options["bias"])
         options["precision"] = precision_in_force()
         options["statistics"] = checked("attend", options.get("statistics"))
-        request = cls(*map(_as_array, (query, key, value)), **options)
+        request = cls(_as_array(query), _as_array(key), _as_array(value), **options)
         if request.return_logsumexp and not isinstance(request.streaming, LogSum):
             raise ValueError(
                 "attend: return_logsumexp needs a normalizer of the softmax family; "
