@@ -149,6 +149,12 @@ class Config:
     label_smoothing: float = _training(
         0.1, "Share of the probability that training spreads over all words.", BELOW_ONE
     )
+    average: float = _training(
+        0.0,
+        "Share of the steps, at the end, over which parameters are averaged; the mean is what is "
+        "evaluated and translates.",
+        BELOW_ONE,
+    )
     guided_alignment: float = _training(
         0.0,
         "Weight of a loss that pulls attention to the gold alignments of training pairs, which are "

@@ -100,7 +100,7 @@ def train(score: str, run: Run) -> Trained:
         meter.begin()
         trainer = _Trainer(score, run, placement, programs, meter)
         state = trainer.train(step, state, arrays)
-    return Trained(state.parameters, programs)
+    return Trained(state.evaluated, programs)
 
 
 class _Trainer:
@@ -163,7 +163,7 @@ class _Trainer:
         return state, tokens / seconds
 
     def _validate(self, step: int, state: State, speed: float) -> None:
-        trained = Trained(state.parameters, self.programs)
+        trained = Trained(state.evaluated, self.programs)
         examples = self.run.task.sets["valid"]
         found = evaluate.translations(trained, examples, greedy=True)
         references = [pair.target for pair in examples.pairs]
@@ -173,7 +173,7 @@ class _Trainer:
         record = {"valid_loss": losses, "exact_match": exact}
         self.run.log.append({"score": self.score, "step": step, **record})
         if self.programs.look:
-            weights = self.programs.look(state.parameters, *self.shown[1:])
+            weights = self.programs.look(state.evaluated, *self.shown[1:])
             self.run.looks.append(looking.record(self.score, step, weights))
         self.meter.evaluated(step, float(np.mean(losses)), float(np.mean(exact)), speed)
 

@@ -29,11 +29,24 @@ _MANY_PARAMETERS = 2**20
 
 
 class State(NamedTuple):
-    """The state of training: the number of steps taken, and parameters and moments per seed."""
+    """The state of training, with an axis of seeds.
+
+    Attributes:
+      step: the number of steps taken.
+      parameters: of the translators.
+      optimizer: its moments.
+      average: the mean of the parameters, see `averaged`; empty where none is kept.
+    """
 
     step: Array
     parameters: Any
     optimizer: Any
+    average: Any = ()
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that are evaluated: their mean, where it is kept."""
+        return self.average if jax.tree.leaves(self.average) else self.parameters
 
 
 def translator_of(score: str, sizes: Sizes, dropout: float = 0.0, **options: Any) -> Any:
@@ -117,7 +130,8 @@ def _drawn(score: str, sizes: Sizes, config: Config) -> State:
     # deadlock on few processors (jaxlib 0.10).
     one_seed = functools.partial(_drawn_seed, score, sizes, config)
     parameters, optimizer = jax.lax.map(one_seed, jnp.arange(config.seeds))
-    return State(jnp.int32(0), parameters, optimizer)
+    average = jax.tree.map(jnp.copy, parameters) if config.average else ()
+    return State(jnp.int32(0), parameters, optimizer, average)
 
 
 def _drawn_seed(score: str, sizes: Sizes, config: Config, seed: Array) -> tuple[Any, Any]:
@@ -211,7 +225,24 @@ def train(
         return jax.lax.switch(bucket, chunks, state, rows)
 
     state, losses = jax.lax.scan(chunk, state, (batches.order, batches.rows))
-    return state, losses.reshape(-1, losses.shape[-1])
+    return averaged(config, state), losses.reshape(-1, losses.shape[-1])
+
+
+def averaged(config: Config, state: State) -> State:
+    """Update the mean of the parameters after a round of steps.
+
+    It is over the ends of the rounds in the last share `average` of the steps, as of checkpoints
+    (Vaswani et al. 2017, section 6.1), and before them the parameters themselves.
+    """
+    if not config.average:
+        return state
+    begin = config.steps - round(config.average * config.steps)
+    number = jnp.maximum((state.step - begin + config.round - 1) // config.round, 1)
+
+    def mean(before: Array, now: Array) -> Array:
+        return jnp.where(number > 1, before + (now - before) / number.astype(now.dtype), now)
+
+    return state._replace(average=jax.tree.map(mean, state.average, state.parameters))
 
 
 class _Bucket(NamedTuple):
@@ -236,7 +267,7 @@ def _take_chunk(
         every_seed = over_seeds(functools.partial(take_step, state.step))
         learned = state.parameters, state.optimizer
         (parameters, moments), losses = every_seed(seeds, learned, rows)
-        return State(state.step + 1, parameters, moments), losses
+        return State(state.step + 1, parameters, moments, state.average), losses
 
     return jax.lax.scan(one_step, state, rows.swapaxes(0, 1))
 

@@ -154,7 +154,7 @@ def load(score: str, config: Config) -> Translators:
     step, state = restored
     if step < config.steps:
         tell(f"{score}: the checkpoint is of step {step} of {config.steps}.")
-    return Translators(score, config, tokenizer, state.parameters, graph, step, {})
+    return Translators(score, config, tokenizer, state.evaluated, graph, step, {})
 
 
 def load_ensemble(config: Config) -> Translators:

@@ -13,6 +13,8 @@ from experiments.translate.config import Config
 from experiments.translate.model import Sizes
 from experiments.translate.train_step import (
     Batches,
+    State,
+    averaged,
     optimizer_of,
     quick_options,
 )
@@ -127,3 +129,18 @@ def test_a_warmup_of_nearly_all_steps_leaves_one_to_the_cosine(steps, warmup):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters)
     assert jnp.isfinite(updates["x"]) and (updates["x"] == 0) == (steps > 1)
+
+
+def test_the_mean_is_over_the_ends_of_the_last_rounds():
+    config = Config(steps=8, evaluate_every=2, average=0.5)
+    assert config.round == 2
+    state = State(jnp.int32(0), {"x": jnp.zeros(2)}, (), {"x": jnp.zeros(2)})
+    means = []
+    for step, value in ((2, 1.0), (4, 5.0), (6, 10.0), (8, 20.0)):
+        state = averaged(
+            config, state._replace(step=jnp.int32(step), parameters={"x": jnp.full(2, value)})
+        )
+        means.append(state)
+    assert [float(jnp.max(s.evaluated["x"])) for s in means] == [1.0, 5.0, 10.0, 15.0]
+    plain = State(jnp.int32(8), {"x": jnp.ones(2)}, ())
+    assert averaged(Config(), plain) is plain and plain.evaluated is plain.parameters
