@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from attention_jax import masks
 from attention_jax.base.binding import BiasLike, PerHead
+from attention_jax.base.placement import Where
 from attention_jax.base.typing import AnyScore, Normalizer
 from attention_jax.implementations import choice, cudnn, programs
 from attention_jax.implementations.choice import IMPLEMENTATIONS
@@ -18,6 +19,7 @@ from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.lifting import lift
 from attention_jax.implementations.pallas.attending import pallas
 from attention_jax.implementations.tiled import tiled
+from attention_jax.implementations.tiles import Plan
 from attention_jax.masks import as_mask
 from attention_jax.normalizers import softmax
 from attention_jax.request import Operand, Request, heads, operands
@@ -160,34 +162,35 @@ def explain(
     return jax.eval_shape(functools.partial(_explained, request_of), late, query, key, value)
 
 
-def _attended(request: Request, spread: bool | None) -> Attended:
-    """Choose an implementation and run it over all heads and examples; see `lift` for `spread`."""
+def _attended(request: Request, where: Where) -> Attended:
+    """Choose an implementation and run it over all heads and examples; see `lift` for `where`."""
     name = choice.choose(request)
     if name == "cudnn":
         return Attended(cudnn.attend(request))
     given = operands(request, as_given=name in ("tiled", "pallas"))
-    of_head, sequential = functools.partial(dense, with_logsumexp=request.return_logsumexp), ""
+    of_head: Any = functools.partial(dense, with_logsumexp=request.return_logsumexp)
+    one_head, sequential, elsewhere = functools.partial(_one_head, request, given), "", None
     if name == "tiled":
-        of_head = functools.partial(tiled, plan=choice.plan_for(request), products=request.products)
-        sequential = choice.sequential_axes(given["mask"].axes)
+        of_head, other, plan = _tiled(request, where)
+        other = other and functools.partial(one_head, other)
+        sequential, elsewhere = "BKG", choice.elsewhere(other, plan, given["mask"].axes)
     elif name == "pallas":
         plan = choice.plan_for(request, name=name)
         of_head = functools.partial(pallas, plan=plan, products=request.products)
-    wanted = request.return_weights, request.return_logsumexp
-    one_head = functools.partial(_one_head, of_head, given, wanted)
+    one_head = functools.partial(one_head, of_head)
     axes = [letters for operand in given.values() for letters in operand.axes]
     of_each = {name: f"B{each.axis}N" for name, each in (request.statistics or {}).items()}
     letters = Attended("BTN", "BN", "BTN", of_each or None)  # type: ignore[arg-type]
     letters = jax.tree.map(lambda x: x.replace("N", heads(request)), letters)
-    lifted = lift(one_head, axes, letters, f"B{heads(request)}", sequential, SAVED, spread)
+    lifted = lift(
+        one_head, axes, letters, f"B{heads(request)}", sequential, SAVED, where, elsewhere
+    )
     leaves = [leaf for operand in given.values() for leaf in operand.leaves]
     if name == "pallas":  # vectorised, NumPy's arrays would be constants of its derivatives
         leaves = [jnp.asarray(leaf) for leaf in leaves]
     attended = lifted(*leaves)
-    ungrouped = jax.tree.map(
-        functools.partial(_ungrouped, request), attended, jax.tree.broadcast(letters, attended)
-    )
-    return ungrouped._replace(context=ungrouped.context.astype(request.value.dtype))
+    ungrouped = functools.partial(_ungrouped, request)
+    return jax.tree.map(ungrouped, attended, jax.tree.broadcast(letters, attended))
 
 
 def _explained(
@@ -199,16 +202,29 @@ def _explained(
     return found
 
 
-def _one_head(
-    of_head: Any, given: dict[str, Operand], wanted: tuple[bool, bool], *leaves: Any
-) -> Attended:
+def _tiled(request: Request, where: Where) -> tuple[Any, Any, Plan]:
+    """Return attention of one head for CPUs and for other platforms, and the tiles of the latter.
+
+    None stands for the second if it is the same.
+    """
+    of_plan = functools.partial(tiled, products=request.products)
+    if where.platform is not None:
+        plan = choice.plan_for(request, where.platform)
+        return functools.partial(of_plan, plan=plan), None, plan
+    on_cpu, other = (choice.plan_for(request, platform) for platform in ("cpu", "tpu"))
+    here, there = (functools.partial(of_plan, plan=plan) for plan in (on_cpu, other))
+    return (here, None, on_cpu) if other.tile == on_cpu.tile else (here, there, other)
+
+
+def _one_head(request: Request, given: dict[str, Operand], of_head: Any, *leaves: Any) -> Attended:
     """Run an implementation on the arrays of one head, and leave out what is not wanted."""
     rest = iter(leaves)
     built = {name: part.build([next(rest) for _ in part.leaves]) for name, part in given.items()}
     found = of_head(Head(**built))
     return found._replace(
-        weights=found.weights if wanted[0] else None,
-        logsumexp=found.logsumexp if wanted[1] else None,
+        context=found.context.astype(request.value.dtype),
+        weights=found.weights if request.return_weights else None,
+        logsumexp=found.logsumexp if request.return_logsumexp else None,
     )
 
 

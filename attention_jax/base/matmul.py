@@ -92,6 +92,25 @@ def transpose_times(a: Array, b: Array, products: Products | None = None) -> Arr
     return _multiply(a, b, "tn", products)
 
 
+def computed_once(factor: Array, sums: Array, products: Products) -> tuple[Array, Array]:
+    """Return both as they are, where an accelerator's compiler would compute the factor twice.
+
+    The factor of a product and its sums are two kernels there, and each would compute what the
+    factor is made of, such as exponentials, again. On a CPU the factor is written to memory anyway.
+    """
+    together = functools.partial(_together, dtype=products.operands or factor.dtype)
+    return lax.platform_dependent(factor, sums, cpu=_apart, default=together)
+
+
+def _apart(factor: Array, sums: Array) -> tuple[Array, Array]:
+    return factor, sums
+
+
+def _together(factor: Array, sums: Array, dtype: Any) -> tuple[Array, Array]:
+    rounded, sums = lax.optimization_barrier((factor.astype(dtype), sums))
+    return rounded.astype(factor.dtype), sums
+
+
 def _multiply(a: Array, b: Array, kind: str, products: Products | None) -> Array:
     """Bind the primitive; under `shard_map` both sides must vary over the same mesh axes.
 

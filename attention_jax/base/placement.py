@@ -1,27 +1,56 @@
-"""Whether a program is spread over devices, which may be known only when it is lowered.
+"""Where a program runs, which may be known only when it is lowered: on a CPU, and on many devices.
 
 On an explicit or manual mesh axis each device sees its own part, and loops over examples and heads
 are as right as on one device. Along an automatic axis the compiler decides what each device holds,
 and a loop with dynamic slices makes it gather all: there everything has to be vectorised. Which of
 both it is follows from a mesh, if there is one while tracing, and else from where the program is
-lowered.
+lowered. A program may be lowered for another platform than the one of the process that traces it,
+or for several at once.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import ShapedArray
+from jax.core import ShapedArray, Tracer
 from jax.dtypes import float0
+from jax.extend.backend import backends
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 
 Array = jax.Array
+
+
+_PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
+
+
+class Where(NamedTuple):
+    """Where a program runs, as far as that is known while tracing; None for what is not.
+
+    `spread` tells whether automatic axes of a mesh spread it over devices, `platform` is "cpu",
+    "tpu" or "gpu".
+    """
+
+    spread: bool | None = None
+    platform: str | None = None
+
+    @classmethod
+    def of_call(cls, *arrays: Any) -> Where:
+        """Return where a program runs that is called with these arrays now.
+
+        >>> Where.of_call(jnp.ones(3)).spread
+        False
+        """
+        whole = [x for x in arrays if isinstance(x, Array) and not isinstance(x, Tracer)]
+        platforms = {device.platform for array in whole for device in array.devices()}
+        platforms = platforms or {_PLATFORMS.get(name, name) for name in backends()}
+        return cls(bool(known(*arrays)), platforms.pop() if len(platforms) == 1 else None)
 
 
 def known(*arrays: Any) -> bool | None:
@@ -49,7 +78,27 @@ def is_spread(near: Array) -> Array:
     loop, and the loop would carry the condition instead of the constant.
     """
     spread = known(near)
-    return _spread.bind(near) if spread is None else jnp.bool_(spread)
+    return _answer(near, None) if spread is None else jnp.bool_(spread)
+
+
+def is_on_cpu(near: Array) -> Array:
+    """Return whether the program is lowered for a CPU; see `is_spread`."""
+    return _answer(near, False, cpu=True)
+
+
+def is_on_tpu(near: Array) -> Array:
+    """Return whether the program is lowered for a TPU; see `is_spread`."""
+    return _answer(near, False, tpu=True)
+
+
+def is_spread_or_accelerated(near: Array, spread: bool | None) -> Array:
+    """Return whether it is spread, as far as that is known, or not lowered for a CPU."""
+    return _answer(near, True, cpu=spread)
+
+
+def _answer(near: Array, other: bool | None, **platforms: bool | None) -> Array:
+    """Return the answer of the platform that the program is lowered for; None asks `is_spread`."""
+    return _constant.bind(near, **{"cpu": other, "tpu": other, "other": other} | platforms)
 
 
 def _automatic(mesh: Any) -> list[Any]:
@@ -64,9 +113,13 @@ def _devices(shape: Any, names: Any) -> int:
     return math.prod(shape[name] for name in names)
 
 
-def _lowered(context: Any, near: Any) -> list[Any]:
+def _lowered(answer: str, context: Any, near: Any, **answers: bool | None) -> list[Any]:
+    """Lower an answer; None asks whether the program is spread."""
     del near
-    return [mlir.ir_constant(np.bool_(_is_spread(context.module_context.axis_context)))]
+    found = answers[answer]
+    if found is None:
+        found = _is_spread(context.module_context.axis_context)
+    return [mlir.ir_constant(np.bool_(found))]
 
 
 def _is_spread(context: Any) -> bool:
@@ -82,18 +135,27 @@ def _is_spread(context: Any) -> bool:
     return True
 
 
-def _tangent(primals: Any, tangents: Any) -> Any:
+def _now(near: Any, **answers: bool | None) -> Array:
+    """Answer outside `jit`, where an operation runs on one device, that of its operand."""
+    (device,) = jnp.asarray(near).devices()
+    return jnp.bool_(bool(answers.get(device.platform, answers["other"])))
+
+
+def _tangent(primals: Any, tangents: Any, **answers: bool | None) -> Any:
     del tangents
-    return _spread.bind(*primals), ad.Zero(ShapedArray((), float0))
+    return _constant.bind(*primals, **answers), ad.Zero(ShapedArray((), float0))
 
 
-def _batched(operands: Any, axes: Any) -> Any:
-    return _spread.bind(*operands), None
+def _batched(operands: Any, axes: Any, **answers: bool | None) -> Any:
+    return _constant.bind(*operands, **answers), None
 
 
-_spread = Primitive("is_spread")
-_spread.def_impl(lambda near: jnp.bool_(False))
-_spread.def_abstract_eval(lambda near: ShapedArray((), np.bool_))
-ad.primitive_jvps[_spread] = _tangent
-batching.primitive_batchers[_spread] = _batched
-mlir.register_lowering(_spread, _lowered)
+_constant = Primitive("constant_of_placement")
+_constant.def_impl(_now)
+_constant.def_abstract_eval(lambda near, **answers: ShapedArray((), np.bool_))
+ad.primitive_jvps[_constant] = _tangent
+batching.primitive_batchers[_constant] = _batched
+mlir.register_lowering(_constant, functools.partial(_lowered, "other"))
+for _platform in ("cpu", "tpu"):
+    _rule = functools.partial(_lowered, _platform)
+    mlir.register_lowering(_constant, _rule, platform=_platform)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from attention_jax.implementations import cudnn
+from attention_jax.implementations.lifting import Elsewhere
 from attention_jax.implementations.tiles import TOGETHER_PAIRS, Plan, make_plan
 from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
@@ -29,6 +32,11 @@ cache."""
 
 KERNEL_TILES = {"tpu": (512, 512), "gpu": (64, 64), "cpu": (128, 128)}
 """Queries and keys of a tile of a kernel; traced on a CPU, one that suits both accelerators."""
+
+PAIRS_AT_ONCE = 2**22
+"""On accelerators heads are vectorised until their tiles have this many pairs: 16 MiB of logits,
+which fit in the vector memory of a TPU, and in the level-2 cache of a GPU, with what else is
+needed."""
 
 VISIT_PAIRS = 95_000
 """The cost of visiting a tile beyond that of its pairs, in pairs (fitted on a 2-core CPU)."""
@@ -128,16 +136,16 @@ def plan_for(request: Request, platform: str | None = None, name: str = "tiled")
 
     Those of kernels lie on a grid, and may stick out.
     """
+    platform = platform or jax.default_backend()
     mask, is_static = known_mask(request.mask, request.sizes)
     pairs = max(request.sizes["T"], 1), max(request.sizes["S"], 1)
     if name == "pallas":
-        tile = request.tile_sizes or KERNEL_TILES.get(
-            platform or jax.default_backend(), KERNEL_TILES["cpu"]
-        )
+        tile = request.tile_sizes or KERNEL_TILES.get(platform, KERNEL_TILES["cpu"])
         return make_plan(mask, pairs, tile, is_static, on_grid=True)
     if request.tile_sizes is not None:
-        return make_plan(mask, pairs, clipped(request.tile_sizes, pairs), is_static)
-    return _cheapest_plan(mask, pairs, is_static, platform or jax.default_backend())
+        plan = make_plan(mask, pairs, clipped(request.tile_sizes, pairs), is_static)
+        return dataclasses.replace(plan, platform=platform)
+    return _cheapest_plan(mask, pairs, is_static, platform)
 
 
 def _cheapest_plan(mask: Mask, pairs: tuple[int, int], is_static: bool, platform: str) -> Plan:
@@ -147,11 +155,12 @@ def _cheapest_plan(mask: Mask, pairs: tuple[int, int], is_static: bool, platform
     chosen, least, certain = None, math.inf, 0
     for tile in sorted(tiles, key=math.prod, reverse=True):
         # No plan visits fewer pairs than those of FULL tiles, nor more of them at a visit.
-        if certain * (1 + VISIT_PAIRS / max(math.prod(tile), *TOGETHER_PAIRS.values())) >= least:
+        together = max(math.prod(tile), TOGETHER_PAIRS.get(platform, 0))
+        if certain * (1 + VISIT_PAIRS / together) >= least:
             continue
         if certain > MOST_TILES * math.prod(tile):
             continue
-        plan = make_plan(mask, pairs, tile, is_static)
+        plan = dataclasses.replace(make_plan(mask, pairs, tile, is_static), platform=platform)
         if len(plan.starts) * math.prod(tile) >= least:  # whatever its visits cost
             continue
         cost = _cost(plan)
@@ -208,13 +217,21 @@ def describe(request: Request) -> Choice:
 
 
 def sequential_axes(mask_axes: list[str]) -> str:
-    """Return the axes to loop over instead of vectorising.
+    """Return the axes to loop over instead of vectorising, on the platform of this process."""
+    return "BKG" if jax.default_backend() == "cpu" else _differing(mask_axes)
 
-    On CPU all: one head at a time keeps its tiles in cache. Elsewhere those along which a mask
-    known only at run time differs, so that a skipped tile is really skipped.
+
+def elsewhere(function: Callable[..., Any] | None, plan: Plan, mask_axes: list[str]) -> Elsewhere:
+    """Return how heads are mapped where the program is not lowered for a CPU.
+
+    Axes along which a mask known only at run time differs are looped over, so that a skipped tile
+    is really skipped; of the others, as many heads are vectorised as fit.
     """
-    if jax.default_backend() == "cpu":
-        return "BKG"
+    most = PAIRS_AT_ONCE // (plan.largest_visit * plan.tile[1])
+    return Elsewhere(function, _differing(mask_axes), max(1, most))
+
+
+def _differing(mask_axes: list[str]) -> str:
     return "".join(letter for letter in "BKG" if any(letter in axes for axes in mask_axes))
 
 

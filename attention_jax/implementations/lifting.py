@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,43 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from attention_jax.base import placement
+from attention_jax.base.placement import Where
 
 Array = jax.Array
+
+
+class Elsewhere(NamedTuple):
+    """What differs where the program is not lowered for a CPU.
+
+    Attributes:
+      function: of one head, with the same arguments and results; None if it is the same.
+      sequential: letters that are looped over.
+      most: at most so many heads are vectorised; as many as divide an axis, the last one first.
+    """
+
+    function: Callable[..., Any] | None
+    sequential: str
+    most: int
+
+    def at_once(self, sizes: dict[str, int], order: str, free: Collection[str]) -> dict[str, int]:
+        """Return how many parts of each axis are vectorised, for those that are not whole.
+
+        >>> Elsewhere(None, "", most=12).at_once({"B": 4, "K": 8, "G": 2}, "BKG", "BKG")
+        {'K': 4, 'B': 1}
+        """
+        left, found = self.most, {}
+        for letter in reversed(order):
+            together = sizes[letter]
+            if letter in free:
+                most = 1 if letter in self.sequential else max(1, left)
+                together = max(n for n in range(1, most + 1) if sizes[letter] % n == 0)
+            left //= together
+            if together < sizes[letter]:
+                found[letter] = together
+        return found
+
+
+ANYWHERE = Where()
 
 
 def lift(
@@ -26,7 +61,8 @@ def lift(
     order: str = "BKG",
     sequential: str = "",
     saved: Sequence[str] = (),
-    spread: bool | None = None,
+    where: Where = ANYWHERE,
+    elsewhere: Elsewhere | None = None,
 ) -> Callable[..., Any]:
     """Map a function of one head over batch, key/value heads and query heads in a group.
 
@@ -42,8 +78,9 @@ def lift(
         examples then really skips work.
       saved: names (`jax.ad_checkpoint.checkpoint_name`) of what a loop keeps of each head for the
         backward pass; the rest is computed again from the arguments, which are there anyway.
-      spread: whether automatic axes of a mesh spread the program over devices, where nothing is
-        looped over; None leaves that to the meshes that are known, and to the lowering.
+      where: where the program runs. Where automatic axes of a mesh spread it over devices, nothing
+        is looped over; what is not known is left to the meshes that are, and to the lowering.
+      elsewhere: what differs on other platforms than CPUs.
 
     Returns:
       A function of whole arguments that returns whole results.
@@ -54,7 +91,7 @@ def lift(
            [0, 1],
            [0, 2]], dtype=int32)
     """
-    return _Lifted(function, axes, result_axes, order, sequential, saved, spread)
+    return _Lifted(function, axes, result_axes, order, sequential, saved, where, elsewhere)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,41 +104,89 @@ class _Lifted:
     order: str
     sequential: str
     saved: Sequence[str]
-    spread: bool | None
+    where: Where
+    elsewhere: Elsewhere | None
 
     def __call__(self, *arguments: Any) -> Any:
         given = [self.is_array(*pair) for pair in zip(arguments, self.axes, strict=True)]
         if not all(given):
-            function = functools.partial(_with_constants, self.function, arguments, given)
-            axes = [letters for letters, is_given in zip(self.axes, given, strict=True) if is_given]
             rest = (x for x, is_given in zip(arguments, given, strict=True) if is_given)
-            return dataclasses.replace(self, function=function, axes=axes)(*rest)
-        sizes = {
+            return self.without_constants(arguments, given)(*rest)
+        sizes = self.sizes(arguments)
+        spread = placement.known(*arguments) if self.where.spread is None else self.where.spread
+        alike = aligned(arguments, self.axes, self.order)
+        if spread or any(sizes[letter] == 0 for letter in self.order):  # no loop could be traced
+            return self.way(self.function, {})(*alike)
+        free = [x for x in self.order if not _is_sharded(x, self.axes, arguments)]
+        on_cpu = {letter: 1 for letter in free if letter in self.sequential}
+        is_one = math.prod(sizes[letter] for letter in on_cpu) == 1
+        if self.elsewhere is None:
+            return self.by_spread(spread, on_cpu, is_one)(*alike)
+        groups = self.elsewhere.at_once(sizes, self.order, free)
+        if self.elsewhere.function is None and not groups and is_one:
+            return self.way(self.function, on_cpu)(*alike)
+        return self.by_platform(spread, on_cpu, groups)(*alike)
+
+    def without_constants(self, arguments: Sequence[Any], given: Sequence[bool]) -> _Lifted:
+        """Return the same for the arguments that are `given`; the others are constants."""
+        known = functools.partial(functools.partial, _with_constants)
+        axes = [letters for letters, is_given in zip(self.axes, given, strict=True) if is_given]
+        elsewhere = self.elsewhere
+        if elsewhere is not None and elsewhere.function is not None:
+            elsewhere = elsewhere._replace(function=known(elsewhere.function, arguments, given))
+        function = known(self.function, arguments, given)
+        return dataclasses.replace(self, function=function, axes=axes, elsewhere=elsewhere)
+
+    def sizes(self, arguments: Sequence[Any]) -> dict[str, int]:
+        """Return the size behind each letter."""
+        return {
             letter: size
             for letters, argument in zip(self.axes, arguments, strict=True)
             for letter, size in zip(letters, jnp.shape(argument), strict=False)
         }
-        spread = placement.known(*arguments) if self.spread is None else self.spread
-        is_empty = any(sizes[letter] == 0 for letter in self.order)  # no loop could be traced
-        counts = {
-            letter: sizes[letter]
-            for letter in self.order
-            if letter in self.sequential and not _is_sharded(letter, self.axes, arguments)
-        }
-        alike = aligned(arguments, self.axes, self.order)
-        if spread or is_empty or not counts:
-            return self.vectorised(self.function, ())(*alike)
-        if spread is False or math.prod(counts.values()) == 1:
-            return self.looped(self.function, counts, *alike)
+
+    def by_spread(
+        self, spread: bool | None, at_once: dict[str, int], is_one: bool
+    ) -> Callable[..., Any]:
+        """Loop on every platform, unless the program is spread over devices."""
+        if spread is False or is_one:
+            return self.way(self.function, at_once)
         function = jax.jit(self.function, inline=True)  # traced once for both
-        near = next(
-            x for x, letters in zip(alike, self.axes, strict=True) if set(letters) & set(counts)
-        )
-        either = functools.partial(
-            _either, self.vectorised(function, ()), functools.partial(self.looped, function, counts)
-        )
+        return self.either(placement.is_spread, self.way(function, {}), self.way(function, at_once))
+
+    def by_platform(
+        self, spread: bool | None, on_cpu: dict[str, int], groups: dict[str, int]
+    ) -> Callable[..., Any]:
+        """Loop as suits a CPU, or in groups elsewhere; not at all where the program is spread."""
+        assert self.elsewhere is not None
+        other = self.elsewhere.function
+        if spread is False and self.where.platform is not None:
+            if self.where.platform == "cpu":
+                return self.way(self.function, on_cpu)
+            return self.way(other or self.function, groups)
+        function = jax.jit(self.function, inline=True)  # traced once for all ways
+        whole, here = self.way(function, {}), self.way(function, on_cpu)
+        if other is None and not groups:
+            condition = functools.partial(placement.is_spread_or_accelerated, spread=spread)
+            return self.either(condition, whole, here) if on_cpu else whole
+        either = self.either(placement.is_on_cpu, here, self.way(other or function, groups))
+        return either if spread is False else self.either(placement.is_spread, whole, either)
+
+    def way(self, function: Callable[..., Any], at_once: dict[str, int]) -> Callable[..., Any]:
+        """Return the function of all heads, so many vectorised at once; {} for all of them."""
+        return functools.partial(self.in_groups if at_once else self.whole, function, at_once)
+
+    def whole(self, function: Callable[..., Any], _: Any, *arguments: Any) -> Any:
+        """Vectorise over all heads."""
+        return self.vectorised(function, (), self.sizes(arguments))(*arguments)
+
+    def either(
+        self, condition: Callable[[Array], Array], first: Any, second: Any
+    ) -> Callable[..., Any]:
+        """Return what computes the first where the condition holds, else the second."""
+        chosen = functools.partial(_either, self.axes, self.order, (condition, first, second))
         # Computed again for the derivative, the condition is a constant there too.
-        return jax.checkpoint(either, policy=self.policy, prevent_cse=False)(near, *alike)
+        return jax.checkpoint(chosen, policy=self.policy, prevent_cse=False)
 
     @property
     def policy(self) -> Any:
@@ -115,14 +200,46 @@ class _Lifted:
         """
         return isinstance(argument, Array) or any(letter in self.order for letter in letters)
 
-    def vectorised(self, function: Callable[..., Any], looped: Collection[str]) -> Any:
-        """Map a function by `vmap` over the axes that are not looped over."""
-        vectorised = [letter for letter in self.order if letter not in looped]
+    def vectorised(
+        self, function: Callable[..., Any], looped: Collection[str], sizes: dict[str, int]
+    ) -> Any:
+        """Map a function by `vmap` over the axes that are not looped over.
+
+        An axis of one entry is taken away instead: XLA fuses less where there is one.
+        """
+        single = [x for x in self.order if x not in looped and sizes[x] == 1]
+        vectorised = [x for x in self.order if x not in looped and x not in single]
+        gone = {*looped, *single}
         for n, letter in reversed(list(enumerate(vectorised))):
-            position = functools.partial(_position, letter, gone={*looped, *vectorised[:n]})
+            position = functools.partial(_position, letter, gone={*gone, *vectorised[:n]})
             mapped = [position(letters) for letters in self.axes]
             function = jax.vmap(function, mapped, jax.tree.map(position, self.result_axes))
-        return function
+        if not single:
+            return function
+        places = functools.partial(_places, single, looped)
+        arguments = [places(letters) for letters in self.axes]
+        return functools.partial(_without_single, function, arguments, places, self.result_axes)
+
+    def in_groups(
+        self, function: Callable[..., Any], at_once: dict[str, int], *arguments: Any
+    ) -> Any:
+        """Loop over groups of heads, and vectorise within each."""
+        sizes = self.sizes(arguments)
+        counts = {letter: sizes[letter] // together for letter, together in at_once.items()}
+        inner = {letter: together for letter, together in at_once.items() if together > 1}
+        if not inner:
+            return self.looped(function, counts, *arguments)
+        split = functools.partial(_with_inner, inner)
+        halves = dataclasses.replace(
+            self,
+            axes=[split(letters) for letters in self.axes],
+            result_axes=jax.tree.map(split, self.result_axes),
+            order=split(self.order),
+        )
+        parts = [_split(x, letters, inner) for x, letters in zip(arguments, self.axes, strict=True)]
+        results = halves.looped(function, counts, *parts)
+        letters = jax.tree.broadcast(self.result_axes, results)
+        return jax.tree.map(functools.partial(_joined, inner), results, letters)
 
     def looped(self, function: Callable[..., Any], counts: dict[str, int], *arguments: Any) -> Any:
         """Loop over the axes in `counts`, reading and writing each head in place.
@@ -130,7 +247,7 @@ class _Lifted:
         To have the loop split and stack its operands would move the heads outermost, and so copy
         all of them first: for a sparse mask that costs as much as attention itself.
         """
-        one = self.vectorised(function, counts)
+        one = self.vectorised(function, counts, self.sizes(arguments))
         at = functools.partial(_at, one, [*zip(arguments, self.axes, strict=True)])
         # Traced once, although it is also asked for the shapes it returns.
         at = jax.jit(jax.checkpoint(at, policy=self.policy, prevent_cse=False))
@@ -151,10 +268,32 @@ def _with_constants(
     return function(*(next(those) if is_given else argument for argument, is_given in pairs))
 
 
-def _either(
-    vectorised: Callable[..., Any], looped: Callable[..., Any], near: Array, *arguments: Any
-) -> Any:
-    return lax.cond(placement.is_spread(near), vectorised, looped, *arguments)
+def _either(axes: Sequence[str], order: str, ways: Any, *arguments: Any) -> Any:
+    condition, first, second = ways
+    pairs = zip(arguments, axes, strict=True)
+    near = next(argument for argument, letters in pairs if set(letters) & set(order))
+    return lax.cond(condition(near), first, second, *arguments)
+
+
+def _with_inner(inner: Collection[str], letters: str) -> str:
+    """Put a small letter, for the heads of a group, behind each letter that is split."""
+    return "".join(letter + letter.lower() * (letter in inner) for letter in letters)
+
+
+def _split(whole: Any, letters: str, inner: dict[str, int]) -> Any:
+    """Split axes into groups and the heads of a group."""
+    shape = []
+    for size, letter in zip(jnp.shape(whole), letters.ljust(jnp.ndim(whole)), strict=True):
+        shape += [size // inner[letter], inner[letter]] if letter in inner else [size]
+    return jnp.reshape(whole, shape)
+
+
+def _joined(inner: Collection[str], parts: Array, letters: str) -> Array:
+    """Join what `_split` has split."""
+    sizes, shape = iter(parts.shape), []
+    for letter in letters.ljust(parts.ndim - sum(letter in inner for letter in letters)):
+        shape.append(next(sizes) * (next(sizes) if letter in inner else 1))
+    return parts.reshape(shape)
 
 
 def _at(
@@ -204,6 +343,21 @@ def _is_sharded(letter: str, axes: Sequence[str], arguments: Sequence[Any]) -> b
 def _parts(argument: Any) -> list[Any]:
     """Return for each axis the axes of an explicit mesh that split it, or None."""
     return list(jax.typeof(argument).sharding.spec)
+
+
+def _places(single: Collection[str], looped: Collection[str], letters: str) -> list[int]:
+    left = [one for one in letters if one not in looped]
+    return [place for place, letter in enumerate(left) if letter in single]
+
+
+def _without_single(
+    function: Callable[..., Any], places: Any, of: Any, result_axes: Any, *arguments: Any
+) -> Any:
+    """Call a function of arguments without the axes of one entry at `places`, and put them back."""
+    pairs = zip(arguments, places, strict=True)
+    results = function(*(lax.squeeze(x, where) if where else x for x, where in pairs))
+    letters = jax.tree.broadcast(result_axes, results)
+    return jax.tree.map(lambda x, axes: lax.expand_dims(x, of(axes)), results, letters)
 
 
 def _position(letter: str, letters: str, gone: set[str]) -> int | None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.base.finite import infinite_where
-from attention_jax.base.matmul import PLAIN, Products, times
+from attention_jax.base.matmul import PLAIN, Products, computed_once, times
 from attention_jax.normalizers import Elementwise, LogSum
 
 Array = jax.Array
@@ -55,9 +55,9 @@ class Tile(NamedTuple):
         """Return the weights after dropout."""
         return weights if self.keep is None else weights * self.keep
 
-    def weighted(self, weights: Array, products: Products | None = None) -> Array:
+    def weighted(self, weights: Array, products: Products) -> Array:
         """Return the values of the tile times the weights after dropout, [bt, V]."""
-        return times(self.used(weights), self.value, products or self.products)
+        return times(self.used(weights), self.value, products)
 
 
 class RunningSums(NamedTuple):
@@ -95,8 +95,10 @@ def accumulate(how: OnePass, sums: RunningSums, tile: Tile) -> RunningSums:
     maximum = jnp.maximum(sums.maximum, jnp.max(how.exponent(logits), axis=1))
     shrink = jnp.exp(sums.maximum - maximum)
     weights = how.weight(*tile.poisoned(logits, maximum))
-    total = sums.total * shrink + jnp.sum(magnitude(how, weights), axis=1)
-    context = sums.context * shrink[:, None] + tile.weighted(weights)
+    added, used = jnp.sum(magnitude(how, weights), axis=1), tile.used(weights)
+    used, added = computed_once(used, added, tile.products)
+    total = sums.total * shrink + added
+    context = sums.context * shrink[:, None] + times(used, tile.value, tile.products)
     return RunningSums(maximum, total, context)
 
 

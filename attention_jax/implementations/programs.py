@@ -31,6 +31,7 @@ from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit
 
 from attention_jax.base import placement
 from attention_jax.base.binding import PerHead
+from attention_jax.base.placement import Where
 from attention_jax.masks import Mask, Predicate, Table, algebra
 from attention_jax.request import Request
 from attention_jax.scores import Separated
@@ -55,16 +56,14 @@ class ChangeableError(TypeError):
     """A function refers to something that can change in place."""
 
 
-def call(function: Callable[[Request, bool | None], Any], request: Request) -> Any:
+def call(function: Callable[[Request, Where], Any], request: Request) -> Any:
     """Call a function of a request: by itself within `jit`, else as a program that is kept.
 
-    The function is also told whether automatic axes of a mesh spread the program over devices;
-    None within `jit`, where that may be known later.
+    The function is also told where the program runs; within `jit` that may be known later.
     """
-    spread = placement.known(*jax.tree.leaves(request))
     if is_staged():
-        return function(request, spread)
-    spread = bool(spread)
+        return function(request, Where(placement.known(*jax.tree.leaves(request))))
+    where = Where.of_call(*jax.tree.leaves(request))
     functions = request.score, request.bias, request.normalizer, request.mask
     try:
         parts = tuple(_of_tree((*functions, request.statistics), set()))
@@ -78,24 +77,24 @@ def call(function: Callable[[Request, bool | None], Any], request: Request) -> A
             statistics=_interned(request.statistics),
         )
         leaves, structure = jax.tree.flatten(same)
-        program = _program(function, (structure, spread, jax.default_backend(), parts))
+        program = _program(function, (structure, where, jax.default_backend(), parts))
     except TypeError:  # it can change in place, or has no hash
-        return _once(function, request, spread)
+        return _once(function, request, where)
     return program([_on_device(leaf) for leaf in leaves])
 
 
-def _once(function: Callable[[Request, bool | None], Any], request: Request, spread: bool) -> Any:
+def _once(function: Callable[[Request, Where], Any], request: Request, where: Where) -> Any:
     """Call a function as a program that ends with the call, or an operation at a time."""
     same = dataclasses.replace(request, mask=with_constants(request.mask))
     leaves, structure = jax.tree.flatten(same)
     leaves = [_on_device(leaf) for leaf in leaves]
-    program = jax.jit(functools.partial(_of_leaves, function, structure, spread))
+    program = jax.jit(functools.partial(_of_leaves, function, structure, where))
     if _has_loop(program.trace(leaves).jaxpr.jaxpr):
         return program(leaves)
     request = jax.tree.unflatten(structure, leaves)
     # What is moved to the device now are constants, which a program would hold.
     with jax.transfer_guard_host_to_device("allow"):
-        return function(dataclasses.replace(request, mask=without_constants(request.mask)), spread)
+        return function(dataclasses.replace(request, mask=without_constants(request.mask)), where)
 
 
 def _has_loop(jaxpr: Any) -> bool:
@@ -162,10 +161,10 @@ def _program(function: Callable[..., Any], key: tuple[Any, ...]) -> Callable[...
 
 
 def _of_leaves(
-    function: Callable[..., Any], structure: Any, spread: bool, leaves: list[Any]
+    function: Callable[..., Any], structure: Any, where: Where, leaves: list[Any]
 ) -> Any:
     request = jax.tree.unflatten(structure, leaves)
-    return function(dataclasses.replace(request, mask=without_constants(request.mask)), spread)
+    return function(dataclasses.replace(request, mask=without_constants(request.mask)), where)
 
 
 @jax.tree_util.register_static

@@ -81,6 +81,7 @@ class Plan:
       states: [n], what each tile is, as far as that is known while tracing.
       covered: the tiles reach up to this key, beyond the last where S is no multiple of `unit`.
       is_static: whether `states` is the whole truth; if not, `states_of` asks the mask at run time.
+      platform: the one that the visits are for; None for that of the process.
     """
 
     pairs: tuple[int, int]
@@ -90,6 +91,7 @@ class Plan:
     states: np.ndarray
     covered: int
     is_static: bool
+    platform: str | None = None
 
     def within(self, mask: Mask) -> Mask:
         """Return the mask without keys beyond the last."""
@@ -114,7 +116,11 @@ class Plan:
             return [visits] if len(self.starts) else []
         pairs = self.tile[0] * self.tile[1]
         rows = -(-self.pairs[0] // self.tile[0])
-        many = min(TOGETHER_PAIRS.get(jax.default_backend(), 0) / pairs, rows, MOST_TOGETHER)
+        many = min(
+            TOGETHER_PAIRS.get(self.platform or jax.default_backend(), 0) / pairs,
+            rows,
+            MOST_TOGETHER,
+        )
         tall = 2 ** int(np.log2(max(1, many)))
         groups = group(self, tall, 1 if pairs >= LARGE_PAIRS else tall)
         if self.tile[0] >= LOW_ROWS or pairs < LOW_PAIRS:

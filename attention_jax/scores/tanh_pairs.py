@@ -11,6 +11,9 @@ from jax.custom_batching import custom_vmap
 
 from attention_jax.base import checks, placement
 
+TOGETHER = 64
+"""How many features are added within one kernel, where the platform is no CPU."""
+
 _product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
@@ -126,6 +129,7 @@ def _with_reciprocal(pairs, query, key, *rest):
 
     # NaN fails the comparison, and so goes to tanh and stays in its row or column.
     exact = jnp.all(jnp.minimum(largest(query), largest(key)) <= reach)
+    exact = exact & ~placement.is_on_tpu(query)  # which has a unit for tanh
     return lax.cond(_in_every_example(exact), by_exponentials, by_tanh, query, key, *rest)
 
 
@@ -147,8 +151,17 @@ def _(axis_size, in_batched, flags):
 
 
 def _sum_over_features(term, queries, keys, weights):
-    """Σ_a term(queries [T, 1] of feature a, keys [1, S] of it, weights [] of it): one at a time."""
+    """Σ_a term(queries [T, 1] of feature a, keys [1, S] of it, weights [] of it).
 
+    A CPU adds one feature at a time to pairs that stay in its cache. Elsewhere many features are
+    added within one kernel, and the pairs go through memory once for all of them.
+    """
+    one_by_one = functools.partial(_scanned, term, 1)
+    together = functools.partial(_scanned, term, TOGETHER)
+    return lax.platform_dependent(queries, keys, weights, cpu=one_by_one, default=together)
+
+
+def _scanned(term, unroll, queries, keys, weights):
     # Rematerialised, so that the reverse pass keeps the inputs and not every pair and feature.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(total, feature):
@@ -158,7 +171,10 @@ def _sum_over_features(term, queries, keys, weights):
     # Zeros like a product of all three, so that under shard_map they vary as the inputs do.
     total = jnp.zeros_like(_product(queries[0] * weights[0][None, :], keys[0].T))
     features = jax.tree.map(jnp.transpose, (queries, keys, weights))
-    total, _ = lax.scan(lambda total, feature: (add(total, feature), None), total, features)
+    unroll = -(-weights[0].size // -(-weights[0].size // unroll))  # in turns of equal size
+    total, _ = lax.scan(
+        lambda total, feature: (add(total, feature), None), total, features, unroll=unroll
+    )
     return total
 
 
