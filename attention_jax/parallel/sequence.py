@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from attention_jax import attention
+from attention_jax.base.placement import Where
 from attention_jax.implementations import programs
 from attention_jax.implementations.head import Attended
 from attention_jax.masks import as_mask
@@ -199,8 +200,8 @@ class _Split:
         first, second = known
         return Placement(self.axis, request.pairs, (first, second))
 
-    def __call__(self, request: Request, spread: bool | None = None) -> Attended:
-        del spread  # the mesh tells
+    def __call__(self, request: Request, where: Where | None = None) -> Attended:
+        del where  # the mesh tells
         if self.axis.is_manual:
             return self.on_device(request)
         # As a program of its own, score and mask may close over values under differentiation.
