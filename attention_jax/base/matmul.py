@@ -174,7 +174,8 @@ def _shared(sides: Any, axes: Any, **how: Any) -> Array:
         return jax.vmap(functools.partial(_plain, **how), axes)(a, b)
     a = jnp.moveaxis(a, axes[0], 0)
     rows = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
-    return _product.bind(rows, b, **how).reshape(*a.shape[:-1], -1)
+    product = _product.bind(rows, b, **how)
+    return product.reshape(*a.shape[:-1], product.shape[-1])
 
 
 def _derivative(operands: Any) -> Any:

@@ -65,7 +65,9 @@ class Measures:
     ) -> tuple[Measures, Asked]:
         """Trace the functions for each height of a tile, and take out what they close over."""
         of_tile, moved, captured, of_moved = {}, {}, {}, {}
-        for rows in sorted({visits.rows for visits in tiles.visits}):
+        for rows in {visits.rows for visits in tiles.visits} or {
+            1
+        }:  # the neutral elements need one
             example = statistics, Pairs.none(rows, tiles.key_size, dtype)
             of_tile[rows], captured[rows] = hoisted(functools.partial(_of_tile), *example)
             merged = of_tile[rows](*example, *captured[rows])
@@ -74,11 +76,13 @@ class Measures:
         return measures, Asked(statistics, captured, of_moved)
 
     def of_no_pairs(self, asked: Asked, queries: int, keys: int) -> Any:
-        """Return the sums over no pairs: what is the neutral element of each merge."""
+        """Return sums over no pairs, the neutral elements: that of one query or key, repeated."""
+        rows = min(self.of_tile)
+        of_tile = self.of_pairs(asked, Pairs.none(rows, self.key_size, self.dtype))
         found = {}
         for name, statistic in asked.statistics.items():
-            shape = (1, keys) if statistic.of == "key" else (queries, 1)
-            found[name] = statistic.of_tile(Pairs.none(*shape, self.dtype))
+            length = keys if statistic.of == "key" else queries
+            found[name] = jax.tree.map(functools.partial(_repeated, length), of_tile[name])
         return found
 
     def of_pairs(self, asked: Asked, pairs: Pairs) -> Any:
@@ -283,6 +287,10 @@ def _pairs(tile: online.Tile, weighed: tuple[Array, Array], where: tuple[Array, 
         where[1][None, :],
         row_maximum(tile.hidden(masked=-jnp.inf)) + tile.row_poison(),
     )
+
+
+def _repeated(length: int, sums: Array) -> Array:
+    return jnp.broadcast_to(sums[:1], (length, *sums.shape[1:]))
 
 
 def _of_tile(statistics: dict[str, Statistic], pairs: Pairs) -> Any:

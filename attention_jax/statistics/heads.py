@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.base.binding import bind
+from attention_jax.base.finite import infinite_where
 from attention_jax.masks import Lookup, Mask, MaskLike, as_mask
-from attention_jax.statistics.protocol import Pairs, Statistic, over_queries, scaled
+from attention_jax.statistics.protocol import Pairs, Statistic, scaled
 from attention_jax.statistics.queries import distances, largest_logit, largest_weight, where
 
 __all__ = [
@@ -212,6 +213,12 @@ def _shares(sums: tuple[Array, Array]) -> Array:
     return jnp.where(is_some, masses / jnp.where(is_some, total, 1.0), 0.0)
 
 
+def _largest_of_all(largest: Any) -> Array:
+    lowest = jnp.finfo(largest.value.dtype).min
+    value = jnp.max(largest.value, axis=0, initial=lowest)
+    return infinite_where(value == lowest, value)
+
+
 def _saturated(largest: Any, threshold: Any) -> Array:
     weights = largest.value
     exceeds = jnp.sum(weights > jnp.asarray(threshold, weights.dtype), axis=0, dtype=jnp.int32)
@@ -230,7 +237,7 @@ Of sinks it is large (Xiao et al. 2024, section 3.1); it is what eviction from a
 hitters" counts (Zhang et al. 2023, H2O, equation 3).
 """
 
-head_largest_logit = over_queries(largest_logit, jnp.max)
+head_largest_logit = dataclasses.replace(largest_logit, finish=bind(_largest_of_all), of="head")
 r"""The largest logit of a head over all its pairs, [B, N]: what QK-clip needs.
 
 -inf where no pair is allowed. Kimi Team 2025, section 2.1 (MuonClip).

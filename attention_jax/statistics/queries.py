@@ -34,7 +34,7 @@ class Heaviest(NamedTuple):
     """The keys with the largest weights, and their weights, [T, k] for one head.
 
     The largest comes first, and of equal ones the first key; a place without a weight above zero
-    has key -1 and weight 0.
+    has key -1 and weight 0, and where a weight is NaN all keys are -1 and all weights NaN.
     """
 
     keys: Array
@@ -64,6 +64,7 @@ def heaviest(k: int) -> Statistic:
     at_least("heaviest", 1, k=k)
     return Statistic(
         bind(_heaviest, k=int(k)),
+        _known_keys,
         merge=bind(_heavier, k=int(k)),
         change=_heaviest_again,
     )
@@ -265,7 +266,7 @@ def _ratio(part: Array, total: Array) -> Array:
 def _heaviest(pairs: Pairs, k: int) -> Heaviest:
     missing = max(k - pairs.weights.shape[1], 0)
     weights = jnp.pad(pairs.weights, ((0, 0), (0, missing)))
-    weights, places = jax.lax.top_k(weights, k)
+    weights, places = jax.lax.top_k(weights + _poison(weights), k)
     kv_idx = jnp.pad(pairs.kv_idx[0], (0, missing))
     keys = jnp.where(weights == 0, -1, kv_idx[places])
     return Heaviest(keys, weights)
@@ -275,7 +276,16 @@ def _heavier(first: Heaviest, second: Heaviest, k: int) -> Heaviest:
     keys, weights = (jnp.concatenate(pair, axis=1) for pair in zip(first, second, strict=True))
     # Keys that are missing come last: they have the weight zero, and no others have.
     negative, keys = jax.lax.sort((-weights, keys), num_keys=2)
-    return Heaviest(keys[:, :k], -negative[:, :k])
+    return Heaviest(keys[:, :k], -negative[:, :k] + _poison(weights))
+
+
+def _poison(weights: Array) -> Array:
+    """Return NaN for each row [T, 1] with NaN in it, and zero for others."""
+    return jnp.where(jnp.any(jnp.isnan(weights), axis=1, keepdims=True), jnp.nan, 0.0)
+
+
+def _known_keys(sums: Heaviest) -> Heaviest:
+    return sums._replace(keys=jnp.where(jnp.isnan(sums.weights), -1, sums.keys))
 
 
 def _heaviest_again(pairs: Pairs, merged: Heaviest) -> Heaviest:

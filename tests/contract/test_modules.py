@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from attention_jax import linen as attention_linen
-from attention_jax import masks, normalizers, positions, scores
+from attention_jax import masks, normalizers, positions, scores, statistics
 from attention_jax import nnx as attention_nnx
 from attention_jax.base.parameters import Parameter, learned
 from attention_jax.layers import BlockOptions, HeadOptions, StackOptions
@@ -86,7 +86,11 @@ EXAMPLES = {
         call={"mask": masks.longformer(2, tokens=1), "global_tokens": jnp.array([0])},
     ),
     "MultiHeadAttention": Example(
-        (2, 8), (x(3), MEMORY), CROSS - NORM, WITH_MEMORY, call={"return_weights": True}
+        (2, 8),
+        (x(3), MEMORY),
+        CROSS - NORM,
+        WITH_MEMORY,
+        call={"return_weights": True, "statistics": {"entropy": statistics.entropy}},
     ),
     "PatchEncoder": Example(
         ((4, 6), 2),
@@ -102,7 +106,11 @@ EXAMPLES = {
         (x(3), MEMORY),
         BLOCK + CROSS,
         WITH_MEMORY,
-        call={"mask": masks.Causal(), "return_weights": True},
+        call={
+            "mask": masks.Causal(),
+            "return_weights": True,
+            "statistics": {"largest": statistics.head_largest_logit},
+        },
     ),
     "TransformerStack": Example(
         (2, 8),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import attend, bind, masks, normalizers, per_head, scores
+from attention_jax import attend, bind, masks, normalizers, per_head, scores, statistics
 from attention_jax.implementations import programs
 
 T, H = 12, 4
@@ -95,6 +95,23 @@ def test_a_second_call_compiles_nothing(name, how, compiled):
     again = TRANSFORMED[how](attended)(X)
     assert not compiled
     jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_equal_statistics_compile_nothing_and_others_do(compiled):
+    def attended(limit):
+        asked = {
+            "near": statistics.mass(lambda q_idx, kv_idx: kv_idx < limit),
+            "own": statistics.Statistic(lambda pairs: limit * pairs.weights.sum(axis=1)),
+        }
+        return attend(X, X, X, statistics=asked).statistics
+
+    attended(1)
+    compiled.clear()
+    first = attended(1)
+    assert not compiled
+    second = attended(2)
+    assert compiled and np.all(second["near"] > first["near"])
+    np.testing.assert_allclose(second["own"], 2.0, rtol=1e-6)
 
 
 def test_new_values_of_arrays_compile_nothing(compiled):

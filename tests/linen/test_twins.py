@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from attention_jax import linen as attention_linen
-from attention_jax import masks, normalizers, positions, scores
+from attention_jax import masks, normalizers, positions, scores, statistics
 from attention_jax import nnx as attention_nnx
 from attention_jax.base.parameters import Parameter, learned
 from attention_jax.linear import feature_maps
@@ -164,6 +164,12 @@ def test_dropout_and_sown_weights():
     np.testing.assert_array_equal(sown["intermediates"]["attention_weights"][0], weights)
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
     assert not np.allclose(first, exact)
+    asked = {"deterministic": True, "statistics": {"largest": statistics.largest_weight}}
+    _, found = twin.apply(variables, x, **asked)
+    np.testing.assert_allclose(found["largest"], weights.max(-1).swapaxes(1, 2), rtol=1e-5)
+    _, sown = twin.apply(variables, x, **asked, sow_statistics=True, mutable=["intermediates"])
+    (left,) = sown["intermediates"]["attention_statistics"]
+    np.testing.assert_array_equal(left["largest"], found["largest"])
 
 
 @pytest.mark.slow

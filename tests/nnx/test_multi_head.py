@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax import attend, bind, masks, normalizers, per_head, scores
+from attention_jax import (
+    attend,
+    bind,
+    diagnostics,
+    masks,
+    normalizers,
+    per_head,
+    scores,
+    statistics,
+)
 from attention_jax.base import PerHead
 from attention_jax.base.parameters import Parameter, learned
 from attention_jax.nnx import MultiHeadAttention
@@ -368,4 +377,25 @@ def test_bad_arguments_are_explained():
     assert str(error.value) == (
         "MultiHeadAttention: value and memory_positions cannot be honoured, because the memory is "
         "already projected; give the memory itself, or its positions to keys."
+    )
+
+
+def test_statistics_are_returned_and_sown():
+    module = MultiHeadAttention(3, 12, rngs=nnx.Rngs(0))
+    x, asked = inputs(), {"entropy": statistics.entropy}
+    output, weights, found = module(x, return_weights=True, statistics=asked)
+    np.testing.assert_allclose(
+        found["entropy"], diagnostics.entropy(weights).swapaxes(1, 2), rtol=1e-5
+    )
+    run = nnx.capture(
+        lambda module, x: module(x, statistics=asked, sow_statistics=True), nnx.Intermediate
+    )
+    result, sown = run(module, x)
+    np.testing.assert_allclose(result, output, rtol=1e-6)
+    (left,) = sown["attention_statistics"].get_value()
+    np.testing.assert_allclose(left["entropy"], found["entropy"], rtol=1e-6)
+    with pytest.raises(ValueError) as caught:
+        module(x, sow_statistics=True)
+    assert str(caught.value) == (
+        "MultiHeadAttention: sow_statistics needs statistics, a dict of those to compute."
     )

@@ -252,3 +252,85 @@ def test_errors(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message
+
+
+FEW = {
+    name: EVERY[name]
+    for name in ("entropy", "heaviest", "largest_logit", "head_largest_logit", "received_mass")
+}
+
+
+def both(*operands, **options):
+    """Return the statistics of both implementations."""
+    ways = tiled(), {"implementation": "dense"}
+    return [attend(*operands, statistics=FEW, **options, **way).statistics for way in ways]
+
+
+@pytest.mark.slow
+def test_poison_reaches_what_attends_to_it_and_nothing_else(x64):
+    query, key, value = arrays()
+    query = query.at[0, 2].set(jnp.nan)
+    key, value = key.at[1, 5, 0, 1].set(jnp.inf), value.at[0, 8, 0, 0].set(jnp.nan)
+    first, second = both(query, key, value, mask=masks.Causal())
+    assert_alike(first, second)
+    rows = [[i == 2 or i >= 8 for i in range(LENGTH)], [i >= 5 for i in range(LENGTH)]]
+    for name in ("entropy", "largest_logit"):
+        np.testing.assert_array_equal(np.isnan(first[name]).all(axis=2), rows)
+    is_poisoned = np.isnan(first["heaviest"].weights)
+    np.testing.assert_array_equal(is_poisoned.any(axis=(2, 3)), rows)
+    assert (first["heaviest"].keys[is_poisoned] == -1).all()
+
+
+@pytest.mark.slow
+def test_what_attends_to_nothing_has_the_values_that_are_named(x64):
+    query, key, value = arrays()
+    for nothing in ((query, key, value), (query, key[:, :0], value[:, :0])):
+        for found in both(*nothing, mask=masks.Lengths(0)):
+            assert not found["entropy"].any() and not found["received_mass"].any()
+            assert not found["heaviest"].weights.any() and (found["heaviest"].keys == -1).all()
+            assert (found["largest_logit"] == -jnp.inf).all()
+            assert (found["head_largest_logit"] == -jnp.inf).all()
+
+
+@pytest.mark.slow
+def test_what_is_known_at_run_time_and_closed_over(x64):
+    query, key, value = arrays()
+
+    def loss(options, query, tokens):
+        def of_token(pairs):
+            return jnp.log1p(pairs.weights) @ tokens[pairs.kv_idx[0]].astype(pairs.weights.dtype)
+
+        own = {
+            "mass": statistics.mass(lambda q_idx, kv_idx: tokens[q_idx] == tokens[kv_idx]),
+            "segments": statistics.mass(masks.Segment(tokens[None] // 2)),
+            "final": Statistic(of_token, rescale=None),
+        }
+        mask = masks.Segment(tokens // 2) & masks.Causal()
+        found = attend(query, key, value, mask=mask, statistics=own, **options)
+        return sum(jnp.sum(jnp.sin(x)) for x in found.statistics.values())
+
+    tokens = jnp.arange(LENGTH) // 3
+    ways = tiled(), {"implementation": "dense"}
+    found = [
+        jax.value_and_grad(jax.jit(functools.partial(loss, way)))(query, tokens) for way in ways
+    ]
+    for first, second in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_no_array_of_pairs_is_held():
+    length = 8192
+    x = jax.ShapeDtypeStruct((1, length, 1, 8), "float32")
+
+    def temporaries(function):
+        return jax.jit(function).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    def loss(x):
+        asked = {name: EVERY[name] for name in ("entropy", "received_mass")}
+        found = attend(x, x, x, mask=masks.Causal(), statistics=asked)
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((found.context, found.statistics)))
+
+    asked = {name: each for name, each in EVERY.items() if name != "induction_score"}
+    assert temporaries(lambda x: attend(x, x, x, mask=masks.Causal(), statistics=asked)) < length**2
+    assert temporaries(jax.grad(loss)) < length**2
