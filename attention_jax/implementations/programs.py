@@ -35,6 +35,7 @@ from attention_jax.base.placement import Where
 from attention_jax.masks import Mask, Predicate, Table, algebra
 from attention_jax.request import Request
 from attention_jax.scores import Separated
+from attention_jax.statistics import Statistic
 
 MOST_PROGRAMS = 64
 """How many keys are kept; the one that was used longest ago is forgotten first."""
@@ -116,7 +117,12 @@ def _interned(tree: Any) -> Any:
     if isinstance(tree, PerHead):
         return PerHead(_interned(tree.function))
     if isinstance(tree, jax.tree_util.Partial) and isinstance(tree.func, types.FunctionType):
-        return type(tree)(_interned(tree.func), *tree.args, **tree.keywords)
+        keywords = {name: _interned(value) for name, value in tree.keywords.items()}
+        return type(tree)(_interned(tree.func), *tree.args, **keywords)
+    if isinstance(tree, dict):
+        return {name: _interned(value) for name, value in tree.items()}
+    if isinstance(tree, Statistic):
+        return dataclasses.replace(tree, **_interned(vars(tree)))
     if isinstance(tree, Mask):
         return jax.tree.map(_interned_predicate, tree, is_leaf=_is_predicate)
     if isinstance(tree, Separated):
@@ -226,6 +232,8 @@ def _of_tree(tree: Any, seen: set[int]) -> Iterator[Hashable]:
         yield from _of_class(type(tree), seen)
         for field in dataclasses.fields(tree):  # type: ignore[arg-type]
             yield from _of_tree(getattr(tree, field.name), seen)
+    elif isinstance(tree, Statistic):
+        yield from _of_tree(vars(tree), seen)
     elif isinstance(tree, tuple | list):
         for part in tree:
             yield from _of_tree(part, seen)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.binding import as_pytree
+from attention_jax.base.binding import as_pytree, bind
 from attention_jax.base.equality import ByValue
 from attention_jax.base.typing import require_callable
 from attention_jax.masks.intervals import indices
@@ -259,8 +259,8 @@ def over_queries(statistic: Statistic, reduce: Callable[..., Array] = jnp.mean) 
     """
     if statistic.of != "query":
         raise ValueError(f"over_queries: give a statistic of queries, got one of {statistic.of!r}.")
-    finish = functools.partial(_reduced, statistic.finish, reduce)
-    return dataclasses.replace(statistic, finish=jax.tree_util.Partial(finish), of="head")
+    finish = bind(_reduced, finish=statistic.finish, reduce=reduce)
+    return dataclasses.replace(statistic, finish=finish, of="head")
 
 
 def of_matrix(
@@ -318,5 +318,5 @@ def _scaled_leaf(leaf: Array, factor: Array) -> Array:
     return leaf * factor.reshape(factor.shape + (1,) * (leaf.ndim - 1))
 
 
-def _reduced(finish: Callable[[Any], Any], reduce: Callable[..., Array], sums: Any) -> Any:
+def _reduced(sums: Any, finish: Callable[[Any], Any], reduce: Callable[..., Array]) -> Any:
     return jax.tree.map(functools.partial(reduce, axis=0), finish(sums))

@@ -139,17 +139,11 @@ def derivatives(chosen, options, operands, directions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mask", "normalizer", "chosen"),
-    [
-        ("ragged", "softmax", ["entropy", "largest_logit", "distance_spread", "received_mass"]),
-        ("late", "plus one", ["heaviest", "largest_weight", "jacobian_trace", "mass_by_distance"]),
-    ],
-)
-def test_every_derivative_is_that_of_the_matrix(mask, normalizer, chosen, x64):
+def test_every_derivative_is_that_of_the_matrix(x64):
     operands, directions = tuple(arrays()), tuple(arrays(seed=1))
-    chosen = {name: EVERY[name] for name in chosen}
-    options = {"mask": MASKS[mask][0], "normalizer": NORMALIZERS[normalizer][0]}
+    names = "entropy", "largest_logit", "distance_spread", "heaviest"
+    chosen = {name: EVERY[name] for name in names}
+    options = {"mask": MASKS["ragged"][0], "normalizer": normalizers.softmax_plus_one}
     ways = [tiled(**options), {"implementation": "dense"} | options]
     found = [derivatives(chosen, way, operands, directions) for way in ways]
     for first, second in zip(*map(jax.tree.leaves, found), strict=True):
@@ -323,14 +317,10 @@ def test_no_array_of_pairs_is_held():
     length = 8192
     x = jax.ShapeDtypeStruct((1, length, 1, 8), "float32")
 
-    def temporaries(function):
-        return jax.jit(function).lower(x).compile().memory_analysis().temp_size_in_bytes
-
     def loss(x):
-        asked = {name: EVERY[name] for name in ("entropy", "received_mass")}
+        asked = {name: EVERY[name] for name in ("entropy", "heaviest", "received_mass")}
         found = attend(x, x, x, mask=masks.Causal(), statistics=asked)
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((found.context, found.statistics)))
 
-    asked = {name: each for name, each in EVERY.items() if name != "induction_score"}
-    assert temporaries(lambda x: attend(x, x, x, mask=masks.Causal(), statistics=asked)) < length**2
-    assert temporaries(jax.grad(loss)) < length**2
+    compiled = jax.jit(jax.grad(loss)).lower(x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < length**2
