@@ -320,7 +320,8 @@ def test_no_array_of_pairs_is_held():
     def loss(x):
         asked = {name: EVERY[name] for name in ("entropy", "heaviest", "received_mass")}
         found = attend(x, x, x, mask=masks.Causal(), statistics=asked)
-        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((found.context, found.statistics)))
+        leaves = jax.tree.leaves((found.context, found.statistics))
+        return sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves)
 
     compiled = jax.jit(jax.grad(loss)).lower(x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < length**2
