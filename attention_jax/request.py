@@ -90,7 +90,8 @@ class Request:
         options["precision"] = precision_in_force()
         options["statistics"] = checked("attend", options.get("statistics"))
         request = cls(_as_array(query), _as_array(key), _as_array(value), **options)
-        if request.return_logsumexp and not isinstance(request.streaming, LogSum):
+        how = request.streaming  # refuses parameters out of range while they are known
+        if request.return_logsumexp and not isinstance(how, LogSum):
             raise ValueError(
                 "attend: return_logsumexp needs a normalizer of the softmax family; "
                 f"{request.normalizer_name} has no log-sum-exp."

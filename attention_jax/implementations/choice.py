@@ -121,6 +121,11 @@ def lacks(name: str, request: Request) -> str | None:
             f"computes {request.normalizer_name} in no single pass over the keys; use "
             "implementation='tiled'."
         )
+    if request.statistics is not None and not isinstance(request.streaming, LogSum | Elementwise):
+        return (
+            f"computes no statistics of {request.normalizer_name}, whose weights it knows after "
+            "several passes; use implementation='dense'."
+        )
     if name == "pallas" and request.statistics is not None:
         return "computes no statistics of the weights; use implementation='tiled'."
     if name == "pallas" and request.dtype == np.float64:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from attention_jax.base.finite import infinite_where
 from attention_jax.base.matmul import PLAIN, Products, computed_once, times
-from attention_jax.normalizers import Elementwise, LogSum
+from attention_jax.normalizers import Elementwise, LogSum, Streaming
 
 Array = jax.Array
 
@@ -124,8 +124,8 @@ def finished_finite(how: OnePass, sums: RunningSums) -> tuple[Array, Array]:
     return sums.context / total[..., None], logsumexp
 
 
-def weights_given(how: OnePass, tile: Tile, base: Array) -> Array:
-    """Return the weights [bt, bk] of a tile, given the log-sum-exp (or poison) of its rows."""
+def weights_given(how: Streaming, tile: Tile, base: Any) -> Array:
+    """Return the weights [bt, bk] of a tile, given the statistics of its rows."""
     # Without sum, the poison of the rows has no other way into the weights.
     logits = tile.logits + base[:, None] if isinstance(how, Elementwise) else tile.logits
     if tile.allowed is None:
@@ -133,12 +133,12 @@ def weights_given(how: OnePass, tile: Tile, base: Array) -> Array:
     return jnp.where(tile.allowed, how.weight(jnp.where(tile.allowed, logits, 0.0), base), 0.0)
 
 
-def magnitude(how: OnePass, weights: Array) -> Array:
+def magnitude(how: Streaming, weights: Array) -> Array:
     """Return what the weights add to the sum of their row, [bt, bk]."""
     return jnp.abs(weights) if isinstance(how, LogSum) and how.signed else weights
 
 
-def magnitude_change(how: OnePass, weights: Array, change: Array) -> Array:
+def magnitude_change(how: Streaming, weights: Array, change: Array) -> Array:
     """Return the tangent of that."""
     signed = isinstance(how, LogSum) and how.signed
     return jnp.sign(weights) * change if signed else change

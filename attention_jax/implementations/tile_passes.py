@@ -26,7 +26,7 @@ from attention_jax.implementations.passes import Pass, over_visits
 from attention_jax.implementations.tiles import Visits
 from attention_jax.masks import Mask
 from attention_jax.masks.intervals import indices
-from attention_jax.normalizers import Elementwise, LogSum, name_of, streaming
+from attention_jax.normalizers import Elementwise, LogSum, Streaming, name_of, streaming
 from attention_jax.scores import Separated
 from attention_jax.scores.composition import identity
 
@@ -80,13 +80,25 @@ class Given(NamedTuple):
         return rows_from(query, i, rows), rows_from(key, j, columns)
 
 
+def streamed(normalizer: Normalizer) -> Streaming:
+    """Return how a normalizer is computed tile by tile.
+
+    Raises:
+      ValueError: it needs a whole row of logits.
+    """
+    how = streaming(normalizer)
+    if how is None:
+        raise ValueError(f"tiled: {name_of(normalizer)} needs a whole row of logits; use dense.")
+    return how
+
+
 def one_pass(normalizer: Normalizer) -> online.OnePass:
     """Return how a normalizer is computed in one pass over the tiles.
 
     Raises:
       ValueError: it is not.
     """
-    how = streaming(normalizer)
+    how = streamed(normalizer)
     if not isinstance(how, LogSum | Elementwise):
         raise ValueError(f"tiled: {name_of(normalizer)} is not computed in one pass; use dense.")
     return how
@@ -202,7 +214,7 @@ class Forward(Pass):
         return sums
 
     def write(self, sums: Any, i: Any, computed: Any) -> Any:
-        return jax.tree.map(functools.partial(_put, i), sums, computed)
+        return jax.tree.map(functools.partial(put, i), sums, computed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -217,23 +229,23 @@ class Tangent(Pass):
     tiles: Tiles
     operands: tuple[Operands, Operands]
     given: Given
-    base: Array
+    base: Any
     moves: list[bool]
     is_transposed = True
 
     def __call__(self) -> tuple[Array, Array]:
-        """Return both sums, [T] and [T, V]."""
+        """Return both sums, [T] and [T, V]; `base` are the statistics of the rows."""
         sums = self.zeros(self.base)
         return over_visits(self, self.tiles.visits, self.given.states, sums)
 
     def slice(self, operands: Operands, i: Any, j: Any, rows: int) -> Operands:
         return self.tiles.slice(operands, i, j, rows)
 
-    def read(self, sums: Any, i: Any, rows: int) -> Array:
-        return rows_from(self.base, i, rows)
+    def read(self, sums: Any, i: Any, rows: int) -> Any:
+        return jax.tree.map(functools.partial(rows_from, start=i, size=rows), self.base)
 
     def of_tile(
-        self, masked: bool, here: Operands, change: Operands, base: Array, i: Any, j: Any
+        self, masked: bool, here: Operands, change: Operands, base: Any, i: Any, j: Any
     ) -> tuple[Array, Array]:
         floats, rest = split_floats(widened(here))
         weigh = functools.partial(self.weigh, (floats, rest), (base, i, j), masked)
@@ -246,7 +258,7 @@ class Tangent(Pass):
         products = self.tiles.products.of_derivatives
         if sum(self.moves) > value_moves:
             weights, weights_change, tile = _jvp(weigh, primal, direction)
-            how = one_pass(here.functions.normalizer)
+            how = streamed(here.functions.normalizer)
             total = jnp.sum(online.magnitude_change(how, weights, weights_change), axis=1)
             context = tile.weighted(weights_change, products)
         else:
@@ -259,7 +271,7 @@ class Tangent(Pass):
     def weigh(
         self,
         here: tuple[list[Array], Rest],
-        where: tuple[Array, Any, Any],
+        where: tuple[Any, Any, Any],
         masked: bool,
         moving: list[Array],
     ) -> tuple[Array, online.Tile]:
@@ -270,22 +282,23 @@ class Tangent(Pass):
         leaves = [next(those) if m else x for x, m in zip(floats, self.moves, strict=True)]
         operands = merge_floats(leaves, rest)
         tile = self.tiles.compute(operands, self.given, i, j, masked)
-        how = one_pass(operands.functions.normalizer)
+        how = streamed(operands.functions.normalizer)
         return online.weights_given(how, tile, base), tile
 
     def of_empty_tile(
-        self, here: Operands, change: Operands, base: Array, *where: Any
+        self, here: Operands, change: Operands, base: Any, *where: Any
     ) -> tuple[Array, Array]:
         return self.zeros(base)
 
-    def zeros(self, base: Array) -> tuple[Array, Array]:
+    def zeros(self, base: Any) -> tuple[Array, Array]:
         """Return sums over no keys for the rows of `base`."""
         depth = self.operands[0].value.shape[1]
-        zeros = jnp.zeros((base.size, depth), base.dtype)
-        return jnp.zeros_like(base), varying_like(zeros, base)
+        rows = jax.tree.leaves(base)[0]
+        zeros = jnp.zeros((rows.size, depth), rows.dtype)
+        return jnp.zeros_like(rows), varying_like(zeros, rows)
 
     def write(self, sums: Any, i: Any, computed: Any) -> Any:
-        return jax.tree.map(functools.partial(_added, i), sums, computed)
+        return jax.tree.map(functools.partial(added, i), sums, computed)
 
 
 def rows_from(x: Array, start: Any, size: int, axis: int = 0) -> Array:
@@ -337,11 +350,11 @@ def _usable(tile: Operands) -> Operands:
     )
 
 
-def _put(i: Any, sums: Array, rows: Array) -> Array:
+def put(i: Any, sums: Array, rows: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(sums, rows, i, 0, allow_negative_indices=False)
 
 
-def _added(i: Any, sums: Array, rows: Array) -> Array:
+def added(i: Any, sums: Array, rows: Array) -> Array:
     """Add to the rows from query i on.
 
     As a scatter, whose transposition reads the rows and leaves the sums alone; that of a

@@ -16,6 +16,7 @@ backward pass. Forward mode, higher derivatives and `vmap` follow from the same 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,7 +29,7 @@ from attention_jax.base.finite import finite, poison
 from attention_jax.base.matmul import PLAIN, Products
 from attention_jax.base.trees import Rest, merge_floats, split_floats
 from attention_jax.base.typing import Normalizer, at_least_float32
-from attention_jax.implementations import measured, online
+from attention_jax.implementations import measured, online, searching
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.merging import merge
 from attention_jax.implementations.tile_passes import (
@@ -43,7 +44,7 @@ from attention_jax.implementations.tile_passes import (
     widened,
 )
 from attention_jax.implementations.tiles import Plan, Visits
-from attention_jax.normalizers import LogSum
+from attention_jax.normalizers import LogSum, Searched, streaming
 from attention_jax.scores.composition import identity
 
 Array = jax.Array
@@ -58,6 +59,8 @@ def tiled(head: Head, plan: Plan, products: Products = PLAIN) -> Attended:
         logsumexp = jnp.full(query_length, -jnp.inf, dtype)
         attended = with_sink(head.normalizer, context, logsumexp)
         return attended._replace(statistics=measured.of_no_pairs(head))
+    if isinstance(streaming(head.normalizer), Searched):
+        return Attended(_searched(head, dataclasses.replace(plan, is_static=False), products))
     if head.statistics is not None:
         return _measured(head, plan, products)
     return with_sink(head.normalizer, *_over_tiles(head, plan, products))
@@ -74,7 +77,7 @@ def _measured(head: Head, plan: Plan, products: Products) -> Attended:
 
 def with_sink(normalizer: Normalizer, context: Array, logsumexp: Array) -> Attended:
     """Add the sink of a normalizer to attention over all keys, if it has one."""
-    how = one_pass(normalizer)
+    how = streaming(normalizer)
     if not isinstance(how, LogSum):
         return Attended(context)
     attended = Attended(context, logsumexp=logsumexp)
@@ -90,6 +93,15 @@ def _over_tiles(head: Head, plan: Plan, products: Products) -> tuple[Array, Arra
     context, logsumexp = _attend(tiles, *split_floats(operands), given)
     length = plan.pairs[0]
     return context[:length], online.with_empty(logsumexp[:length])
+
+
+def _searched(head: Head, plan: Plan, products: Products) -> Array:
+    """Return the context, where the normalizer needs several passes; each tile is visited alone."""
+    if not plan.visits:
+        dtype = at_least_float32(head.value.dtype)
+        return jnp.zeros((plan.pairs[0], head.value.shape[1]), dtype)
+    tiles, operands, given = prepared(head, plan, plan.visits, products)
+    return searching.attend(tiles, operands, given)[: plan.pairs[0]]
 
 
 def prepared(

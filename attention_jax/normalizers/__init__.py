@@ -2,8 +2,8 @@
 
 Each takes the logits and `allowed`, the mask as a boolean array, and gives exact zeros where
 nothing may be attended; a row without any allowed key is all zeros. The ones that can be
-computed tile by tile carry a rule `streaming` that says how; sparsemax, entmax, top-k and hard
-attention need a whole row, and run under "dense" alone.
+computed tile by tile carry a rule `streaming` that says how (`Streaming`); top-k and hard attention
+need a whole row, and run under "dense" alone.
 """
 
 from attention_jax.normalizers.common import (
@@ -24,18 +24,28 @@ from attention_jax.normalizers.protocol import (
     name_of,
     streaming,
 )
-from attention_jax.normalizers.sparse import entmax15, sparsemax
+from attention_jax.normalizers.searched import MOST_PASSES, Level, Searched, Threshold, over_row
+from attention_jax.normalizers.signed import odd_power, signed_softmax
+from attention_jax.normalizers.sparse import entmax, entmax15, sparsemax
 
 __all__ = [
+    "MOST_PASSES",
     "Elementwise",
     "Exponential",
+    "Level",
     "LogSum",
+    "Searched",
     "Streaming",
+    "Threshold",
+    "entmax",
     "entmax15",
     "hard",
     "log_normalizer",
     "name_of",
+    "odd_power",
+    "over_row",
     "sigmoid",
+    "signed_softmax",
     "softmax",
     "softmax_plus_one",
     "softmax_with_sink",

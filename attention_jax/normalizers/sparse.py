@@ -1,16 +1,23 @@
-"""Normalizers with exact zeros: sparsemax and 1.5-entmax.
+"""Normalizers with exact zeros: sparsemax, 1.5-entmax, alpha-entmax.
 
-Each needs a whole row of logits, and so carries no rule for tiles. The threshold of a row is
-found by sorting; given which keys are above it, threshold and weights are smooth functions of
-the logits, and that is what JAX differentiates.
+Weights are a function of what a logit is above the threshold of its row. Of whole rows, sparsemax
+and 1.5-entmax find it by sorting; given which keys are above it, threshold and weights are smooth
+functions of the logits, and that is what JAX differentiates. Tile by tile it is searched for.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.nn import initializers
 
-__all__ = ["entmax15", "sparsemax"]
+from attention_jax.base.binding import bind, rule
+from attention_jax.base.parameters import Parameter
+from attention_jax.normalizers.searched import Threshold, over_row
+
+__all__ = ["entmax", "entmax15", "sparsemax"]
 
 Array = jax.Array
 
@@ -67,6 +74,69 @@ def entmax15(logits: Array, allowed: Array) -> Array:
     spread = _total((logits - mean) ** 2, support)
     threshold = mean - jnp.sqrt((1.0 - spread) / size)
     return jnp.where(support | jnp.isnan(logits), (logits - threshold) ** 2, 0.0)
+
+
+def entmax(logits: Array, allowed: Array, alpha: Any) -> Array:
+    r"""alpha-entmax: w_ij = max((alpha - 1) (e_ij - tau_i), 0)^(1 / (alpha - 1)), summing to one.
+
+    Args:
+      logits: [T, S].
+      allowed: [T, S], True = may attend.
+      alpha: above 1, where softmax is the limit, and at most 2, which is sparsemax; a number or a
+        learned scalar.
+
+    Returns:
+      Weights [T, S], summing to one, some of them zero; a row without allowed keys is zeros.
+
+    Raises:
+      ValueError: alpha is a number outside of that.
+
+    Peters, Niculae and Martins 2019, equation 5; Correia, Niculae and Martins 2019 learn alpha.
+
+    >>> entmax(jnp.array([[1.0, 0.5, -1.0]]), jnp.ones((1, 3), bool), alpha=2.0)
+    Array([[0.75, 0.25, 0.  ]], dtype=float32)
+    """
+    return over_row(_of_alpha(alpha), logits, allowed)
+
+
+@rule(entmax, "parameters")
+def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parameter]:
+    """Start from 1.5-entmax."""
+    return {"alpha": Parameter((), initializers.constant(1.5))}
+
+
+@rule(entmax, "streaming")
+def _(alpha: Any) -> Threshold:
+    return _of_alpha(alpha)
+
+
+def _of_alpha(alpha: Any) -> Threshold:
+    if isinstance(alpha, int | float) and not 1.0 < alpha <= 2.0:
+        raise ValueError(f"entmax: alpha must be above 1 and at most 2, got {alpha}.")
+    power = 1.0 / (alpha - 1.0)
+    return Threshold(bind(_to_the_power, power=power), reach=power, power=power)
+
+
+def _to_the_power(over: Array, power: Any) -> Array:
+    """Return (over / power)^power above zero."""
+    is_below = over <= 0.0  # NaN is not
+    power = jnp.asarray(power, over.dtype)
+    logarithm = jnp.log(jnp.where(is_below, 1.0, over / power))
+    return jnp.where(is_below, 0.0, jnp.exp(power * logarithm))
+
+
+@rule(sparsemax, "streaming")
+def _() -> Threshold:
+    return Threshold(jax.nn.relu)
+
+
+@rule(entmax15, "streaming")
+def _() -> Threshold:
+    return Threshold(_half_squared, reach=2.0, power=2.0)
+
+
+def _half_squared(over: Array) -> Array:
+    return jax.nn.relu(0.5 * over) ** 2
 
 
 def _shifted(logits: Array, allowed: Array) -> tuple[Array, Array]:

@@ -333,6 +333,14 @@ def _top_k(k):
     return of_row
 
 
+def _signed(numerator):
+    def of_row(logits, allowed):
+        weights = np.where(allowed, numerator(np.where(allowed, logits, 0.0)), 0.0)
+        return weights / (np.abs(weights).sum() or 1.0)
+
+    return of_row
+
+
 NORMALIZERS: dict[str, NormalizerExample] = {
     "softmax": NormalizerExample(normalizers.softmax, oracle.softmax),
     "softmax_with_sink": NormalizerExample(
@@ -345,16 +353,29 @@ NORMALIZERS: dict[str, NormalizerExample] = {
     ),
     "sparsemax": NormalizerExample(normalizers.sparsemax, _by_bisection(1, 1.0)),
     "entmax15": NormalizerExample(normalizers.entmax15, _by_bisection(2, 0.5)),
+    "entmax": NormalizerExample(bind(normalizers.entmax, alpha=1.3), _by_bisection(1 / 0.3, 0.3)),
+    "signed_softmax": NormalizerExample(
+        normalizers.signed_softmax,
+        _signed(lambda logits: np.where(logits < 0, -1.0, 1.0) * np.exp(np.abs(logits))),
+    ),
+    "odd_power": NormalizerExample(
+        bind(normalizers.odd_power, power=3), _signed(lambda logits: logits**3)
+    ),
     "top_k": NormalizerExample(bind(normalizers.top_k, k=2), _top_k(2)),
     "hard": NormalizerExample(normalizers.hard, _top_k(1)),
 }
 NOT_NORMALIZERS = {
     "Elementwise",
     "Exponential",
+    "Level",
     "LogSum",
+    "MOST_PASSES",
+    "Searched",
     "Streaming",
+    "Threshold",
     "log_normalizer",
     "name_of",
+    "over_row",
     "stable_logsumexp",
     "streaming",
 }

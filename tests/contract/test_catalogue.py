@@ -188,7 +188,7 @@ DECLARING = {
     for name in exported.__all__
     if hasattr(getattr(exported, name), "__parameters__")
 }
-WITHOUT_SIZE = {"bilinear", "cosine", "gaussian", "softmax_with_sink", "trilinear"}
+WITHOUT_SIZE = {"bilinear", "cosine", "entmax", "gaussian", "softmax_with_sink", "trilinear"}
 
 
 @pytest.mark.parametrize("name", sorted(DECLARING.keys() - WITHOUT_SIZE))
@@ -202,7 +202,9 @@ def test_every_size_is_taken_as_it_is_or_refused_in_one_sentence(name, size):
         parameters_of(DECLARING[name], 4, 4, size)
 
 
-@pytest.mark.parametrize("name", sorted(DECLARING.keys() - {"cosine", "softmax_with_sink"}))
+@pytest.mark.parametrize(
+    "name", sorted(DECLARING.keys() - {"cosine", "entmax", "softmax_with_sink"})
+)
 def test_a_depth_that_parameters_need_is_asked_for(name):
     message = rf"^{name}: its parameters need to know query_depth; give a number\.$"
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,294 @@
+"""Tiled attention whose normalizer needs several passes to know what holds for a whole row.
+
+The logits of one row of tiles are held at a time, [bt, S] for each head, while the passes of the
+search go over them. They keep a state of each row and which tiles still matter; a tile that does
+not reach the threshold is skipped from then on, by what sums up the context and by the passes of
+the derivatives too. What was found is not differentiated through: with weights w(e, t), and the
+threshold t of a row where sum_j w_ij = 1,
+
+    t'_i = - sum_j (dw_ij/de) e'_ij / sum_j dw_ij/dt,
+    o'_i = sum_j (dw_ij/de) e'_ij v_j + w_ij v'_j + t'_i sum_j (dw_ij/dt) v_j.
+
+The first sums of both lines are those of `tile_passes.Tangent` with t held fixed, the second a pass
+of their own (`Slope`); both are plain loops, which JAX differentiates further.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from attention_jax.base.trees import Rest, merge_floats, split_floats, varying_like
+from attention_jax.base.typing import at_least_float32
+from attention_jax.implementations import online
+from attention_jax.implementations.head import SAVED
+from attention_jax.implementations.passes import Pass, over_visits
+from attention_jax.implementations.tile_passes import (
+    Given,
+    Operands,
+    Tangent,
+    Tiles,
+    added,
+    put,
+    rows_from,
+    streamed,
+    tangents_of,
+)
+from attention_jax.masks import EMPTY
+from attention_jax.normalizers import MOST_PASSES, Level, Searched, Streaming
+
+Array = jax.Array
+
+
+class Found(NamedTuple):
+    """What a search found: context [T, V], statistics of each row [T], and what tiles are now."""
+
+    context: Array
+    statistics: Level
+    states: Array
+
+
+class Row(NamedTuple):
+    """A row of tiles: the first query, which visits, and the logits of each, [tiles, bt, bk].
+
+    A hidden logit is -inf. `poison` [bt] is NaN where a row attends to NaN or Inf.
+    """
+
+    i: Array
+    visits: tuple[Array, Array]
+    logits: Array
+    largest: Array
+    poison: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Search:
+    """The search of one head, a row of tiles after another, whose logits are held meanwhile."""
+
+    tiles: Tiles
+    operands: Operands
+    given: Given
+
+    def __call__(self) -> Found:
+        """Return what was found; nothing of it is differentiated through."""
+        (visits,) = self.tiles.visits
+        first = np.searchsorted(visits.queries, np.arange(self.length // visits.rows) * visits.rows)
+        ends = np.append(first, len(visits.queries)).astype(np.int32)
+        row, depth = jnp.zeros(self.length, self.dtype), self.operands.value.shape[1]
+        context = jnp.zeros((self.length, depth), self.dtype)
+        states = self.given.states.astype(jnp.int32)
+        found = varying_like(Found(context, Level(row, row), states), self.operands, self.given)
+        of_row = functools.partial(self.of_row, jnp.asarray(ends), int(max(np.diff(ends))))
+        found = lax.fori_loop(0, len(first), of_row, found)
+        return jax.tree.map(functools.partial(checkpoint_name, name=SAVED[1]), found)
+
+    @property
+    def how(self) -> Searched:
+        """The kind of normalizer."""
+        how = streamed(self.operands.functions.normalizer)
+        assert isinstance(how, Searched)
+        return how
+
+    @property
+    def length(self) -> int:
+        """Queries, up to the last tile."""
+        return self.operands.query.shape[0]
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype to compute in."""
+        return at_least_float32(self.operands.value.dtype)
+
+    def of_row(self, ends: Array, most: int, r: Array, found: Found) -> Found:
+        """Search a row of tiles, and write down what was found."""
+        rows = self.tiles.visits[0].rows
+        row = self.computed(found.states, r * rows, (ends[r], ends[r + 1]), most)
+        state, states = self.searched(row, found.states)
+        statistics = Level(self.how.level(state), row.largest + row.poison)
+        context = self.attended(row, states, statistics)
+        computed = Found(context, statistics, states)
+        write = functools.partial(put, row.i)
+        of_rows = (x._replace(states=None) for x in (found, computed))
+        written: Any = jax.tree.map(write, *of_rows)
+        return written._replace(states=states)
+
+    def computed(self, states: Array, i: Array, visits: tuple[Array, Array], most: int) -> Row:
+        """Compute the logits of a row of tiles."""
+        rows, columns = self.tiles.visits[0].rows, self.tiles.key_size
+        lowest = jnp.full(rows, jnp.finfo(self.dtype).min, self.dtype)
+        logits = jnp.zeros((most, rows, columns), self.dtype)
+        row = Row(i, visits, logits, lowest, jnp.zeros(rows, self.dtype))
+        row = varying_like(row, self.operands, self.given, states)
+
+        def body(n: Array, row: Row) -> Row:
+            kinds = [functools.partial(self.of_tile, masked) for masked in (None, True, False)]
+            logits, poison = lax.switch(states[n], kinds, n, row.i)
+            return row._replace(
+                logits=lax.dynamic_update_index_in_dim(row.logits, logits, n - row.visits[0], 0),
+                largest=jnp.maximum(row.largest, jnp.max(logits, axis=1)),
+                poison=row.poison + poison,
+            )
+
+        return lax.fori_loop(*visits, body, row)
+
+    def of_tile(self, masked: bool | None, n: Array, i: Array) -> tuple[Array, Array]:
+        """Return the logits of a tile, and the poison of its rows; None for an EMPTY one."""
+        tile = self.tile(n, i, bool(masked))
+        logits, poison = tile.logits, tile.row_poison()
+        if masked is None:
+            return jnp.full_like(logits, -jnp.inf), jnp.zeros_like(poison)
+        if tile.allowed is not None:
+            logits = jnp.where(tile.allowed, logits, -jnp.inf)
+            of_pairs = tile.query_poison[:, None] + tile.key_poison[None, :]
+            poison = jnp.sum(jnp.where(tile.allowed, of_pairs, 0.0), axis=1)
+        return logits, poison
+
+    def tile(self, n: Array, i: Array, masked: bool) -> online.Tile:
+        """Return the tile of a visit."""
+        (visits,) = self.tiles.visits
+        j = jnp.asarray(visits.keys[:, 0])[n]
+        here = self.tiles.slice(self.operands, i, j, visits.rows)
+        return self.tiles.compute(here, self.given, i, j, masked)
+
+    def searched(self, row: Row, states: Array) -> tuple[Any, Array]:
+        """Return the last state of the rows, and what tiles are: EMPTY those that do not matter."""
+        state = varying_like(self.how.start(row.largest), row)
+        carry = jnp.int32(0), state, states
+        goes_on = functools.partial(_goes_on, self.how)
+        _, state, states = lax.while_loop(goes_on, functools.partial(self.one_pass, row), carry)
+        return state, states
+
+    def one_pass(self, row: Row, carry: Any) -> Any:
+        """Sum over the tiles of a row that matter, and update the state."""
+        number, state, states = carry
+        shapes = jax.eval_shape(self.how.contribution, row.logits[0], state)
+        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        add = functools.partial(self.add, row, state)
+        sums, states = lax.fori_loop(*row.visits, add, varying_like((sums, states), row, states))
+        return number + 1, self.how.update(state, sums), states
+
+    def add(self, row: Row, state: Any, n: Array, carry: Any) -> Any:
+        """Add what a tile contributes, if it matters."""
+        return lax.cond(
+            carry[1][n] == EMPTY, _as_is, functools.partial(self.added, row, state, n), carry
+        )
+
+    def added(self, row: Row, state: Any, n: Array, carry: Any) -> Any:
+        sums, states = carry
+        relative = row.logits[n - row.visits[0]] - row.largest[:, None]
+        found = self.how.contribution(relative, state)
+        matters = jnp.any(self.how.matters(relative, state, found))
+        states = states.at[n].set(jnp.where(matters, states[n], EMPTY))
+        return jax.tree.map(jnp.add, sums, found), states
+
+    def attended(self, row: Row, states: Array, statistics: Level) -> Array:
+        """Return the context of a row of tiles."""
+        zeros = jnp.zeros((len(row.largest), self.operands.value.shape[1]), self.dtype)
+        body = functools.partial(self.attend, (row, states), statistics)
+        return lax.fori_loop(*row.visits, body, varying_like(zeros, row, statistics))
+
+    def attend(self, at: tuple[Row, Array], statistics: Level, n: Array, context: Array) -> Array:
+        """Add a tile to the context, unless it is EMPTY."""
+        row, states = at
+        more = functools.partial(self.more, row, statistics, n)
+        return lax.cond(states[n] == EMPTY, _as_is, more, context)
+
+    def more(self, row: Row, statistics: Level, n: Array, context: Array) -> Array:
+        tile, logits = self.tile(n, row.i, False), row.logits[n - row.visits[0]]
+        weights = jnp.where(logits == -jnp.inf, 0.0, self.how.weight(logits, statistics))
+        return context + tile.weighted(weights)
+
+
+def _goes_on(how: Searched, carry: Any) -> Array:
+    number, state, _ = carry
+    return (number < MOST_PASSES) & ~jnp.all(how.is_done(state))
+
+
+def _as_is(x: Any) -> Any:
+    return x
+
+
+def attend(tiles: Tiles, operands: Operands, given: Given) -> Array:
+    """Return the context [T, V]."""
+    found = Search(tiles, *lax.stop_gradient((operands, given)))()
+    given = given._replace(states=found.states)
+    floats, rest = split_floats(operands)
+    return _attend(tiles, floats, rest, given, found[:2])[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(
+    tiles: Tiles, floats: list[Array], rest: Rest, given: Given, found: tuple[Array, Level]
+) -> tuple[Array, Array]:
+    """Return context [T, V] and level [T] as they were found: here they have tangents."""
+    context, statistics = found
+    return context, statistics.level
+
+
+@functools.partial(_attend.defjvp, symbolic_zeros=True)
+def _attend_jvp(tiles: Tiles, primals: Any, tangents: Any) -> Any:
+    floats, rest, given, found = primals
+    context, level = _attend(tiles, floats, rest, given, found)
+    statistics = found[1]._replace(level=level)
+    operands = merge_floats(floats, rest)
+    change, moves = tangents_of(tangents[0], rest)
+    both = operands, change
+    total, along = Tangent(tiles, both, given, statistics, moves)()
+    slope, direction = Slope(tiles, (operands,), given, statistics)()
+    level_change = -total / jnp.where(slope == 0.0, 1.0, slope)
+    return (context, level), (along + level_change[:, None] * direction, level_change)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slope(Pass):
+    """Sum_j dw_ij/dt and sum_j (dw_ij/dt) v_j, with t the level of a row."""
+
+    tiles: Tiles
+    operands: tuple[Operands]
+    given: Given
+    statistics: Level
+    is_transposed = True
+
+    def __call__(self) -> tuple[Array, Array]:
+        """Return both sums, [T] and [T, V]."""
+        sums = _zeros(self.statistics, self.operands[0].value)
+        sums = varying_like(sums, self.operands, self.statistics)
+        return over_visits(self, self.tiles.visits, self.given.states, sums)
+
+    def slice(self, operands: Operands, i: Any, j: Any, rows: int) -> Operands:
+        return self.tiles.slice(operands, i, j, rows)
+
+    def read(self, sums: Any, i: Any, rows: int) -> Any:
+        return jax.tree.map(functools.partial(rows_from, start=i, size=rows), self.statistics)
+
+    def of_tile(
+        self, masked: bool, here: Operands, statistics: Level, i: Any, j: Any
+    ) -> tuple[Array, Array]:
+        tile = self.tiles.compute(here, self.given, i, j, masked)
+        weigh = functools.partial(_weights, streamed(here.functions.normalizer), tile, statistics)
+        level = statistics.level
+        _, slope = jax.jvp(weigh, (level,), (jnp.ones_like(level),))
+        products = self.tiles.products.of_derivatives
+        return jnp.sum(slope, axis=1), tile.weighted(slope, products)
+
+    def of_empty_tile(self, here: Operands, statistics: Level, *where: Any) -> Any:
+        return _zeros(statistics, here.value)
+
+    def write(self, sums: Any, i: Any, computed: Any) -> Any:
+        return jax.tree.map(functools.partial(added, i), sums, computed)
+
+
+def _zeros(statistics: Level, value: Array) -> tuple[Array, Array]:
+    zeros = jnp.zeros_like(statistics.level)
+    return zeros, jnp.broadcast_to(zeros[:, None], (len(zeros), value.shape[1]))
+
+
+def _weights(how: Streaming, tile: online.Tile, statistics: Level, level: Array) -> Array:
+    return online.weights_given(how, tile, statistics._replace(level=level))
