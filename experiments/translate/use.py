@@ -109,8 +109,8 @@ def report_evaluation(config: Config, about: Record, records: Sequence[Record]) 
     ]
     evaluation = {**about, "config": config.identity, "scores": rows}
     table.show_evaluation(terminal(), evaluation)
-    name = f"{about['set']}{'-ensemble' * config.ensemble}{_decoding(config)}.json"
-    path = config.directory / "evaluations" / name
+    how = "-ensemble" * config.ensemble + "-references" * bool(config.references)
+    path = config.directory / "evaluations" / f"{about['set']}{how}{_decoding(config)}.json"
     path.parent.mkdir(exist_ok=True)
     every = [*rows, *_other_rows(path, [row["score"] for row in rows])]
     scores = {"scores": [row["score"] for row in every]}

@@ -328,6 +328,18 @@ def test_hover_keys_and_controls_in_a_browser(show):
 
 
 @pytest.mark.slow
+def test_arrows_follow_the_text_and_hints_its_names(show):
+    view = View(np.ones((2, 1, 3, 3)) / 3, ["אחד", "שתיים", "שלוש"], axes=("score", "seed"))
+    page = show(Explorer({"": view}))
+    assert "one score (row) and seed (column)" in str(page.text_content(".hint"))
+    page.locator(".tokens").nth(0).focus()
+    page.keyboard.press("ArrowLeft")
+    assert sentence(page).startswith("שתיים (2 of 3)"), "the next word is on the left"
+    page.keyboard.press("ArrowRight")
+    assert sentence(page).startswith("אחד (1 of 3)")
+
+
+@pytest.mark.slow
 def test_thousands_of_tokens_answer_within_a_frame_or_few(show):
     count = 4000
     weights = np.tril(np.ones((count, count), np.float32)) / np.arange(1, count + 1)[:, None]

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.command_line import UsageError
 from experiments.metrics import signatures
-from experiments.translate import workdir
+from experiments.translate import use, workdir
 from experiments.translate.config import Config
 from experiments.translate.table import EVALUATION_COLUMNS
 from experiments.translate.use import report_evaluation
@@ -53,6 +54,34 @@ def test_evaluation_finds_what_training_found(done, ask):
         found["loss"]["mean"], dot["metrics"]["test_loss"]["mean"], rtol=1e-4
     )
     assert found["possible_found"] is None and found["step"] == 4000
+
+
+@pytest.mark.slow
+def test_a_translation_that_is_one_of_several_references_is_perfect(done, ask, tmp_path):
+    path = done[1] / "translations" / "dot.seed0.txt"
+    code, out, _ = ask("evaluate", f"--references={path}")
+    assert code == 0 and "BLEU nrefs:2" in out and "chrF nrefs:2" in out
+    found = json.loads((done[1] / "evaluations" / "test-references.json").read_text("utf-8"))
+    (dot,) = found["scores"]
+    for name in ("chrf", "chrf_plus_plus"):  # three words are too few for BLEU
+        assert dot[name]["mean"] == pytest.approx(100)
+    (tmp_path / "few.txt").write_text("one two three\n")
+    count = len(path.read_text("utf-8").splitlines())
+    code, out, err = ask("evaluate", f"--references={tmp_path}/few.txt")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"translate: --references: {tmp_path}/few.txt has 1 lines, but test has {count} pairs; "
+        "line n must be a reference of pair n.\n"
+    )
+
+
+def test_comet_that_is_not_installed(tmp_path):
+    config = Config(mode="evaluate", comet="wmt22", workdir=str(tmp_path))
+    with pytest.raises(UsageError) as error:
+        use.use(config)
+    assert str(error.value) == (
+        "--comet needs the package unbabel-comet; install it, or leave it out."
+    )
 
 
 @pytest.mark.slow

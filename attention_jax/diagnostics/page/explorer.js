@@ -389,6 +389,8 @@ async function open(number) {
   options(find(".heads"), view.heads, state.head, true);
   find(".layers span").textContent = view.axes[0];
   find(".heads span").textContent = view.axes[1];
+  find(".hint span").textContent = L * N === 1 ? ""
+    : `Each small picture is one ${view.axes[0]} (row) and ${view.axes[1]} (column): a bar for each word.`;
   find(".steps").hidden = P < 2;
   Object.assign(find(".steps input"), { max: P - 1, value: state.step });
   find(".scale input").checked = state.scaled;
