@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -131,16 +132,24 @@ def explain(
     return_weights: bool = False,
     return_logsumexp: bool = False,
     statistics: Statistics | None = None,
+    platform: str | None = None,
 ) -> choice.Choice:
     """Tell what `attend` would run for the same arguments: tiles of each kind, operations, bytes.
 
     Nothing is computed. The arguments are those of `attend`; the arrays [B, T, N, H] may be
-    `jax.ShapeDtypeStruct`.
+    `jax.ShapeDtypeStruct`. `platform` is "cpu", "gpu" or "tpu", that of this process unless given.
+
+    Raises:
+      ValueError: another platform; or what the implementation cannot do there.
+      ShapeError, TypeError: as `attend`.
 
     >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), "float32")
     >>> found = explain(x, x, x, mask=masks.Causal(), tile_sizes=(512, 512))
     >>> found.implementation, found.empty, found.partial, found.full
     ('tiled', 28, 8, 28)
+    >>> print(explain(x, x, x, mask=masks.Causal(), platform="tpu"))
+    tiled: 8 heads, 4 at once, tiles of 1024 x 1024: 6 empty (skipped), 4 partial, 6 full
+    ...
     """
     request_of = functools.partial(
         Request.of,
@@ -155,16 +164,19 @@ def explain(
         return_logsumexp=return_logsumexp,
         statistics=statistics,
     )
+    explained = functools.partial(_explained, choice.known_platform(platform), request_of)
     mask = as_mask(mask)
     if programs.is_staged():
-        return jax.eval_shape(functools.partial(_explained, request_of, mask), query, key, value)
+        return jax.eval_shape(functools.partial(explained, mask), query, key, value)
     late = programs.with_constants(mask)
-    return jax.eval_shape(functools.partial(_explained, request_of), late, query, key, value)
+    return jax.eval_shape(explained, late, query, key, value)
 
 
 def _attended(request: Request, where: Where) -> Attended:
     """Choose an implementation and run it over all heads and examples; see `lift` for `where`."""
-    name = choice.choose(request)
+    name = choice.choose(request, where.platform)
+    if name == "cudnn" and request.implementation is None and where.platform is None:
+        return _by_platform(request, where)
     if name == "cudnn":
         return Attended(cudnn.attend(request))
     given = operands(request, as_given=name in ("tiled", "pallas"))
@@ -193,11 +205,26 @@ def _attended(request: Request, where: Where) -> Attended:
     return jax.tree.map(ungrouped, attended, jax.tree.broadcast(letters, attended))
 
 
+def _by_platform(request: Request, where: Where) -> Attended:
+    """Run cuDNN where the program is lowered for NVIDIA, and tiles elsewhere."""
+    elsewhere = dataclasses.replace(request, implementation="tiled")
+
+    def kernel(query: Array, key: Array, value: Array) -> Array:
+        return cudnn.attend(dataclasses.replace(request, query=query, key=key, value=value))
+
+    def tiles(query: Array, key: Array, value: Array) -> Array:
+        given = dataclasses.replace(elsewhere, query=query, key=key, value=value)
+        return _attended(given, where).context
+
+    arrays = request.query, request.key, request.value
+    return Attended(jax.lax.platform_dependent(*arrays, cuda=kernel, default=tiles))
+
+
 def _explained(
-    request_of: Any, mask: masks.Mask, query: Array, key: Array, value: Array
+    platform: str, request_of: Any, mask: masks.Mask, query: Array, key: Array, value: Array
 ) -> choice.Choice:
     request = request_of(query, key, value, mask=programs.without_constants(mask))
-    found = choice.describe(request)
+    found = choice.describe(request, platform)
     operands(request)  # refuses what does not fit
     return found
 

@@ -693,11 +693,10 @@ def test_what_a_mask_holds_may_be_an_array_or_known_inside_jit_alone(name):
             is_close(attended(array_of(2)), expected)
 
 
-def on_gpu(monkeypatch, mask, **how):
+def on_gpu(mask, **how):
     """Explain what a GPU would run for long sequences in half precision."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
-    return explain(x, x, x, mask=mask, **how).implementation
+    return explain(x, x, x, mask=mask, platform="gpu", **how).implementation
 
 
 BANDS = {
@@ -708,19 +707,19 @@ BANDS = {
 
 
 @pytest.mark.parametrize("name", BANDS)
-def test_cudnn_is_never_given_an_array_as_a_window(name, monkeypatch):
-    assert on_gpu(monkeypatch, BANDS[name](0)) == "cudnn"
+def test_cudnn_is_never_given_an_array_as_a_window(name):
+    assert on_gpu(BANDS[name](0)) == "cudnn"
     refusal = "'cudnn' knows the masks .* with T = S, all of whose fields are numbers and no arrays"
     for array_of in LATE_TYPES[1:]:
         mask = BANDS[name](array_of(0))
-        assert on_gpu(monkeypatch, mask) == "tiled"
+        assert on_gpu(mask) == "tiled"
         with pytest.raises(ValueError, match=refusal):
-            on_gpu(monkeypatch, mask, implementation="cudnn")
+            on_gpu(mask, implementation="cudnn")
 
     def traced(n):
-        assert on_gpu(monkeypatch, BANDS[name](n)) == "tiled"
+        assert on_gpu(BANDS[name](n)) == "tiled"
         with pytest.raises(ValueError, match=refusal):
-            on_gpu(monkeypatch, BANDS[name](n), implementation="cudnn")
+            on_gpu(BANDS[name](n), implementation="cudnn")
         return n
 
     jax.eval_shape(traced, 0)

@@ -18,6 +18,8 @@ from attention_jax.masks.intervals import Unknown
 from attention_jax.normalizers import Elementwise, LogSum
 from attention_jax.request import Request
 
+PLATFORMS = ("cpu", "gpu", "tpu")
+
 IMPLEMENTATIONS = ("dense", "tiled", "pallas", "cudnn")
 
 DENSE_PAIRS = 256 * 256
@@ -58,6 +60,7 @@ class Choice:
         only inside `jit`, PARTIAL counts those that cannot be ruled out while tracing.
       flops: floating-point operations of the two matrix products, all heads, forward.
       bytes: memory of temporaries beyond inputs and outputs, forward.
+      at_once: number of heads that are computed at once.
     """
 
     implementation: str
@@ -68,17 +71,33 @@ class Choice:
     full: int
     flops: int
     bytes: int
+    at_once: int = 1
 
     def __str__(self) -> str:
         rows, columns = self.tile
+        together = f", {self.at_once} at once" if 1 < self.at_once < self.heads else ""
         return (
-            f"{self.implementation}: {self.heads} heads, tiles of {rows} x {columns}: "
+            f"{self.implementation}: {self.heads} heads{together}, tiles of {rows} x {columns}: "
             f"{self.empty} empty (skipped), {self.partial} partial, {self.full} full\n"
             f"{self.flops / 1e9:.3g} GFLOP and {self.bytes / 2**20:.3g} MiB of temporaries forward"
         )
 
 
-def choose(request: Request) -> str:
+def known_platform(platform: str | None = None) -> str:
+    """Return the name of a platform, None that of this process.
+
+    Raises:
+      ValueError: another one than PLATFORMS.
+    """
+    platform = jax.default_backend() if platform is None else platform
+    if platform not in PLATFORMS:
+        raise ValueError(
+            f"explain: platform must be None or one of {', '.join(PLATFORMS)}, got {platform!r}."
+        )
+    return platform
+
+
+def choose(request: Request, platform: str | None = None) -> str:
     """Return the implementation that runs, whose name is one of IMPLEMENTATIONS.
 
     None stands for "dense" where all pairs of a head fit in one tile or nothing else is able;
@@ -91,22 +110,23 @@ def choose(request: Request) -> str:
     if name is None:
         if math.prod(request.pairs) <= DENSE_PAIRS:
             return "dense"
-        return next(name for name in ("cudnn", "tiled", "dense") if lacks(name, request) is None)
+        able = (x for x in ("cudnn", "tiled", "dense") if lacks(x, request, platform) is None)
+        return next(able)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"attend: implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got "
             f"{name!r}."
         )
-    reason = lacks(name, request)
+    reason = lacks(name, request, platform)
     if reason is not None:
         raise ValueError(f"attend: implementation {name!r} {reason}")
     return name
 
 
-def lacks(name: str, request: Request) -> str | None:
+def lacks(name: str, request: Request, platform: str | None = None) -> str | None:
     """Say what an implementation cannot do of what is asked, or None if it can do all of it."""
     if name == "cudnn":
-        return cudnn.lacks(request)
+        return cudnn.lacks(request, platform or jax.default_backend())
     if name == "dense":
         return None
     if request.return_weights:
@@ -189,26 +209,23 @@ def _cost(plan: Plan) -> int:
     return len(plan.starts) * math.prod(plan.tile) + visits * VISIT_PAIRS
 
 
-def describe(request: Request) -> Choice:
+def describe(request: Request, platform: str | None = None) -> Choice:
     """Count tiles, operations and bytes of what would run."""
-    name, sizes = choose(request), request.sizes
+    platform = known_platform(platform)
+    name, sizes = choose(request, platform), request.sizes
     heads = sizes["B"] * sizes["N"]
     query_length, key_length = request.pairs
     if name == "dense":
         whole = max(query_length, 1), max(key_length, 1)
-        plan = plan_for(dataclasses.replace(request, tile_sizes=whole))
+        plan = plan_for(dataclasses.replace(request, tile_sizes=whole), platform)
         visited = grid = 1 if all(request.pairs) else 0
     else:
-        plan = plan_for(request, name=name)
+        plan = plan_for(request, platform, name=name)
         visited = len(plan.starts)
         grid = -(-query_length // plan.tile[0]) * -(-key_length // plan.tile[1])
     partial, full = (int((plan.states == state).sum()) for state in (PARTIAL, FULL))
     pairs = visited * math.prod(plan.tile)
-    held = (
-        2 * heads * pairs
-        if name == "dense"
-        else 2 * plan.largest_visit * plan.tile[1] + heads * query_length * (sizes["V"] + 1)
-    )
+    at_once = _at_once(name, request, plan, platform)
     return Choice(
         name,
         heads,
@@ -217,8 +234,36 @@ def describe(request: Request) -> Choice:
         partial,
         full,
         flops=2 * heads * pairs * (sizes["Q"] + sizes["V"]),
-        bytes=held * request.dtype.itemsize,
+        bytes=_bytes(name, request, plan, at_once, platform),
+        at_once=at_once,
     )
+
+
+def _at_once(name: str, request: Request, plan: Plan, platform: str) -> int:
+    """Return how many heads are vectorised."""
+    sizes = {x: request.sizes[x] for x in "BK"} | {"G": request.groups}
+    heads = math.prod(sizes.values())
+    if name != "tiled":
+        return heads
+    if platform == "cpu":
+        return 1
+    _, mask_axes = batch_axes.of_mask("attend", request.mask, request.sizes)
+    axes = [letters.replace("N", "KG") for letters in mask_axes]
+    order = "BKG" if request.groups > 1 else "BK"
+    groups = elsewhere(None, plan, axes).at_once(sizes, order, order)
+    return math.prod(groups.get(letter, sizes[letter]) for letter in order)
+
+
+def _bytes(name: str, request: Request, plan: Plan, at_once: int, platform: str) -> int:
+    """Return the memory of temporaries."""
+    sizes = request.sizes
+    heads, length = sizes["B"] * sizes["N"], sizes["T"]
+    if name == "dense":
+        return 2 * heads * math.prod(request.pairs) * request.dtype.itemsize
+    visit = plan.largest_visit * plan.tile[1]
+    if platform == "cpu":
+        return (2 * visit + heads * length * (sizes["V"] + 1)) * request.dtype.itemsize
+    return at_once * visit
 
 
 def sequential_axes(mask_axes: list[str]) -> str:

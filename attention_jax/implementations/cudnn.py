@@ -17,11 +17,11 @@ from attention_jax.scores import dot, scaled_dot
 Array = jax.Array
 
 
-def lacks(request: Request) -> str | None:
+def lacks(request: Request, platform: str) -> str | None:
     """Say what cuDNN cannot do of what is asked, or None if it can do all of it."""
     sizes, dtype = request.sizes, request.query.dtype
-    if jax.default_backend() not in ("gpu", "cuda"):
-        return f"needs an NVIDIA GPU; this process runs on {jax.default_backend()}."
+    if platform != "gpu":
+        return f"needs an NVIDIA GPU; this program runs on {platform}."
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, got {dtype}."
     if not (_is_plain(request.score, dot) or _is_plain(request.score, scaled_dot)):

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from attention_jax.base.finite import finite, poison
+from attention_jax.base.matmul import Products
 from attention_jax.implementations import choice
 from attention_jax.implementations.dense import dense
 from attention_jax.implementations.head import SAVED, Attended, Head
@@ -40,12 +41,14 @@ class Parts:
       heads: "KG" or "K".
       travels: the dtype in which keys and in which values travel.
       wants_logsumexp: whether the log-sum-exp is asked for.
+      products: how the products of tiles are computed.
     """
 
     placement: Placement
     heads: str
     travels: tuple[Any, Any]
     wants_logsumexp: bool
+    products: Products
 
     @property
     def order(self) -> str:
@@ -61,6 +64,7 @@ class Parts:
     def by_steps(self, given: Given, orders: tuple[Any, Any], plan: Plan) -> Attended:
         """Let keys come to the queries, over the steps of a plan."""
         score, of_score = self.whole(given["score"])
+        score = score.multiplied(self.products)
         normalizer, of_normalizer = self.whole(given["normalizer"])
         bias, of_bias = self.whole(given["bias"])
         (query,), (key,), (value,) = (given[name].leaves for name in ("query", "key", "value"))
@@ -103,7 +107,7 @@ class Parts:
             heads=self.heads,
             sequential=choice.sequential_axes(of_mask),
             travels=travels,
-            tiles=Tiles(plan.tile[1], [none]),
+            tiles=Tiles(plan.tile[1], [none], self.products),
         )
         context, logsumexp = chains.attend(how, operands, local)
         context, logsumexp = (
@@ -154,7 +158,7 @@ class Parts:
             given[name] = given[name]._replace(leaves=[_taken(x, back)])
         of_head: Callable[..., Attended] = dense
         if plan is not None:
-            of_head = functools.partial(tiled, plan=plan)
+            of_head = functools.partial(tiled, plan=plan, products=self.products)
         axes = [letters for operand in given.values() for letters in operand.axes]
         one = functools.partial(_one_head, of_head, given, self.wants_logsumexp)
         sequential = "" if plan is None else choice.sequential_axes(given["mask"].axes)

@@ -250,7 +250,9 @@ class _Split:
         placement = self.placement(request)
         chosen = methods.choose(request, placement, self.method)
         travels = request.key.dtype, request.value.dtype
-        parts = Parts(placement, heads(request), travels, request.return_logsumexp)
+        parts = Parts(
+            placement, heads(request), travels, request.return_logsumexp, request.products
+        )
         return parts, operands(request), chosen
 
     def specs(self, name: str, operand: Operand, is_by_heads: bool) -> list[PartitionSpec]:

@@ -384,7 +384,7 @@ def test_what_tiled_cannot_do_is_refused_by_name():
         attend(*qkv(), implementation="tiled", normalizer=lambda logits, allowed: logits)
     with pytest.raises(ValueError, match=r"tile_sizes must be two positive numbers, got \(0, 8\)"):
         attend(*qkv(), implementation="tiled", tile_sizes=(0, 8))
-    with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU; this process runs on cpu"):
+    with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU; this program runs on cpu"):
         attend(*qkv(), implementation="cudnn")
     with pytest.raises(ValueError, match="one of dense, tiled, pallas, cudnn, got 'flash'"):
         attend(*qkv(), implementation="flash")

@@ -1,0 +1,123 @@
+"""Choices follow the platform that a program is lowered for, not the process that traces it."""
+
+import functools
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_jax import attend, bind, explain, masks, scores
+from attention_jax.base.placement import Where
+from attention_jax.implementations.lifting import Elsewhere, lift
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape, dtype=jnp.float32):
+    return jnp.asarray(RNG.normal(size=shape), dtype)
+
+
+def lowered(function, *arguments, platform):
+    """Return the text of a program for another platform."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def halves(length, heads=8, depth=64):
+    return [jax.ShapeDtypeStruct((1, length, heads, depth), jnp.bfloat16)] * 3
+
+
+def tiled(**options):
+    return functools.partial(attend, implementation="tiled", **options)
+
+
+def products(text):
+    """Return the types of both operands of the products in a program."""
+    return re.findall(r"stablehlo.dot_general.*: \(tensor<(.*?)>, tensor<(.*?)>\)", text)
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
+def test_tiles_heads_and_products_of_a_program_for_each_platform(platform, dtype):
+    text = lowered(tiled(mask=masks.Causal()), *halves(4096), platform=platform)
+    rows = "512x512" if platform == "cpu" else "4x1024x1024"  # of heads, queries and keys
+    of_weights = [left for left, _ in products(text) if left.endswith(f"{rows}x{dtype}")]
+    assert of_weights
+
+
+@pytest.mark.slow
+def test_a_program_for_several_platforms_at_once():
+    x = normal(1, 640, 2, 8)
+    function = jax.jit(tiled(mask=masks.Causal(), tile_sizes=(128, 128)))
+    exported = jax.export.export(function, platforms=["cpu", "tpu", "cuda"])(x, x, x)
+    assert exported.platforms == ("cpu", "tpu", "cuda")
+    np.testing.assert_allclose(exported.call(x, x, x), function(x, x, x), rtol=1e-6)
+
+
+def test_features_of_additive_scores_are_added_within_one_kernel_off_cpu():
+    parameters = {"query_weight": normal(8, 24), "key_weight": normal(8, 24)}
+    parameters |= {"value": normal(24), "bias": jnp.zeros(24)}
+    function = tiled(score=bind(scores.additive, **parameters), tile_sizes=(64, 64))
+    x = normal(1, 128, 1, 8)
+    platforms = ("cpu", "tpu", "cuda")
+    assert [_has_loop_over(24, function, x, of) for of in platforms] == [True, False, False]
+
+
+def _has_loop_over(number, function, x, platform):
+    """Tell whether a program has a loop of so many turns."""
+    text = lowered(function, x, x, x, platform=platform)
+    return re.search(rf"dense<{number}> : tensor<i32>", text) is not None
+
+
+GROUPS = {
+    "all fit": ({"B": 2, "K": 4, "G": 2}, "", 16, {}),
+    "some heads": ({"B": 2, "K": 4, "G": 2}, "", 4, {"K": 2, "B": 1}),
+    "one head": ({"B": 2, "K": 4, "G": 2}, "", 1, {"G": 1, "K": 1, "B": 1}),
+    "no divisor": ({"B": 1, "K": 7, "G": 1}, "", 4, {"K": 1}),
+    "a mask of each example": ({"B": 2, "K": 4, "G": 2}, "B", 16, {"B": 1}),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_as_many_heads_at_once_as_fit(name):
+    sizes, sequential, most, expected = GROUPS[name]
+    assert Elsewhere(None, sequential, most).at_once(sizes, "BKG", "BKG") == expected
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.slow), 6])
+def test_groups_of_heads_compute_what_all_heads_do(most, float64):
+    x, weight = (jnp.asarray(RNG.normal(size=shape)) for shape in ((2, 5, 4, 3, 2), (4, 3)))
+    axes, result = ["BTKG", "KG"], ("BTKG", "BKG")
+
+    def one(x, weight):
+        return x * weight, jnp.sum(x) * weight
+
+    where = Where(spread=False, platform="tpu")
+    lifted = lift(one, axes, result, elsewhere=Elsewhere(None, "", most), where=where)
+    expected = lift(one, axes, result)(x, weight)
+
+    def total(lifted):
+        return lambda *operands: sum(jnp.sum(jnp.sin(y)) for y in lifted(*operands))
+
+    for ours, theirs in zip(lifted(x, weight), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-14)
+    gradients = [jax.grad(total(f), (0, 1))(x, weight) for f in (lifted, lift(one, axes, result))]
+    for ours, theirs in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+def test_explain_answers_for_another_platform():
+    found = {name: explain(*halves(4096), platform=name) for name in ("cpu", "gpu", "tpu")}
+    assert [each.implementation for each in found.values()] == ["tiled", "cudnn", "tiled"]
+    assert found["cpu"].tile == (512, 512) and found["tpu"].tile == (1024, 1024)
+    with pytest.raises(ValueError, match="platform must be None or one of cpu, gpu, tpu, got 'v5"):
+        explain(*halves(4096), platform="v5e")
+    with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU; this program runs on tpu"):
+        explain(*halves(4096), platform="tpu", implementation="cudnn")
