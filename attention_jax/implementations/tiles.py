@@ -64,7 +64,12 @@ class Visits(NamedTuple):
 
     @property
     def places(self) -> tuple[Any, Any]:
-        """`queries` and `keys`, as a program computes them."""
+        """`queries` and `keys`, as a program computes them.
+
+        On a mesh they may be arrays of JAX, each device's own.
+        """
+        if not isinstance(self.keys, np.ndarray):
+            return self.queries, self.keys
         table = computed(np.concatenate([self.queries[:, None], self.keys], axis=1))
         return table[:, 0], table[:, 1:]
 
