@@ -234,7 +234,7 @@ def describe(request: Request, platform: str | None = None) -> Choice:
         partial,
         full,
         flops=2 * heads * pairs * (sizes["Q"] + sizes["V"]),
-        bytes=_bytes(name, request, plan, at_once, platform),
+        bytes=_bytes(name, request, plan, at_once),
         at_once=at_once,
     )
 
@@ -254,16 +254,14 @@ def _at_once(name: str, request: Request, plan: Plan, platform: str) -> int:
     return math.prod(groups.get(letter, sizes[letter]) for letter in order)
 
 
-def _bytes(name: str, request: Request, plan: Plan, at_once: int, platform: str) -> int:
+def _bytes(name: str, request: Request, plan: Plan, at_once: int) -> int:
     """Return the memory of temporaries."""
     sizes = request.sizes
     heads, length = sizes["B"] * sizes["N"], sizes["T"]
     if name == "dense":
         return 2 * heads * math.prod(request.pairs) * request.dtype.itemsize
-    visit = plan.largest_visit * plan.tile[1]
-    if platform == "cpu":
-        return (2 * visit + heads * length * (sizes["V"] + 1)) * request.dtype.itemsize
-    return at_once * visit
+    visit = at_once * plan.largest_visit * plan.tile[1]
+    return (2 * visit + heads * length * (sizes["V"] + 1)) * request.dtype.itemsize
 
 
 def sequential_axes(mask_axes: list[str]) -> str:
