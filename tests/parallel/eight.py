@@ -9,12 +9,17 @@ ROOT = Path(__file__).parents[2]
 FLAGS = "--xla_force_host_platform_device_count=8"
 
 
-def run(*arguments, flags=""):
+def run(*arguments, flags="", environment=None):
     """Run `python -m` with arguments; return its output once it has ended well."""
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": f"{FLAGS} {flags}", "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"{FLAGS} {flags}",
+            "JAX_PLATFORMS": "cpu",
+            **(environment or {}),
+        },
         capture_output=True,
         text=True,
         check=False,
