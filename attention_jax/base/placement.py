@@ -118,11 +118,11 @@ def _lowered(answer: str, context: Any, near: Any, **answers: bool | None) -> li
     del near
     found = answers[answer]
     if found is None:
-        found = _is_spread(context.module_context.axis_context)
+        found = spreads(context.module_context.axis_context)
     return [mlir.ir_constant(np.bool_(found))]
 
 
-def _is_spread(context: Any) -> bool:
+def spreads(context: Any) -> bool:
     """Read the context of a module that is lowered, which JAX does not document.
 
     A context of another kind counts as spread: to vectorise is right everywhere.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FLAGS = "--xla_force_host_platform_device_count=8"
+# What is computed does not depend on how well it is compiled.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def run(*arguments, flags="", environment=None):

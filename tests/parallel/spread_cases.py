@@ -33,6 +33,8 @@ TILED = {"implementation": "tiled", "tile_sizes": (4, 4)}
 DENSE = {"implementation": "dense"}
 HOW = {"tiled": TILED, "dense": DENSE}
 QUERY = P("data", None, "heads")
+# Of every kind one, with its gradients too: the backward pass asks masks as the forward pass does.
+DERIVED = ("Causal", "Segment", "Table", "Heads", "scaled_dot", "additive")
 # What is looked at is decided before machine code is made.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -63,23 +65,28 @@ def with_gradients(function, *primals):
     return result, backward(result)
 
 
-def attention(function, *more, sizes=(B, N, K, T), mesh=(4, 2)):
-    """Return a case of `function(query, key, value, *more)`, with its gradients."""
+def attention(function, *more, sizes=(B, N, K, T), mesh=(4, 2), derived=True):
+    """Return a case of `function(query, key, value, *more)`, with its gradients if `derived`."""
     batch, heads, key_heads, length = sizes
     query, key = array(batch, length, heads, H), array(batch, length, key_heads, H)
 
     def run(query, key, value, *rest):
         of_arrays = lambda *arrays: function(*arrays, *rest)  # noqa: E731
-        return with_gradients(of_arrays, query, key, value)
+        run = with_gradients if derived else _called
+        return run(of_arrays, query, key, value)
 
     arrays, specs = zip(*more, strict=True) if more else ((), ())
     return Case(
         run,
         (query, key, key, *arrays),
         (QUERY, QUERY, QUERY, *specs),
-        (QUERY, QUERY, QUERY, QUERY),
+        (QUERY,) * (4 if derived else 1),
         mesh=mesh,
     )
+
+
+def _called(function, *arguments):
+    return function(*arguments)
 
 
 def of_mask(name, how):
@@ -102,13 +109,14 @@ def of_mask(name, how):
         for x, is_late in zip(map(np.asarray, leaves), late, strict=True)
         if is_late
     ]
-    return attention(function, *more)
+    return attention(function, *more, derived=name in DERIVED)
 
 
 def of_score(name, how):
     sample = lambda *shape: np.random.default_rng(0).normal(size=shape).astype("float32")  # noqa: E731
     score = examples.score_example(name, sample, H, H).score
-    return attention(lambda *arrays: attend(*arrays, score=score, **how))
+    function = lambda *arrays: attend(*arrays, score=score, **how)  # noqa: E731
+    return attention(function, derived=name in DERIVED)
 
 
 def segments(query, key, value, segment):
@@ -187,7 +195,8 @@ def linear_cases():
 
 
 TILED_ONLY = {"implementation": "tiled"}
-FEATURE_MAPS = ("elu_plus_one", "exponential")
+OF_DENSE = ("dropout", "bias per example", "bilinear per head", "fewer key heads than devices")
+FEATURE_MAPS = ("elu_plus_one",)
 HEDGEHOG = {"weight": np.ones((K, H, H), "float32"), "bias": np.zeros((K, H), "float32")}
 
 
@@ -358,7 +367,7 @@ def executed(name, function, *more):
         jax.device_put(x, NamedSharding(mesh_of(case.mesh), spec))
         for x, spec in zip(arrays, case.specs, strict=True)
     ]
-    ways = {"jit": jax.jit(case.function), "": case.function}
+    ways = {"jit": jax.jit(case.function)} | ({"": case.function} if more else {})
     return [
         {
             "name": f"{name} {way}",
@@ -405,7 +414,7 @@ GROUPS = {
     "dense": lambda: {
         **{f"dense {name}": of_mask(name, DENSE) for name in ("Segment", "Prefix", "Table")},
         **{f"dense {name}": of_score(name, DENSE) for name in ("scaled_dot", "additive")},
-        **{f"dense {name}": case for name, case in options(DENSE).items()},
+        **{f"dense {name}": options(DENSE)[name] for name in OF_DENSE},
     },
     "options": lambda: {f"tiled {name}": case for name, case in options(TILED).items()},
     "linear": linear_cases,

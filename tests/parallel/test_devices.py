@@ -5,13 +5,11 @@ import pytest
 from tests.parallel import eight
 
 FILES = ["tests/parallel/test_sequence.py", "tests/parallel/test_sequence_derivatives.py"]
-# What is computed does not depend on how well it is compiled.
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.mark.slow
 def test_sequences_are_split_over_eight_devices():
     command = ["pytest", "-n", "0", "-v", "-m", "", "-p", "no:cacheprovider", *FILES]
-    output = eight.run(*command, flags=FLAGS)
+    output = eight.run(*command, flags=eight.QUICK)
     assert "passed" in output
     assert "skipped" not in output

@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -195,6 +196,19 @@ def test_memory_of_a_device_falls_as_devices_grow():
         return program.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(8) <= 0.55 * temporaries(4)
+
+
+def test_a_program_can_be_exported():
+    """With gradients, for as many devices; `jax.export` writes it down and reads it again."""
+    mesh = mesh_of((2,))
+    place = NamedSharding(mesh, PartitionSpec(None, "sp"))
+    ring = functools.partial(parallel.attend, axis="sp", method="ring", mesh=mesh)
+    of = jax.grad(lambda *arrays: ring(*arrays, mask=masks.Causal(), tile_sizes=TILES).sum())
+    arrays = [jax.device_put(x, place) for x in qkv(key_heads=N)]
+    written = jax.export.export(jax.jit(of, in_shardings=place))(*arrays).serialize()
+    got = jax.jit(jax.export.deserialize(written).call)(*arrays)
+    whole = lambda *arrays: attend(*arrays, mask=masks.Causal(), implementation="dense").sum()  # noqa: E731
+    close(got, jax.grad(whole)(*arrays))
 
 
 def test_keys_travel_to_those_that_attend_to_them_alone():
