@@ -68,6 +68,9 @@ def test_python_runs_as_it_stands(page):
             assert names[name].shape == names["q"].shape
             assert bool(jnp.all(jnp.isfinite(names[name]))) and bool(jnp.any(names[name]))
         assert names["y"].shape == (2, 128, 512)
+    elif page == "attention_jax/parallel/README.md":
+        assert names["found"].shape == (2, 32, 100)
+        assert bool(jnp.all(jnp.isfinite(names["found"])))
     else:
         assert [leaf.shape for leaf in names["gradient"].keywords.values()] == [(16, 16)]
         whole = names["attend"](*3 * [names["x"]])
