@@ -66,7 +66,9 @@ def test_the_lowering_tells(number, constant):
     assert re.findall(r"dense<(true|false)>", lowered(number)) == [constant]
 
 
-@pytest.mark.parametrize(("platform", "cpu", "tpu"), [("cpu", "true", "false"), ("tpu", "false", "true")])
+@pytest.mark.parametrize(
+    ("platform", "cpu", "tpu"), [("cpu", "true", "false"), ("tpu", "false", "true")]
+)
 def test_the_lowering_tells_the_platform(platform, cpu, tpu):
     both = lambda x: (placement.is_on_cpu(x), placement.is_on_tpu(x))  # noqa: E731
     text = jax.jit(both).trace(1.0).lower(lowering_platforms=(platform,)).as_text()
