@@ -49,6 +49,9 @@ def run(options: Options) -> None:
         if name == "patterns":
             _run_patterns(options, surroundings, scale, console)
             continue
+        if name == "accelerators":
+            _run_accelerators(options, surroundings, scale, console)
+            continue
         suite = _suite(name, options)
         measured = [_measure(group, options.repeats) for group in suite.groups(scale)]
         console.print(_table(name, [row for group in measured for row in group["rows"]]))
@@ -65,6 +68,22 @@ def _suite(name: str, options: Options) -> Suite:
     if name == "translate":
         return Suite(functools.partial(translating.groups, options.data))
     return SUITES[name]
+
+
+def _run_accelerators(
+    options: Options, surroundings: dict[str, str], scale: int, console: rich.console.Console
+) -> None:
+    """Compile kernels for accelerators, run them where one is; writes JSON and a table."""
+    # It loads the kernels of JAX, which other suites do not wait for.
+    from experiments.benchmark import accelerators
+
+    rows = [*accelerators.measure(scale), *accelerators.timed(scale, options.repeats)]
+    on = f"{surroundings['device']}, jax {surroundings['jax']}"
+    report = accelerators.report(rows, scale, on)
+    (options.out / "accelerators.md").write_text(report, encoding="utf-8")
+    found = [row._asdict() | {"cost": row.cost and row.cost._asdict()} for row in rows]
+    _write(options.out / "accelerators.json", {"machine": surroundings, "rows": found})
+    console.print(accelerators.table(rows), soft_wrap=True, markup=False)
 
 
 def _run_patterns(

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from attention_jax import masks
-from experiments.benchmark import command_line, measure, patterns
+from experiments.benchmark import accelerators, command_line, compilers, measure, patterns
 from experiments.benchmark.patterns import Point
 from experiments.benchmark.run import run
 
@@ -88,3 +88,48 @@ def test_a_compilation_that_is_measured_is_one(kept_programs):
     jax.clear_caches()
     measure.compiled(program)
     assert list(kept_programs.glob("*-cache")) == [kept], "others are kept as before"
+
+
+def test_accelerators_without_compilers_say_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compilers, "lacks", lambda name: f"compiling for {name} needs a compiler")
+    run(command_line.parse(["--suite=accelerators", "--quick", f"--out={tmp_path}"]))
+    printed = capsys.readouterr().out
+    report = (tmp_path / "accelerators.md").read_text(encoding="utf-8")
+    for target in accelerators.COMPILED_FOR:
+        assert f"| {target} | all |  | forward | compiling for {target} needs a" in printed
+        assert f"compiling for {target} needs a compiler" in report
+    assert "run on none" in report
+    assert len(json.loads((tmp_path / "accelerators.json").read_text())["rows"]) == 2
+
+
+def test_a_compiler_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: None)
+    assert compilers.lacks("v5e") == (
+        "compiling for v5e needs libtpu: pip install 'attention_jax[aot]'"
+    )
+    assert compilers.lacks("H100") == (
+        "compiling for H100 needs jax_cuda12_plugin: pip install jax-cuda12-plugin jax-cuda12-pjrt "
+        "nvidia-cuda-nvcc-cu12"
+    )
+
+
+def test_programs_are_timed_and_their_tables_have_times():
+    seconds = accelerators.duration(lambda x: x + 1.0, [jnp.ones(4)], repeats=3)
+    assert seconds > 0.0
+    row = accelerators.Row("H200", "mha", "causal", True, milliseconds=1.5, teraflops=250.0)
+    assert accelerators.table([row]).splitlines()[2] == (
+        "| H200 | mha | causal | gradients |  |  |  | 1.5 | 250 |"
+    )
+
+
+def test_traffic_leaves_out_other_memory_and_knows_no_loops():
+    program = """
+ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %near = (bf16[8,128]{1,0:S(1)}, bf16[8,128]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %there = bf16[8,128]{1,0:S(1)} copy-done(%near)
+  ROOT %y = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%there, /*index=1*/%x), target="a(b)"
+}
+"""
+    assert compilers.traffic(program) == 3 * 2048
+    assert compilers.traffic(program.replace("custom-call", "while")) is None

@@ -248,11 +248,30 @@ def test_half_precision_accumulates_in_float32():
         attend, implementation="pallas", tile_sizes=TILE, return_logsumexp=True
     )
     found = compiled(lambda both: [attending(*arrays) for arrays in both])(both)
-    for arrays, (context, _, logsumexp) in zip(both, found, strict=True):
+    for arrays, attended in zip(both, found, strict=True):
+        context, logsumexp = attended.context, attended.logsumexp
         exact = attend(*(x.astype(jnp.float32) for x in arrays), implementation="dense")
         assert context.dtype == arrays[0].dtype
         assert logsumexp.dtype == jnp.float32
         close(context, exact, 2.0 * float(jnp.finfo(context.dtype).eps))
+
+
+@pytest.mark.slow
+def test_gradients_in_half_precision_are_those_of_dense():
+    arrays = [x.astype(jnp.bfloat16) for x in qkv()]
+
+    def total(implementation, *arrays):
+        context = attend(
+            *arrays, mask=masks.Causal(1), implementation=implementation, tile_sizes=TILE
+        )
+        return jnp.sum(jnp.sin(context.astype(jnp.float32)))
+
+    ours, exact = (
+        compiled(jax.grad(functools.partial(total, name), (0, 1, 2)))(*given)
+        for name, given in (("pallas", arrays), ("dense", [x.astype("float32") for x in arrays]))
+    )
+    assert {x.dtype for x in ours} == {jnp.dtype(jnp.bfloat16)}
+    close(ours, exact, 4.0 * float(jnp.finfo(jnp.bfloat16).eps))
 
 
 @pytest.mark.slow

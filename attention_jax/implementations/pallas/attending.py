@@ -82,7 +82,8 @@ def _attend_jvp(static: _Static, primals: Any, tangents: Any) -> Any:
     sums = _Sums(static, structure, moves)
     log_tangent, context_tangent = linear_call(sums.tangent, sums.transposed, leaves, change)
     how = one_pass(merge_floats(floats, rest).functions.normalizer)
-    change, log_change = online.changes(how, log_tangent, context_tangent, context)
+    wide = context.astype(logsumexp.dtype)
+    change, log_change = online.changes(how, log_tangent, context_tangent, wide)
     return (context, logsumexp), (change.astype(context.dtype), log_change)
 
 

@@ -277,14 +277,16 @@ class Reader:
         return jnp.where(count > 0.0, jnp.nan, 0.0)
 
     def is_poisoned(self, values: Sequence[Array], with_query: bool) -> Array:
-        """Tell whether NaN or Inf is among the keys and values of a tile, or also its queries."""
+        """Tell whether NaN or Inf may be among the keys and values of a tile, or also its queries.
+
+        Then their sum is neither finite; that of large numbers may not be either.
+        """
         of_query, of_key = self.poison
         asked = [self.data[1], self.data[2]] if of_key is None else [of_key]
         if with_query:
             asked.append(self.data[0] if of_query is None else of_query)
-        # Zero times NaN or Inf is NaN, and so is what it is added to: two operations a number.
-        zeros = [jnp.sum(values[n].astype(jnp.float32) * 0.0, axis=0) for n in asked]
-        return sum(map(jnp.sum, zeros)) != 0.0
+        sums = (jnp.sum(values[n].astype(jnp.float32), axis=0) for n in asked)
+        return ~jnp.isfinite(functools.reduce(jnp.add, map(jnp.sum, sums)))
 
     def read(self, values: Sequence[Array]) -> Moving:
         """Return the blocks of a tile that derivatives are taken of, in float32."""
