@@ -70,7 +70,7 @@ def over_visits(each: Pass, groups: list[Visits], states: Array | None, sums: An
             functools.partial(each.of_tile, False),
         )
     ]
-    states = _joint(states.astype(jnp.int32))
+    states = joint(states.astype(jnp.int32))
     for visits in groups:
         fold = _Fold(each, visits, functools.partial(_switch, branches))
         sums = _fold(fold, states, sums)
@@ -153,7 +153,7 @@ def _nth_live(step: Callable[..., Any], ordered: tuple[Array, Any], n: Any, sums
 
 
 @jax.custom_batching.custom_vmap
-def _joint(states: Array) -> Array:
+def joint(states: Array) -> Array:
     """Return what each tile is; in a batch what it is for all, else PARTIAL, which is always right.
 
     A branch that differs within a batch would be all branches, and could not be transposed.
@@ -161,10 +161,10 @@ def _joint(states: Array) -> Array:
     return states
 
 
-@_joint.def_vmap
+@joint.def_vmap
 def _(axis_size: int, in_batched: list[bool], states: Array) -> tuple[Array, bool]:
     least, most = jnp.min(states, 0, initial=FULL), jnp.max(states, 0, initial=EMPTY)
-    joint = jnp.where(least == most, least, PARTIAL)
+    agreed = jnp.where(least == most, least, PARTIAL)
     if axis_size > 1:  # what devices have to ask each other for is not worth knowing
-        joint = jnp.where(placement.is_spread(states), PARTIAL, joint)
-    return _joint(joint), False
+        agreed = jnp.where(placement.is_spread(states), PARTIAL, agreed)
+    return joint(agreed), False

@@ -203,7 +203,7 @@ class Search:
     def more(self, row: Row, statistics: Level, n: Array, context: Array) -> Array:
         tile, logits = self.tile(n, row.i, False), row.logits[n - row.visits[0]]
         weights = jnp.where(logits == -jnp.inf, 0.0, self.how.weight(logits, statistics))
-        return context + tile.weighted(weights)
+        return context + tile.weighted(weights, tile.products)
 
 
 def _goes_on(how: Searched, carry: Any) -> Array:

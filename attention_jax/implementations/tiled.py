@@ -29,7 +29,7 @@ from attention_jax.base.finite import finite, poison
 from attention_jax.base.matmul import PLAIN, Products
 from attention_jax.base.trees import Rest, merge_floats, split_floats
 from attention_jax.base.typing import Normalizer, at_least_float32
-from attention_jax.implementations import measured, online, searching
+from attention_jax.implementations import measured, online, ordered, searching
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.merging import merge
 from attention_jax.implementations.tile_passes import (
@@ -44,7 +44,7 @@ from attention_jax.implementations.tile_passes import (
     widened,
 )
 from attention_jax.implementations.tiles import Plan, Visits
-from attention_jax.normalizers import LogSum, Searched, streaming
+from attention_jax.normalizers import LogSum, Ordered, Searched, streaming
 from attention_jax.scores.composition import identity
 
 Array = jax.Array
@@ -59,8 +59,8 @@ def tiled(head: Head, plan: Plan, products: Products = PLAIN) -> Attended:
         logsumexp = jnp.full(query_length, -jnp.inf, dtype)
         attended = with_sink(head.normalizer, context, logsumexp)
         return attended._replace(statistics=measured.of_no_pairs(head))
-    if isinstance(streaming(head.normalizer), Searched):
-        return Attended(_searched(head, dataclasses.replace(plan, is_static=False), products))
+    if isinstance(streaming(head.normalizer), Searched | Ordered):
+        return Attended(_row_by_row(head, dataclasses.replace(plan, is_static=False), products))
     if head.statistics is not None:
         return _measured(head, plan, products)
     return with_sink(head.normalizer, *_over_tiles(head, plan, products))
@@ -95,13 +95,14 @@ def _over_tiles(head: Head, plan: Plan, products: Products) -> tuple[Array, Arra
     return context[:length], online.with_empty(logsumexp[:length])
 
 
-def _searched(head: Head, plan: Plan, products: Products) -> Array:
-    """Return the context, where the normalizer needs several passes; each tile is visited alone."""
+def _row_by_row(head: Head, plan: Plan, products: Products) -> Array:
+    """Return the context of a normalizer that goes over a row of tiles, each visited alone."""
     if not plan.visits:
         dtype = at_least_float32(head.value.dtype)
         return jnp.zeros((plan.pairs[0], head.value.shape[1]), dtype)
-    tiles, operands, given = prepared(head, plan, plan.visits, products)
-    return searching.attend(tiles, operands, given)[: plan.pairs[0]]
+    walks = isinstance(streaming(head.normalizer), Ordered)
+    attend = ordered.attend if walks else searching.attend
+    return attend(*prepared(head, plan, plan.visits, products))[: plan.pairs[0]]
 
 
 def prepared(

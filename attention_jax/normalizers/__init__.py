@@ -16,6 +16,7 @@ from attention_jax.normalizers.common import (
     stable_logsumexp,
     top_k,
 )
+from attention_jax.normalizers.ordered import Ordered, stick_breaking
 from attention_jax.normalizers.protocol import (
     Elementwise,
     Exponential,
@@ -34,6 +35,7 @@ __all__ = [
     "Exponential",
     "Level",
     "LogSum",
+    "Ordered",
     "Searched",
     "Streaming",
     "Threshold",
@@ -51,6 +53,7 @@ __all__ = [
     "softmax_with_sink",
     "sparsemax",
     "stable_logsumexp",
+    "stick_breaking",
     "streaming",
     "top_k",
 ]

@@ -341,6 +341,14 @@ def _signed(numerator):
     return of_row
 
 
+def _stick_breaking(logits, allowed):
+    weights, rest = np.zeros_like(logits), 1.0
+    for j in reversed(np.flatnonzero(allowed)):
+        share = 1.0 / (1.0 + np.exp(-logits[j]))
+        weights[j], rest = rest * share, rest * (1.0 - share)
+    return weights
+
+
 NORMALIZERS: dict[str, NormalizerExample] = {
     "softmax": NormalizerExample(normalizers.softmax, oracle.softmax),
     "softmax_with_sink": NormalizerExample(
@@ -361,6 +369,7 @@ NORMALIZERS: dict[str, NormalizerExample] = {
     "odd_power": NormalizerExample(
         bind(normalizers.odd_power, power=3), _signed(lambda logits: logits**3)
     ),
+    "stick_breaking": NormalizerExample(normalizers.stick_breaking, _stick_breaking),
     "top_k": NormalizerExample(bind(normalizers.top_k, k=2), _top_k(2)),
     "hard": NormalizerExample(normalizers.hard, _top_k(1)),
 }
@@ -370,6 +379,7 @@ NOT_NORMALIZERS = {
     "Level",
     "LogSum",
     "MOST_PASSES",
+    "Ordered",
     "Searched",
     "Streaming",
     "Threshold",

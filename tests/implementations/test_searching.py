@@ -1,4 +1,4 @@
-"""Tiled attention with normalizers that search a row, against the dense oracle in float64."""
+"""Tiled attention that searches a row or walks along it, against the dense oracle in float64."""
 
 import functools
 
@@ -44,6 +44,10 @@ CASES = {
         bind(normalizers.entmax15),
         {"mask": masks.Segment(segments(T, 0), segments(S, 1))},
     ),
+    "stick_breaking": lambda: (
+        bind(normalizers.stick_breaking),
+        {"mask": masks.Causal(-1) & masks.Segment(segments(T, 0), segments(S, 1))},
+    ),
     "entmax": lambda: (
         per_head(bind(normalizers.entmax, alpha=jnp.array([1.2, 1.7]))),
         {"bias": normal(N, T, S)},
@@ -82,7 +86,12 @@ def second_derivatives(options, implementation, arrays, normalizer):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "derivatives"),
-    [("sparsemax", gradients), ("entmax15", gradients), ("entmax", second_derivatives)],
+    [
+        ("sparsemax", gradients),
+        ("entmax15", gradients),
+        ("entmax", second_derivatives),
+        ("stick_breaking", second_derivatives),
+    ],
 )
 def test_values_and_derivatives_are_the_dense_ones(name, derivatives):
     normalizer, options = CASES[name]()
