@@ -138,8 +138,8 @@ def lacks(name: str, request: Request, platform: str | None = None) -> str | Non
         )
     if name == "pallas" and not isinstance(request.streaming, LogSum | Elementwise):
         return (
-            f"computes {request.normalizer_name} in no single pass over the keys; use "
-            "implementation='tiled'."
+            f"cannot compute {request.normalizer_name}, which needs more than one pass over the "
+            "keys; use implementation='tiled'."
         )
     if request.statistics is not None and not isinstance(request.streaming, LogSum | Elementwise):
         return (

@@ -343,7 +343,7 @@ def test_what_kernels_cannot_do_is_refused_by_name(x64):
         attending(*(x.astype(jnp.float64) for x in arrays))
     with pytest.raises(ValueError, match="'pallas' never holds the weights; use implementation='d"):
         attending(*arrays, return_weights=True)
-    with pytest.raises(ValueError, match="'pallas' cannot stream sparsemax, which needs a whole"):
+    with pytest.raises(ValueError, match="'pallas' cannot compute sparsemax, which needs more"):
         attending(*arrays, normalizer=normalizers.sparsemax)
     message = '^interpreted: platform must be "tpu" or "gpu", got \'cpu\'.$'
     with pytest.raises(ValueError, match=message), interpreted("cpu"):
