@@ -38,62 +38,65 @@ from attention_jax.statistics.protocol import row_maximum
 Array = jax.Array
 
 
+Shape = tuple[int, int]
+ONE_PAIR = (1, 1)
+
+
 class Asked(NamedTuple):
-    """Statistics by name, and what their functions close over by the number of rows of a tile."""
+    """Statistics by name, and what their functions close over by the shape of a tile."""
 
     statistics: dict[str, Statistic]
-    of_tile: dict[int, list[Any]]
-    moved: dict[int, list[Any]]
+    of_tile: dict[Shape, list[Any]]
+    moved: dict[Shape, list[Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measures:
     """How statistics are computed from a tile; holds only what is known while tracing.
 
-    `of_tile[rows](statistics, pairs, *captured)` are the sums of a tile of so many rows, and
-    `moved[rows](statistics, pairs, merged, *captured)` those that have their derivative.
+    `of_tile[shape](statistics, pairs, *captured)` are the sums of a tile of this shape, and
+    `moved[shape](statistics, pairs, merged, *captured)` those that have their derivative.
     """
 
-    key_size: int
     dtype: Any
-    of_tile: dict[int, Callable[..., Any]]
-    moved: dict[int, Callable[..., Any]]
+    of_tile: dict[Shape, Callable[..., Any]]
+    moved: dict[Shape, Callable[..., Any]]
 
     @classmethod
     def traced(
         cls, statistics: dict[str, Statistic], tiles: Tiles, dtype: Any
     ) -> tuple[Measures, Asked]:
-        """Trace the functions for each height of a tile, and take out what they close over."""
+        """Trace the functions for each shape of a tile, and take out what they close over."""
         of_tile, moved, captured, of_moved = {}, {}, {}, {}
-        for rows in {visits.rows for visits in tiles.visits} or {
-            1
-        }:  # the neutral elements need one
-            example = statistics, Pairs.none(rows, tiles.key_size, dtype)
-            of_tile[rows], captured[rows] = hoisted(functools.partial(_of_tile), *example)
-            merged = of_tile[rows](*example, *captured[rows])
-            moved[rows], of_moved[rows] = hoisted(functools.partial(_moved), *example, merged)
-        measures = cls(tiles.key_size, dtype, of_tile, moved)
-        return measures, Asked(statistics, captured, of_moved)
+        for shape in {ONE_PAIR, *((visits.rows, tiles.key_size) for visits in tiles.visits)}:
+            pairs = jax.eval_shape(functools.partial(Pairs.none, *shape, dtype))
+            of_tile[shape], captured[shape] = hoisted(
+                functools.partial(_of_tile), statistics, pairs
+            )
+            merged = jax.eval_shape(of_tile[shape], statistics, pairs, *captured[shape])
+            moved[shape], of_moved[shape] = hoisted(
+                functools.partial(_moved), statistics, pairs, merged
+            )
+        return cls(dtype, of_tile, moved), Asked(statistics, captured, of_moved)
 
     def of_no_pairs(self, asked: Asked, queries: int, keys: int) -> Any:
         """Return sums over no pairs, the neutral elements: that of one query or key, repeated."""
-        rows = min(self.of_tile)
-        of_tile = self.of_pairs(asked, Pairs.none(rows, self.key_size, self.dtype))
+        of_one = self.of_pairs(asked, Pairs.none(*ONE_PAIR, self.dtype))
         found = {}
         for name, statistic in asked.statistics.items():
             length = keys if statistic.of == "key" else queries
-            found[name] = jax.tree.map(functools.partial(_repeated, length), of_tile[name])
+            found[name] = jax.tree.map(functools.partial(_repeated, length), of_one[name])
         return found
 
     def of_pairs(self, asked: Asked, pairs: Pairs) -> Any:
         """Return the sums of a tile, by name."""
-        rows = pairs.weights.shape[0]
-        return self.of_tile[rows](asked.statistics, pairs, *asked.of_tile[rows])
+        shape = pairs.weights.shape
+        return self.of_tile[shape](asked.statistics, pairs, *asked.of_tile[shape])
 
     def moving(self, asked: Asked, pairs: Pairs, merged: Any) -> list[Array]:
         """Return what a tile adds to the derivatives of the floating-point sums."""
-        rows = pairs.weights.shape[0]
-        return self.moved[rows](asked.statistics, pairs, merged, *asked.moved[rows])
+        shape = pairs.weights.shape
+        return self.moved[shape](asked.statistics, pairs, merged, *asked.moved[shape])
 
 
 class Sums(NamedTuple):
