@@ -15,7 +15,7 @@ from attention_jax.implementations.lifting import Elsewhere
 from attention_jax.implementations.tiles import TOGETHER_PAIRS, Plan, make_plan
 from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
-from attention_jax.normalizers import Elementwise, LogSum
+from attention_jax.normalizers import Elementwise, LogSum, Ordered
 from attention_jax.request import Request
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -141,10 +141,10 @@ def lacks(name: str, request: Request, platform: str | None = None) -> str | Non
             f"cannot compute {request.normalizer_name}, which needs more than one pass over the "
             "keys; use implementation='tiled'."
         )
-    if request.statistics is not None and not isinstance(request.streaming, LogSum | Elementwise):
+    if request.statistics is not None and isinstance(request.streaming, Ordered):
         return (
-            f"computes no statistics of {request.normalizer_name}, whose weights it knows after "
-            "several passes; use implementation='dense'."
+            f"computes no statistics of {request.normalizer_name}, whose weights depend on the "
+            "keys before them; use implementation='dense'."
         )
     if name == "pallas" and request.statistics is not None:
         return "computes no statistics of the weights; use implementation='tiled'."

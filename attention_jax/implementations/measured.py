@@ -24,6 +24,7 @@ from attention_jax.implementations.tile_passes import (
     Tangent,
     Tiles,
     arrays_of,
+    is_symbolic_zero,
     one_pass,
     rows_from,
     tangents_of,
@@ -95,10 +96,21 @@ class Measured(NamedTuple):
             sums = sums | self.with_final_weights(rest, base)
         return {name: each.finish(sums[name]) for name, each in self.statistics.items()}
 
-    def with_final_weights(self, statistics: dict[str, Statistic], base: Array) -> dict[str, Any]:
-        """Return the sums of statistics, given log-sum-exp; tiles are visited one by one."""
+    def after_search(self, of_rows: Any) -> dict[str, Any]:
+        """Return the statistics, given what a normalizer of several passes knows of each row."""
+        # A row without keys has the smallest number as its largest logit; what is less overflows.
+        base = jax.tree.map(lambda x: jnp.where(x == jnp.finfo(x.dtype).min, 0.0, x), of_rows)
+        sums = self.with_final_weights(self.statistics, base)
+        return {name: each.finish(sums[name]) for name, each in self.statistics.items()}
+
+    def with_final_weights(self, statistics: dict[str, Statistic], base: Any) -> dict[str, Any]:
+        """Return the sums of statistics, given what is known of each row; visit tiles one by one.
+
+        That is the log-sum-exp [T], or what else the weights of the normalizer depend on.
+        """
         how, operands, given, asked = self.traced(one_by_one(self.plan), statistics)
-        base = jnp.pad(base, (0, len(operands.query) - len(base)))
+        more = len(operands.query) - self.plan.pairs[0]
+        base = jax.tree.map(lambda x: jnp.pad(x, (0, more)), base)
         how = *how, self.plan.pairs[0]
         sums = _with_final_weights(how, *split_floats(operands), given, asked, base)
         found = {}
@@ -164,7 +176,7 @@ class Final(Pass):
     tiles: Tiles
     operands: tuple[Operands]
     given: Given
-    base: Array
+    base: Any
     measures: Measures
     asked: Asked
     queries: int
@@ -180,14 +192,14 @@ class Final(Pass):
     def slice(self, operands: Operands, i: Any, j: Any, rows: int) -> Operands:
         return self.tiles.slice(operands, i, j, rows)
 
-    def read(self, sums: Any, i: Any, rows: int) -> Array:
-        return rows_from(self.base, i, rows)
+    def read(self, sums: Any, i: Any, rows: int) -> Any:
+        return jax.tree.map(functools.partial(rows_from, start=i, size=rows), self.base)
 
-    def of_tile(self, masked: bool, here: Operands, base: Array, i: Any, j: Any) -> Any:
+    def of_tile(self, masked: bool, here: Operands, base: Any, i: Any, j: Any) -> Any:
         pairs = given_pairs(self.tiles, here, self.given, base, (masked, i, j), self.queries)
         return j, self.measures.of_pairs(self.asked, pairs)
 
-    def of_empty_tile(self, here: Operands, base: Array, i: Any, j: Any) -> Any:
+    def of_empty_tile(self, here: Operands, base: Any, i: Any, j: Any) -> Any:
         return j, self.measures.of_no_pairs(self.asked, len(here.query), len(here.key))
 
     def write(self, sums: Any, i: Any, computed: Any) -> Any:
@@ -207,7 +219,8 @@ class FinalTangent(MovedTangent):
     """The tangents of what `Final` returns."""
 
     def read(self, sums: Any, i: Any, rows: int) -> Any:
-        return tuple(rows_from(x, i, rows) for x in (self.base, self.base_change))
+        both = self.base, self.base_change
+        return jax.tree.map(functools.partial(rows_from, start=i, size=rows), both)
 
     def of_tile(  # type: ignore[override]
         self, masked: bool, here: Operands, change: Operands, rows: Any, i: Any, j: Any
@@ -242,7 +255,7 @@ def _with_final_weights(
     rest: Rest,
     given: Given,
     asked: Asked,
-    base: Array,
+    base: Any,
 ) -> Any:
     tiles, measures, queries = how
     operands = merge_floats(floats, rest)
@@ -257,7 +270,8 @@ def _with_final_weights_jvp(how: tuple[Tiles, Measures, int], primals: Any, tang
     change, moves = tangents_of(tangents[0], rest)
     change = widened(change)
     both = merge_floats(floats, rest), change
-    (base_change,), _ = arrays_of([tangents[4]])
+    of_base, structure = jax.tree.flatten(tangents[4], is_leaf=is_symbolic_zero)
+    base_change = structure.unflatten(arrays_of(of_base)[0])
     moved = FinalTangent(
         tiles, both, given, base, moves, base_change, measures, asked, sums, queries
     )()

@@ -215,12 +215,13 @@ def _as_is(x: Any) -> Any:
     return x
 
 
-def attend(tiles: Tiles, operands: Operands, given: Given) -> Array:
-    """Return the context [T, V]."""
+def attend(tiles: Tiles, operands: Operands, given: Given) -> tuple[Array, Level]:
+    """Return the context [T, V], and the statistics of each row [T]."""
     found = Search(tiles, *lax.stop_gradient((operands, given)))()
     given = given._replace(states=found.states)
     floats, rest = split_floats(operands)
-    return _attend(tiles, floats, rest, given, found[:2])[0]
+    context, level = _attend(tiles, floats, rest, given, found[:2])
+    return context, found.statistics._replace(level=level)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -312,9 +312,14 @@ def tangents_of(tangents: list[Any], rest: Rest) -> tuple[Any, list[bool]]:
     return merge_floats(arrays, rest), moves
 
 
+def is_symbolic_zero(tangent: Any) -> bool:
+    """Tell whether a tangent stands for zeros."""
+    return isinstance(tangent, SymbolicZero)
+
+
 def arrays_of(tangents: list[Any]) -> tuple[list[Array], list[bool]]:
     """Return tangents as arrays, and which of them may be other than zero."""
-    moves = [not isinstance(x, SymbolicZero) for x in tangents]
+    moves = [not is_symbolic_zero(x) for x in tangents]
     pairs = zip(tangents, moves, strict=True)
     return [x if m else jnp.zeros(x.shape, x.dtype) for x, m in pairs], moves
 

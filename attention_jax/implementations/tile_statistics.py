@@ -28,10 +28,11 @@ from attention_jax.implementations.tile_passes import (
     Tiles,
     one_pass,
     rows_from,
+    streamed,
     widened,
 )
 from attention_jax.masks.intervals import indices
-from attention_jax.normalizers import LogSum
+from attention_jax.normalizers import LogSum, Streaming
 from attention_jax.statistics import Pairs, Statistic
 from attention_jax.statistics.protocol import row_maximum
 
@@ -161,7 +162,7 @@ class MovedTangent(Tangent):
     Those of the operands and of `base`, the log-sum-exp; with the merged sums held fixed.
     """
 
-    base_change: Array
+    base_change: Any
     measures: Measures
     asked: Asked
     merged: Any
@@ -191,7 +192,7 @@ class MovedTangent(Tangent):
         measure = functools.partial(self.measure, (floats, rest), (masked, i, j), merged)
         return jax.jvp(measure, (primal, base), (direction, base_change))[1]
 
-    def measure(self, here: Any, where: Any, merged: Any, moving: Any, base: Array) -> list[Array]:
+    def measure(self, here: Any, where: Any, merged: Any, moving: Any, base: Any) -> list[Array]:
         """Return what a tile adds, as a function of what moves."""
         floats, rest = here
         masked, i, j = where
@@ -211,11 +212,11 @@ def given_pairs(
     tiles: Tiles,
     here: Operands,
     given: Given,
-    base: Array,
+    base: Any,
     at: tuple[bool, Any, Any],
     queries: int | None = None,
 ) -> Pairs:
-    """Return the pairs of a tile, given the log-sum-exp of its rows.
+    """Return the pairs of a tile, given the log-sum-exp of its rows, or what else is known of them.
 
     Rows from `queries` on, if it is given, attend to nothing.
     """
@@ -226,7 +227,7 @@ def given_pairs(
         is_query = jnp.broadcast_to((i + indices(rows) < queries)[:, None], tile.logits.shape)
         allowed = is_query if tile.allowed is None else tile.allowed & is_query
         tile = tile._replace(allowed=allowed)
-    how = one_pass(here.functions.normalizer)
+    how = streamed(here.functions.normalizer)
     where = given.at(i, j, rows, tiles.key_size)
     return _pairs(tile, _given(how, tile, base), where)
 
@@ -255,14 +256,14 @@ def _so_far(how: online.OnePass, tile: online.Tile, maximum: Array) -> tuple[Arr
     return _given(how, tile, maximum)
 
 
-def _given(how: online.OnePass, tile: online.Tile, base: Array) -> tuple[Array, Array]:
+def _given(how: Streaming, tile: online.Tile, base: Any) -> tuple[Array, Array]:
     """Return the final weights of a tile, and their logarithms."""
     logits = _poisoned(tile)
     weights = how.weight(logits, base)
     if isinstance(how, LogSum):
         log_weights = how.exponent(logits) - base[:, None]
     else:
-        log_weights = jnp.log(jnp.where(weights > 0, weights, 1.0))
+        log_weights = jnp.log(jnp.where(weights != 0, jnp.abs(weights), 1.0))
     if tile.allowed is None:
         return weights, log_weights
     return jnp.where(tile.allowed, weights, 0.0), jnp.where(tile.allowed, log_weights, 0.0)

@@ -60,7 +60,7 @@ def tiled(head: Head, plan: Plan, products: Products = PLAIN) -> Attended:
         attended = with_sink(head.normalizer, context, logsumexp)
         return attended._replace(statistics=measured.of_no_pairs(head))
     if isinstance(streaming(head.normalizer), Searched | Ordered):
-        return Attended(_row_by_row(head, dataclasses.replace(plan, is_static=False), products))
+        return _row_by_row(head, plan, products)
     if head.statistics is not None:
         return _measured(head, plan, products)
     return with_sink(head.normalizer, *_over_tiles(head, plan, products))
@@ -95,14 +95,24 @@ def _over_tiles(head: Head, plan: Plan, products: Products) -> tuple[Array, Arra
     return context[:length], online.with_empty(logsumexp[:length])
 
 
-def _row_by_row(head: Head, plan: Plan, products: Products) -> Array:
-    """Return the context of a normalizer that goes over a row of tiles, each visited alone."""
-    if not plan.visits:
+def _row_by_row(head: Head, plan: Plan, products: Products) -> Attended:
+    """Attend where a normalizer goes over a row of tiles, each visited alone."""
+    apart = dataclasses.replace(plan, is_static=False)
+    if not apart.visits:
         dtype = at_least_float32(head.value.dtype)
-        return jnp.zeros((plan.pairs[0], head.value.shape[1]), dtype)
-    walks = isinstance(streaming(head.normalizer), Ordered)
-    attend = ordered.attend if walks else searching.attend
-    return attend(*prepared(head, plan, plan.visits, products))[: plan.pairs[0]]
+        context = jnp.zeros((plan.pairs[0], head.value.shape[1]), dtype)
+        return Attended(context, statistics=measured.of_no_pairs(head))
+    operands = prepared(head, apart, apart.visits, products)
+    length = plan.pairs[0]
+    if isinstance(streaming(head.normalizer), Ordered):
+        return Attended(ordered.attend(*operands)[:length])
+    context, of_rows = searching.attend(*operands)
+    if head.statistics is None:
+        return Attended(context[:length])
+    prepare = functools.partial(prepared, head, plan, products=products)
+    each = measured.Measured(head, plan, prepare)
+    found = each.after_search(jax.tree.map(lambda x: x[:length], of_rows))
+    return Attended(context[:length], statistics=found)
 
 
 def prepared(

@@ -34,7 +34,8 @@ class Pairs(NamedTuple):
     Attributes:
       weights: [T, S], after dropout, zero where nothing may be attended; in a statistic that
         rescales times a positive factor of each query, which is one in all others.
-      log_weights: [T, S], their logarithms; some finite number where a weight is zero.
+      log_weights: [T, S], the logarithms of their magnitudes; some finite number where a weight is
+        zero.
       logits: [T, S], zero where nothing may be attended.
       allowed: [T, S], True = may attend.
       q_idx: [T, 1], positions of the queries.
@@ -58,7 +59,7 @@ class Pairs(NamedTuple):
         logits = jnp.where(allowed, logits, 0.0)
         return cls(
             weights,
-            jnp.log(jnp.where(weights > 0, weights, 1.0)),
+            jnp.log(jnp.where(weights != 0, jnp.abs(weights), 1.0)),
             logits,
             allowed,
             q_idx,

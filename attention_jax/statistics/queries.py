@@ -266,7 +266,7 @@ def _ratio(part: Array, total: Array) -> Array:
 def _heaviest(pairs: Pairs, k: int) -> Heaviest:
     missing = max(k - pairs.weights.shape[1], 0)
     weights = jnp.pad(pairs.weights, ((0, 0), (0, missing)))
-    weights, places = jax.lax.top_k(weights + _poison(weights), k)
+    weights, places = jax.lax.top_k(jnp.maximum(weights, 0.0) + _poison(weights), k)
     kv_idx = jnp.pad(pairs.kv_idx[0], (0, missing))
     keys = jnp.where(weights == 0, -1, kv_idx[places])
     return Heaviest(keys, weights)

@@ -103,14 +103,22 @@ def test_values_and_derivatives_are_the_dense_ones(name, derivatives):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_statistics_are_refused_by_name():
-    with pytest.raises(ValueError, match="computes no statistics of sparsemax, whose weights"):
-        attend(
-            *inputs(),
-            normalizer=normalizers.sparsemax,
-            implementation="tiled",
-            statistics={"entropy": statistics.entropy},
-        )
+@pytest.mark.slow
+def test_statistics_and_their_gradients_are_the_dense_ones():
+    def loss(way, query, key, value):
+        asked = {name: getattr(statistics, name) for name in ("entropy", "received_mass")}
+        found = attend(
+            query, key, value, normalizer=normalizers.entmax15, statistics=asked, **way
+        ).statistics
+        return sum(jnp.sum(jnp.sin(x)) for x in found.values()), found
+
+    ways = {"implementation": "tiled", "tile_sizes": (8, 8)}, {"implementation": "dense"}
+    ours, theirs = (
+        jax.jit(jax.grad(functools.partial(loss, way), (0, 1), has_aux=True))(*inputs())
+        for way in ways
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.5])

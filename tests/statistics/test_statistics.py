@@ -191,6 +191,13 @@ ONES = jnp.ones((1, 4, 1, 2))
         ),
         (
             {"entropy": statistics.entropy},
+            {"implementation": "tiled", "normalizer": normalizers.stick_breaking},
+            ValueError,
+            "attend: implementation 'tiled' computes no statistics of stick_breaking, whose "
+            "weights depend on the keys before them; use implementation='dense'.",
+        ),
+        (
+            {"entropy": statistics.entropy},
             {"implementation": "pallas"},
             ValueError,
             "attend: implementation 'pallas' computes no statistics of the weights; use "
