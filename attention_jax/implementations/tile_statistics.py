@@ -39,7 +39,7 @@ from attention_jax.statistics.protocol import row_maximum
 Array = jax.Array
 
 
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
 ONE_PAIR = (1, 1)
 
 
