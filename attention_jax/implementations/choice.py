@@ -35,7 +35,7 @@ cache."""
 KERNEL_TILES = {"tpu": (512, 512), "gpu": (64, 64), "cpu": (128, 128)}
 """Queries and keys of a tile of a kernel; traced on a CPU, one that suits both accelerators."""
 
-PAIRS_AT_ONCE = 2**22
+PAIRS_AT_ONCE = 2**23
 """On accelerators heads are vectorised until their tiles have this many pairs: 16 MiB of logits,
 which fit in the vector memory of a TPU, and in the level-2 cache of a GPU, with what else is
 needed."""
