@@ -148,7 +148,7 @@ def explain(
     >>> found.implementation, found.empty, found.partial, found.full
     ('tiled', 28, 8, 28)
     >>> print(explain(x, x, x, mask=masks.Causal(), platform="tpu"))
-    tiled: 8 heads, 4 at once, tiles of 1024 x 1024: 6 empty (skipped), 4 partial, 6 full
+    tiled: 8 heads, tiles of 1024 x 1024: 6 empty (skipped), 4 partial, 6 full
     ...
     """
     request_of = functools.partial(

@@ -36,9 +36,12 @@ KERNEL_TILES = {"tpu": (512, 512), "gpu": (64, 64), "cpu": (128, 128)}
 """Queries and keys of a tile of a kernel; traced on a CPU, one that suits both accelerators."""
 
 PAIRS_AT_ONCE = 2**23
-"""On accelerators heads are vectorised until their tiles have this many pairs: 16 MiB of logits,
+"""On accelerators heads are vectorised until their tiles have this many pairs: 32 MiB of logits,
 which fit in the vector memory of a TPU, and in the level-2 cache of a GPU, with what else is
 needed."""
+
+VECTOR_MEMORY = 2**27
+"""Bytes of the vector memory of a TPU v5e or v6e. What fits there takes none of the device."""
 
 VISIT_PAIRS = 95_000
 """The cost of visiting a tile beyond that of its pairs, in pairs (fitted on a 2-core CPU)."""
@@ -234,7 +237,7 @@ def describe(request: Request, platform: str | None = None) -> Choice:
         partial,
         full,
         flops=2 * heads * pairs * (sizes["Q"] + sizes["V"]),
-        bytes=_bytes(name, request, plan, at_once),
+        bytes=_bytes(name, request, plan, at_once, platform),
         at_once=at_once,
     )
 
@@ -254,14 +257,24 @@ def _at_once(name: str, request: Request, plan: Plan, platform: str) -> int:
     return math.prod(groups.get(letter, sizes[letter]) for letter in order)
 
 
-def _bytes(name: str, request: Request, plan: Plan, at_once: int) -> int:
-    """Return the memory of temporaries."""
-    sizes = request.sizes
+def _bytes(name: str, request: Request, plan: Plan, at_once: int, platform: str) -> int:
+    """Return the memory of temporaries; on accelerators as compilers for them allocate it."""
+    sizes, computed = request.sizes, request.dtype.itemsize
     heads, length = sizes["B"] * sizes["N"], sizes["T"]
     if name == "dense":
-        return 2 * heads * math.prod(request.pairs) * request.dtype.itemsize
-    visit = at_once * plan.largest_visit * plan.tile[1]
-    return (2 * visit + heads * length * (sizes["V"] + 1)) * request.dtype.itemsize
+        return 2 * heads * math.prod(request.pairs) * computed
+    pairs = at_once * plan.largest_visit * plan.tile[1]
+    if platform == "cpu":
+        return (2 * pairs + heads * length * (sizes["V"] + 1)) * computed
+    # Logits, and weights as the operand of a product; sums before and after a visit.
+    tiles = pairs * (computed + request.value.dtype.itemsize)
+    sums = 2 * at_once * length * sizes["V"] * computed
+    # What poisons rows of query, key and value; maxima and totals between loops.
+    rows = heads * length * computed * (3 + 2 * (len(plan.visits) > 1))
+    arrays = request.query, request.key, request.value
+    copies = sum(x.size * x.dtype.itemsize for x in arrays) if at_once < heads else 0
+    fits = platform == "tpu" and tiles + sums <= VECTOR_MEMORY
+    return rows + copies + (0 if fits else tiles + sums)
 
 
 def sequential_axes(mask_axes: list[str]) -> str:

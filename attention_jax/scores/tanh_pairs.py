@@ -11,7 +11,7 @@ from jax.custom_batching import custom_vmap
 
 from attention_jax.base import checks, placement
 
-TOGETHER = 64
+TOGETHER = 16
 """How many features are added within one kernel, where the platform is no CPU."""
 
 _product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)

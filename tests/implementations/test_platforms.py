@@ -12,6 +12,7 @@ import pytest
 from attention_jax import attend, bind, explain, masks, scores
 from attention_jax.base.placement import Where
 from attention_jax.implementations.lifting import Elsewhere, lift
+from experiments.benchmark import compilers
 
 RNG = np.random.default_rng(0)
 
@@ -41,7 +42,7 @@ def products(text):
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
 def test_tiles_heads_and_products_of_a_program_for_each_platform(platform, dtype):
     text = lowered(tiled(mask=masks.Causal()), *halves(4096), platform=platform)
-    rows = "512x512" if platform == "cpu" else "4x1024x1024"  # of heads, queries and keys
+    rows = "512x512" if platform == "cpu" else "8x1024x1024"  # of heads, queries and keys
     of_weights = [left for left, _ in products(text) if left.endswith(f"{rows}x{dtype}")]
     assert of_weights
 
@@ -114,10 +115,46 @@ def test_groups_of_heads_compute_what_all_heads_do(most, float64):
 
 
 def test_explain_answers_for_another_platform():
-    found = {name: explain(*halves(4096), platform=name) for name in ("cpu", "gpu", "tpu")}
+    found = {
+        name: explain(*halves(4096, heads=16), platform=name) for name in ("cpu", "gpu", "tpu")
+    }
     assert [each.implementation for each in found.values()] == ["tiled", "cudnn", "tiled"]
     assert found["cpu"].tile == (512, 512) and found["tpu"].tile == (1024, 1024)
     with pytest.raises(ValueError, match="platform must be None or one of cpu, gpu, tpu, got 'v5"):
         explain(*halves(4096), platform="v5e")
     with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU; this program runs on tpu"):
         explain(*halves(4096), platform="tpu", implementation="cudnn")
+    assert [each.at_once for each in found.values()] == [1, 16, 8]
+    assert "16 heads, 8 at once, tiles of 1024 x 1024" in str(found["tpu"])
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["v5e", "H100"])
+@pytest.mark.parametrize("mask", [None, masks.Causal()], ids=["every pair", "causal"])
+def test_explain_tells_the_temporaries_of_the_compiler(target, mask):
+    missing = compilers.lacks(target)
+    if missing:
+        pytest.skip(missing)
+    platform = {"tpu": "tpu", "cuda": "gpu"}[compilers.TARGETS[target].platform]
+    for shape in ((1, 4096, 8, 64), (4, 8192, 16, 128)):
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
+        cost = compilers.cost(tiled(mask=mask), arrays, target)
+        told = explain(*arrays, mask=mask, implementation="tiled", platform=platform).bytes
+        assert told == pytest.approx(cost.temporaries, rel=0.25), shape
+
+
+@pytest.mark.aot
+def test_additive_attention_takes_no_tile_through_the_memory_of_a_tpu():
+    missing = compilers.lacks("v5e")
+    if missing:
+        pytest.skip(missing)
+
+    def additive(query, key, value, query_weight, key_weight, weight):
+        bound = {"query_weight": query_weight, "key_weight": key_weight}
+        bound |= {"value": weight, "bias": jnp.zeros_like(weight)}
+        return attend(query, key, value, score=bind(scores.additive, **bound))
+
+    shapes = [(1, 4096, 8, 64)] * 3 + [(64, 64)] * 2 + [(64,)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    tile = 4 * 1024 * 1024  # of float32 logits, of one head
+    assert compilers.cost(additive, arrays, "v5e").temporaries < tile / 2
