@@ -100,17 +100,17 @@ def test_groups_of_heads_compute_what_all_heads_do(most, float64):
     def one(x, weight):
         return x * weight, jnp.sum(x) * weight
 
+    def computed(lifted):
+        def total(*operands):
+            return sum(jnp.sum(jnp.sin(y)) for y in lifted(*operands))
+
+        program = jax.jit(lambda *operands: (lifted(*operands), jax.grad(total, (0, 1))(*operands)))
+        return jax.tree.leaves(program(x, weight))
+
     where = Where(spread=False, platform="tpu")
-    lifted = lift(one, axes, result, elsewhere=Elsewhere(None, "", most), where=where)
-    expected = lift(one, axes, result)(x, weight)
-
-    def total(lifted):
-        return lambda *operands: sum(jnp.sum(jnp.sin(y)) for y in lifted(*operands))
-
-    for ours, theirs in zip(lifted(x, weight), expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-14)
-    gradients = [jax.grad(total(f), (0, 1))(x, weight) for f in (lifted, lift(one, axes, result))]
-    for ours, theirs in zip(*gradients, strict=True):
+    grouped = lift(one, axes, result, elsewhere=Elsewhere(None, "", most), where=where)
+    whole = lift(one, axes, result)
+    for ours, theirs in zip(computed(grouped), computed(whole), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
