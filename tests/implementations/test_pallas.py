@@ -28,6 +28,18 @@ def platform(request):
         yield request.param
 
 
+NOT_THERE = [
+    "tpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(
+            jax.__version_info__ >= (0, 11), reason="later JAX asks a GPU before it lowers for one"
+        ),
+    ),
+]
+"""Platforms that programs are lowered for."""
+
+
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
 
@@ -310,7 +322,7 @@ def test_under_shard_map():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("score", [scores.scaled_dot, scores.gaussian])
-@pytest.mark.parametrize("name", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", NOT_THERE)
 def test_it_lowers_under_shard_map(name, score):
     mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("batch")
@@ -360,7 +372,7 @@ def lowered(platform, **options):
     return jax.jit(attending).trace(x).lower(lowering_platforms=(platform,))
 
 
-@pytest.mark.parametrize("name", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", NOT_THERE)
 def test_it_lowers_for_a_platform_that_is_not_there_or_names_the_primitive(name):
     lowered(name, mask=masks.Segment(jnp.zeros(256, jnp.int32)))
     platform = {"tpu": "TPU", "cuda": "GPU"}[name]

@@ -64,7 +64,7 @@ def _cond(params: dict[str, Any], which: Array, *arguments: Any) -> list[Any]:
 
 def _scan(params: dict[str, Any], *arguments: Any) -> list[Any]:
     """Loop over what a scan splits and stacks: neither is a primitive of kernels."""
-    constants, carry = params["num_consts"], params["num_carry"]
+    constants, carry = _counts(params)
     given, sums, split = (
         arguments[:constants],
         arguments[constants : constants + carry],
@@ -76,6 +76,14 @@ def _scan(params: dict[str, Any], *arguments: Any) -> list[Any]:
     body = functools.partial(_step, params, (given, split))
     sums, stacked = lax.fori_loop(0, length, body, (list(sums), stacked))
     return [*sums, *stacked]
+
+
+def _counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Return how many arguments of a scan are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()  # since JAX 0.12
+    return len(constants), len(carry)
 
 
 def _step(params: dict[str, Any], fixed: Any, n: Any, state: Any) -> Any:
