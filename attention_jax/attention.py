@@ -54,6 +54,10 @@ def attend(
     A query that may attend to nothing gets zeros and zero gradients. NaN or Inf in a masked key
     or value reaches nothing; attended, it makes NaN of that query's context.
 
+    Accelerators multiply operands in half precision as they are and add up in float32, a CPU
+    multiplies float32. `jax.default_matmul_precision`, where `attend` is called, holds for its
+    products and their derivatives; above the default, no operand is rounded.
+
     Args:
       query: [B, T, N, Hq].
       key: [B, S, K, Hk]; K divides N, and each key head serves N / K query heads.

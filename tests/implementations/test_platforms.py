@@ -11,6 +11,7 @@ import pytest
 
 from attention_jax import attend, bind, explain, masks, scores
 from attention_jax.base.placement import Where
+from attention_jax.implementations import cudnn
 from attention_jax.implementations.lifting import Elsewhere, lift
 from experiments.benchmark import compilers
 
@@ -158,3 +159,18 @@ def test_additive_attention_takes_no_tile_through_the_memory_of_a_tpu():
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     tile = 4 * 1024 * 1024  # of float32 logits, of one head
     assert compilers.cost(additive, arrays, "v5e").temporaries < tile / 2
+
+
+def test_cudnn_is_left_to_the_platform_that_a_program_is_lowered_for(monkeypatch):
+    """As in a process with a GPU whose program runs on a mesh of CPUs."""
+    monkeypatch.setattr(cudnn, "lacks", lambda request, platform: None)
+    monkeypatch.setattr(cudnn, "attend", lambda request: 7.0 * jnp.tan(request.query))
+    x = normal(1, 288, 1, 8)
+    program = jax.jit(attend).trace(x, x, x)
+    texts = {of: program.lower(lowering_platforms=(of,)).as_text() for of in ("cpu", "cuda")}
+    assert {name: "tan" in re.findall(r"\b(tan)\b", text) for name, text in texts.items()} == {
+        "cpu": False,
+        "cuda": True,
+    }
+    expected = attend(x, x, x, implementation="dense")
+    np.testing.assert_allclose(jax.jit(attend)(x, x, x), expected, rtol=1e-5, atol=1e-6)
