@@ -15,7 +15,7 @@ from attention_jax.implementations.lifting import Elsewhere
 from attention_jax.implementations.tiles import TOGETHER_PAIRS, Plan, make_plan
 from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
-from attention_jax.normalizers import Elementwise, LogSum, Ordered
+from attention_jax.normalizers import Elementwise, LogSum, Ordered, Searched
 from attention_jax.request import Request
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -64,6 +64,7 @@ class Choice:
       flops: floating-point operations of the two matrix products, all heads, forward.
       bytes: memory of temporaries beyond inputs and outputs, forward.
       at_once: number of heads that are computed at once.
+      passes: how the normalizer goes over the tiles, in words; empty for "dense" and "cudnn".
     """
 
     implementation: str
@@ -75,14 +76,17 @@ class Choice:
     flops: int
     bytes: int
     at_once: int = 1
+    passes: str = ""
 
     def __str__(self) -> str:
         rows, columns = self.tile
+        passes = f"; {self.passes}" if self.passes else ""
         together = f", {self.at_once} at once" if 1 < self.at_once < self.heads else ""
         return (
             f"{self.implementation}: {self.heads} heads{together}, tiles of {rows} x {columns}: "
             f"{self.empty} empty (skipped), {self.partial} partial, {self.full} full\n"
             f"{self.flops / 1e9:.3g} GFLOP and {self.bytes / 2**20:.3g} MiB of temporaries forward"
+            f"{passes}"
         )
 
 
@@ -239,7 +243,13 @@ def describe(request: Request, platform: str | None = None) -> Choice:
         flops=2 * heads * pairs * (sizes["Q"] + sizes["V"]),
         bytes=_bytes(name, request, plan, at_once, platform),
         at_once=at_once,
+        passes=_passes(name, request),
     )
+
+
+def _passes(name: str, request: Request) -> str:
+    how = request.streaming
+    return "" if how is None or name in ("dense", "cudnn") else how.passes
 
 
 def _at_once(name: str, request: Request, plan: Plan, platform: str) -> int:
@@ -264,6 +274,8 @@ def _bytes(name: str, request: Request, plan: Plan, at_once: int, platform: str)
     if name == "dense":
         return 2 * heads * math.prod(request.pairs) * computed
     pairs = at_once * plan.largest_visit * plan.tile[1]
+    if isinstance(request.streaming, Searched):  # holds the logits of a row of tiles
+        pairs += at_once * plan.tile[0] * plan.covered
     if platform == "cpu":
         return (2 * pairs + heads * length * (sizes["V"] + 1)) * computed
     # Logits, and weights as the operand of a product; sums before and after a visit.

@@ -26,6 +26,7 @@ class Ordered(Streaming):
     Tiles are visited in order. Only the state between tiles is kept, and only for derivatives.
     """
 
+    passes = "one pass, along the keys in order"
     last_first: ClassVar[bool] = False
     """Whether the order is from the last key to the first."""
 

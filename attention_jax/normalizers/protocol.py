@@ -30,6 +30,9 @@ class Streaming(ByValue, abc.ABC):
     merges: ClassVar[bool] = False
     """Whether results over disjoint parts of the keys join to the result over all of them."""
 
+    passes: ClassVar[str] = "one pass"
+    """How it goes over the tiles, in the words of `explain`."""
+
     @abc.abstractmethod
     def weight(self, logits: Array, statistics: Any) -> Array:
         """Return the weights of a tile.

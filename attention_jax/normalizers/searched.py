@@ -40,6 +40,8 @@ class Searched(Streaming):
     Logits come less the largest of their row: none is above 0, and a hidden one is -inf.
     """
 
+    passes = "several passes over the held logits of a row of tiles"
+
     @abc.abstractmethod
     def start(self, largest: Array) -> Any:
         """Return the state before the first pass, arrays [T], given the largest logits [T]."""

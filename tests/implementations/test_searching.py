@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import attend, bind, masks, normalizers, per_head, statistics
+from attention_jax import attend, bind, explain, masks, normalizers, per_head, scores, statistics
+from attention_jax.base.matmul import PLAIN
+from attention_jax.implementations import searching, tiled, tiles
+from attention_jax.implementations.head import Head
+from attention_jax.masks import FULL
+from tests.implementations.test_tiled import largest_intermediate
 
 T, S, N, K = 21, 26, 2, 1
 TILE = (8, 8)
@@ -119,6 +124,43 @@ def test_statistics_and_their_gradients_are_the_dense_ones():
     )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_tiles_below_the_threshold_are_skipped_from_then_on():
+    """Each block of queries asks for one block of keys, and adds nothing to others."""
+    blocks = jnp.repeat(jnp.eye(4), 8, axis=0)
+    head = Head(
+        9 * blocks,
+        blocks + 0.01 * normal(32, 4),
+        normal(32, 3),
+        scores.separate(scores.dot),
+        masks.as_mask(None),
+        None,
+        bind(normalizers.sparsemax),
+        None,
+    )
+    plan = tiles.make_plan(head.mask, (32, 32), (8, 8), is_static=False)
+    search = jax.jit(lambda: searching.Search(*tiled.prepared(head, plan, plan.visits, PLAIN))())
+    np.testing.assert_array_equal(search().states.reshape(4, 4), FULL * np.eye(4))
+
+
+def test_no_array_is_as_large_as_the_plane():
+    x = jnp.zeros((1, 96, 1, 2))
+
+    def of(normalizer):
+        return lambda x: jnp.sum(
+            attend(x, x, x, normalizer=normalizer, implementation="tiled", tile_sizes=(8, 8))
+        )
+
+    for normalizer in (normalizers.entmax15, normalizers.stick_breaking):
+        assert largest_intermediate(jax.grad(of(normalizer)), x) <= 96 * 96 / 8
+    x = jax.ShapeDtypeStruct((1, 4096, 1, 64), "float32")
+    for normalizer, words in (
+        (normalizers.softmax, "one pass"),
+        (normalizers.sparsemax, "several passes over the held logits of a row of tiles"),
+        (normalizers.stick_breaking, "one pass, along the keys in order"),
+    ):
+        assert str(explain(x, x, x, normalizer=normalizer)).endswith(f"forward; {words}")
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.5])
