@@ -47,7 +47,8 @@ class Walk:
             table = table[:, ::-1]
         states = joint(self.given.states.astype(jnp.int32))
         of_row = functools.partial(self.of_row, states)
-        _, context = lax.scan(of_row, None, (starts, table.astype(np.int32)))
+        where = jnp.asarray(starts), jnp.asarray(table, jnp.int32)
+        _, context = lax.scan(of_row, None, where)
         return context.reshape(length, -1)
 
     @property
