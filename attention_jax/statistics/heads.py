@@ -14,7 +14,13 @@ from attention_jax.base.binding import bind
 from attention_jax.base.finite import infinite_where
 from attention_jax.masks import Lookup, Mask, MaskLike, as_mask
 from attention_jax.statistics.protocol import Pairs, Statistic, scaled
-from attention_jax.statistics.queries import distances, largest_logit, largest_weight, where
+from attention_jax.statistics.queries import (
+    distances,
+    largest_logit,
+    largest_weight,
+    over_keys,
+    where,
+)
 
 __all__ = [
     "Induction",
@@ -182,7 +188,7 @@ class _Mass(NamedTuple):
 def _counted_mass(pairs: Pairs, mask: Any) -> _Mass:
     is_true = where(mask, pairs)
     return _Mass(
-        jnp.sum(jnp.where(is_true, pairs.weights, 0.0), axis=1),
+        over_keys(jnp.where(is_true, pairs.weights, 0.0)),
         jnp.sum(is_true & pairs.allowed, axis=1, dtype=jnp.int32),
     )
 
@@ -197,13 +203,13 @@ def _mean(sums: _Mass) -> Array:
 
 
 def _by_distance(pairs: Pairs, edges: Array) -> tuple[Array, Array]:
-    bucket = jnp.sum(
-        distances(pairs)[None, :, :] >= jnp.asarray(edges)[:, None, None], axis=0, dtype=jnp.int32
-    )
-    masses = [
-        jnp.sum(jnp.where(bucket == number, pairs.weights, 0.0), axis=1)
-        for number in range(1, len(edges) + 1)
-    ]
+    distance = distances(pairs)
+    beyond = jnp.iinfo(jnp.int32).max
+    masses = []
+    for number in range(len(edges)):
+        least, end = edges[number], edges[number + 1] if number + 1 < len(edges) else beyond
+        is_in = (distance >= least) & (distance < end)
+        masses.append(over_keys(jnp.where(is_in, pairs.weights, 0.0)))
     return jnp.stack(masses, axis=1), jnp.sum(pairs.weights, axis=1)
 
 

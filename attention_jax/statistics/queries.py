@@ -108,7 +108,7 @@ def over_keys(x: Array) -> Array:
 
 
 def _mass(pairs: Pairs, mask: Any) -> Array:
-    return jnp.sum(jnp.where(where(mask, pairs), pairs.weights, 0.0), axis=1)
+    return over_keys(jnp.where(where(mask, pairs), pairs.weights, 0.0))
 
 
 class _Surprise(NamedTuple):
@@ -189,7 +189,7 @@ def _finished_weight(largest: _Largest) -> Array:
 
 
 def _squares(pairs: Pairs) -> tuple[Array, Array]:
-    return jnp.sum(pairs.weights, axis=1), jnp.sum(pairs.weights**2, axis=1)
+    return jnp.sum(pairs.weights, axis=1), over_keys(pairs.weights**2)
 
 
 def _rescaled_squares(sums: tuple[Array, Array], log_factor: Array) -> tuple[Array, Array]:
@@ -214,8 +214,8 @@ class _Moments(NamedTuple):
 def _moments(pairs: Pairs) -> _Moments:
     distance = distances(pairs).astype(pairs.weights.dtype)
     total = jnp.sum(pairs.weights, axis=1)
-    mean = _ratio(jnp.sum(pairs.weights * distance, axis=1), total)
-    return _Moments(total, mean, jnp.sum(pairs.weights * (distance - mean[:, None]) ** 2, axis=1))
+    mean = _ratio(over_keys(pairs.weights * distance), total)
+    return _Moments(total, mean, over_keys(pairs.weights * (distance - mean[:, None]) ** 2))
 
 
 def _joined_moments(first: _Moments, second: _Moments) -> _Moments:
@@ -251,7 +251,7 @@ def _spread(sums: _Moments) -> Array:
 
 def _distance(pairs: Pairs) -> tuple[Array, Array]:
     distance = distances(pairs).astype(pairs.weights.dtype)
-    return jnp.sum(pairs.weights * distance, axis=1), jnp.sum(pairs.weights, axis=1)
+    return over_keys(pairs.weights * distance), jnp.sum(pairs.weights, axis=1)
 
 
 def _mean_distance(sums: tuple[Array, Array]) -> Array:
