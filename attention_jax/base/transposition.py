@@ -79,8 +79,8 @@ def _tangent(primals: Any, tangents: Any, *, jaxpr: ClosedJaxpr, pair: _Pair) ->
     which = [n for n in range(pair.number) if type(tangents[n]) is not ad.Zero]
     if which:
         of_those = functools.partial(_of_those, jaxpr, primals, which)
-        both = ([x[n] for n in which] for x in (primals, tangents))
-        parts.append(jax.jvp(of_those, *both)[1])
+        moving, along = ([x[n] for n in which] for x in (primals, tangents))
+        parts.append(jax.jvp(of_those, moving, along)[1])
     change = [functools.reduce(ad.add_tangents, each) for each in zip(*parts, strict=True)]
     return _linear.bind(*primals, jaxpr=jaxpr, pair=pair), change
 
@@ -111,8 +111,9 @@ def _batched(arguments: Any, axes: Any, *, jaxpr: ClosedJaxpr, pair: _Pair) -> A
         for x, axis in zip(arguments[pair.number :], axes[pair.number :], strict=True)
     ]
     of_fixed = axes[: pair.number]
-    mapped = (_mapped(function, of_fixed) for function in pair[:2])
-    found = _bound(_Pair(*mapped, pair.number), [*arguments[: pair.number], *front])
+    function, transposed = (_mapped(one, of_fixed) for one in pair[:2])
+    pair = _Pair(function, transposed, pair.number)
+    found = _bound(pair, [*arguments[: pair.number], *front])
     return found, [0] * len(found)
 
 

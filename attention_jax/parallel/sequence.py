@@ -312,8 +312,9 @@ def _of_part(
 
 def _attended(request: Request, found: list[Array]) -> Attended:
     """Join the axes K and G to N."""
-    context, *rest = (
+    context, *logsumexp = (
         x.reshape(*x.shape[:2], request.sizes["N"], *x.shape[2 + len(heads(request)) :])
         for x in found
     )
-    return Attended(context.astype(request.value.dtype), None, *rest)
+    context = context.astype(request.value.dtype)
+    return Attended(context, logsumexp=logsumexp[0] if logsumexp else None)

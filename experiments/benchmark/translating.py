@@ -89,9 +89,10 @@ class TorchTraining:
         score, sizes, config, given = learner
         self.order, self.rows = given.order, given.rows
         drawn = nnx.to_pure_dict(train_step.initial_state(score, sizes, config).parameters)
+        pairs = [(source, target) for source, target, *_ in given.arrays]
         # The first one is only used to choose the number of threads.
         first, *self.trainers = (
-            Trainer(score, sizes, config, _of_seed(drawn, seed), given.arrays)
+            Trainer(score, sizes, config, _of_seed(drawn, seed), pairs)
             for seed in (0, *range(config.seeds))
         )
         self.threads = choose_threads(first, self._rows(range(1), 0))
