@@ -144,7 +144,8 @@ def _copied(a: Array, b: Array, *, kind: str, precision: Any, operands: Any) -> 
     del operands
     if kind != "tn":
         return _general(a, b, kind, precision)
-    if a.shape[-1] < b.shape[-1]:
+    columns = [size if isinstance(size, int) else math.inf for size in (a.shape[-1], b.shape[-1])]
+    if columns[0] < columns[1]:  # a size that is a symbol (`jax.export`) counts as large
         return _kept_apart(a.mT, b, precision)
     return lax.optimization_barrier(_kept_apart(b.mT, a, precision)).mT
 

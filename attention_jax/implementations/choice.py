@@ -107,15 +107,15 @@ def known_platform(platform: str | None = None) -> str:
 def choose(request: Request, platform: str | None = None) -> str:
     """Return the implementation that runs, whose name is one of IMPLEMENTATIONS.
 
-    None stands for "dense" where all pairs of a head fit in one tile or nothing else is able;
-    "cudnn" comes before "tiled".
+    None stands for "dense" where all pairs of a head fit in one tile, where a length is a symbol
+    (`jax.export`) or where nothing else is able; "cudnn" comes before "tiled".
 
     Raises:
       ValueError: an unknown name, or one that cannot do what is asked.
     """
     name = request.implementation
     if name is None:
-        if math.prod(request.pairs) <= DENSE_PAIRS:
+        if not _knows_lengths(request) or math.prod(request.pairs) <= DENSE_PAIRS:
             return "dense"
         able = (x for x in ("cudnn", "tiled", "dense") if lacks(x, request, platform) is None)
         return next(able)
@@ -132,10 +132,16 @@ def choose(request: Request, platform: str | None = None) -> str:
 
 def lacks(name: str, request: Request, platform: str | None = None) -> str | None:
     """Say what an implementation cannot do of what is asked, or None if it can do all of it."""
-    if name == "cudnn":
-        return cudnn.lacks(request, platform or jax.default_backend())
     if name == "dense":
         return None
+    if not _knows_lengths(request):
+        return (
+            "plans its tiles from the numbers of queries and keys, got [T, S] = "
+            f"[{', '.join(map(str, request.pairs))}]; export for numbers, or use "
+            "implementation='dense'."
+        )
+    if name == "cudnn":
+        return cudnn.lacks(request, platform or jax.default_backend())
     if request.return_weights:
         return "never holds the weights; use implementation='dense' to look at them."
     if request.streaming is None:
@@ -161,6 +167,11 @@ def lacks(name: str, request: Request, platform: str | None = None) -> str | Non
             "implementation='tiled'."
         )
     return None
+
+
+def _knows_lengths(request: Request) -> bool:
+    """Tell whether both lengths are numbers; a program is exported for all those of a symbol."""
+    return all(isinstance(length, int) for length in request.pairs)
 
 
 def plan_for(request: Request, platform: str | None = None, name: str = "tiled") -> Plan:

@@ -251,12 +251,25 @@ class _Lifted:
         at = functools.partial(_at, one, [*zip(arguments, self.axes, strict=True)])
         # Traced once, although it is also asked for the shapes it returns.
         at = jax.jit(jax.checkpoint(at, policy=self.policy, prevent_cse=False))
-        heads = dict(zip(counts, np.indices(tuple(counts.values()), np.int32), strict=True))
-        heads = jax.tree.map(np.ravel, heads)
+        heads = _places(counts)
         shapes = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads))
         letters = jax.tree.broadcast(self.result_axes, shapes)
         results = jax.tree.map(functools.partial(_zeros, sizes=counts), shapes, letters)
         return lax.scan(functools.partial(_step, at, letters), results, heads)[0]
+
+
+def _places(counts: dict[str, int]) -> dict[str, Any]:
+    """Return the place of each head along every axis, [heads], the last axis varying fastest."""
+    if all(isinstance(count, int) for count in counts.values()):
+        places = np.indices(tuple(counts.values()), np.int32)
+        return {letter: of.ravel() for letter, of in zip(counts, places, strict=True)}
+    # A size is a symbol where the program is exported for all of them.
+    rest = jnp.arange(math.prod(counts.values()), dtype=jnp.int32)
+    found = {}
+    for letter, count in reversed(counts.items()):
+        count = jnp.asarray(count, jnp.int32)
+        found[letter], rest = rest % count, rest // count
+    return {letter: found[letter] for letter in counts}
 
 
 def _with_constants(

@@ -165,6 +165,8 @@ def joint(states: Array) -> Array:
 def _(axis_size: int, in_batched: list[bool], states: Array) -> tuple[Array, bool]:
     least, most = jnp.min(states, 0, initial=FULL), jnp.max(states, 0, initial=EMPTY)
     agreed = jnp.where(least == most, least, PARTIAL)
-    if axis_size > 1:  # what devices have to ask each other for is not worth knowing
+    # What devices have to ask each other for is not worth knowing. A size that is a symbol
+    # (`jax.export`) may be more than one.
+    if not isinstance(axis_size, int) or axis_size > 1:
         agreed = jnp.where(placement.is_spread(states), PARTIAL, agreed)
     return joint(agreed), False

@@ -65,25 +65,29 @@ def random_features(
     return rotations.reshape(-1, depth)[:num_features] * lengths
 
 
-def positive(x: Array, projection: Array) -> Array:
-    r"""Positive features: phi(x) = exp(W x - |x|^2 / 2) / sqrt(M), with x / H^(1/4) for x.
+def positive(x: Array, projection: Array, epsilon: float = 0.0) -> Array:
+    r"""Positive features: phi(x) = (exp(W x - |x|^2 / 2) + epsilon) / sqrt(M), x / H^(1/4) for x.
 
     Args:
       x: [T, H].
       projection: W, [M, H], from `random_features`.
+      epsilon: keeps features away from zero, where a query far from every direction would have
+        only rounding left; the estimate is then of a kernel that is larger by about epsilon.
 
     Returns:
-      [T, M], with E[phi(q) . phi(k)] = exp(q . k / sqrt(H)).
+      [T, M], with E[phi(q) . phi(k)] = exp(q . k / sqrt(H)) for epsilon 0.
 
     Raises:
       ShapeError: x and projection of different depths.
+      ValueError: a negative epsilon.
 
-    Choromanski et al. 2021, lemma 1 (equation 7) and section 2.3.
+    Choromanski et al. 2021, lemma 1 (equation 7) and section 2.3; epsilon as in their code, though
+    not relative to the largest feature.
 
     >>> positive(jnp.zeros((1, 4)), jnp.ones((2, 4))).round(3)
     Array([[0.707, 0.707]], dtype=float32)
     """
-    return jnp.exp(_log_positive(x, projection))
+    return jnp.exp(_log_positive(x, projection, epsilon))
 
 
 def hyperbolic(x: Array, projection: Array) -> Array:
@@ -174,9 +178,14 @@ def variance(feature_map: FeatureMap, query: Array, key: Array) -> Array:
     return formula(query @ key.T, together, apart)
 
 
-def _log_positive(x: Array, projection: Array) -> Array:
+def _log_positive(x: Array, projection: Array, epsilon: float = 0.0) -> Array:
+    if epsilon < 0:
+        raise ValueError(f"positive: epsilon must be 0 or more, got {epsilon}.")
     projected, half_square = _parts(x, projection)
-    return projected - half_square[:, None] - math.log(len(projection)) / 2
+    logarithm = projected - half_square[:, None]
+    if epsilon:
+        logarithm = jnp.logaddexp(logarithm, jnp.asarray(math.log(epsilon), logarithm.dtype))
+    return logarithm - math.log(len(projection)) / 2
 
 
 def _log_hyperbolic(x: Array, projection: Array) -> Array:
@@ -201,8 +210,8 @@ def _parts(x: Array, projection: Array) -> tuple[Array, Array]:
 
 
 @rule(positive, "split_scale")
-def _(projection: Array) -> Any:
-    return lambda x: from_logarithm(_log_positive(x, projection))
+def _(projection: Array, epsilon: float = 0.0) -> Any:
+    return lambda x: from_logarithm(_log_positive(x, projection, epsilon))
 
 
 @rule(hyperbolic, "split_scale")
@@ -216,7 +225,10 @@ def _(projection: Array) -> Any:
 
 
 @rule(positive, "variance")
-def _(projection: Array) -> Any:
+def _(projection: Array, epsilon: float = 0.0) -> Any:
+    if epsilon:
+        raise ValueError(f"variance: known for positive features of epsilon 0, got {epsilon}.")
+
     def formula(logits: Array, together: Array, apart: Array) -> Array:
         return jnp.exp(together + 2 * logits) * -jnp.expm1(-together) / len(projection)
 

@@ -88,6 +88,11 @@ def scanned(
 ) -> tuple[Array, KeySums]:
     """Attend causally where query i stands with key i; [B, T, N, V] and the next sums."""
     dtype, length = sums.values.dtype, query.shape[1]
+    if not isinstance(length, int):
+        raise ValueError(
+            "linear_attention: a causal mask is computed chunk by chunk, and their number must be "
+            f"known, got T = {length}; export for a number of queries."
+        )
     chunk_size = max(min(chunk_size, length), 1)
     whole = length + -length % chunk_size
     query, key, value, present = (padded(x, 0, whole) for x in (query, key, value, present))

@@ -21,13 +21,15 @@ def of_array(label: str, array: Any, sizes: Sizes) -> tuple[Any, str]:
       The array, of rank 2 to 4, and the letters of the leading axes that it kept.
 
     Raises:
-      ShapeError: it does not broadcast.
+      ShapeError: it does not broadcast, or a mask may be read in two ways.
 
     >>> array, letters = of_array("attend: bias", jnp.ones((3, 1, 5)), dict(B=2, N=3, T=4, S=5))
     >>> array.shape, letters
     ((3, 1, 5), 'N')
     """
     shape = tuple(sizes[letter] for letter in "BNTS")
+    if "bias" not in label:
+        _check_what_is_meant(label, array.shape, sizes)
     padded = (1,) * (4 - array.ndim) + array.shape
     if array.ndim > 4 or any(got not in (1, full) for got, full in zip(padded, shape, strict=True)):
         is_padding = array.shape == (sizes["B"], sizes["S"]) and "bias" not in label
@@ -36,6 +38,21 @@ def of_array(label: str, array: Any, sizes: Sizes) -> tuple[Any, str]:
             f"{label} must broadcast to [B, N, T, S] = {shape}, got {array.shape}{advice}."
         )
     return _without_ones(array.reshape(padded), "BN")
+
+
+def _check_what_is_meant(label: str, shape: tuple[int, ...], sizes: Sizes) -> None:
+    """Refuse a mask [B, S] that could be [T, S], and [B, T, S], which could be [N, T, S]."""
+    batch, queries, keys = (sizes[letter] for letter in "BTS")
+    if len(shape) == 3 and shape[0] > 1:
+        raise checks.ShapeError(
+            f"{label} of three axes, {shape}, may differ between examples or between heads; write "
+            "mask[:, None] for [B, 1, T, S], or mask[None] for [1, N, T, S]."
+        )
+    if shape == (batch, keys) and batch == queries > 1:
+        raise checks.ShapeError(
+            f"{label} of shape {shape} may be padding [B, S] or pairs [T, S], since B = T = "
+            f"{batch}; write mask[:, None, None, :] for padding, or mask[None, None] for pairs."
+        )
 
 
 def of_mask(operation: str, mask: Mask, sizes: Sizes) -> tuple[Any, list[str]]:

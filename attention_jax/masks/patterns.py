@@ -405,6 +405,7 @@ def bigbird(
     num_global: int = 2,
     num_random: int = 3,
     num_heads: int | None = None,
+    num_last: int = 0,
 ) -> Mask:
     """Blocks: `window` around the query's own, the first `num_global`, and `num_random` others.
 
@@ -419,6 +420,8 @@ def bigbird(
       num_global: blocks that attend to all and are attended by all.
       num_random: random blocks for each block of queries.
       num_heads: N, to draw the random blocks anew for each head; None draws once for all.
+      num_last: of the last blocks, how many are global too; their code has the first and the last,
+        num_global=1 and num_last=1.
 
     Raises:
       ValueError: an even window, a size below 1, or a negative number of blocks.
@@ -431,5 +434,10 @@ def bigbird(
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"bigbird: window must be odd and 1 or more blocks, got {window}.")
+    at_least("bigbird", 0, num_last=num_last)
+    at_least("Block", 1, size=size)
     near = Window(window // 2, window // 2) | GlobalTokens(num_global)
+    if num_last:
+        number = np.arange(-(-int(length) // int(size)))
+        near = near | GlobalTokens(number >= len(number) - num_last)
     return Block(near, size) | random_blocks(rng, length, size, num_random, near, num_heads)

@@ -15,10 +15,13 @@ a bias, `relative_key` as a score.
 from attention_jax.positions.absolute import (
     embedded,
     learned_table,
+    llama3_frequencies,
     rotary,
     sinusoidal,
     sinusoidal_step,
     stretched_base,
+    yarn_frequencies,
+    yarn_gain,
 )
 from attention_jax.positions.relative import (
     alibi,
@@ -42,6 +45,7 @@ __all__ = [
     "learned_buckets",
     "learned_grid",
     "learned_table",
+    "llama3_frequencies",
     "relative_key",
     "relative_values",
     "rotary",
@@ -50,4 +54,6 @@ __all__ = [
     "stretched_base",
     "t5_bias",
     "t5_bucket",
+    "yarn_frequencies",
+    "yarn_gain",
 ]

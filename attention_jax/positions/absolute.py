@@ -17,10 +17,13 @@ from attention_jax.base.typing import at_least_float32
 __all__ = [
     "embedded",
     "learned_table",
+    "llama3_frequencies",
     "rotary",
     "sinusoidal",
     "sinusoidal_step",
     "stretched_base",
+    "yarn_frequencies",
+    "yarn_gain",
 ]
 
 Array = jax.Array
@@ -125,11 +128,16 @@ def rotary(
     rotated: int | None = None,
     scale: float = 1.0,
     halves: bool = False,
+    frequencies: Any = None,
+    gain: float = 1.0,
 ) -> Array:
     r"""Rotary positions: pair i of x_p turns by the angle p base^(-2i/R).
 
     (x_2i, x_2i+1) -> (x_2i cos - x_2i+1 sin, x_2i sin + x_2i+1 cos). Applied to queries and keys,
     q_m . k_n depends on n - m alone. With a cache, `positions` are those of the new tokens.
+
+    Neighbours are paired, as in the paper and in GPT-J. Weights of most models since (GPT-NeoX,
+    Llama, Mistral, Qwen, Gemma as converted for `transformers`) are for `halves=True`.
 
     Args:
       x: queries or keys of one head, [T, H].
@@ -137,27 +145,39 @@ def rotary(
       base: of the wavelengths; `stretched_base` for longer sequences than trained on.
       rotated: R, how many features turn, the others keep; even; H unless given.
       scale: of the positions; below one interpolates between those trained on.
-      halves: pair feature i with i + R / 2 (GPT-NeoX, Llama) rather than 2i with 2i + 1.
+      halves: pair feature i with i + R / 2 rather than 2i with 2i + 1.
+      frequencies: angles of one position, [R / 2], for those of `base`, which is then not used:
+        `llama3_frequencies`, `yarn_frequencies`.
+      gain: factor of what turns, as `yarn_gain`; the logits of features that turn grow by its
+        square.
 
     Returns:
       [T, H].
 
     Raises:
-      ValueError: R is odd or larger than H.
+      ValueError: R is odd or larger than H, or not twice the number of frequencies.
 
     Su et al. 2021 (RoFormer), equations 15 and 34; Chen et al. 2023 (scale); Black et al. 2022
-    (partial rotation).
+    (partial rotation); Peng et al. 2024 (YaRN), section 3.4 (gain).
 
     >>> rotary(jnp.array([[1.0, 0.0]]), jnp.array([1])).round(4)
     Array([[0.5403, 0.8415]], dtype=float32)
     """
     sizes = checks.axes("rotary", x=(x, "TH"), positions=(positions, "T"))
+    if frequencies is not None:
+        of_pairs = 2 * checks.axes("rotary", frequencies=(frequencies, "F"))["F"]
+        if rotated not in (None, of_pairs):
+            raise ValueError(
+                f"rotary: {of_pairs // 2} frequencies turn {of_pairs} features, got rotated "
+                f"{rotated}; leave rotated out, or give {rotated // 2} frequencies."
+            )
+        rotated = of_pairs
     rotated = sizes["H"] if rotated is None else rotated
     if rotated > sizes["H"]:
         raise ValueError(f"rotary: rotated must be at most H = {sizes['H']}, got {rotated}.")
     dtype = at_least_float32(x.dtype)
-    angles = _angles("rotary", positions.astype(dtype) * scale, rotated, base, dtype)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    angles = _angles("rotary", positions.astype(dtype) * scale, rotated, base, dtype, frequencies)
+    cos, sin = jnp.cos(angles) * gain, jnp.sin(angles) * gain
     turning, rest = x[:, :rotated].astype(dtype), x[:, rotated:]
     if halves:
         first, second = jnp.split(turning, 2, axis=1)
@@ -166,6 +186,101 @@ def rotary(
         first, second = turning[:, 0::2], turning[:, 1::2]
         turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=2)
     return jnp.concatenate([turned.reshape(sizes["T"], rotated).astype(x.dtype), rest], axis=1)
+
+
+def llama3_frequencies(
+    rotated: int,
+    base: float = 500_000.0,
+    factor: float = 8.0,
+    length: int = 8192,
+    low: float = 1.0,
+    high: float = 4.0,
+) -> np.ndarray:
+    r"""Frequencies for sequences `factor` times as long: only slow pairs turn slower.
+
+    With n_i = L base^(-2i/R) / (2 pi) turns over the L = `length` positions trained on and
+    s_i = clip((n_i - low) / (high - low), 0, 1), pair i has the frequency
+    base^(-2i/R) (s_i + (1 - s_i) / factor).
+
+    Args:
+      rotated: R, even.
+      base: of the wavelengths.
+      factor: how many times as long.
+      length: L, positions that the model was trained on at first.
+      low: of fewer turns, a pair turns 1 / factor as fast.
+      high: of more turns, a pair turns as before; between both it is interpolated.
+
+    Returns:
+      [R / 2], float64, for `rotary(frequencies=)`.
+
+    Raises:
+      ValueError: an odd R, or high that is not more than low.
+
+    Grattafiori et al. 2024 (Llama 3), section 3.4.1, and the code of Llama 3.1.
+
+    >>> llama3_frequencies(4, base=100.0, factor=8.0, length=100)
+    array([1.        , 0.02975353])
+    """
+    if high <= low:
+        raise ValueError(f"llama3_frequencies: high must be more than low, got {high} and {low}.")
+    before = _frequencies("llama3_frequencies", rotated, base)
+    kept = np.clip((length * before / (2 * np.pi) - low) / (high - low), 0.0, 1.0)
+    return before * (kept + (1 - kept) / factor)
+
+
+def yarn_frequencies(
+    rotated: int,
+    base: float = 10_000.0,
+    factor: float = 4.0,
+    length: int = 4096,
+    slow: float = 1.0,
+    fast: float = 32.0,
+) -> np.ndarray:
+    r"""Frequencies for sequences `factor` times as long, interpolated by the number of the pair.
+
+    The pair that turns n times over the L = `length` positions trained on has the number
+    i(n) = R ln(L / (2 pi n)) / (2 ln base). Pair i has the frequency
+    base^(-2i/R) (1 - r_i + r_i / factor), r_i = clip((i - floor i(fast)) / (ceil i(slow) -
+    floor i(fast)), 0, 1), both bounds within 0 and R - 1.
+
+    Args:
+      rotated: R, even.
+      base: of the wavelengths.
+      factor: how many times as long.
+      length: L.
+      slow: of fewer turns, a pair turns 1 / factor as fast.
+      fast: of more turns, a pair turns as before.
+
+    Returns:
+      [R / 2], float64, for `rotary(frequencies=)`; `yarn_gain` is the gain.
+
+    Raises:
+      ValueError: an odd R.
+
+    Peng et al. 2024 (YaRN), definition 2, with the bounds of its code.
+
+    >>> yarn_frequencies(4, base=100.0, factor=4.0, length=400)
+    array([1.    , 0.0625])
+    """
+    before = _frequencies("yarn_frequencies", rotated, base)
+    first, last = (
+        rotated * np.log(length / (2 * np.pi * turns)) / (2 * np.log(base))
+        for turns in (fast, slow)
+    )
+    first, last = max(np.floor(first), 0.0), min(np.ceil(last), rotated - 1.0)
+    slowed = np.clip((np.arange(len(before)) - first) / max(last - first, 1e-3), 0.0, 1.0)
+    return before * (1 - slowed + slowed / factor)
+
+
+def yarn_gain(factor: float) -> float:
+    r"""The gain of YaRN for queries and for keys: 0.1 ln(factor) + 1, for `rotary(gain=)`.
+
+    Peng et al. 2024 (YaRN), equation 22.
+
+    >>> round(yarn_gain(4.0), 4)
+    1.1386
+    """
+    return float(0.1 * np.log(factor) + 1.0) if factor > 1 else 1.0
 
 
 def stretched_base(base: float, factor: float, rotated: int) -> float:
@@ -186,10 +301,22 @@ def stretched_base(base: float, factor: float, rotated: int) -> float:
     return base * factor ** (rotated / (rotated - 2))
 
 
-def _angles(operation: str, positions: Array, depth: int, base: float, dtype: Any) -> Array:
-    """Return p base^(-2i/D), [..., D / 2]."""
+def _angles(
+    operation: str,
+    positions: Array,
+    depth: int,
+    base: float,
+    dtype: Any,
+    frequencies: Any = None,
+) -> Array:
+    """Return p base^(-2i/D), or p times the frequencies, [..., D / 2]."""
+    frequencies = _frequencies(operation, depth, base) if frequencies is None else frequencies
+    frequencies = jnp.asarray(frequencies, dtype)
+    frequencies = jnp.expand_dims(frequencies, tuple(range(positions.ndim)))
+    return positions[..., None].astype(dtype) * frequencies
+
+
+def _frequencies(operation: str, depth: int, base: float) -> np.ndarray:
     if depth % 2 or depth < 0:
         raise ValueError(f"{operation}: depth must be even, got {depth}.")
-    frequencies = base ** (-np.arange(0, depth, 2) / max(depth, 1))
-    frequencies = np.expand_dims(frequencies, tuple(range(positions.ndim)))
-    return positions[..., None].astype(dtype) * jnp.asarray(frequencies, dtype)
+    return base ** (-np.arange(0, depth, 2) / max(depth, 1))

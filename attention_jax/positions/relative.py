@@ -54,7 +54,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     r"""One slope a head: 2^(-8 n / N) for n = 1 ... N, where N is a power of two.
 
     Else those of the power below, and then every other one of the power above, as in the
-    paper's code.
+    paper's code. In float64; `attend` computes in the dtype of the query.
 
     Raises:
       ValueError: fewer than one head.
@@ -62,7 +62,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     Press, Smith and Lewis 2022, section 3.
 
     >>> alibi_slopes(4)
-    array([0.25 , 0.0625 , 0.015625 , 0.00390625], dtype=float32)
+    array([0.25 , 0.0625 , 0.015625 , 0.00390625])
     """
     if num_heads < 1:
         raise ValueError(f"alibi_slopes: num_heads must be 1 or more, got {num_heads}.")
@@ -73,7 +73,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
         return 2.0 ** (-8.0 * np.arange(1, heads + 1) / heads)
 
     between = geometric(2 * below)[0::2][: num_heads - below]
-    return np.concatenate([geometric(below), between]).astype(np.float32)
+    return np.concatenate([geometric(below), between])
 
 
 def alibi_bias(num_heads: int) -> PerHead:

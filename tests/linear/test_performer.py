@@ -178,3 +178,25 @@ def test_what_cannot_be_drawn_or_known_is_explained():
         performer.positive(jnp.ones((2, 4)), jnp.ones((8, 5)))
     with pytest.raises(ValueError, match="known for positive, hyperbolic and trigonometric"):
         performer.variance(feature_maps.relu, jnp.ones((1, 4)), jnp.ones((1, 4)))
+
+
+def test_epsilon_is_added_to_the_exponentials():
+    x = 3 * normal(5, 4)
+    projection = normal(6, 4)
+    plain = performer.positive(x, projection)
+    found = performer.positive(x, projection, epsilon=0.1)
+    np.testing.assert_allclose(found, plain + 0.1 / np.sqrt(6), rtol=1e-5)
+    feature_map = bind(performer.positive, projection=projection, epsilon=0.1)
+    query, key, value = (normal(1, 5, 1, depth)[:, :, :, :4] for depth in (4, 5, 6))
+    weights = found_of(query, projection) @ found_of(key, projection).T
+    expected = weights @ value[0, :, 0] / weights.sum(axis=1, keepdims=True)
+    context = linear_attention(query, key, value, feature_map=feature_map)
+    np.testing.assert_allclose(context[0, :, 0], expected, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"positive: epsilon must be 0 or more, got -1\.0"):
+        performer.positive(x, projection, epsilon=-1.0)
+    with pytest.raises(ValueError, match="variance: known for positive features of epsilon 0"):
+        performer.variance(feature_map, x, x)
+
+
+def found_of(x, projection):
+    return performer.positive(x[0, :, 0], projection, epsilon=0.1)

@@ -44,6 +44,8 @@ def test_arrays(shape, left, letters):
     kept, found = batch_axes.of_array("f: bias", array, SIZES)
     assert (kept.shape, found) == (left, letters)
     np.testing.assert_array_equal(kept.ravel(), array.ravel())
+    if len(shape) == 3:  # a mask has to say whether examples or heads come first
+        array = array[None]
     for mask in (Table(array > 3), Full() & Table(array > 3), ~Table(array > 3)):
         _, (found,) = batch_axes.of_mask("f", mask, SIZES)
         assert found == letters
@@ -54,7 +56,8 @@ def test_arrays_that_do_not_broadcast(shape):
     message = rf"must broadcast to \[B, N, T, S\] = \(2, 4, 5, 7\), got {str(shape)[:-1]}"
     with pytest.raises(ShapeError, match=f"f: bias {message}".replace("(6", r"\(6")[:60]):
         batch_axes.of_array("f: bias", np.ones(shape), SIZES)
-    with pytest.raises(ShapeError, match=r"f: Table.allowed must broadcast"):
+    whose = r"of three axes" if len(shape) == 3 else "must broadcast"
+    with pytest.raises(ShapeError, match=rf"f: Table.allowed {whose}"):
         batch_axes.of_mask("f", Full() & Table(np.ones(shape, bool)), SIZES)
 
 
@@ -153,3 +156,31 @@ def test_errors(mask, message):
     with pytest.raises(ShapeError) as error:
         batch_axes.of_mask("f", mask, SIZES)
     assert str(error.value) == message
+
+
+def compositions(shape):
+    allowed = np.ones(shape, bool)
+    return {"mask": Table(allowed), "Table.allowed": Full() & Table(allowed)}.items()
+
+
+def test_a_mask_that_reads_in_two_ways_is_refused():
+    square = SIZES | {"B": SIZES["T"]}
+    for name, mask in compositions((5, 7)):
+        batch_axes.of_mask("f", mask, SIZES)
+        with pytest.raises(ShapeError) as error:
+            batch_axes.of_mask("f", mask, square)
+        assert str(error.value) == (
+            f"f: {name} of shape (5, 7) may be padding [B, S] or pairs [T, S], since B = T = 5; "
+            "write mask[:, None, None, :] for padding, or mask[None, None] for pairs."
+        )
+    for shape in ((4, 5, 7), (2, 5, 7)):  # of heads, of examples
+        for name, mask in compositions(shape):
+            with pytest.raises(ShapeError) as error:
+                batch_axes.of_mask("f", mask, SIZES)
+            assert str(error.value) == (
+                f"f: {name} of three axes, {shape}, may differ between examples or between heads; "
+                "write mask[:, None] for [B, 1, T, S], or mask[None] for [1, N, T, S]."
+            )
+    for shape in ((5, 1, 1, 7), (1, 1, 5, 7), (1, 7), (1, 5, 7)):
+        for _, mask in compositions(shape):
+            batch_axes.of_mask("f", mask, square)

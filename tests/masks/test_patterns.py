@@ -385,3 +385,14 @@ COUNTS = {
 @pytest.mark.parametrize(("mask", "count"), COUNTS.values(), ids=COUNTS)
 def test_a_query_attends_to_as_many_keys_as_the_docstring_says(mask, count):
     assert mask.to_dense(40)[20].sum() == count
+
+
+def test_bigbird_with_the_first_and_the_last_blocks_global():
+    mask = masks.bigbird(jax.random.key(0), 22, size=2, num_global=1, num_random=1, num_last=2)
+    dense = np.asarray(mask.to_dense(22))
+    for tokens in (slice(0, 2), slice(18, 22)):
+        assert dense[tokens].all()
+        assert dense[:, tokens].all()
+    inner = dense[2:18].sum(axis=1)
+    assert (inner <= 2 * (3 + 3 + 1)).all()
+    assert (inner < 22).all()

@@ -360,3 +360,44 @@ def test_relative_key_declares_its_table():
 def test_bad_arguments_are_explained(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("frequencies", "expected"),
+    [
+        (
+            positions.llama3_frequencies(32, 10_000.0, 8.0, 128),
+            [1.0, 0.5623413, 0.3162278, 0.1582577, 0.0427512, 0.0094172, 0.0039528],
+        ),
+        (
+            positions.yarn_frequencies(32, 10_000.0, 4.0, 128),
+            [1.0, 0.4920486, 0.2371708, 0.1111425, 0.05, 0.0210878, 0.0079057],
+        ),
+    ],
+    ids=["Llama 3", "YaRN"],
+)
+def test_frequencies_of_longer_sequences_are_those_of_the_published_code(frequencies, expected):
+    """As `modeling_rope_utils` of `transformers` computes them for 32 features."""
+    np.testing.assert_allclose(frequencies[:7], expected, atol=1e-6)
+    assert frequencies.shape == (16,)
+
+
+def test_rotary_with_frequencies_and_gain():
+    x, here = normal(3, 6), jnp.array([0, 2, 7])
+    own = 100.0 ** (-np.arange(0, 6, 2) / 6)
+    turned = positions.rotary(x, here, base=100.0, halves=True)
+    given = positions.rotary(x, here, frequencies=own, gain=2.0, halves=True)
+    chex.assert_trees_all_close(given, 2.0 * turned, rtol=1e-5)
+    part = positions.rotary(x, here, frequencies=own[:2], gain=3.0)
+    np.testing.assert_array_equal(part[:, 4:], x[:, 4:])
+    with pytest.raises(ValueError, match="2 frequencies turn 4 features, got rotated 6; leave"):
+        positions.rotary(x, here, frequencies=own[:2], rotated=6)
+
+
+def test_alibi_slopes_are_exact_in_float64():
+    with jax.enable_x64(True):
+        x = jnp.ones((1, 3, 3, 2), jnp.float64)
+        bias = attend(x, x, x, bias=positions.alibi_bias(3), return_weights=True).weights
+        logits = -(2.0 ** -np.array([4.0, 8.0, 2.0]))[:, None] * np.arange(3)[::-1]
+        expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(bias[0, :, 2], expected, rtol=1e-15)

@@ -1,0 +1,86 @@
+"""Programs exported once for every batch, and for every length where nothing depends on it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import export
+
+from attention_jax import attend, masks, positions
+from attention_jax.linear import linear_attention
+from attention_jax.nnx import CausalDecoder, MultiHeadAttention
+
+TILED = {"implementation": "tiled", "tile_sizes": (8, 8)}
+
+
+def attended(**options):
+    return lambda x: attend(x, x, x, **options)
+
+
+def lengths_of(x):
+    return masks.Lengths((3 * jnp.abs(x[:, 0, 0, 0])).astype(jnp.int32) + 1)
+
+
+def of_tokens(x):
+    model = CausalDecoder(11, 8, num_heads=2, num_layers=1, rngs=nnx.Rngs(0))
+    return model((3 * jnp.abs(x[:, :, 0, 0])).astype(jnp.int32))
+
+
+def of_features(x):
+    layer = MultiHeadAttention(2, 8, rngs=nnx.Rngs(0))
+    return layer(x.reshape(*x.shape[:2], 8), mask=masks.Causal())
+
+
+ANY_BATCH = {
+    "tiled": attended(mask=masks.Causal(), **TILED),
+    "gradient": jax.grad(lambda x: jnp.sum(attend(x, x, x, mask=masks.Causal(), **TILED) ** 2)),
+    "lengths of the batch": lambda x: attend(x, x, x, mask=lengths_of(x), **TILED),
+    "linear": lambda x: linear_attention(x, x, x, mask=masks.Causal()),
+}
+ANY_LENGTH = {
+    "chosen": attended(mask=masks.Causal(), bias=positions.alibi_bias(2)),
+    "gradient": jax.grad(lambda x: jnp.sum(attend(x, x, x, mask=lengths_of(x)) ** 2)),
+    "dropout": attended(dropout_rate=0.5, dropout_key=jax.random.key(0), implementation="dense"),
+    "layer": of_features,
+    "model": of_tokens,
+    "linear": lambda x: linear_attention(x, x, x),
+}
+QUICK = ("tiled", "chosen")
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        pytest.param(
+            function, shape, id=f"{name}-{shape}", marks=[pytest.mark.slow] * (name not in QUICK)
+        )
+        for cases, shape in ((ANY_BATCH, "b, 12"), (ANY_LENGTH, "b, t"))
+        for name, function in cases.items()
+    ],
+)
+def test_one_program_for_all_sizes(function, shape):
+    x = jax.ShapeDtypeStruct((*export.symbolic_shape(shape), 2, 4), jnp.float32)
+    program = export.export(jax.jit(function))(x)
+    for batch, length in ((1, 12), (3, 12), (2, 5 if "t" in shape else 12)):
+        given = jnp.asarray(np.random.default_rng(batch).normal(size=(batch, length, 2, 4)), "f4")
+        np.testing.assert_allclose(program.call(given), function(given), atol=2e-5, rtol=1e-4)
+
+
+def test_what_needs_a_number_says_so():
+    x = jax.ShapeDtypeStruct((*export.symbolic_shape("b, t"), 2, 4), jnp.float32)
+    for function, message in (
+        (
+            attended(implementation="tiled"),
+            "attend: implementation 'tiled' plans its tiles from the numbers of queries and keys, "
+            "got [T, S] = [t, t]; export for numbers, or use implementation='dense'.",
+        ),
+        (
+            ANY_BATCH["linear"],
+            "linear_attention: a causal mask is computed chunk by chunk, and their number must be "
+            "known, got T = t; export for a number of queries.",
+        ),
+    ):
+        with pytest.raises(ValueError) as error:
+            export.export(jax.jit(function))(x)
+        assert str(error.value) == message
