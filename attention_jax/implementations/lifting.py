@@ -42,6 +42,9 @@ class Elsewhere(NamedTuple):
         left, found = self.most, {}
         for letter in reversed(order):
             together = sizes[letter]
+            if not isinstance(together, int):  # a symbol of `jax.export`: as large as it likes
+                found |= {letter: 1} if letter in free else {}
+                continue
             if letter in free:
                 most = 1 if letter in self.sequential else max(1, left)
                 together = max(n for n in range(1, most + 1) if sizes[letter] % n == 0)
@@ -251,14 +254,14 @@ class _Lifted:
         at = functools.partial(_at, one, [*zip(arguments, self.axes, strict=True)])
         # Traced once, although it is also asked for the shapes it returns.
         at = jax.jit(jax.checkpoint(at, policy=self.policy, prevent_cse=False))
-        heads = _places(counts)
+        heads = _each_head(counts)
         shapes = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads))
         letters = jax.tree.broadcast(self.result_axes, shapes)
         results = jax.tree.map(functools.partial(_zeros, sizes=counts), shapes, letters)
         return lax.scan(functools.partial(_step, at, letters), results, heads)[0]
 
 
-def _places(counts: dict[str, int]) -> dict[str, Any]:
+def _each_head(counts: dict[str, int]) -> dict[str, Any]:
     """Return the place of each head along every axis, [heads], the last axis varying fastest."""
     if all(isinstance(count, int) for count in counts.values()):
         places = np.indices(tuple(counts.values()), np.int32)
