@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
@@ -58,6 +59,8 @@ def _product(params: dict[str, Any], a: Array, b: Array) -> list[Any]:
 
 
 def _cond(params: dict[str, Any], which: Array, *arguments: Any) -> list[Any]:
+    if isinstance(which, np.generic):
+        return _replayed(params["branches"][int(which)], *arguments)
     branches = [functools.partial(_replayed, branch) for branch in params["branches"]]
     return lax.switch(which, branches, *arguments)
 
@@ -123,6 +126,18 @@ def _is_finite(params: dict[str, Any], x: Array) -> list[Any]:
     return [jnp.abs(x) <= jnp.finfo(x.dtype).max]
 
 
+def _placement(params: dict[str, Any], near: Any) -> list[Any]:
+    """Answer as on a TPU, and that nothing is spread: on a GPU that is right, too."""
+    del near
+    return [np.bool_(bool(params["tpu"]))]
+
+
+def _platform(params: dict[str, Any]) -> list[Any]:
+    """Return which of the platforms is meant, that of a TPU or what serves any."""
+    fits = (n for n, names in enumerate(params["platforms"]) if names is None or "tpu" in names)
+    return [np.int32(next(fits))]
+
+
 def _empty(params: dict[str, Any]) -> list[Any]:
     return [jnp.zeros(params.get("shape", ()), params["dtype"])]
 
@@ -147,6 +162,8 @@ RULES: dict[str, Callable[..., list[Any]]] = {
     "reduce_and": _all,
     "reduce_or": _any,
     "is_finite": _is_finite,
+    "constant_of_placement": _placement,
+    "platform_index": _platform,
     "empty": _empty,
     "empty2": _empty,
 }
