@@ -114,7 +114,8 @@ def _of_alpha(alpha: Any) -> Threshold:
     if isinstance(alpha, int | float) and not 1.0 < alpha <= 2.0:
         raise ValueError(f"entmax: alpha must be above 1 and at most 2, got {alpha}.")
     power = 1.0 / (alpha - 1.0)
-    return Threshold(bind(_to_the_power, power=power), reach=power, power=power)
+    # A power costs more than further passes.
+    return Threshold(bind(_to_the_power, power=power), reach=power, power=power, probes=3)
 
 
 def _to_the_power(over: Array, power: Any) -> Array:
