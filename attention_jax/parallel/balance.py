@@ -5,7 +5,8 @@ their keys. Cut into consecutive parts, a causal mask gives the last of D device
 mean. Dealt in blocks, each device has the same number of positions and nearly the same work.
 
 Everything here is NumPy and depends on the mask and the lengths alone: the data pipeline permutes
-its arrays once (`permute`), and whoever looks at positions restores them (`restore`).
+its arrays once (`orders.permute`), and whoever looks at positions restores them
+(`orders.restore`).
 """
 
 from __future__ import annotations
@@ -15,17 +16,15 @@ import functools
 import math
 from typing import Any
 
-import jax
-import jax.core
-import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.base import checks
 from attention_jax.implementations import choice
 from attention_jax.masks import MaskLike
+from attention_jax.parallel.orders import order_of
 from attention_jax.parallel.work import Parts, Work, run_of
 
-__all__ = ["BOUND", "Load", "deal", "load", "permute", "restore"]
+__all__ = ["BOUND", "Load", "deal", "load"]
 
 BOUND = 1.05
 """An order is balanced if the dearest device has at most this many times the mean."""
@@ -186,11 +185,11 @@ def load(
     (1.67, 1.0)
     """
     query_length, key_length = lengths = _lengths("load", lengths, devices)
-    order = _order("load", "T", order, query_length)
+    order = order_of("load", "T", order, query_length)
     if key_order is None and query_length == key_length:
         key_order = order
     work = Work.of("load", mask, lengths, tile_sizes)
-    orders = order, _order("load", "S", key_order, key_length)
+    orders = order, order_of("load", "S", key_order, key_length)
     return _load(work, orders, devices, spans=tile_sizes is not None)
 
 
@@ -200,44 +199,6 @@ def _load(work: Work, orders: tuple[Any, Any], devices: int, spans: bool) -> Loa
         for order, size in zip(orders, work.tile_sizes, strict=True)
     )
     return Load(work.between(*parts))
-
-
-def permute(x: Any, order: Any, axis: int = 1) -> Any:
-    """Put positions into the order in which devices hold them: y[b, i] = x[b, order[i]].
-
-    Args:
-      x: [B, T, ...], or T at another axis; of NumPy or of JAX, and so is the result.
-      order: [T], from `deal`; None leaves x as it is.
-      axis: of the positions.
-
-    Raises:
-      ShapeError: an order of another length, or one that is not an order of all positions.
-
-    >>> permute(np.array([[10, 11, 12, 13]]), np.array([0, 3, 1, 2]))
-    array([[10, 13, 11, 12]])
-    """
-    if order is None:
-        return x
-    return _taken(x, _order("permute", "T", order, _size("permute", x, axis)), axis)
-
-
-def restore(x: Any, order: Any, axis: int = 1) -> Any:
-    """Put positions back into their own order: the inverse of `permute`, y[b, order[i]] = x[b, i].
-
-    Args:
-      x: [B, T, ...], or T at another axis; of NumPy or of JAX, and so is the result.
-      order: [T], as it was given to `permute`.
-      axis: of the positions.
-
-    Raises:
-      ShapeError: an order of another length, or one that is not an order of all positions.
-
-    >>> restore(np.array([[10, 13, 11, 12]]), np.array([0, 3, 1, 2]))
-    array([[10, 11, 12, 13]])
-    """
-    if order is None:
-        return x
-    return _taken(x, _order("restore", "T", order, _size("restore", x, axis)).argsort(), axis)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -432,33 +393,3 @@ def _divide(operation: str, letter: str, length: int, by: dict[str, int]) -> Non
             f"{operation}: the length {letter} = {length} must be a multiple of {what}; pad the "
             f"sequence to {-(-length // product) * product}."
         )
-
-
-def _order(operation: str, letter: str, order: Any, length: int) -> Any:
-    """Return an order of all positions as an array; one known only in `jit` is not looked at."""
-    if order is None:
-        return np.arange(length, dtype=np.int32)
-    is_traced = isinstance(order, jax.core.Tracer)
-    order = order if is_traced else np.asarray(order)
-    is_order = order.shape == (length,) and jnp.issubdtype(order.dtype, jnp.integer)
-    if is_order and not is_traced:
-        is_order = np.array_equal(np.sort(order), np.arange(length))
-    if not is_order:
-        raise checks.ShapeError(
-            f"{operation}: an order [{letter}] must hold each of the {length} positions once, as "
-            f"parallel.deal returns it, got {order.dtype} of shape {order.shape}."
-        )
-    return order
-
-
-def _size(operation: str, x: Any, axis: int) -> int:
-    """Return the size of an axis."""
-    shape = np.shape(x)
-    if not -len(shape) <= axis < len(shape):
-        raise checks.ShapeError(f"{operation}: x has no axis {axis}, got shape {shape}.")
-    return shape[axis]
-
-
-def _taken(x: Any, order: Any, axis: int) -> Any:
-    is_numpy = isinstance(order, np.ndarray) and not isinstance(x, jax.Array)
-    return np.take(x, order, axis) if is_numpy else jnp.take(x, order, axis)
