@@ -129,7 +129,7 @@ def _is_finite(params: dict[str, Any], x: Array) -> list[Any]:
 def _placement(params: dict[str, Any], near: Any) -> list[Any]:
     """Answer as on a TPU, and that nothing is spread: on a GPU that is right, too."""
     del near
-    return [np.bool_(bool(params["tpu"]))]
+    return [jnp.full((), 1 if params["tpu"] else 0, jnp.int32) > 0]
 
 
 def _platform(params: dict[str, Any]) -> list[Any]:
