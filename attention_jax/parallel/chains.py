@@ -46,8 +46,6 @@ from attention_jax.parallel.rounds import At, Local, Rounds
 
 Array = jax.Array
 
-__all__ = ["attend"]
-
 
 def attend(rounds: Rounds, operands: Operands, local: Local) -> tuple[Array, Array]:
     """Return context [B, T, K, G, V] and log-sum-exp [B, T, K, G] of the queries of this device."""

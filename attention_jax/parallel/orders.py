@@ -11,7 +11,7 @@ import numpy as np
 
 from attention_jax.base import checks
 
-__all__ = ["order_of", "permute", "restore"]
+__all__ = ["permute", "restore"]
 
 
 def permute(x: Any, order: Any, axis: int = 1) -> Any:

@@ -27,8 +27,6 @@ from attention_jax.parallel.plan import Chain, Plan
 
 Array = jax.Array
 
-__all__ = ["At", "Letters", "Local", "Rounds"]
-
 
 class Letters(NamedTuple):
     """The letters of the mapped axes of each leaf of `Operands`, and of mask and dropout."""
