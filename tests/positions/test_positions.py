@@ -383,7 +383,8 @@ def test_frequencies_of_longer_sequences_are_those_of_the_published_code(frequen
 
 
 def test_rotary_with_frequencies_and_gain():
-    x, here = normal(3, 6), jnp.array([0, 2, 7])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)), jnp.float32)
+    here = jnp.array([0, 2, 7])
     own = 100.0 ** (-np.arange(0, 6, 2) / 6)
     turned = positions.rotary(x, here, base=100.0, halves=True)
     given = positions.rotary(x, here, frequencies=own, gain=2.0, halves=True)
