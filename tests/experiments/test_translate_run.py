@@ -29,7 +29,7 @@ TINY = (
     ("flag", "sentence"),
     [
         ("--scores=cosin", r"--scores: there is no score 'cosin'; choose from additive, .*none.*"),
-        ("--nope=1", "unknown flag --nope; --help lists all flags."),
+        ("--zzzz=1", "unknown flag --zzzz; --help lists all flags."),
         ("--batch_size=0", "--batch_size is 0, but a whole number of at least 1 is needed."),
         ("--learning_rate=nan", "--learning_rate is nan, but a finite number above 0 is needed."),
         ("--dropout=1.5", r"--dropout is 1.5, but a number in \[0, 1\) is needed."),
