@@ -46,7 +46,7 @@ ANY_LENGTH = {
     "model": of_tokens,
     "linear": lambda x: linear_attention(x, x, x),
 }
-QUICK = ("tiled", "chosen")
+QUICK = ("chosen",)
 
 
 @pytest.mark.parametrize(

@@ -283,13 +283,14 @@ NOTHING_KEPT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "with_gradient"),
     [
         ("operations", False),
-        pytest.param("a loop over tiles", False, marks=pytest.mark.slow),
-        pytest.param("a loop over tiles", True, marks=pytest.mark.slow),
-        pytest.param("a loop within a score", False, marks=pytest.mark.slow),
+        ("a loop over tiles", False),
+        ("a loop over tiles", True),
+        ("a loop within a score", False),
     ],
 )
 def test_a_call_that_is_traced_anew_leaves_nothing_compiled_behind(name, with_gradient):

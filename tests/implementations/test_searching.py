@@ -126,6 +126,7 @@ def test_statistics_and_their_gradients_are_the_dense_ones():
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_tiles_below_the_threshold_are_skipped_from_then_on():
     """Each block of queries asks for one block of keys, and adds nothing to others."""
     blocks = jnp.repeat(jnp.eye(4), 8, axis=0)

@@ -86,7 +86,7 @@ def test_every_export_has_an_example():
 @pytest.mark.parametrize(
     ("mask", "normalizer", "options"),
     [
-        ("ragged", "softmax", {"implementation": "dense"}),
+        pytest.param("ragged", "softmax", {"implementation": "dense"}, marks=pytest.mark.slow),
         ("ragged", "softmax", tiled()),
         pytest.param("all", "sigmoid", tiled(), marks=pytest.mark.slow),
         pytest.param("late", "plus one", tiled(), marks=pytest.mark.slow),
