@@ -15,7 +15,8 @@ import numpy as np
 import regex
 
 from attention_jax.diagnostics import AlignmentQuality, quality_of_counts
-from experiments.data.corpus import Links, Pair, pharaoh
+from experiments.data.alignments import pharaoh
+from experiments.data.corpus import Links, Pair
 from experiments.data.text import detokenize
 
 __all__ = [

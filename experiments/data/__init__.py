@@ -1,6 +1,7 @@
 """Parallel corpora for translation: generated with gold alignments, or read from files."""
 
 from experiments.data.corpus import Corpus, DataError, Links, Pair
+from experiments.data.files import Reading
 from experiments.data.load import GENERATED, load
 from experiments.data.splits import Sizes
 from experiments.data.text import detokenize, tokenize
@@ -16,6 +17,7 @@ __all__ = [
     "DataError",
     "Links",
     "Pair",
+    "Reading",
     "Sizes",
     "Vocabulary",
     "detokenize",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 
-from experiments.data.corpus import DataError, Pair, is_alignment, parse_alignment
+from experiments.data.alignments import Row, aligned, all_aligned, by_sentence, is_alignment
+from experiments.data.corpus import DataError, Pair
 from experiments.data.text import cut, lines_of, read_content
 
 Splits = dict[str, list[Pair]]
@@ -25,19 +26,36 @@ _COLUMN_NAMES = frozenset(("1", "2", "source", "target", "src", "tgt", "trg", *_
 )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How files are read.
+
+    Attributes:
+      lowercase: whether text is lower-cased, unless it is split at spaces only.
+      at_spaces: split text at spaces only; otherwise so is text with gold alignments.
+      links_from: the position of a first word in gold alignments, 0 or 1.
+    """
+
+    lowercase: bool = True
+    at_spaces: bool = False
+    links_from: int = 0
+
+
 @dataclass
 class Reader:
     """Reads pairs in one direction, and collects notices for the user.
 
     `at_spaces` says whether to split text at spaces only, as the text of a vocabulary was split;
-    where it is None, the training set decides for all sets. `files` has the SHA-256 of every file
-    that was read, by its path.
+    where it is None, the training set decides for all sets. `links_from` is the position of a first
+    word in gold alignments, 0 or 1. `files` has the SHA-256 of every file that was read, by its
+    path.
     """
 
     source: str
     target: str
     lowercase: bool
     at_spaces: bool | None = None
+    links_from: int = 0
     notices: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -98,38 +116,61 @@ class Reader:
         if table.exists():
             return self._table(table)
         if left.exists() and right.exists():
-            for languages in ((self.source, self.target), (self.target, self.source)):
-                links = folder / f"{name}.{'-'.join(languages)}.align"
-                if links.exists():
-                    return self._three_files(left, right, links, languages[0] == self.target)
+            if beside := self._beside(folder, name):
+                return self._three_files(left, right, *beside)
             return self._two_files(left, right)
         if left.exists() or right.exists():
             there, missing = (left, right) if left.exists() else (right, left)
             raise DataError(f"{there} has no partner: {missing} does not exist; both are needed.")
         return None
 
-    def _three_files(self, left: Path, right: Path, links: Path, exchanged: bool) -> list[Pair]:
-        """Source, target and gold alignments, of a target and its source if `exchanged`."""
-        sides = [self._lines(path) for path in (left, right, links)]
-        for path, lines in zip((right, links), sides[1:], strict=True):
-            if len(lines) != len(sides[0]):
-                raise DataError(
-                    f"{left} has {len(sides[0])} lines but {path} has {len(lines)}; line n of one "
-                    "must belong to line n of the other."
-                )
-        first, second = (1, 0) if exchanged else (0, 1)
-        rows = zip(sides[first], sides[second], sides[2], strict=True)
-        numbered = [(number, list(row)) for number, row in enumerate(rows, 1)]
-        pairs = self._linked(links, numbered, (first, second))
+    def _beside(self, folder: Path, name: str) -> tuple[Path, tuple[int, int]] | None:
+        """The file of gold alignments of a set; its columns of the source and of the target."""
+        languages = self.source, self.target
+        for columns in ((0, 1), (1, 0)):
+            path = folder / f"{name}.{'-'.join(languages[column] for column in columns)}.align"
+            if path.exists():
+                return path, columns
+        return None
+
+    def _three_files(
+        self, left: Path, right: Path, links: Path, columns: tuple[int, int]
+    ) -> list[Pair]:
+        """Source, target and gold alignments, of a target and its source if columns are (1, 0)."""
+        sources, targets = self._lines(left), self._lines(right)
+        if len(sources) != len(targets):
+            raise _unequal(left, len(sources), right, len(targets), "translate")
+        sentences = list(zip(sources, targets, strict=True))
+        pairs = enumerate(self._linked_beside(left, sentences, links, columns), 1)
         return self._without_empty(pairs, f"{left} and {right.name}")
+
+    def _linked_beside(
+        self,
+        path: Path,
+        sentences: Sequence[tuple[str, str]],
+        links: Path,
+        columns: tuple[int, int],
+    ) -> list[Pair]:
+        """Sources and targets of `path` with the gold alignments of a file of their own."""
+        lines = self._lines(links)
+        try:
+            numbered = by_sentence(lines, len(sentences))
+        except ValueError as error:
+            raise DataError(f"{links} {error}.") from None
+        if numbered is None and len(lines) != len(sentences):
+            raise _unequal(path, len(sentences), links, len(lines), "belong to")
+        found = zip(sentences, lines if numbered is None else numbered, strict=True)
+        rows: list[Row] = []
+        for number, (sentence, text) in enumerate(found, 1):
+            rows.append((number, [*(sentence[column] for column in columns), text]))
+        if numbered is not None:
+            return self._linked(f"{links} sentence", links.name, rows, columns, 1)
+        return self._linked(f"{links} line", links.name, rows, columns)
 
     def _two_files(self, left: Path, right: Path) -> list[Pair]:
         sources, targets = self._lines(left), self._lines(right)
         if len(sources) != len(targets):
-            raise DataError(
-                f"{left} has {len(sources)} lines but {right} has {len(targets)}; line n of one "
-                "must translate line n of the other."
-            )
+            raise _unequal(left, len(sources), right, len(targets), "translate")
         pairs = (
             (number, self._tokenize(*lines))
             for number, lines in enumerate(zip(sources, targets, strict=True), 1)
@@ -151,45 +192,80 @@ class Reader:
         With an alignment the text is taken as tokenised already, because links count its tokens,
         unless `at_spaces` is given: where that gives other tokens, the links are dropped.
         """
-        rows = [line.split("\t") if line.strip() else ["", ""] for line in self._lines(path)]
+        rows = self._rows(path)
+        columns, header = self._columns(path, rows[0])
+        numbered = list(enumerate(rows, 1))[header:]
+        third = [row[2] for _, row in numbered if len(row) > 2 and row[2].strip()]
+        if any(map(is_alignment, third)):
+            pairs = self._linked(f"{path} line", path.name, numbered, columns)
+        else:
+            if third:
+                self.notices.append(f"{path.name}: its third column is no alignment: ignored.")
+            sentences = [(row[columns[0]], row[columns[1]]) for _, row in numbered]
+            if beside := self._beside(path.parent, path.stem):
+                pairs = self._linked_beside(path, sentences, *beside)
+            else:
+                pairs = [self._tokenize(*both) for both in sentences]
+        numbers = (number for number, _ in numbered)
+        return self._without_empty(zip(numbers, pairs, strict=True), str(path))
+
+    def _rows(self, path: Path) -> list[list[str]]:
+        """The columns of each line, between tabs or, in a file without them, between ``|||``."""
+        lines = self._lines(path)
+        begins = next((line for line in lines if line.strip()), "")
+        bars = "|||" in begins and not any("\t" in line for line in lines)
+        separator = "|||" if bars else "\t"
+        rows = [line.split(separator) if line.strip() else ["", ""] for line in lines]
         for number, row in enumerate(rows, 1):
+            if len(row) < 2 and bars:
+                raise DataError(
+                    f"{path} line {number} has no |||, but source ||| target was expected, as in "
+                    "the lines before; put ||| between the two sentences."
+                )
             if len(row) < 2:
                 raise DataError(
                     f"{path} line {number} has no tab, but source<TAB>target was expected; put "
                     "one tab between the two sentences, or name the folder or prefix of two files."
                 )
-        columns, header = self._columns(path, rows[0])
-        numbered = list(enumerate(rows, 1))[header:]
-        third = [row[2] for _, row in numbered if len(row) > 2 and row[2].strip()]
-        if any(map(is_alignment, third)):
-            pairs = self._linked(path, numbered, columns)
-        else:
-            if third:
-                self.notices.append(f"{path.name}: its third column is no alignment: ignored.")
-            pairs = ((n, self._tokenize(*(row[i] for i in columns))) for n, row in numbered)
-        return self._without_empty(pairs, str(path))
+        return rows
 
     def _linked(
-        self, path: Path, numbered: list[tuple[int, list[str]]], columns: tuple[int, int]
-    ) -> list[tuple[int, Pair]]:
-        """Pairs with gold alignments, which are of the words between spaces."""
-        pairs = [(n, _aligned(path, n, row, columns)) for n, row in numbered]
+        self,
+        where: str,
+        name: str,
+        rows: Sequence[Row],
+        columns: tuple[int, int],
+        first: int | None = None,
+    ) -> list[Pair]:
+        """Pairs with gold alignments, which are of the words between spaces.
+
+        Args:
+          where: the rows are, before their numbers in the message of an error.
+          name: of the file with the links.
+          rows: numbered, in the columns of the links.
+          columns: of the source and the target.
+          first: the position of a first word, where the format says it.
+        """
+        if first is None:
+            pairs = all_aligned(where, rows, self.notices.append, columns, self.links_from)
+        else:
+            pairs = [aligned(where, row, columns, first) for row in rows]
         if self.at_spaces is not None:
-            return self._recut(path.name, pairs)
+            return self._recut(name, [number for number, _ in rows], pairs)
         self.at_spaces = True
-        self.notices.append(f"{path.name} has gold alignments, so it was split at spaces only.")
+        self.notices.append(f"{name} has gold alignments, so it was split at spaces only.")
         return pairs
 
-    def _recut(self, name: str, pairs: list[tuple[int, Pair]]) -> list[tuple[int, Pair]]:
+    def _recut(self, name: str, numbers: Sequence[int], pairs: Sequence[Pair]) -> list[Pair]:
         """Tokenise aligned pairs again, and drop the links of those whose tokens change."""
         recut, unlinked = [], []
-        for number, pair in pairs:
+        for number, pair in zip(numbers, pairs, strict=True):
             found = self._tokenize(" ".join(pair.source), " ".join(pair.target))
             if _lengths(found) == _lengths(pair):
                 found = replace(found, sure=pair.sure, possible=pair.possible)
             elif pair.sure is not None:
                 unlinked.append(number)
-            recut.append((number, found))
+            recut.append(found)
         if unlinked:
             self.notices.append(
                 f"{name}: gold alignments that count other words than the vocabularies do were "
@@ -248,16 +324,8 @@ def _lengths(pair: Pair) -> tuple[int, int]:
     return len(pair.source), len(pair.target)
 
 
-def _aligned(path: Path, number: int, row: list[str], columns: tuple[int, int]) -> Pair:
-    """A line of tokenised text with its gold alignment, which is written for columns 1 and 2."""
-    words = tuple(row[0].split()), tuple(row[1].split())
-    source, target = (words[column] for column in columns)
-    if len(row) < 3 or not row[2].strip() or not (source and target):
-        return Pair(source, target)
-    try:
-        sure, possible = parse_alignment(row[2], len(words[0]), len(words[1]))
-    except ValueError as error:
-        raise DataError(f"{path} line {number}: the alignment {error}.") from None
-    if columns == (1, 0):
-        sure, possible = (frozenset((j, i) for i, j in links) for links in (sure, possible))
-    return Pair(source, target, sure, possible)
+def _unequal(left: Path, lines: int, right: Path, others: int, must: str) -> DataError:
+    return DataError(
+        f"{left} has {lines} lines but {right} has {others}; line n of one must {must} line n of "
+        "the other."
+    )

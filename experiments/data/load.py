@@ -8,7 +8,7 @@ from random import Random
 
 from experiments.data import grammar, numbers
 from experiments.data.corpus import Corpus, DataError, Pair
-from experiments.data.files import Reader
+from experiments.data.files import Reader, Reading
 from experiments.data.splits import Sizes, assemble, generated
 
 GENERATED = ("grammar", "numbers", "copy", "reverse")
@@ -27,7 +27,7 @@ def load(
     max_length: int | None = None,
     min_count: int = 2,
     max_vocabulary: int | None = 10_000,
-    lowercase: bool = True,
+    reading: Reading = Reading(),  # noqa: B008  it is frozen
 ) -> Corpus:
     """The corpus named by ``data``; it depends on the arguments (and the files) alone.
 
@@ -44,8 +44,8 @@ def load(
       max_length: tokens of the longer side, without EOS; longer pairs are dropped and counted.
       min_count: words of the training files seen less often are read as ``<unk>``.
       max_vocabulary: the most frequent words of the training files that are kept, for each side.
-      lowercase: whether text in files is lower-cased, unless the training set is tokenised already,
-        as text with gold alignments is; all sets are cut into words as the training set is.
+      reading: how files are read. Text is split at spaces only, and keeps its case, also where the
+        training set has gold alignments; all sets are cut into words as the training set is.
 
     Raises:
       DataError: an argument or a file cannot be used; one sentence says which, where and why.
@@ -60,7 +60,10 @@ def load(
         raise DataError("The name of the data is empty; name a generated corpus or a path.")
     longest = max_length or _LONGEST.get(data, _LONGEST["files"])
     if data not in GENERATED:
-        reader = Reader(source, target, lowercase)
+        if reading.links_from not in (0, 1):
+            raise DataError(f"links_from is {reading.links_from}, but 0 or 1 is needed.")
+        at_spaces = reading.at_spaces or None
+        reader = Reader(source, target, reading.lowercase, at_spaces, reading.links_from)
         corpus = assemble(
             data,
             *reader.read_splits(data),

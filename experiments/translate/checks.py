@@ -49,7 +49,7 @@ _MODES = {
 }
 
 # Flags of data in files only.
-_OF_FILES = ("source", "target", "min_count", "max_vocabulary", "lowercase")
+_OF_FILES = ("source", "target", "min_count", "max_vocabulary", "lowercase", "words", "links_from")
 
 # Flags of one architecture only.
 OF_MODEL = {

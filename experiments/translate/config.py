@@ -24,6 +24,7 @@ from experiments.translate.ranges import (
     NOT_NEGATIVE,
     POSITIVE,
     UP_TO_TEN,
+    ZERO_OR_ONE,
     Range,
     one_of,
 )
@@ -64,7 +65,8 @@ class Config:
     data: str = _data(
         "grammar",
         "grammar, numbers, copy or reverse (generated); FILE.tsv with source, target and perhaps "
-        "a gold alignment; DIRECTORY with train.en, train.de, ...; or PREFIX of such files.",
+        "a gold alignment, between tabs or |||; DIRECTORY with train.en, train.de, ...; or PREFIX "
+        "of such files.",
     )
     source: str = _data("en", "Ending of the source files, or column of the table.")
     target: str = _data("de", "Ending of the target files, or column of the table.")
@@ -82,7 +84,16 @@ class Config:
         "pairs: bpe, unigram, characters, or none. Alignments and metrics are of words.",
         one_of(*SUBWORDS),
     )
-    lowercase: bool = _data(True, "Lower-case the text of files.")
+    lowercase: bool = _data(True, "Lower-case the text of files that the tokenizer cuts.")
+    words: str = _data(
+        "tokenizer",
+        "Words of the text of files: those of the tokenizer, unless the training pairs have gold "
+        "alignments; or those between spaces, with their case, as the text is.",
+        one_of("tokenizer", "spaces"),
+    )
+    links_from: int = _data(
+        0, "Position of a first word in the gold alignments of files.", ZERO_OR_ONE
+    )
     data_seed: int = _data(0, "Seed of the generator and of splitting.", NOT_NEGATIVE)
 
     scores: tuple[str, ...] = _model(

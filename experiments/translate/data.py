@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import metrics
 from experiments.command_line import UsageError
-from experiments.data import DataError, Sizes, load
+from experiments.data import DataError, Reading, Sizes, load
 from experiments.data.batches import (
     Buckets,
     bucket,
@@ -155,7 +155,7 @@ def load_task(config: Config) -> Task:
             max_length=config.max_length,
             min_count=1 if config.has_subwords else config.min_count,
             max_vocabulary=config.max_vocabulary,
-            lowercase=config.lowercase,
+            reading=Reading(config.lowercase, config.words == "spaces", config.links_from),
         )
         if config.has_subwords:
             corpus = with_subwords(corpus, config.subwords, config.max_vocabulary)

@@ -16,7 +16,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from attention_jax.diagnostics.plots import draw_weights, save
-from experiments.data.corpus import Links, parse_alignment
+from experiments.data.alignments import parse_alignment
+from experiments.data.corpus import Links
 from experiments.significance import interval
 from experiments.translate.workdir import Record
 

@@ -20,6 +20,7 @@ ABOVE_ZERO = Range("a finite number above 0", lambda x: 0 < x < math.inf)
 BELOW_ONE = Range("a number in [0, 1)", lambda x: 0 <= x < 1)
 # With a larger exponent the length penalty of a thousand words overflows float32.
 UP_TO_TEN = Range("a number in [0, 10]", lambda x: 0 <= x <= 10)
+ZERO_OR_ONE = Range("0 or 1", (0, 1).__contains__)
 EVEN = Range("an even whole number of at least 2", lambda x: x >= 2 and x % 2 == 0)
 
 

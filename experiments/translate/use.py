@@ -203,7 +203,8 @@ def _pairs_of_split(config: Config) -> tuple[str, Sequence[Pair]]:
 
 
 def _pairs_of_file(config: Config, tokenizer: Tokenizer) -> tuple[str, Sequence[Pair]]:
-    reader = Reader(config.source, config.target, tokenizer.lowercase, tokenizer.at_spaces)
+    how = tokenizer.lowercase, tokenizer.at_spaces, config.links_from
+    reader = Reader(config.source, config.target, *how)
     path = Path(config.input)
     if not path.is_file():
         raise UsageError(f"--input {path} is not a file; give a table of pairs, source<TAB>target.")

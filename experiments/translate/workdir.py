@@ -235,9 +235,13 @@ def _stored_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_free(name: str, config: Config) -> bool:
-    """Whether a command may give another value than the training; a file has columns of its own."""
+    """Whether a command may give another value than the training.
+
+    A file has columns and a count of links of its own.
+    """
     of_file = config.mode == "evaluate" and config.input and name in ("source", "target")
-    return bool(of_file) or group_of(name) in _FREE
+    of_links = name == "links_from" and (config.mode == "score" or bool(config.input))
+    return bool(of_file) or of_links or group_of(name) in _FREE
 
 
 def read_json(path: Path, folder: Path, remedy: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.data import DataError, Pair, Sizes, load
+from experiments.data import DataError, Pair, Reading, Sizes, load
 
 WORDS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn"]
 TABLE = "".join(f"number {n}\tzahl {word}\n" for n, word in enumerate(WORDS))
@@ -225,7 +225,10 @@ def test_vocabulary_limits_lowercase_and_the_share_of_unknown_words(write):
     assert corpus.source_vocabulary.words[4] == "the" and len(corpus.source_vocabulary) == 9
     assert corpus.target_vocabulary.words[4:] == ("das",)
     assert any("% of source and 50.0% of target tokens, in test" in n for n in corpus.notices)
-    assert load(path, lowercase=False, max_vocabulary=5).source_vocabulary.words[4] == "The"
+    assert (
+        load(path, reading=Reading(lowercase=False), max_vocabulary=5).source_vocabulary.words[4]
+        == "The"
+    )
 
 
 def test_test_sentences_that_occur_in_training_are_counted(write, tmp_path):

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from experiments.data import DataError, Sizes, grammar, load
-from experiments.data.corpus import pharaoh
+from experiments.data.alignments import pharaoh
 from experiments.data.grammar import sentences
 
 # Source, target and alignment as a person would write them.

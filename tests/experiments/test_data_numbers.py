@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from experiments.data import Sizes, load
-from experiments.data.corpus import pharaoh
+from experiments.data.alignments import pharaoh
 from experiments.data.numbers import LIMIT, translate
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.data import EOS, UNK, Vocabulary, detokenize, tokenize
-from experiments.data.corpus import is_alignment, parse_alignment, pharaoh
+from experiments.data.alignments import is_alignment, parse_alignment, pharaoh
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_alignment_notations():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0-0 1:1", "has the entry '1:1', which is neither i-j nor i?j"),
+        ("0-0 1:1", "has the entry '1:1', which is neither i-j nor i?j or ipj"),
         ("0 1 2 3 4", "has 5 positions for 3 target tokens and the end symbol"),
         ("0-0 2-1", "links 2 to 1, outside of 2 source and 3 target tokens counted from 0"),
         ("0-3", "links 0 to 3, outside of 2 source and 3 target tokens counted from 0"),

@@ -75,6 +75,8 @@ def test_recorded_runs_say_how_they_were_made(path):
         ("--label_smoothing=nan", r"--label_smoothing is nan, but a number in \[0, 1\) .*"),
         ("--weight_decay=-1", "--weight_decay is -1.0, but a finite number of at least 0 .*"),
         ("--train_size=0", "--train_size is 0, but a whole number of at least 1 is needed."),
+        ("--words=bpe", "--words is bpe, but tokenizer or spaces is needed."),
+        ("--links_from=2", "--links_from is 2, but 0 or 1 is needed."),
         ("--scores=", "--scores is empty; name at least one score."),
         ("--scores=dot,dot", "--scores names dot twice; name every score once."),
         ("--scores=,", "--scores has an empty name; put one comma between two names."),
@@ -91,7 +93,9 @@ def test_a_value_that_means_nothing_is_refused(flag, sentence):
 
 
 @pytest.mark.parametrize(
-    "flag", ["source=2", "target=en", "min_count=5", "max_vocabulary=9", "lowercase=false"]
+    "flag",
+    ["source=2", "target=en", "min_count=5", "max_vocabulary=9", "lowercase=false"]
+    + ["words=spaces", "links_from=1"],
 )
 def test_flags_of_files_are_refused_for_generated_data(flag, tmp_path):
     name = flag.split("=")[0]
