@@ -18,7 +18,7 @@ from attention_jax import (
     statistics,
 )
 from attention_jax.attention import attend, explain
-from attention_jax.base import Parameter, ShapeError, bind, learned, per_head
+from attention_jax.base import Parameter, ShapeError, bind, learned, per_example, per_head
 from attention_jax.implementations import Attended, merge
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "masks",
     "merge",
     "normalizers",
+    "per_example",
     "per_head",
     "positions",
     "scores",

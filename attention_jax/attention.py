@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax import masks
-from attention_jax.base.binding import BiasLike, PerHead
+from attention_jax.base.binding import BiasLike, Sliced
 from attention_jax.base.placement import Where
 from attention_jax.base.typing import AnyScore, Normalizer
 from attention_jax.implementations import choice, cudnn, programs
@@ -37,10 +37,10 @@ def attend(
     key: Array,
     value: Array,
     *,
-    score: AnyScore | PerHead = scaled_dot,
+    score: AnyScore | Sliced = scaled_dot,
     mask: masks.MaskLike = None,
     bias: BiasLike = None,
-    normalizer: Normalizer | PerHead = softmax,
+    normalizer: Normalizer | Sliced = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     implementation: str | None = None,
@@ -63,11 +63,12 @@ def attend(
       key: [B, S, K, Hk]; K divides N, and each key head serves N / K query heads.
       value: [B, S, K, V].
       score: a score of one head (`attention_jax.scores`, or your own function), bound with `bind`
-        if it has parameters; `per_head` of it if every query head has its own.
+        if it has parameters; `per_head` of it if every query head has its own, `per_example` if
+        every example has.
       mask: a mask (`attention_jax.masks`), a function (q_idx, kv_idx) -> bool, or a boolean array
         that broadcasts to [B, N, T, S]. True = may attend.
       bias: added to the logits: an array that broadcasts to [B, N, T, S], or a function
-        (q_idx, kv_idx) -> numbers, bound and `per_head` like a score.
+        (q_idx, kv_idx) -> numbers, bound and marked like a score.
       normalizer: from logits to weights (`attention_jax.normalizers`).
       dropout_rate: share of weights that are dropped, in [0, 1).
       dropout_key: a `jax.random` key; which pairs are dropped depends on it, on example, head
@@ -125,10 +126,10 @@ def explain(
     key: Any,
     value: Any,
     *,
-    score: AnyScore | PerHead = scaled_dot,
+    score: AnyScore | Sliced = scaled_dot,
     mask: masks.MaskLike = None,
     bias: BiasLike = None,
-    normalizer: Normalizer | PerHead = softmax,
+    normalizer: Normalizer | Sliced = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     implementation: str | None = None,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from attention_jax import masks
 from attention_jax.attention import attend
 from attention_jax.base import checks
-from attention_jax.base.binding import BiasLike, PerHead, as_pytree
+from attention_jax.base.binding import BiasLike, Sliced, as_pytree
 from attention_jax.base.typing import AnyScore
 from attention_jax.masks import MaskLike, batch_axes
 from attention_jax.masks.intervals import Lookup, indices, judge
@@ -274,7 +274,9 @@ def attend_cached(
     mask, letters = batch_axes.of_mask("attend_cached", mask, sizes)
     arrays, structure = jax.tree.flatten(mask)
     mask_axes = [0 if "B" in axes else None for axes in letters]
-    bias = as_pytree(options.pop("bias"))
+    own = {name: part for name, part in options.items() if _is_per_example(part)}
+    options = {name: part for name, part in options.items() if name not in own}
+    bias = as_pytree(options.pop("bias", None))
     bias_axis = 0 if _is_array(bias) and bias.ndim == 4 and len(bias) > 1 else None
     one_example = functools.partial(
         _one_example,
@@ -282,8 +284,12 @@ def attend_cached(
         dropout_key=options.pop("dropout_key", None),
         **options,
     )
-    lifted = jax.vmap(one_example, in_axes=(0, 0, mask_axes, bias_axis, 0))
-    return lifted(query, view, arrays, bias, indices(sizes["B"]))
+    lifted = jax.vmap(one_example, in_axes=(0, 0, mask_axes, bias_axis, 0, 0))
+    return lifted(query, view, arrays, bias, own, indices(sizes["B"]))
+
+
+def _is_per_example(part: Any) -> bool:
+    return isinstance(part, Sliced) and "B" in part.axes
 
 
 def _one_example(
@@ -291,6 +297,7 @@ def _one_example(
     view: View,
     mask_arrays: list[Array],
     bias: BiasLike,
+    own: dict[str, Any],
     number: Array,
     *,
     mask_of: Callable[[list[Array]], masks.Mask],
@@ -301,7 +308,8 @@ def _one_example(
     view = view._replace(key=view.key[None], value=view.value[None])
     if dropout_key is not None:
         options["dropout_key"] = DropoutKey(dropout_key, number)
-    result = _attend(query[None], view, mask_of(mask_arrays), bias=bias, **options)
+    options |= {"bias": bias} | jax.tree.map(lambda x: x[None], own)
+    result = _attend(query[None], view, mask_of(mask_arrays), **options)
     return jax.tree.map(lambda x: x[0], result)
 
 
@@ -347,22 +355,21 @@ def _attend(
     view: View,
     mask: masks.Mask,
     *,
-    score: AnyScore | PerHead | None = None,
+    score: AnyScore | Sliced | None = None,
     bias: BiasLike = None,
     **rest: Any,
 ) -> Any:
     """Attend where all examples are at the same positions."""
-    num_queries, num_heads = query.shape[1:3]
     rows = Rows(view.start, view.positions)
     if score is not None:
-        rest["score"] = shifted_score(score, rows, num_heads)
+        rest["score"] = shifted_score(score, rows)
     query = jnp.where(view.overflow, jnp.nan, query)
     return attend(
         query,
         view.key.astype(query.dtype),
         view.value.astype(query.dtype),
         mask=Placed(mask, view.start, view.count, view.positions),
-        bias=shifted_bias(bias, rows, num_heads, num_queries),
+        bias=shifted_bias(bias, rows, query.shape[1]),
         **rest,
     )
 

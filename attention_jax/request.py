@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from attention_jax.base import checks
-from attention_jax.base.binding import BiasLike, PerHead, as_pytree, unbound
+from attention_jax.base.binding import BiasLike, Sliced, as_pytree, unbound
 from attention_jax.base.matmul import Products, precision_in_force
 from attention_jax.base.parameters import Learned
 from attention_jax.base.typing import (
@@ -55,10 +56,10 @@ class Request:
     query: Array
     key: Array
     value: Array
-    score: AnyScore | PerHead
+    score: AnyScore | Sliced
     mask: Mask
     bias: BiasLike
-    normalizer: Normalizer | PerHead
+    normalizer: Normalizer | Sliced
     dropout_key: Array | DropoutKey | None
     dropout_rate: float = dataclasses.field(metadata={"static": True})
     implementation: str | None = dataclasses.field(metadata={"static": True})
@@ -177,8 +178,8 @@ def operands(request: Request, as_given: bool = False) -> dict[str, Operand]:
 
 
 def function_of(function: Any) -> Any:
-    """Return the function behind a `per_head` mark."""
-    return function.function if isinstance(function, PerHead) else function
+    """Return the function behind a `per_head` or `per_example` mark."""
+    return function.function if isinstance(function, Sliced) else function
 
 
 def as_bias(bias: Any) -> BiasLike:
@@ -223,7 +224,7 @@ def _as_function(name: str, function: Any) -> Any:
     of_score = PositionalScore if is_positional(bound) else Score
     kinds = {"score": of_score, "bias": Bias, "normalizer": Normalizer}
     require_callable(f"attend: {name}", bound, kinds[name])
-    return PerHead(bound) if isinstance(function, PerHead) else bound
+    return dataclasses.replace(function, function=bound) if bare is not function else bound
 
 
 def _check_arrays(query: Any, key: Any, value: Any) -> None:
@@ -294,15 +295,19 @@ def _function(
 ) -> Operand:
     """Return a bound function as an operand: the same for all heads, or one slice for each."""
     leaves = jax.tree.leaves(function)
-    if not isinstance(function, PerHead):
+    if not isinstance(function, Sliced):
         return _operand(request, function, [""] * len(leaves), finish)
     for leaf in leaves:
-        if jnp.shape(leaf)[:1] != (request.sizes["N"],):
-            raise checks.ShapeError(
-                f"attend: every parameter of a per_head {name} must have axis 0 of size "
-                f"N = {request.sizes['N']}, got shape {jnp.shape(leaf)}."
-            )
-    return _operand(request, function.function, ["N"] * len(leaves), finish)
+        for axis, (letter, got) in enumerate(
+            itertools.zip_longest(function.axes, jnp.shape(leaf)[: len(function.axes)])
+        ):
+            if got != request.sizes[letter]:
+                mark = {"B": "per_example", "N": "per_head"}[letter]
+                raise checks.ShapeError(
+                    f"attend: every parameter of a {mark} {name} must have axis {axis} of size "
+                    f"{letter} = {request.sizes[letter]}, got shape {jnp.shape(leaf)}."
+                )
+    return _operand(request, function.function, [function.axes] * len(leaves), finish)
 
 
 def _score(request: Request) -> Operand:
@@ -457,9 +462,7 @@ def _grouped(request: Request, leaf: Any, letters: str) -> Any:
 
 def _of_first_head(request: Request, function: Any) -> Any:
     """Return a bound function with the parameters of the first head."""
-    bound = function_of(function)
-    if isinstance(function, PerHead):
-        bound = jax.tree.map(_first, bound)
+    bound = function.of_first if isinstance(function, Sliced) else function
     return jax.tree.map(functools.partial(cast, dtype=request.dtype), bound)
 
 
@@ -470,10 +473,6 @@ def _shape_of(function: Callable[..., Any], *examples: Any) -> Any:
 
 def _as_is(operand: Any) -> Any:
     return operand
-
-
-def _first(leaf: Any) -> Any:
-    return leaf[0]
 
 
 def _two_words(rng: Array) -> Array:

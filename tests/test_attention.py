@@ -14,6 +14,7 @@ from attention_jax import (
     explain,
     masks,
     normalizers,
+    per_example,
     per_head,
     positions,
     scores,
@@ -143,6 +144,37 @@ def test_a_score_with_parameters_per_head(implementation):
     formulas = [lambda q, k, weight=weight: q @ weight @ k for weight in weights]
     expected, _ = oracle.attention(QUERY, KEY, VALUE, formulas)
     is_close(attend(QUERY, KEY, VALUE, score=score, **implementation), expected)
+
+
+def test_scores_and_biases_with_parameters_per_example(implementation):
+    """Of each example alone, and of each of its heads."""
+    random = np.random.default_rng(5)
+    weights, slopes = random.normal(size=(B, N, H, H)), random.normal(size=(B,))
+    score = per_example(per_head(bind(scores.bilinear, weight=weights)))
+    slope = jnp.asarray(slopes, jnp.float32)
+    bias = per_example(bind(slope_times_distance, slope=slope))
+    found = attend(QUERY, KEY, VALUE, score=score, bias=bias, **implementation)
+    for b in range(B):
+        formulas = [lambda q, k, weight=weight: q @ weight @ k for weight in weights[b]]
+        expected, _ = oracle.attention(
+            *(x[b : b + 1] for x in (QUERY, KEY, VALUE)),
+            formulas,
+            bias=lambda _, n, i, j, b=b: -slopes[b] * abs(i - j),
+        )
+        is_close(found[b : b + 1], expected)
+
+
+def test_gradients_of_parameters_per_example_are_those_of_each_example(implementation):
+    def loss(temperature, examples=slice(None)):
+        score = per_example(bind(scores.cosine, temperature=temperature))
+        arrays = (x[examples] for x in (QUERY, KEY, VALUE))
+        return jnp.sum(attend(*arrays, score=score, **implementation) ** 2)
+
+    temperature = jnp.linspace(0.5, 1.0, B)
+    gradient = jax.grad(loss)(temperature)
+    for b in range(B):
+        one = slice(b, b + 1)
+        is_close(gradient[one], jax.grad(loss)(temperature[one], one))
 
 
 def test_a_normalizer_with_parameters_per_head():
@@ -513,6 +545,17 @@ ERRORS = {
     "attend: every parameter of a per_head score must have axis 0 of size N = 4, got shape "
     "(3, 3).": lambda: attend(
         QUERY, KEY, VALUE, score=per_head(bind(scores.bilinear, weight=jnp.eye(3)))
+    ),
+    "attend: every parameter of a per_example score must have axis 0 of size B = 2, got shape "
+    "(4,).": lambda: attend(
+        QUERY, KEY, VALUE, score=per_example(bind(scores.cosine, temperature=jnp.ones(4)))
+    ),
+    "attend: every parameter of a per_head score must have axis 1 of size N = 4, got shape "
+    "(2, 3).": lambda: attend(
+        QUERY,
+        KEY,
+        VALUE,
+        score=per_example(per_head(bind(scores.cosine, temperature=jnp.ones((2, 3))))),
     ),
     "attend: Lengths.key_length may have the leading axes [B, N] = (2, 4) beyond its 0 for one "
     "example, got shape (3,).": lambda: attend(

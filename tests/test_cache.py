@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax import attend, bind, cache, linear, masks, per_head, positions, scores
+from attention_jax import (
+    attend,
+    bind,
+    cache,
+    linear,
+    masks,
+    per_example,
+    per_head,
+    positions,
+    scores,
+)
 from attention_jax import linen as attention_linen
 from attention_jax import nnx as attention_nnx
 from attention_jax.nnx import MultiHeadAttention
@@ -20,6 +30,12 @@ X = jax.random.normal(jax.random.key(0), (2, LENGTH, 12))
 WINDOW = masks.Window(3, 0)
 # A few masks of different kinds, whenever tests run; the others among the slow tests.
 QUICK = {"Causal", "Heads", "Lengths", "Segment", "Table", "bigbird", "swin"}
+
+
+def slope_times_distance(q_idx, kv_idx, slope):
+    return slope * (q_idx - kv_idx).astype(slope.dtype)
+
+
 KINDS = {
     "none": {},
     "rotary": {"position": positions.rotary},
@@ -31,6 +47,12 @@ KINDS = {
     "shared shaw": {"score": positions.relative_key, "attention_size": 3, "share_score": True},
     "additive": {"score": scores.additive, "initializers": {"value": jax.nn.initializers.ones}},
     "array": {"bias": per_head(bind(lambda q, k, table: table[q, k], table=jnp.ones((3, 11, 11))))},
+}
+KINDS["per example"] = {
+    "score": per_example(
+        per_head(bind(positions.relative_key, table=jnp.linspace(-1, 1, 120).reshape(2, 3, 5, 4)))
+    ),
+    "bias": per_example(bind(slope_times_distance, slope=jnp.array([0.1, 0.3]))),
 }
 DECODED_FIRST = {"MultiHeadAttention"}
 STATIC = ("implementation", "tile_sizes")

@@ -5,7 +5,7 @@ with them.
 """
 
 from attention_jax.base import checks
-from attention_jax.base.binding import BiasLike, PerHead, bind, per_head, rule
+from attention_jax.base.binding import BiasLike, Sliced, bind, per_example, per_head, rule
 from attention_jax.base.checks import ShapeError
 from attention_jax.base.parameters import (
     Learned,
@@ -34,16 +34,17 @@ __all__ = [
     "MaskFunction",
     "Normalizer",
     "Parameter",
-    "PerHead",
     "PositionalScore",
     "Score",
     "ShapeError",
+    "Sliced",
     "bind",
     "bind_parameters",
     "checks",
     "initialize",
     "learned",
     "parameters_of",
+    "per_example",
     "per_head",
     "rule",
 ]

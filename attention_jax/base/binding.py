@@ -10,7 +10,9 @@ bound parameters.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -112,25 +114,68 @@ def taken_apart(function: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return function, arguments, keywords
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["function"], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True, eq=False)
-class PerHead(ByValue):
-    """Marks a bound function whose parameters carry a leading axis N, one slice per query head."""
+class Sliced(ByValue):
+    """Marks a bound function whose parameters carry leading axes, of which each head has a slice.
+
+    Attributes:
+      function: bound, with all its parameters.
+      axes: the letters of these axes: N, one slice per query head; B, one per example; or BN.
+    """
 
     function: Any
+    axes: str = "N"
+
+    @property
+    def of_first(self) -> Any:
+        """The function with the parameters of the first example and head."""
+        return jax.tree.map(operator.itemgetter((0,) * len(self.axes)), self.function)
 
 
-BiasLike = Bias | PerHead | jax.Array | None
+BiasLike = Bias | Sliced | jax.Array | None
 """What `attend` takes as a bias."""
 
 
-def per_head(function: Any) -> PerHead:
+def per_head(function: Any) -> Sliced:
     """Give every query head its own slice of a bound function's parameters.
 
     Every leaf of the bound score, bias or normalizer must have a leading axis N.
+
+    Raises:
+      TypeError: the function is marked already; mark it `per_head` first and then `per_example`.
 
     >>> import jax.numpy as jnp
     >>> from attention_jax import scores
     >>> score = per_head(bind(scores.bilinear, weight=jnp.zeros((8, 16, 16))))  # N=8, Hq=Hk=16
     """
-    return PerHead(as_pytree(function))
+    if isinstance(function, Sliced):
+        raise TypeError(
+            "per_head: the function is marked per_head or per_example already; for parameters "
+            "[B, N, ...] write per_example(per_head(function))."
+        )
+    return Sliced(as_pytree(function))
+
+
+def per_example(function: Any) -> Sliced:
+    """Give every example its own slice of a bound function's parameters.
+
+    Every leaf of the bound score, bias or normalizer must have a leading axis B; that of a function
+    which is `per_head` leading axes B, N. Parameters that a network predicts for each example are
+    differentiated as any others.
+
+    Raises:
+      TypeError: the function is `per_example` already.
+
+    >>> import jax.numpy as jnp
+    >>> from attention_jax import attend, positions, scores
+    >>> x = jnp.ones((2, 3, 1, 4))  # B=2
+    >>> score = per_example(bind(scores.cosine, temperature=jnp.array([0.5, 1.0])))
+    >>> attend(x, x, x, score=score).shape
+    (2, 3, 1, 4)
+    """
+    if isinstance(function, Sliced):
+        if "B" in function.axes:
+            raise TypeError("per_example: the function is marked per_example already.")
+        return Sliced(function.function, "B" + function.axes)
+    return Sliced(as_pytree(function), "B")

@@ -30,7 +30,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p
 
 from attention_jax.base import placement
-from attention_jax.base.binding import PerHead
+from attention_jax.base.binding import Sliced
 from attention_jax.base.placement import Where
 from attention_jax.masks import Mask, Predicate, Table, algebra
 from attention_jax.request import Request
@@ -114,8 +114,8 @@ def _on_device(leaf: Any) -> Any:
 
 def _interned(tree: Any) -> Any:
     """Replace functions of the user by the first ones that were equal to them."""
-    if isinstance(tree, PerHead):
-        return PerHead(_interned(tree.function))
+    if isinstance(tree, Sliced):
+        return Sliced(_interned(tree.function), tree.axes)
     if isinstance(tree, jax.tree_util.Partial) and isinstance(tree.func, types.FunctionType):
         keywords = {name: _interned(value) for name, value in tree.keywords.items()}
         return type(tree)(_interned(tree.func), *tree.args, **keywords)
@@ -223,7 +223,7 @@ def _plans_tiles(owner: Mask, name: str, leaf: Any) -> bool:
 
 def _of_tree(tree: Any, seen: set[int]) -> Iterator[Hashable]:
     """Yield what the functions in a pytree refer to; its leaves are arguments of the program."""
-    if isinstance(tree, PerHead):
+    if isinstance(tree, Sliced):
         yield from _of_tree(tree.function, seen)
     elif isinstance(tree, jax.tree_util.Partial):
         yield from _of_value(tree.func, seen)

@@ -19,7 +19,7 @@ from flax import linen, nnx
 
 from attention_jax import masks
 from attention_jax.attention import attend
-from attention_jax.base.binding import BiasLike, PerHead
+from attention_jax.base.binding import BiasLike, Sliced
 from attention_jax.base.typing import AnyScore, Normalizer, at_least_float32
 from attention_jax.interop.dropout import same_in_every_head
 from attention_jax.interop.layout import Layout, is_array, last_allowed
@@ -35,10 +35,10 @@ Array = jax.Array
 
 def attention_fn(
     *,
-    score: AnyScore | PerHead = scaled_dot,
+    score: AnyScore | Sliced = scaled_dot,
     mask: MaskLike = None,
     bias: BiasLike = None,
-    normalizer: Normalizer | PerHead = softmax,
+    normalizer: Normalizer | Sliced = softmax,
     implementation: str | None = None,
     decode: bool | None = None,
 ) -> Callable[..., Array]:
@@ -85,10 +85,10 @@ def attention_fn(
 class FlaxAttention:
     """An `attention_fn` of Flax's layers with a score, mask, bias and normalizer of its own."""
 
-    score: AnyScore | PerHead
+    score: AnyScore | Sliced
     mask: MaskLike
     bias: BiasLike
-    normalizer: Normalizer | PerHead
+    normalizer: Normalizer | Sliced
     implementation: str | None
     decode: bool | None
 
@@ -208,9 +208,9 @@ class FlaxAttention:
         """Return score and bias at the position of the query; the passed bias is added."""
         score, bias = self.score, self.bias
         if position is not None:
-            rows, num_heads = Rows(position), layout.pairs[0]
-            score = shifted_score(score, rows, num_heads)
-            bias = shifted_bias(bias, rows, num_heads, num_queries=1)
+            rows = Rows(position)
+            score = shifted_score(score, rows)
+            bias = shifted_bias(bias, rows, num_queries=1)
         dtype = at_least_float32(dtype)
         bias = layout.fitted("bias", bias).astype(dtype) if is_array(bias) else bias
         if passed is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import yaml
 from jax.tree_util import Partial
 
-from attention_jax.base.binding import PerHead
+from attention_jax.base.binding import Sliced
 from attention_jax.masks import Mask
 
 
@@ -17,10 +17,10 @@ def _as_printed(dumper: yaml.SafeDumper, value: Mask | Partial) -> yaml.ScalarNo
     return dumper.represent_str(repr(value))
 
 
-def _of_every_head(dumper: yaml.SafeDumper, value: PerHead) -> yaml.ScalarNode:
-    return dumper.represent_str(f"PerHead({value.function!r})")
+def _of_every_head(dumper: yaml.SafeDumper, value: Sliced) -> yaml.ScalarNode:
+    return dumper.represent_str(f"Sliced({value.function!r}, {value.axes!r})")
 
 
 yaml.SafeDumper.add_multi_representer(Mask, _as_printed)
 yaml.SafeDumper.add_multi_representer(Partial, _as_printed)
-yaml.SafeDumper.add_multi_representer(PerHead, _of_every_head)
+yaml.SafeDumper.add_multi_representer(Sliced, _of_every_head)

@@ -17,7 +17,7 @@ from jax.nn import initializers
 
 from attention_jax.attention import attend
 from attention_jax.base import checks
-from attention_jax.base.binding import PerHead
+from attention_jax.base.binding import Sliced
 from attention_jax.base.finite import finite_rows
 from attention_jax.base.typing import AnyScore, at_least_float32
 from attention_jax.masks import MaskLike, Table, padding
@@ -40,7 +40,7 @@ def linformer_attention(
     key_projection: Array,
     value_projection: Array | None = None,
     *,
-    score: AnyScore | PerHead = scaled_dot,
+    score: AnyScore | Sliced = scaled_dot,
     mask: MaskLike = None,
     **options: Any,
 ) -> Any:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.base.binding import PerHead, as_pytree
+from attention_jax.base.binding import Sliced, as_pytree
 from attention_jax.base.finite import finite_rows
 from attention_jax.base.trees import varying_like
 from attention_jax.base.typing import FeatureMap
@@ -48,7 +48,7 @@ class _Tokens(NamedTuple):
 
 
 def read_out(
-    query: Array, sums: KeySums, feature_map: FeatureMap | PerHead, normalize: bool
+    query: Array, sums: KeySums, feature_map: FeatureMap | Sliced, normalize: bool
 ) -> Array:
     """Attend from queries [B, T, N, H] to all keys that were summed."""
 
@@ -63,7 +63,7 @@ def read_out(
 
 
 def extended(
-    sums: KeySums, key: Array, value: Array, present: Array, feature_map: FeatureMap | PerHead
+    sums: KeySums, key: Array, value: Array, present: Array, feature_map: FeatureMap | Sliced
 ) -> KeySums:
     """Add the keys [B, S, K, H] and values [B, S, K, V] that are present [B, S]."""
 
@@ -82,7 +82,7 @@ def scanned(
     value: Array,
     present: Array,
     sums: KeySums,
-    feature_map: FeatureMap | PerHead,
+    feature_map: FeatureMap | Sliced,
     normalize: bool,
     chunk_size: int,
 ) -> tuple[Array, KeySums]:
@@ -212,10 +212,10 @@ def _ungrouped(context: Array) -> Array:
 
 
 def _over_heads(
-    function: Callable[..., Any], feature_map: FeatureMap | PerHead, *operands: Any
+    function: Callable[..., Any], feature_map: FeatureMap | Sliced, *operands: Any
 ) -> Any:
     """Map a function of one key head over operands [B, K, ...]."""
-    heads = isinstance(feature_map, PerHead)
+    heads = isinstance(feature_map, Sliced)
     bound = as_pytree(feature_map.function if heads else feature_map)
     leaves, structure = jax.tree.flatten((operands, bound))
     shared = len(leaves) - len(jax.tree.leaves(operands))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from attention_jax import masks
 from attention_jax.base import checks
-from attention_jax.base.binding import PerHead
+from attention_jax.base.binding import Sliced
 from attention_jax.base.typing import FeatureMap, at_least_float32, require_callable
 from attention_jax.linear.feature_maps import elu_plus_one, is_signed
 from attention_jax.linear.recurrence import KeySums, extended, padded, read_out, scanned
@@ -39,7 +39,7 @@ def linear_attention(
     key: Array,
     value: Array,
     *,
-    feature_map: FeatureMap | PerHead = elu_plus_one,
+    feature_map: FeatureMap | Sliced = elu_plus_one,
     mask: masks.MaskLike = None,
     normalize: bool = True,
     chunk_size: int = _CHUNK,
@@ -102,7 +102,7 @@ def init(
     key_depth: int,
     value_depth: int | None = None,
     *,
-    feature_map: FeatureMap | PerHead = elu_plus_one,
+    feature_map: FeatureMap | Sliced = elu_plus_one,
     dtype: Any = jnp.float32,
 ) -> LinearState:
     """Return the state before any key, for `decode` and `extend`.
@@ -137,7 +137,7 @@ def decode(
     value: Array,
     state: LinearState,
     *,
-    feature_map: FeatureMap | PerHead = elu_plus_one,
+    feature_map: FeatureMap | Sliced = elu_plus_one,
     mask: masks.MaskLike = masks.Causal(),  # noqa: B008
     count: Any = None,
     normalize: bool = True,
@@ -198,7 +198,7 @@ def extend(
     key: Array,
     value: Array,
     *,
-    feature_map: FeatureMap | PerHead = elu_plus_one,
+    feature_map: FeatureMap | Sliced = elu_plus_one,
     count: Any = None,
 ) -> LinearState:
     """Add keys and values to a state, which `read` attends to.
@@ -233,7 +233,7 @@ def read(
     query: Array,
     state: LinearState,
     *,
-    feature_map: FeatureMap | PerHead = elu_plus_one,
+    feature_map: FeatureMap | Sliced = elu_plus_one,
     normalize: bool = True,
 ) -> Array:
     """Attend to all keys of a state; [B, T, N, H] -> [B, T, N, V].
@@ -268,10 +268,15 @@ def _sizes(operation: str, query: Array, key: Array, value: Array) -> dict[str, 
 
 
 def _check_options(
-    operation: str, feature_map: FeatureMap | PerHead, normalize: bool, chunk_size: int = 1
+    operation: str, feature_map: FeatureMap | Sliced, normalize: bool, chunk_size: int = 1
 ) -> None:
     checks.at_least(operation, 1, chunk_size=chunk_size)
-    function = feature_map.function if isinstance(feature_map, PerHead) else feature_map
+    function = feature_map.function if isinstance(feature_map, Sliced) else feature_map
+    if isinstance(feature_map, Sliced) and feature_map.axes != "N":
+        raise ValueError(
+            f"{operation}: feature_map is per_example, but all examples share one; leave it "
+            "unmarked, or mark it per_head."
+        )
     require_callable(f"{operation}: feature_map", function, FeatureMap)
     if normalize and is_signed(function):
         raise ValueError(
@@ -281,7 +286,7 @@ def _check_options(
 
 
 def _check_state(
-    operation: str, state: LinearState, key: Array, value: Array, feature_map: FeatureMap | PerHead
+    operation: str, state: LinearState, key: Array, value: Array, feature_map: FeatureMap | Sliced
 ) -> None:
     """Require the state that `init` would return for these keys, values and features."""
     sums = state.sums.values
@@ -294,10 +299,10 @@ def _check_state(
         )
 
 
-def _num_features(feature_map: FeatureMap | PerHead, depth: int, dtype: Any) -> int:
+def _num_features(feature_map: FeatureMap | Sliced, depth: int, dtype: Any) -> int:
     first_head: Any = feature_map
-    if isinstance(feature_map, PerHead):
-        first_head = jax.tree.map(lambda leaf: leaf[0], feature_map.function)
+    if isinstance(feature_map, Sliced):
+        first_head = feature_map.of_first
     row = jax.ShapeDtypeStruct((1, depth), dtype)
     shape = jax.eval_shape(lambda x: first_head(x), row).shape
     if len(shape) != 2 or shape[0] != 1:
@@ -307,6 +312,6 @@ def _num_features(feature_map: FeatureMap | PerHead, depth: int, dtype: Any) -> 
     return shape[1]
 
 
-def _empty(batch: int, key: Array, value: Array, feature_map: FeatureMap | PerHead) -> KeySums:
+def _empty(batch: int, key: Array, value: Array, feature_map: FeatureMap | Sliced) -> KeySums:
     sizes = (batch, key.shape[2], key.shape[3], value.shape[3])
     return init(*sizes, feature_map=feature_map, dtype=key.dtype).sums

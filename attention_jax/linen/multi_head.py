@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from attention_jax import scores
-from attention_jax.base.binding import BiasLike, PerHead
+from attention_jax.base.binding import BiasLike, Sliced
 from attention_jax.base.parameters import Initializer
 from attention_jax.base.typing import AnyScore
 from attention_jax.layers.heads import Learnable, ProjectedMemory
@@ -87,7 +87,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
         *,
         mask: MaskLike = None,
         bias: BiasLike = None,
-        score: AnyScore | PerHead | None = None,
+        score: AnyScore | Sliced | None = None,
         positions: Array | None = None,
         memory_positions: Array | None = None,
         order: Any = None,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.nn import initializers
 
 from attention_jax.base import checks
-from attention_jax.base.binding import PerHead, bind, per_head, rule
+from attention_jax.base.binding import Sliced, bind, per_head, rule
 from attention_jax.base.integers import as_int32
 from attention_jax.base.parameters import (
     Learned,
@@ -76,7 +76,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     return np.concatenate([geometric(below), between])
 
 
-def alibi_bias(num_heads: int) -> PerHead:
+def alibi_bias(num_heads: int) -> Sliced:
     """`alibi` with the slopes of N heads, for `bias=`.
 
     >>> from attention_jax import attend

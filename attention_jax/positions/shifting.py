@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.binding import BiasLike, PerHead, bind, per_head
+from attention_jax.base.binding import BiasLike, Sliced, bind
 from attention_jax.base.typing import AnyScore, Bias, PositionalScore
 from attention_jax.masks.intervals import indices
 from attention_jax.scores import separate
@@ -23,32 +23,32 @@ class Rows(NamedTuple):
     keys: Array | None = None
 
 
-def shifted_score(score: AnyScore | PerHead, rows: Rows, num_heads: int) -> AnyScore | PerHead:
+def shifted_score(score: AnyScore | Sliced, rows: Rows) -> AnyScore | Sliced:
     """Return a score that evaluates its rows at their positions.
 
     A score that is not `positional` is returned as it is.
 
     >>> from attention_jax.positions import relative_key
     >>> score = bind(relative_key, table=jnp.arange(5.0)[:, None])
-    >>> shifted = shifted_score(score, Rows(jnp.array(2)), num_heads=1)
+    >>> shifted = shifted_score(score, Rows(jnp.array(2)))
     >>> shifted(jnp.ones((1, 1)), jnp.ones((3, 1)))  # the query is at position 2
     Array([[1., 2., 3.]], dtype=float32)
     """
     parts = separate(_function(score))
     if not is_positional(parts.pairs):
         return score
-    pairs = bind(_shifted_pairs, pairs=parts.pairs, **_of_heads(score, rows, num_heads))
+    pairs = bind(_shifted_pairs, pairs=parts.pairs, **_sliced(score, rows))
     return _like(score, parts._replace(pairs=pairs))
 
 
-def shifted_bias(bias: BiasLike, rows: Rows, num_heads: int, num_queries: int) -> BiasLike:
+def shifted_bias(bias: BiasLike, rows: Rows, num_queries: int) -> BiasLike:
     """Return a bias, a function or an array of the whole sequence, at the positions of the rows."""
     if bias is None:
         return None
-    if not isinstance(bias, PerHead) and not callable(bias):
+    if not isinstance(bias, Sliced) and not callable(bias):
         return shifted_array(bias, rows, num_queries)
-    where = _of_heads(bias, rows, num_heads)
-    return _like(bias, bind(_shifted_bias, bias=_function(bias), **where))
+    shifted = bind(_shifted_bias, bias=_function(bias), **_sliced(bias, rows))
+    return _like(bias, shifted)
 
 
 def shifted_array(array: Array, rows: Rows, num_queries: int = 1) -> Array:
@@ -65,18 +65,23 @@ def shifted_array(array: Array, rows: Rows, num_queries: int = 1) -> Array:
 
 
 def _function(part: Any) -> Any:
-    return part.function if isinstance(part, PerHead) else part
+    return part.function if isinstance(part, Sliced) else part
 
 
 def _like(part: Any, function: Any) -> Any:
-    return per_head(function) if isinstance(part, PerHead) else function
+    return Sliced(function, part.axes) if _slices(part) else function
 
 
-def _of_heads(part: Any, rows: Rows, num_heads: int) -> dict[str, Any]:
-    """Return the positions, once for each head where the function is one for each."""
-    if not isinstance(part, PerHead):
-        return rows._asdict()
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_heads, *x.shape)), rows)._asdict()
+def _slices(part: Any) -> tuple[int, ...]:
+    """Return the sizes of the leading axes of which each head has a slice; () where all share."""
+    leaves = jax.tree.leaves(part)
+    return leaves[0].shape[: len(part.axes)] if isinstance(part, Sliced) and leaves else ()
+
+
+def _sliced(part: Any, rows: Rows) -> dict[str, Any]:
+    """Return the positions, with the leading axes of the function's own parameters."""
+    sizes = _slices(part)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (*sizes, *x.shape)), rows)._asdict()
 
 
 def _stand(rows_of_keys: Array | None, kv_idx: Array) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from attention_jax.base import checks
-from attention_jax.base.binding import PerHead, as_pytree, ask, bind, taken_apart, unbound
+from attention_jax.base.binding import Sliced, as_pytree, ask, bind, taken_apart, unbound
 from attention_jax.base.matmul import Products
 from attention_jax.base.typing import AnyScore, PositionalScore, Score, require_callable
 from attention_jax.masks.intervals import indices
@@ -71,38 +71,40 @@ class Separated(NamedTuple):
 
 
 class Composition(Protocol[P]):
-    """Makes a score from a score; from a `per_head` score, a `per_head` score."""
+    """Makes a score from a score; from a `per_head` or `per_example` one, one like it."""
 
     @overload
-    def __call__(self, score: PerHead, *args: P.args, **kwargs: P.kwargs) -> PerHead: ...
+    def __call__(self, score: Sliced, *args: P.args, **kwargs: P.kwargs) -> Sliced: ...
     @overload
     def __call__(self, score: AnyScore, *args: P.args, **kwargs: P.kwargs) -> Separated: ...
 
 
 def composition(compose: Callable[Concatenate[Any, P], Separated]) -> Composition[P]:
-    """Let a function that makes a score from a score also take a `per_head` one.
+    """Let a function that makes a score from a score also take a `per_head` or `per_example` one.
 
-    Its own parameters are then shared by all heads.
+    Its own parameters are then shared by all heads and examples.
     """
 
     @functools.wraps(compose)
     def composed(score: Any, *args: Any, **keywords: Any) -> Any:
-        if not isinstance(score, PerHead):
+        if not isinstance(score, Sliced):
             return compose(score, *args, **keywords)
         args, keywords = _repeated((args, keywords), score)
-        return PerHead(compose(score.function, *args, **keywords))
+        return Sliced(compose(score.function, *args, **keywords), score.axes)
 
     return composed
 
 
-def _repeated(parameters: Any, score: PerHead) -> Any:
-    """Repeat parameters for each head of a score: they get its leading axis N."""
-    leaves = jax.tree.leaves(score)
-    sizes = {jnp.shape(leaf)[:1] for leaf in leaves}
-    if len(sizes - {()}) > 1 or () in sizes:
+def _repeated(parameters: Any, score: Sliced) -> Any:
+    """Repeat parameters for each slice of a score: they get its leading axes."""
+    leaves, rank = jax.tree.leaves(score), len(score.axes)
+    sizes = {jnp.shape(leaf)[:rank] for leaf in leaves}
+    if len(sizes) > 1 or any(len(size) < rank for size in sizes):
+        mark = "per_example" if "B" in score.axes else "per_head"
+        axes = " and ".join(score.axes)
         raise checks.ShapeError(
-            "per_head: every parameter must have the same leading axis N, got the shapes "
-            f"{', '.join(str(jnp.shape(leaf)) for leaf in leaves)}."
+            f"{mark}: every parameter must have the same leading {'axis' if rank == 1 else 'axes'} "
+            f"{axes}, got the shapes {', '.join(str(jnp.shape(leaf)) for leaf in leaves)}."
         )
 
     def repeat(leaf: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 
 from attention_jax import attend, normalizers, positions, scores
 from attention_jax.base import binding
-from attention_jax.base.binding import as_pytree, ask, bind, per_head, rule
+from attention_jax.base.binding import as_pytree, ask, bind, per_example, per_head, rule
 from attention_jax.base.parameters import bind_parameters, initialize, parameters_of
 
 
@@ -133,10 +133,20 @@ def test_rules_are_found_on_bound_and_unbound_functions():
 
 def test_per_head_is_a_pytree_around_the_function():
     marked = per_head(bind(affine, weight=jnp.arange(4.0)))
-    assert isinstance(marked, binding.PerHead)
+    assert isinstance(marked, binding.Sliced)
     doubled = jax.tree.map(lambda leaf: 2.0 * leaf, marked)
     chex.assert_trees_all_close(doubled.function.keywords["weight"], 2.0 * jnp.arange(4.0))
     assert jax.tree.leaves(per_head(jnp.tanh)) == []
+
+
+def test_marks_are_put_on_once_and_in_one_order():
+    marked = per_example(per_head(bind(affine, weight=jnp.ones((2, 4)))))
+    assert marked.axes == "BN"
+    assert marked.of_first.keywords["weight"].shape == ()
+    with pytest.raises(TypeError, match=r"per_head: .* write per_example\(per_head\(function\)\)"):
+        per_head(per_example(jnp.tanh))
+    with pytest.raises(TypeError, match="per_example: the function is marked per_example already"):
+        per_example(marked)
 
 
 def test_binding_an_unknown_parameter_fails_on_the_call():

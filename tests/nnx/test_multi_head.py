@@ -19,7 +19,7 @@ from attention_jax import (
     scores,
     statistics,
 )
-from attention_jax.base import PerHead
+from attention_jax.base import Sliced
 from attention_jax.base.parameters import Parameter, learned
 from attention_jax.nnx import MultiHeadAttention
 
@@ -90,10 +90,10 @@ def test_any_score_equals_attention_of_each_head_alone(score, share_score):
     query, (key, value) = projected(module, x, memory)
     output, weights = module(x, memory, return_weights=True)
     bound = module.score()
-    assert isinstance(bound, PerHead) == (not share_score and bool(jax.tree.leaves(bound)))
+    assert isinstance(bound, Sliced) == (not share_score and bool(jax.tree.leaves(bound)))
     for n in range(4):
         head = bound
-        if isinstance(bound, PerHead):
+        if isinstance(bound, Sliced):
             head = jax.tree.map(lambda leaf, n=n: leaf[n], bound.function)
         alone = attend(
             query[:, :, n : n + 1],
