@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import regex
@@ -143,7 +143,27 @@ def detokenize(tokens: Iterable[str]) -> str:
     >>> print(detokenize(tokenize('She said: "I don\'t know (yet)."')))
     She said: "I don't know (yet)."
     """
-    text, glued = "", True
+    return "".join(token if joined else f" {token}" for token, joined in _joined(tokens))
+
+
+def spaced(tokens: Iterable[str]) -> list[int]:
+    """Count the tokens in each part between spaces of the line that `detokenize` makes of them.
+
+    >>> spaced(tokenize("Hello, Bob."))
+    [2, 2]
+    """
+    counts: list[int] = []
+    for _, joined in _joined(tokens):
+        if joined and counts:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+    return counts
+
+
+def _joined(tokens: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Each token, and whether it follows what is before it without a space."""
+    before, glued = "", True
     opened: set[str] = set()
     for token in tokens:
         kind = _TOGGLING.get(token)
@@ -157,10 +177,8 @@ def detokenize(tokens: Iterable[str]) -> str:
             opened ^= {kind}
         elif opens:
             opened.add(token)
-        joined = glued or closes or (_is_unspaced(text[-1:]) and _is_unspaced(token[:1]))
-        text += token if joined else f" {token}"
-        glued = opens
-    return text
+        yield token, glued or closes or (_is_unspaced(before) and _is_unspaced(token[:1]))
+        before, glued = token[-1:], opens
 
 
 def _is_unspaced(character: str) -> bool:

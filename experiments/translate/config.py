@@ -210,7 +210,8 @@ class Config:
     mode: str = _use(
         "train",
         "train and compare; or, with the --workdir of a run: evaluate it on pairs, translate "
-        "sentences, or score pairs by log-probability, one a line, source<TAB>target.",
+        "sentences, or score pairs by log-probability, one a line, source<TAB>target, "
+        "perhaps with a gold alignment in a third column.",
         one_of("train", "evaluate", "translate", "score"),
     )
     open: bool = _use(
@@ -229,7 +230,9 @@ class Config:
         "", "File of sentences, or of pairs (.tsv), instead of standard input or --split."
     )
     alignments: str = _use(
-        "", "File for the alignments of translated or scored sentences, in Pharaoh format: 0-0 1-2."
+        "",
+        "File for the alignments of translated or scored sentences, in Pharaoh format, 0-0 1-2, "
+        "which counts the words between spaces.",
     )
     pictures: str = _use(
         "", "Folder for pictures of the alignments of translated or scored sentences, by line."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from experiments.data.batches import (
 )
 from experiments.data.corpus import Corpus, Pair
 from experiments.data.subwords import pooled, vocabulary_of, with_subwords
-from experiments.data.text import cut, detokenize
+from experiments.data.text import cut, detokenize, spaced
 from experiments.data.vocabulary import PAD, Vocabulary
 from experiments.translate import guided
 from experiments.translate.config import Config
@@ -224,6 +225,15 @@ class Tokenizer:
     def words(self, text: str) -> tuple[str, ...]:
         """Split a sentence into words as in training."""
         return cut(text, self.at_spaces, self.lowercase)
+
+    def parts(self, text: str) -> list[tuple[str, ...]]:
+        """Split each part of a sentence between spaces into words; together they are `words`."""
+        # The space behind a part decides on its hyphen.
+        return [self.words(part) for part in re.findall(r"\S+\s?", text)]
+
+    def counts(self, words: tuple[str, ...]) -> tuple[int, ...]:
+        """Count the words in each part between spaces of their `text`."""
+        return (1,) * len(words) if self.at_spaces else tuple(spaced(words))
 
     def text(self, words: tuple[str, ...]) -> str:
         """Join words to a line of text."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.util
+import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 
 from experiments import metrics
 from experiments.command_line import UsageError, check_folder, show, terminal
+from experiments.data.alignments import all_aligned, is_alignment
 from experiments.data.corpus import DataError, Pair
 from experiments.data.files import Reader
 from experiments.data.text import lines_of, read_lines
@@ -23,6 +26,7 @@ from experiments.translate.config import Config
 from experiments.translate.conversation import converse, draw
 from experiments.translate.data import Tokenizer, check_data, load_task
 from experiments.translate.evaluate import Words, evaluate
+from experiments.translate.spaces import Line
 from experiments.translate.translators import Translators, load, load_ensemble, tell, unknown
 from experiments.translate.workdir import Record, unfinished_of, write_text
 
@@ -147,7 +151,8 @@ def _translate(config: Config) -> None:
         converse(translators, sys.stdin, sys.stdout)
         return
     lines = _lines(config)
-    sentences = [translators.tokenizer.words(line) for line in lines]
+    parts = [translators.tokenizer.parts(line) for line in lines]
+    sentences = [tuple(itertools.chain.from_iterable(of_line)) for of_line in parts]
     _tell_unknown(translators.tokenizer, [(words, ()) for words in sentences])
     full = [number for number, words in enumerate(sentences) if words]
     found: list[Words] = [()] * len(lines)
@@ -157,24 +162,46 @@ def _translate(config: Config) -> None:
         found[number] = words
     for words in found:
         show(translators.tokenizer.text(words))
-    _save_links(translators, [Pair(*both) for both in zip(sentences, found, strict=True)])
+    translated = []
+    for source, of_line, target in zip(sentences, parts, found, strict=True):
+        counts = tuple(map(len, of_line)), translators.tokenizer.counts(target)
+        translated.append(Line(Pair(source, target), *counts))
+    _save_links(translators, translated)
 
 
 def _score(config: Config) -> None:
     translators = _chosen(config)
-    words = translators.tokenizer.words
-    pairs = []
-    for number, line in enumerate(_lines(config), 1):
-        source, tab, target = line.partition("\t")
-        pair = Pair(words(source), words(target.partition("\t")[0]))
-        _check_full(f"{config.input or _STDIN} line {number}", pair, bool(tab))
-        pairs.append(pair)
-    _tell_unknown(translators.tokenizer, [(pair.source, pair.target) for pair in pairs])
-    full = [pair for pair in pairs if pair.source]
+    where = f"{config.input or _STDIN} line"
+    rows = [line.split("\t") for line in _lines(config)]
+    lines = []
+    for number, row in enumerate(rows, 1):
+        sides = [translators.tokenizer.parts(cell) for cell in [*row, ""][:2]]
+        source, target = (tuple(itertools.chain.from_iterable(side)) for side in sides)
+        line = Line(Pair(source, target), *(tuple(map(len, side)) for side in sides))
+        _check_full(f"{where} {number}", line.pair, len(row) > 1)
+        lines.append(line)
+    gold = _gold(where, rows, config.links_from)
+    _tell_unknown(translators.tokenizer, [(line.pair.source, line.pair.target) for line in lines])
+    full = [line.pair for line in lines if line.pair.source]
     values = iter(translators.log_probabilities(full) if full else ())
-    for pair in pairs:
-        show(f"{next(values):.4f}" if pair.source else "")
-    _save_links(translators, pairs)
+    for line in lines:
+        show(f"{next(values):.4f}" if line.pair.source else "")
+    _save_links(translators, lines, gold)
+
+
+def _gold(where: str, rows: Sequence[list[str]], first: int) -> list[Pair]:
+    """Return the pairs with the gold alignments of a third column; none where it has no such.
+
+    Raises:
+      DataError: an alignment cannot be read.
+    """
+    third = [row[2] for row in rows if len(row) > 2 and row[2].strip()]
+    if any(map(is_alignment, third)):
+        numbered = [(number, [*row, ""]) for number, row in enumerate(rows, 1)]
+        return all_aligned(where, numbered, tell, first=first)
+    if third:
+        tell(f"{where.removesuffix(' line')}: its third column is no alignment: ignored.")
+    return []
 
 
 def _check_full(where: str, pair: Pair, has_tab: bool) -> None:
@@ -232,20 +259,37 @@ def _tell_unknown(tokenizer: Tokenizer, sentences: Sequence[tuple[Words, Words]]
             tell(f"line {number}: read as <unk>: {said}")
 
 
-def _save_links(translators: Translators, pairs: Sequence[Pair]) -> None:
-    """Write the alignment of each line, counted in words from 0, and draw it, if that is asked."""
-    full = [number for number, pair in enumerate(pairs) if pair.source and pair.target]
-    if full and translators.config.pictures:
-        folder = Path(translators.config.pictures)
-        draw(translators, [pairs[n] for n in full], folder, [n + 1 for n in full])
-    if not translators.config.alignments:
+def _save_links(translators: Translators, lines: Sequence[Line], gold: Sequence[Pair] = ()) -> None:
+    """Write the alignment of each line and draw it, if that is asked; compare it with a gold one.
+
+    What is written counts the words between spaces from 0, as gold alignments do.
+    """
+    full = [number for number, line in enumerate(lines) if line.pair.source and line.pair.target]
+    pairs = [lines[number].pair for number in full]
+    config = translators.config
+    if full and config.pictures:
+        draw(translators, pairs, Path(config.pictures), [n + 1 for n in full])
+    if gold and translators.score == "none":
+        tell("none does not attend, so the gold alignments of the third column are not used.")
+        gold = ()
+    if not config.alignments and not gold:
         return
-    lines = [""] * len(pairs)
-    weights = translators.weights([pairs[n] for n in full]) if full else []
-    for number, array in zip(full, weights, strict=True):
-        lengths = len(pairs[number].source), len(pairs[number].target)
-        lines[number] = metrics.pharaoh(metrics.links(array, *lengths))
-    write_alignments(Path(translators.config.alignments), lines)
+    weights = translators.weights(pairs) if full else []
+    links = [lines[n].links(of_pair) for n, of_pair in zip(full, weights, strict=True)]
+    if gold:
+        held = [gold[number] for number in full]
+        quality = metrics.alignment_quality(links, held)
+        error, precision, recall = (
+            "undefined" if math.isnan(share) else f"{100 * share:.1f}%" for share in quality
+        )
+        count = sum(pair.sure is not None for pair in held)
+        tell(
+            f"alignment error {error}, precision {precision}, recall {recall}; pairs with a gold "
+            f"alignment in the third column: {count}."
+        )
+    if config.alignments:
+        texts = dict(zip(full, map(metrics.pharaoh, links), strict=True))
+        write_alignments(Path(config.alignments), [texts.get(n, "") for n in range(len(lines))])
 
 
 def check_alignments(config: Config) -> None:

@@ -1,5 +1,6 @@
 """Tokeniser, vocabulary and written alignments."""
 
+import itertools
 import sys
 import unicodedata
 from subprocess import run
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from experiments.data import EOS, UNK, Vocabulary, detokenize, tokenize
 from experiments.data.alignments import is_alignment, parse_alignment, pharaoh
+from experiments.data.text import spaced
+from experiments.translate.data import Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,18 @@ def test_tokens_are_clean_and_nothing_visible_is_lost(text):
 
 @given(st.lists(st.sampled_from(["a", "b.", "'s", '"', "(", ")", "n't", "…", "„", "“", "/"])))
 def test_detokenize_keeps_every_token(tokens):
-    assert detokenize(tokens).replace(" ", "") == "".join(tokens)
+    line, counts = detokenize(tokens), iter(tokens)
+    assert line.replace(" ", "") == "".join(tokens)
+    parts = ["".join(itertools.islice(counts, count)) for count in spaced(tokens)]
+    assert parts == line.split()
+
+
+@given(st.text(st.sampled_from("aZ1é'’.,-„/日\u0301\u200d\u200b\u00ad \t\x1c\u3000"), max_size=12))
+def test_parts_between_spaces_have_the_words_of_the_line(text):
+    nothing = Vocabulary([])
+    tokenizer = Tokenizer(nothing, nothing, longest=1, at_spaces=False, lowercase=True)
+    assert tuple(itertools.chain.from_iterable(tokenizer.parts(text))) == tokenizer.words(text)
+    assert len(tokenizer.parts(text)) == len(text.split())
 
 
 def test_vocabulary_orders_by_count_then_spelling_and_cuts():
