@@ -6,6 +6,8 @@ import pytest
 
 from experiments.data import DataError, Reading, load
 from experiments.data.files import Reader
+from experiments.translate.config import Config
+from experiments.translate.data import load_task, load_tokenizer, save_tokenizer
 
 # The links of two sentences of three and of two words, in the notations of several projects.
 SURE = [{(0, 0), (2, 1)}, {(1, 1)}]
@@ -163,6 +165,24 @@ def test_words_as_the_text_has_them(tmp_path):
 def test_links_count_from_0_or_1():
     with pytest.raises(DataError, match=r"^links_from is 2, but 0 or 1 is needed.$"):
         load("x.tsv", reading=Reading(links_from=2))
+
+
+def test_the_flags_are_of_the_run(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("".join(f"Hund. {n}\tDog's {n}\n" for n in range(9)))
+    (tmp_path / "a.en-de.align").write_text("1-1 2p2\n" * 9)
+    given = {"data": str(path), "steps": 1, "batch_size": 1, "buckets": 1, "seeds": 1}
+    config = Config(**given, links_from=1, min_count=1)
+    pairs = load_task(config).corpus.train
+    assert {pair.sure for pair in pairs} == {frozenset({(0, 0)})}
+    (tmp_path / "a.en-de.align").unlink()
+    config = Config(**given, words="spaces", min_count=1)
+    corpus = load_task(config).corpus
+    assert corpus.at_spaces and "Hund." in corpus.source_vocabulary
+    save_tokenizer(tmp_path, corpus, 9, config)
+    assert load_tokenizer(tmp_path).words("Hund. da") == ("Hund.", "da")
+    for name in ("words", "links_from"):
+        assert config.identity[name] == getattr(config, name)
 
 
 def test_a_file_counted_from_1_is_refused_in_one_line(tmp_path, translate, capsys):
