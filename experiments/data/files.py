@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
@@ -24,6 +25,10 @@ _LANGUAGES = {"en": ("english", "eng"), "de": ("german", "deutsch", "deu", "ger"
 _COLUMN_NAMES = frozenset(("1", "2", "source", "target", "src", "tgt", "trg", *_LANGUAGES)).union(
     *_LANGUAGES.values()
 )
+
+
+# A line as the shared tasks on word alignment number it.
+_NUMBERED = re.compile(r'<s snum="?(\d+)"?>(.*)</s>', re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class Reader:
         self, left: Path, right: Path, links: Path, columns: tuple[int, int]
     ) -> list[Pair]:
         """Source, target and gold alignments, of a target and its source if columns are (1, 0)."""
-        sources, targets = self._lines(left), self._lines(right)
+        sources, targets = self._sentences(left), self._sentences(right)
         if len(sources) != len(targets):
             raise _unequal(left, len(sources), right, len(targets), "translate")
         sentences = list(zip(sources, targets, strict=True))
@@ -168,7 +173,7 @@ class Reader:
         return self._linked(f"{links} line", links.name, rows, columns)
 
     def _two_files(self, left: Path, right: Path) -> list[Pair]:
-        sources, targets = self._lines(left), self._lines(right)
+        sources, targets = self._sentences(left), self._sentences(right)
         if len(sources) != len(targets):
             raise _unequal(left, len(sources), right, len(targets), "translate")
         pairs = (
@@ -176,6 +181,22 @@ class Reader:
             for number, lines in enumerate(zip(sources, targets, strict=True), 1)
         )
         return self._without_empty(pairs, f"{left} and {right.name}")
+
+    def _sentences(self, path: Path) -> list[str]:
+        """The lines of one side, without ``<s snum=0001>`` and ``</s>`` where all have them."""
+        lines = self._lines(path)
+        found = [_NUMBERED.fullmatch(line.strip()) for line in lines]
+        sentences = [match[2] for match in found if match]
+        if len(sentences) < len(lines):
+            return lines
+        for number, match in enumerate(found, 1):
+            if match and int(match[1]) != number:
+                raise DataError(
+                    f"{path} line {number} has snum={match[1]}, but gold alignments need the "
+                    "number of the line; number the sentences from 1."
+                )
+        self.notices.append(f"{path.name}: <s snum=...> and </s> were left out of its lines.")
+        return sentences
 
     def _lines(self, path: Path) -> list[str]:
         content = read_content(path)

@@ -79,6 +79,25 @@ def test_links_of_the_shared_tasks(tmp_path):
     assert [set(pair.possible or ()) for pair in read(tmp_path)[0]] == SURE
 
 
+def test_text_of_the_shared_tasks(tmp_path):
+    """Sentences bear their numbers, which are no words of them."""
+    files(tmp_path, NAACL)
+    for path in (tmp_path / "train.en", tmp_path / "train.de"):
+        lines = path.read_text().splitlines()
+        numbered = [f"<s snum={n:04d}> {line} </s>\n" for n, line in enumerate(lines, 1)]
+        path.write_text("".join(numbered))
+    pairs, notices = read(tmp_path)
+    check(pairs)
+    assert "train.de: <s snum=...> and </s> were left out of its lines." in notices
+    path.write_text("".join(reversed(numbered)))
+    with pytest.raises(DataError) as error:
+        read(tmp_path)
+    assert str(error.value) == (
+        f"{path} line 1 has snum=0002, but gold alignments need the number of the line; number "
+        "the sentences from 1."
+    )
+
+
 @pytest.mark.parametrize(
     ("links", "message"),
     [
