@@ -125,6 +125,7 @@ def test_shards_measure_and_the_command_without_a_shard_reports(two_claims, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_shards_at_once_measure_every_claim_once(tmp_path):
     arguments = ["--setting=tiny", "--claims=43,44"]
 

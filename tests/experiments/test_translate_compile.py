@@ -36,6 +36,7 @@ def test_a_batch_is_spread_over_as_many_devices_as_divide_it():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_eight_devices_train_as_one_does(tmp_path):
     """A process with eight virtual devices, and one with a single one."""
     records = []

@@ -247,6 +247,7 @@ def test_a_damaged_outcome_is_named(rate, sweep, trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_real_sweep_measures_what_the_translator_measures(sweep, translate, tmp_path, capsys):
     """One rate is so large that weights overflow."""
     flags = ("--attention_size=4", "--seeds=2")

@@ -18,7 +18,7 @@ def losses(api):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("api", ["nnx", "linen"])
+@pytest.mark.parametrize("api", ["nnx", pytest.param("linen", marks=pytest.mark.exhaustive)])
 def test_losses_are_those_of_one_device(api):
     found = losses(api)
     whole = found.pop("one device")
