@@ -170,6 +170,8 @@ def _scanned(term, unroll, queries, keys, weights):
 
     # Zeros like a product of all three, so that under shard_map they vary as the inputs do.
     total = jnp.zeros_like(_product(queries[0] * weights[0][None, :], keys[0].T))
+    if not weights[0].size:
+        return total
     features = jax.tree.map(jnp.transpose, (queries, keys, weights))
     unroll = -(-weights[0].size // -(-weights[0].size // unroll))  # in turns of equal size
     total, _ = lax.scan(

@@ -54,10 +54,13 @@ def combinations():
     What takes long to compile meets less: other implementations and scores of several layers are
     given different masks and normalizers each, and other gradients than dense ones less often.
     All are run with the slow tests, every 29th with the others too: a number without a factor in
-    common with the cycles, so that these few meet every normalizer.
+    common with the cycles, so that these few meet every normalizer. Of those under dense, in which
+    every score meets many masks, two of three are exhaustive.
     """
     for turn, combination in enumerate(_all_combinations()):
         marks = [] if turn % 29 == 0 else [pytest.mark.slow]
+        if marks and combination[0] == "dense" and turn % 3:
+            marks.append(pytest.mark.exhaustive)
         yield pytest.param(*combination, marks=marks)
 
 

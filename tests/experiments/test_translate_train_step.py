@@ -46,7 +46,9 @@ TRANSFORMER = SIZES._replace(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [SIZES, pytest.param(TRANSFORMER, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "sizes", [SIZES, pytest.param(TRANSFORMER, marks=[pytest.mark.slow, pytest.mark.exhaustive])]
+)
 def test_products_are_computed_in_bfloat16(sizes):
     for dtype in ("bfloat16", "float32"):
         with jax.numpy_dtype_promotion("standard"):  # optax and flax rely on it
@@ -75,7 +77,9 @@ def test_what_is_kept_is_float32_and_near_to_what_float32_gives(sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [SIZES, pytest.param(TRANSFORMER, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "sizes", [SIZES, pytest.param(TRANSFORMER, marks=[pytest.mark.slow, pytest.mark.exhaustive])]
+)
 def test_padding_that_is_left_out_changes_nothing(sizes):
     found = []
     for max_words in (None, 14):

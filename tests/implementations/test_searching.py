@@ -95,7 +95,7 @@ def second_derivatives(options, implementation, arrays, normalizer):
         ("sparsemax", gradients),
         ("entmax15", gradients),
         ("entmax", second_derivatives),
-        ("stick_breaking", second_derivatives),
+        pytest.param("stick_breaking", second_derivatives, marks=pytest.mark.exhaustive),
     ],
 )
 def test_values_and_derivatives_are_the_dense_ones(name, derivatives):

@@ -113,7 +113,8 @@ LIKE_ANOTHER = (
     "bilinear per head",
     "soft-capped",
 )
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_ANOTHER)) for name in CASES]
+LIKE_ANOTHER_MARKS = [pytest.mark.slow, pytest.mark.exhaustive]
+NAMES = [pytest.param(name, marks=LIKE_ANOTHER_MARKS * (name in LIKE_ANOTHER)) for name in CASES]
 
 
 @pytest.mark.slow

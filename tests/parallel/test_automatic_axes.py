@@ -59,7 +59,7 @@ def test_each_device_does_its_share():
         ("cache", 4),
         ("whole", 4),
         ("nnx", 14),
-        ("linen", 14),
+        pytest.param("linen", 14, marks=pytest.mark.exhaustive),
         ("executed", 4),
     ],
 )
