@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from attention_jax.base import checks
-from attention_jax.base.binding import BiasLike, Sliced, as_pytree, unbound
+from attention_jax.base.binding import BiasLike, Sliced, as_pytree, function_of, unbound
 from attention_jax.base.matmul import Products, precision_in_force
 from attention_jax.base.parameters import Learned
 from attention_jax.base.typing import (
@@ -175,11 +175,6 @@ def operands(request: Request, as_given: bool = False) -> dict[str, Operand]:
         "normalizer": _normalizer(request),
         "dropout": _dropout(request),
     } | _statistics(request)
-
-
-def function_of(function: Any) -> Any:
-    """Return the function behind a `per_head` or `per_example` mark."""
-    return function.function if isinstance(function, Sliced) else function
 
 
 def as_bias(bias: Any) -> BiasLike:

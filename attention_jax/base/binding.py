@@ -133,6 +133,11 @@ class Sliced(ByValue):
         return jax.tree.map(operator.itemgetter((0,) * len(self.axes)), self.function)
 
 
+def function_of(function: Any) -> Any:
+    """Return the function behind a `per_head` or `per_example` mark."""
+    return function.function if isinstance(function, Sliced) else function
+
+
 BiasLike = Bias | Sliced | jax.Array | None
 """What `attend` takes as a bias."""
 

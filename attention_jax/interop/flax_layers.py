@@ -19,14 +19,13 @@ from flax import linen, nnx
 
 from attention_jax import masks
 from attention_jax.attention import attend
-from attention_jax.base.binding import BiasLike, Sliced
+from attention_jax.base.binding import BiasLike, Sliced, function_of
 from attention_jax.base.typing import AnyScore, Normalizer, at_least_float32
 from attention_jax.interop.dropout import same_in_every_head
 from attention_jax.interop.layout import Layout, is_array, last_allowed
 from attention_jax.masks import MaskLike
 from attention_jax.normalizers import softmax
 from attention_jax.positions.shifting import Rows, shifted_array, shifted_bias, shifted_score
-from attention_jax.request import function_of
 from attention_jax.scores import scaled_dot, separate
 from attention_jax.scores.composition import is_positional
 

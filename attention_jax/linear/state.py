@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from attention_jax import masks
 from attention_jax.base import checks
-from attention_jax.base.binding import Sliced
+from attention_jax.base.binding import Sliced, function_of
 from attention_jax.base.typing import FeatureMap, at_least_float32, require_callable
 from attention_jax.linear.feature_maps import elu_plus_one, is_signed
 from attention_jax.linear.recurrence import KeySums, extended, padded, read_out, scanned
@@ -271,7 +271,7 @@ def _check_options(
     operation: str, feature_map: FeatureMap | Sliced, normalize: bool, chunk_size: int = 1
 ) -> None:
     checks.at_least(operation, 1, chunk_size=chunk_size)
-    function = feature_map.function if isinstance(feature_map, Sliced) else feature_map
+    function = function_of(feature_map)
     if isinstance(feature_map, Sliced) and feature_map.axes != "N":
         raise ValueError(
             f"{operation}: feature_map is per_example, but all examples share one; leave it "

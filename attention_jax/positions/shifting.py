@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.binding import BiasLike, Sliced, bind
+from attention_jax.base.binding import BiasLike, Sliced, bind, function_of
 from attention_jax.base.typing import AnyScore, Bias, PositionalScore
 from attention_jax.masks.intervals import indices
 from attention_jax.scores import separate
@@ -34,7 +34,7 @@ def shifted_score(score: AnyScore | Sliced, rows: Rows) -> AnyScore | Sliced:
     >>> shifted(jnp.ones((1, 1)), jnp.ones((3, 1)))  # the query is at position 2
     Array([[1., 2., 3.]], dtype=float32)
     """
-    parts = separate(_function(score))
+    parts = separate(function_of(score))
     if not is_positional(parts.pairs):
         return score
     pairs = bind(_shifted_pairs, pairs=parts.pairs, **_sliced(score, rows))
@@ -47,7 +47,7 @@ def shifted_bias(bias: BiasLike, rows: Rows, num_queries: int) -> BiasLike:
         return None
     if not isinstance(bias, Sliced) and not callable(bias):
         return shifted_array(bias, rows, num_queries)
-    shifted = bind(_shifted_bias, bias=_function(bias), **_sliced(bias, rows))
+    shifted = bind(_shifted_bias, bias=function_of(bias), **_sliced(bias, rows))
     return _like(bias, shifted)
 
 
@@ -62,10 +62,6 @@ def shifted_array(array: Array, rows: Rows, num_queries: int = 1) -> Array:
         if positions is not None and array.ndim >= -axis and array.shape[axis] > 1:
             array = jnp.take(array, positions, axis=axis, mode="clip")
     return array
-
-
-def _function(part: Any) -> Any:
-    return part.function if isinstance(part, Sliced) else part
 
 
 def _like(part: Any, function: Any) -> Any:
