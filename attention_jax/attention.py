@@ -193,7 +193,9 @@ def _attended(request: Request, where: Where) -> Attended:
         sequential, elsewhere = "BKG", choice.elsewhere(other, plan, given["mask"].axes)
     elif name == "pallas":
         plan = choice.plan_for(request, name=name)
-        of_head = functools.partial(pallas, plan=plan, products=request.products)
+        of_head = functools.partial(
+            pallas, plan=plan, products=request.products, shares_keys=request.groups > 1
+        )
     one_head = functools.partial(one_head, of_head)
     axes = [letters for operand in given.values() for letters in operand.axes]
     of_each = {name: f"B{each.axis}N" for name, each in (request.statistics or {}).items()}

@@ -25,6 +25,7 @@ from attention_jax.implementations.pallas import backward, forward, parts
 from attention_jax.implementations.pallas.splitting import Looked, Split
 from attention_jax.implementations.tile_passes import (
     Given,
+    Operands,
     Tangent,
     Tiles,
     one_pass,
@@ -35,10 +36,13 @@ from attention_jax.implementations.tiles import Plan, group
 Array = jax.Array
 
 
-def pallas(head: Head, plan: Plan, products: Products = PLAIN) -> Attended:
+def pallas(
+    head: Head, plan: Plan, products: Products = PLAIN, shares_keys: bool = False
+) -> Attended:
     """Attend one head by kernels, whose tiles begin at multiples of their size.
 
-    The context is in the dtype of the values, the log-sum-exp in float32.
+    The context is in the dtype of the values, the log-sum-exp in float32. `shares_keys` tells that
+    other heads have the same keys and values.
     """
     dtype = at_least_float32(head.value.dtype)
     if not (len(head.query) and len(head.key) and len(plan.starts)):
@@ -48,7 +52,7 @@ def pallas(head: Head, plan: Plan, products: Products = PLAIN) -> Attended:
         return with_sink(head.normalizer, context, logsumexp)
     visits = group(plan, tall=1, together=1) if plan.is_static else plan.visits
     tiles, operands, given = prepared(head, plan, visits, products)
-    context, logsumexp = _attend(_Static(tiles, plan), *split_floats(operands), given)
+    context, logsumexp = _attend(_Static(tiles, plan, shares_keys), *split_floats(operands), given)
     length = plan.pairs[0]
     context, logsumexp = context[:length], online.with_empty(logsumexp[:length])
     if getattr(one_pass(head.normalizer), "sink", None) is not None:
@@ -62,12 +66,17 @@ class _Static:
 
     tiles: Tiles
     plan: Plan
+    shares_keys: bool
+
+    def head(self, operands: Operands, given: Given) -> parts.Head:
+        """Trace the functions of a head."""
+        return parts.Head.of(self.tiles, operands, given, self.shares_keys)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(static: _Static, floats: list[Array], rest: Rest, given: Given) -> tuple[Array, Array]:
     """Return context [T, V] and log-sum-exp [T], as `online.finished_finite` has it."""
-    head = parts.Head.of(static.tiles, merge_floats(floats, rest), given)
+    head = static.head(merge_floats(floats, rest), given)
     return forward.attend(head, static.plan)
 
 
@@ -130,7 +139,7 @@ class _Sums:
     def by_kernels(self, leaves: list[Array], cotangents: list[Array]) -> list[Array]:
         """Return the same by kernels."""
         floats, rest, given, base = jax.tree.unflatten(self.structure, leaves)
-        head = parts.Head.of(self.static.tiles, merge_floats(floats, rest), given)
+        head = self.static.head(merge_floats(floats, rest), given)
         those = iter(self.moves)
         moves = [is_float and next(those) for is_float in rest.is_float]
         number = 4 if head.moving.bias else 3
@@ -143,7 +152,8 @@ class _Sums:
         rows = backward.Rows(base, total, context.astype(head.operands.value.dtype))
         found = backward.pull_back(head, self.static.plan, rows, [*of_data, *flags])
         of_functions = _through_look_up(head, of_leaves, found[number:])
-        return [x for x in found[:number] if x is not None] + of_functions
+        of_rows = [x.astype(at_least_float32(x.dtype)) for x in found[:number] if x is not None]
+        return of_rows + of_functions
 
 
 def _shaped(x: Array) -> Any:

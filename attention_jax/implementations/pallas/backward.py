@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.base.finite import finite
 from attention_jax.base.matmul import times_transpose, transpose_times
 from attention_jax.implementations import online
 from attention_jax.implementations.pallas.blocks import Block, Kernel, Live, Sum
@@ -25,7 +24,7 @@ from attention_jax.implementations.pallas.parts import Head, Inputs, Pairs, Read
 from attention_jax.implementations.pallas.primitive import call
 from attention_jax.implementations.pallas.splitting import Looked
 from attention_jax.implementations.tiles import Plan
-from attention_jax.normalizers import Elementwise
+from attention_jax.normalizers import Elementwise, Exponential
 
 Array = jax.Array
 
@@ -51,7 +50,7 @@ class Target(NamedTuple):
 
     `by` is the side whose rows of tiles add it up; `block` is cut from the result, of one tile
     alone where `is_of_pairs`. The result is reshaped to `shape`; where `is_partial` it holds a
-    sum for each row, and these are added.
+    sum for each row, and these are added. `dtype` is that of the result; sums are float32.
     """
 
     by: str
@@ -59,6 +58,7 @@ class Target(NamedTuple):
     shape: tuple[int, ...]
     is_of_pairs: bool = False
     is_partial: bool = False
+    dtype: Any = jnp.float32
 
 
 def pull_back(head: Head, plan: Plan, rows: Rows, moves: list[bool]) -> list[Array | None]:
@@ -98,7 +98,7 @@ def _run(head: Head, plan: Plan, rows: Rows, wanted: list[int], by: str) -> list
         by=by,
         live=live,
         blocks=inputs.blocks,
-        results=[(target.block, jnp.float32) for target in targets],
+        results=[(target.block, target.dtype) for target in targets],
         counts=head.counts,
         tile=head.tile,
         sums=[Sum(_at_least_2d(t.block.shape), 0.0) for t in targets if not t.is_of_pairs],
@@ -125,16 +125,22 @@ def _whole(head: Head, plan: Plan, target: Target, result: Array) -> Array:
 
 
 def _targets(head: Head) -> list[Target]:
-    """Return where the cotangent of each leaf of `head.moving` goes."""
+    """Return where the cotangent of each leaf of `head.moving` goes.
+
+    Those of rows are rounded to the dtype of the rows as they are written; of keys that several
+    heads share they are not, because they are added up first.
+    """
     (rows, columns), moving = head.tile, head.moving
     query, key, value = (
-        Target(by, Block((size, x.shape[1]), f"{by}."), x.shape)
+        Target(by, Block((size, x.shape[1]), f"{by}."), x.shape, dtype=x.dtype)
         for x, size, by in (
             (moving.query, rows, "q"),
             (moving.key, columns, "k"),
             (moving.value, columns, "k"),
         )
     )
+    if head.shares_keys:
+        key, value = (target._replace(dtype=jnp.float32) for target in (key, value))
     bias = [_of_bias(array, head.tile) for array in moving.bias]
     return [query, key, value, *bias, *(x for looked in moving[4:] for x in _of_looked(looked))]
 
@@ -195,14 +201,13 @@ class Backward:
         weigh = functools.partial(self.weigh, (leaves, structure), moving, (pairs, allowed, base))
         weights, pull = jax.vjp(weigh, [leaves[n] for n in moving])
         keep = self.reader.kept(values, pairs)
-        change = times_transpose(context, finite(here.value), products)
+        change = times_transpose(context, here.value, products)
         total = online.magnitude_change(self.reader.head.how, weights, total)
         change = total + (change if keep is None else change * keep)
         found = dict(zip(moving, *pull(change), strict=True))
         if VALUE in self.wanted:
             used = weights if keep is None else weights * keep
-            product = transpose_times(used, context, products)
-            found[VALUE] = jnp.where(jnp.isfinite(here.value), product, 0.0)
+            found[VALUE] = transpose_times(used, context, products)
         pairs_alone, added = [], []
         for n, target in zip(self.wanted, self.targets, strict=True):
             (pairs_alone if target.is_of_pairs else added).append(found[n])
@@ -217,8 +222,11 @@ class Backward:
         for n, leaf in zip(moving, chosen, strict=True):
             leaves[n] = leaf
         tile = jax.tree.unflatten(structure, leaves)
-        logits = self.reader.logits_of(tile, pairs)
-        if isinstance(self.reader.head.how, Elementwise):  # where base is the poison of the row
+        logits, how = self.reader.logits_of(tile, pairs), self.reader.head.how
+        if isinstance(how, Exponential) and allowed is not None:
+            # One choice serves the weights and their derivative, whatever the logits were.
+            return jnp.exp(jnp.where(allowed, logits - base, -jnp.inf))
+        if isinstance(how, Elementwise):  # where base is the poison of the row
             logits = logits + base
         if allowed is not None:
             logits = jnp.where(allowed, logits, 0.0)
@@ -226,11 +234,26 @@ class Backward:
         return weights if allowed is None else jnp.where(allowed, weights, 0.0)
 
     def finish(self, sums: list[Array], values: Sequence[Array]) -> list[Array]:
+        added = [
+            (n, target)
+            for n, target in zip(self.wanted, self.targets, strict=True)
+            if not target.is_of_pairs
+        ]
         return [
-            x.reshape(t.block.shape)
-            for x, t in zip(sums, [t for t in self.targets if not t.is_of_pairs], strict=True)
+            self.of_finite(n, x, values).reshape(target.block.shape)
+            for x, (n, target) in zip(sums, added, strict=True)
         ]
 
+    def of_finite(self, n: int, cotangent: Array, values: Sequence[Array]) -> Array:
+        """Return the cotangent of rows, zero for the NaN and Inf among them."""
+        if n >= len(ROWS) or not self.reader.as_given(ROWS[n]):
+            return cotangent
+        rows = values[self.reader.data[n]].astype(jnp.float32)
+        return jnp.where(jnp.isfinite(rows), cotangent, 0.0)
+
+
+ROWS = ("query", "key", "value")
+"""The first leaves of `Moving`."""
 
 VALUE = 2
-"""The number of the values among the leaves of `Moving`."""
+"""The number of the values among them."""

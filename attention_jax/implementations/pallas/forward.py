@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.finite import finite
 from attention_jax.base.matmul import times
 from attention_jax.implementations import online
 from attention_jax.implementations.pallas.blocks import Block, Kernel, Live, Sum, across
@@ -76,7 +75,7 @@ class Forward:
     ) -> tuple[list[Array], list[Array]]:
         reader = self.reader
         pairs = Pairs.at(i, j, reader.head.tile)
-        here = reader.read(values)
+        here = reader.read(values, poisoned)
         logits, allowed = reader.logits_of(here, pairs), reader.may(masked, values, pairs)
         add, products = self.add_weights, reader.head.products.of_derivatives
         if isinstance(self.how, LogSum):
@@ -87,7 +86,7 @@ class Forward:
         (maximum, total, context), weights = add(sums, (weigh, exponents), logits, allowed, poison)
         keep = reader.kept(values, pairs)
         used = weights if keep is None else weights * keep
-        return [maximum, total, context + times(used, finite(here.value), products)], []
+        return [maximum, total, context + times(used, here.value, products)], []
 
     def add_exponentials(
         self, sums: list[Array], functions: Any, logits: Array, *given: Array | None

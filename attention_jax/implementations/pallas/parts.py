@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -115,7 +116,7 @@ class Head:
     """One head, its functions traced on a tile: all that its kernels are generated from.
 
     `leaves` are those of the functions of the score, of the bias and of the normalizer, with what
-    they close over.
+    they close over. `shares_keys` tells that other heads have the same keys and values.
     """
 
     tile: tuple[int, int]
@@ -130,9 +131,10 @@ class Head:
     exponents: Split | None
     allowed: Split | None
     keep: Split | None
+    shares_keys: bool
 
     @classmethod
-    def of(cls, tiles: Tiles, operands: Operands, given: Given) -> Head:
+    def of(cls, tiles: Tiles, operands: Operands, given: Given, shares_keys: bool = False) -> Head:
         """Trace the functions of a head, whose sizes are multiples of the tile."""
         (rows,) = operands.captured
         tile = rows, tiles.key_size
@@ -168,6 +170,7 @@ class Head:
             exponents,
             allowed,
             keep,
+            shares_keys,
         )
 
     @property
@@ -285,13 +288,26 @@ class Reader:
         asked = [self.data[1], self.data[2]] if of_key is None else [of_key]
         if with_query:
             asked.append(self.data[0] if of_query is None else of_query)
-        sums = (jnp.sum(values[n].astype(jnp.float32), axis=0) for n in asked)
-        return ~jnp.isfinite(functools.reduce(jnp.add, map(jnp.sum, sums)))
+        sums = (_total(values[n].astype(jnp.float32)) for n in asked)
+        return ~jnp.isfinite(functools.reduce(jnp.add, sums))
 
-    def read(self, values: Sequence[Array]) -> Moving:
-        """Return the blocks of a tile that derivatives are taken of, in float32."""
+    def read(self, values: Sequence[Array], poisoned: bool = True) -> Moving:
+        """Return the blocks of a tile that derivatives are taken of, in float32.
+
+        NaN and Inf are replaced; unless `poisoned`, keys and values hold none.
+        """
         query, key, value, *bias = (values[n].astype(jnp.float32) for n in self.data)
+        query = finite(query) if self.as_given("query") else query
+        if poisoned:
+            key = finite(key) if self.as_given("key") else key
+            value = finite(value)
         return Moving(query, key, value, bias, self.logits.read(values), self.weights.read(values))
+
+    def as_given(self, side: str) -> bool:
+        """Tell whether rows are those that were given; else a map of rows has replaced NaN."""
+        score = self.head.operands.functions.score
+        of_rows = {"query": score.query_map, "key": score.key_map}
+        return side == "value" or of_rows[side].func is identity.func
 
     def logits_of(self, moving: Moving, pairs: Pairs) -> Array:
         """Return the logits of a tile."""
@@ -333,6 +349,17 @@ def bias_block(bias: Array, tile: tuple[int, int]) -> Block:
     return Block(shape, places)
 
 
+def _total(x: Array) -> Array:
+    """Return the sum of a block, whose rows are added in a few independent chains."""
+    chains = math.gcd(len(x), CHAINS)
+    rows = jnp.sum(x.reshape(chains, -1, x.shape[1]), axis=0)
+    return jnp.sum(jnp.sum(rows, axis=0))
+
+
+CHAINS = 8
+"""Additions that wait for each other leave most of the units of a TPU idle."""
+
+
 def _slots(
     inputs: Inputs, first: tuple[Array, Array], function: Split | None, leaves: list[Any]
 ) -> Slots | None:
@@ -356,10 +383,9 @@ def _logits(
 ) -> Array:
     functions, captured = jax.tree.unflatten(structure, leaves)
     query, key, value, *bias = data
-    score = functions.score
     tile = Operands(
-        query=finite(query) if score.query_map.func is identity.func else query,
-        key=finite(key) if score.key_map.func is identity.func else key,
+        query=query,
+        key=key,
         value=value,
         bias=bias[0] if bias else None,
         functions=functions,
