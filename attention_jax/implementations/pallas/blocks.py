@@ -28,6 +28,39 @@ class Block(NamedTuple):
     places: str
 
 
+class Level(NamedTuple):
+    """One vectorised axis of a kernel: where operands have it, None where they lack it.
+
+    Levels are listed from the innermost on, and positions count the axes of inner levels.
+    """
+
+    operands: tuple[int | None, ...]
+    results: tuple[int, ...]
+
+
+def sizes_of(levels: Sequence[Level], arrays: Sequence[Any]) -> list[int]:
+    """Return the size of each level."""
+    found, shapes = [], [list(x.shape) for x in arrays]
+    for level in reversed(levels):
+        pairs = zip(shapes, level.operands, strict=True)
+        (size,) = {shape.pop(axis) for shape, axis in pairs if axis is not None}
+        found.append(size)
+    return found[::-1]
+
+
+def layout(axes: Sequence[Any], positions: Sequence[int | None]) -> list[Any]:
+    """Insert the number of each level among the axes of an array, at its position.
+
+    >>> layout("q.", [1, 0, None])
+    [1, 'q', 0, '.']
+    """
+    axes = list(axes)
+    for level, position in enumerate(positions):
+        if position is not None:
+            axes.insert(position, level)
+    return axes
+
+
 class Live(NamedTuple):
     """The tiles to visit, row by row of tiles of one side; every row has one at least, [n] each.
 
@@ -119,14 +152,21 @@ class Kernel:
     states: int | None = None
     is_poisoned: Callable[..., Array] | None = None
 
-    @property
-    def shapes(self) -> list[jax.ShapeDtypeStruct]:
-        """The results as whole arrays."""
-        return [jax.ShapeDtypeStruct(self.whole(block), dtype) for block, dtype in self.results]
+    def shapes(self, levels: Sequence[Level], *arrays: Any) -> list[jax.ShapeDtypeStruct]:
+        """Return the results as whole arrays, given the operands."""
+        sizes = dict(enumerate(sizes_of(levels, arrays)))
+        found = []
+        for n, (block, dtype) in enumerate(self.results):
+            axes = layout(
+                [(size,) for size in self.whole(block)], [level.results[n] for level in levels]
+            )
+            shape = [axis[0] if isinstance(axis, tuple) else sizes[axis] for axis in axes]
+            found.append(jax.ShapeDtypeStruct(tuple(shape), dtype))
+        return found
 
-    def shapes_like(self, *arrays: Array) -> list[Any]:
+    def shapes_like(self, levels: Sequence[Level], *arrays: Array) -> list[Any]:
         """Return the results as whole arrays that vary over a mesh as the operands do."""
-        zeros = [jnp.zeros(one.shape, one.dtype) for one in self.shapes]
+        zeros = [jnp.zeros(one.shape, one.dtype) for one in self.shapes(levels, *arrays)]
         return jax.tree.map(jax.typeof, varying_like(zeros, *arrays))
 
     def whole(self, block: Block) -> tuple[int, ...]:

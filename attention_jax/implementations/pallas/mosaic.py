@@ -18,15 +18,33 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.base.trees import varying_like
-from attention_jax.implementations.pallas.blocks import Block, Kernel, Sum
+from attention_jax.implementations.pallas.blocks import Block, Kernel, Level, Sum
 from attention_jax.implementations.pallas.replay import in_kernel
 from attention_jax.masks import EMPTY, FULL, PARTIAL
 
 Array = jax.Array
 
 
-def run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
-    """Run a kernel over whole arrays."""
+def run(kernel: Kernel, interpret: bool, levels: Sequence[Level], *arrays: Array) -> list[Array]:
+    """Run a kernel over whole arrays; its blocks are cut from the last two axes only."""
+    function = functools.partial(_run, kernel, interpret)
+    for level in levels:
+        function = functools.partial(_batched, function, level)
+    return function(*arrays)
+
+
+def _batched(function: Callable[..., list[Array]], level: Level, *arrays: Array) -> list[Array]:
+    """Vectorise over an axis, which is moved to the front and back."""
+    axes = [None if axis is None else 0 for axis in level.operands]
+    moved = [
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arrays, level.operands, strict=True)
+    ]
+    results = jax.vmap(function, axes)(*moved)
+    return [jnp.moveaxis(x, 0, axis) for x, axis in zip(results, level.results, strict=True)]
+
+
+def _run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
     live = kernel.live
     prefetched = live.row, live.column, live.first, live.last, live.state
     places = functools.partial(_spec, kernel)
@@ -42,7 +60,7 @@ def run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
     )
     return pl.pallas_call(
         functools.partial(_body, kernel),
-        out_shape=kernel.shapes_like(*arrays),
+        out_shape=kernel.shapes_like((), *arrays),
         grid_spec=grid,
         interpret=interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),

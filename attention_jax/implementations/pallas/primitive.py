@@ -17,7 +17,7 @@ from jax.interpreters import batching, mlir
 
 from attention_jax.base.trees import varying_like
 from attention_jax.implementations.pallas import mosaic, triton
-from attention_jax.implementations.pallas.blocks import Kernel
+from attention_jax.implementations.pallas.blocks import Kernel, Level
 
 Array = jax.Array
 
@@ -54,38 +54,21 @@ def interpreted(platform: str = "tpu") -> Iterator[None]:
 
 def call(kernel: Kernel, *arrays: Array) -> list[Array]:
     """Run a kernel over whole arrays, whatever the platform."""
-    return _kernel.bind(*arrays, kernel=kernel, axes=())
-
-
-def batched(function: Any, axes: tuple[Any, ...]) -> Any:
-    """Vectorise a function over axes, the innermost first."""
-    for each in axes:
-        function = jax.vmap(function, each)
-    return function
+    return _kernel.bind(*arrays, kernel=kernel, levels=())
 
 
 def _on(
-    platform: str, *arrays: Array, kernel: Kernel, axes: tuple[Any, ...], interpret: bool = False
+    platform: str,
+    *arrays: Array,
+    kernel: Kernel,
+    levels: tuple[Level, ...],
+    interpret: bool = False,
 ) -> list[Array]:
-    """Run a kernel as on a platform; Mosaic takes blocks of the last two axes only."""
-    run = functools.partial(_RUN[platform], kernel, interpret)
-    return (_batched_in_front if platform == "tpu" else batched)(run, axes)(*arrays)
+    """Run a kernel as on a platform."""
+    return _RUN[platform](kernel, interpret, levels, *arrays)
 
 
-def _batched_in_front(function: Any, axes: tuple[Any, ...]) -> Any:
-    for each in axes:
-        front = tuple(None if axis is None else 0 for axis in each)
-        function = functools.partial(_moved, jax.vmap(function, front), each)
-    return function
-
-
-def _moved(function: Any, axes: tuple[Any, ...], *arrays: Array) -> Any:
-    """Call a function of arrays whose mapped axes come first."""
-    pairs = zip(arrays, axes, strict=True)
-    return function(*(x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in pairs))
-
-
-def _on_cpu(*arrays: Array, kernel: Kernel, axes: tuple[Any, ...]) -> list[Array]:
+def _on_cpu(*arrays: Array, kernel: Kernel, levels: tuple[Level, ...]) -> list[Array]:
     platform = _INTERPRETED.get()
     if platform is None:
         raise ValueError(
@@ -93,40 +76,37 @@ def _on_cpu(*arrays: Array, kernel: Kernel, axes: tuple[Any, ...]) -> list[Array
             "a CPU; use implementation='tiled', or to test a kernel, run within "
             "implementations.interpreted()."
         )
-    return _on(platform, *arrays, kernel=kernel, axes=axes, interpret=True)
+    return _on(platform, *arrays, kernel=kernel, levels=levels, interpret=True)
 
 
-def shaped_like(shapes: Any, *arrays: Any) -> list[Any]:
-    """Return results of the given shapes that vary over a mesh as the arrays do."""
-    make = functools.partial(_zeros, shapes)
+def _abstract(*arrays: Any, kernel: Kernel, levels: tuple[Level, ...]) -> list[Any]:
+    make = functools.partial(_zeros, kernel.shapes(levels, *arrays))
     return jax.make_jaxpr(make)(*arrays).out_avals
 
 
 def _zeros(shapes: Any, *arrays: Array) -> list[Array]:
+    """Return results of the given shapes that vary over a mesh as the arrays do."""
     return [varying_like(jnp.zeros(one.shape, one.dtype), *arrays) for one in shapes]
 
 
-def mapped_sizes(arrays: Any, axes: tuple[Any, ...]) -> list[int]:
-    """Return the sizes of the axes that a batched operation has, outermost first."""
-    sizes, shapes = [], [list(x.shape) for x in arrays]
-    for each in reversed(axes):
-        found = {
-            shape.pop(axis) for shape, axis in zip(shapes, each, strict=True) if axis is not None
-        }
-        sizes.append(*found)
-    return sizes
+def _batch(operands: Any, dims: Any, *, kernel: Kernel, levels: tuple[Level, ...]) -> Any:
+    """Vectorise; a result has the new axis where an operand that is cut alike has it.
 
-
-def _abstract(*arrays: Any, kernel: Kernel, axes: tuple[Any, ...]) -> list[Any]:
-    front = mapped_sizes(arrays, axes)
-    shapes = [jax.ShapeDtypeStruct((*front, *one.shape), one.dtype) for one in kernel.shapes]
-    return shaped_like(shapes, *arrays)
-
-
-def _batch(operands: Any, dims: Any, *, kernel: Kernel, axes: tuple[Any, ...]) -> Any:
-    dims = tuple(dims)
-    results = _kernel.bind(*operands, kernel=kernel, axes=(*axes, dims))
-    return results, (0,) * len(results)
+    So heads stay where they are: they are read and written in the layout that is given.
+    """
+    places = [
+        next(
+            (
+                axis
+                for of_operand, axis in zip(kernel.blocks, dims, strict=True)
+                if of_operand.places == block.places and axis is not None
+            ),
+            0,
+        )
+        for block, _ in kernel.results
+    ]
+    level = Level(tuple(dims), tuple(places))
+    return _kernel.bind(*operands, kernel=kernel, levels=(*levels, level)), places
 
 
 def _on_one_device(rule: Any, context: Any, *arguments: Any, **parameters: Any) -> Any:
@@ -158,7 +138,7 @@ def _reason(error: Exception) -> str:
 
 _kernel = Primitive("attention_kernel")
 _kernel.multiple_results = True
-_kernel.def_impl(jax.jit(_on_cpu, static_argnames=("kernel", "axes")))
+_kernel.def_impl(jax.jit(_on_cpu, static_argnames=("kernel", "levels")))
 _kernel.def_abstract_eval(_abstract)
 batching.primitive_batchers[_kernel] = _batch
 _rule = mlir.lower_fun(_on_cpu, multiple_results=True)

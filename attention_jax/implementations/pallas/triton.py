@@ -15,24 +15,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from attention_jax.base.trees import varying_like
-from attention_jax.implementations.pallas.blocks import Block, Kernel
+from attention_jax.implementations.pallas.blocks import Block, Kernel, Level, layout, sizes_of
 from attention_jax.implementations.pallas.replay import in_kernel
 from attention_jax.masks import EMPTY, FULL, PARTIAL
 
 Array = jax.Array
 
 
-def run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
-    """Run a kernel over whole arrays."""
+def run(kernel: Kernel, interpret: bool, levels: Sequence[Level], *arrays: Array) -> list[Array]:
+    """Run a kernel over whole arrays, whose vectorised axes are axes of the grid."""
     live = _by_kind(kernel)
     bounds = jnp.asarray(live.bounds), jnp.asarray(live.column), jnp.asarray(live.number)
     whole = [_whole(x.shape) for x in bounds]
+    of_operands = [
+        _spec(kernel, block, [level.operands[n] for level in levels])
+        for n, block in enumerate(kernel.blocks)
+    ]
+    of_results = [
+        _spec(kernel, block, [level.results[n] for level in levels])
+        for n, (block, _) in enumerate(kernel.results)
+    ]
     return pl.pallas_call(
         functools.partial(_body, kernel, live.kinds),
-        out_shape=kernel.shapes_like(*arrays),
-        grid=(kernel.counts["qk".index(kernel.by)],),
-        in_specs=[*whole, *(_spec(kernel, block) for block in kernel.blocks)],
-        out_specs=[_spec(kernel, block) for block, _ in kernel.results],
+        out_shape=kernel.shapes_like(levels, *arrays),
+        grid=(kernel.counts["qk".index(kernel.by)], *sizes_of(levels, arrays)),
+        in_specs=[*whole, *of_operands],
+        out_specs=of_results,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
     )(*varying_like([*bounds, *arrays], *arrays))
@@ -80,18 +88,25 @@ def _nowhere(rank: int, *_: Any) -> tuple[int, ...]:
     return (0,) * rank
 
 
-def _spec(kernel: Kernel, block: Block) -> pl.BlockSpec:
-    """Cut an array along the rows of the grid; along the columns all of it can be reached."""
+def _spec(kernel: Kernel, block: Block, positions: Sequence[int | None]) -> pl.BlockSpec:
+    """Cut an array along the rows of the grid; along the columns all of it can be reached.
+
+    `positions` are those of the vectorised axes.
+    """
     many = dict(zip("qk", kernel.counts, strict=True))
-    shape = tuple(
-        size if place in (kernel.by, ".") else size * many[place]
+    shape = [
+        (size if place in (kernel.by, ".") else size * many[place],)
         for size, place in zip(block.shape, block.places, strict=True)
-    )
-    return pl.BlockSpec(shape, functools.partial(_row_block, kernel.by, block.places))
+    ]
+    sizes = [size[0] if isinstance(size, tuple) else None for size in layout(shape, positions)]
+    places = tuple(layout(block.places, positions))
+    return pl.BlockSpec(tuple(sizes), functools.partial(_row_block, kernel.by, places))
 
 
-def _row_block(by: str, places: str, row: Any) -> tuple[Any, ...]:
-    return tuple(row if place == by else 0 for place in places)
+def _row_block(by: str, places: tuple[Any, ...], row: Any, *levels: Any) -> tuple[Any, ...]:
+    """Return which block a program reads or writes, given its places in the grid."""
+    where = {by: row, **dict(enumerate(levels))}
+    return tuple(where.get(place, 0) for place in places)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
