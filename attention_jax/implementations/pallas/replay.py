@@ -61,8 +61,17 @@ def _product(params: dict[str, Any], a: Array, b: Array) -> list[Any]:
 def _cond(params: dict[str, Any], which: Array, *arguments: Any) -> list[Any]:
     if isinstance(which, np.generic):
         return _replayed(params["branches"][int(which)], *arguments)
-    branches = [functools.partial(_replayed, branch) for branch in params["branches"]]
+    branches = [functools.partial(_branch, branch, which) for branch in params["branches"]]
     return lax.switch(which, branches, *arguments)
+
+
+def _branch(branch: ClosedJaxpr, which: Array, *arguments: Any) -> list[Any]:
+    """Compute numbers that a branch returns as constants, which Triton cannot return."""
+    nothing = which.astype(jnp.int32) * 0
+    return [
+        x if isinstance(x, jax.core.Tracer) else x + nothing.astype(jnp.result_type(x))
+        for x in _replayed(branch, *arguments)
+    ]
 
 
 def _scan(params: dict[str, Any], *arguments: Any) -> list[Any]:
@@ -129,7 +138,29 @@ def _is_finite(params: dict[str, Any], x: Array) -> list[Any]:
 def _placement(params: dict[str, Any], near: Any) -> list[Any]:
     """Answer as on a TPU, and that nothing is spread: on a GPU that is right, too."""
     del near
-    return [jnp.full((), 1 if params["tpu"] else 0, jnp.int32) > 0]
+    return [np.bool_(bool(params["tpu"]))]
+
+
+def _not(params: dict[str, Any], x: Any) -> list[Any]:
+    """Negate; what is known while tracing stays known, so that `_cond` leaves out a branch."""
+    return [~x if _is_known(x) else lax.bitwise_not(x)]
+
+
+def _and(params: dict[str, Any], x: Any, y: Any) -> list[Any]:
+    for one, other in ((x, y), (y, x)):
+        if _is_known(one) and one.dtype == np.bool_:
+            return [other if one else one]
+    return [lax.bitwise_and(x, y)]
+
+
+def _converted(params: dict[str, Any], x: Any) -> list[Any]:
+    if _is_known(x):
+        return [x.astype(params["new_dtype"])]
+    return [lax.convert_element_type(x, params["new_dtype"])]
+
+
+def _is_known(x: Any) -> bool:
+    return isinstance(x, np.generic)
 
 
 def _platform(params: dict[str, Any]) -> list[Any]:
@@ -157,6 +188,9 @@ RULES: dict[str, Callable[..., list[Any]]] = {
     **dict.fromkeys(("copy", "optimization_barrier", "reduce_precision", "same"), _same),
     "custom_vmap_call": functools.partial(_call, "call"),
     "tile_product": _product,
+    "not": _not,
+    "and": _and,
+    "convert_element_type": _converted,
     "cond": _cond,
     "scan": _scan,
     "reduce_and": _all,
