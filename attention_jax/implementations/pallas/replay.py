@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from attention_jax.implementations.pallas.splitting import evaluated, value_of
@@ -69,7 +70,7 @@ def _branch(branch: ClosedJaxpr, which: Array, *arguments: Any) -> list[Any]:
     """Compute numbers that a branch returns as constants, which Triton cannot return."""
     nothing = which.astype(jnp.int32) * 0
     return [
-        x if isinstance(x, jax.core.Tracer) else x + nothing.astype(jnp.result_type(x))
+        x if isinstance(x, Tracer) else x + nothing.astype(jnp.result_type(x))
         for x in _replayed(branch, *arguments)
     ]
 
