@@ -10,6 +10,7 @@
 from attention_jax import (
     base,
     diagnostics,
+    head_maps,
     linear,
     masks,
     normalizers,
@@ -30,6 +31,7 @@ __all__ = [
     "bind",
     "diagnostics",
     "explain",
+    "head_maps",
     "learned",
     "linear",
     "masks",

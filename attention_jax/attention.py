@@ -12,8 +12,15 @@ import jax.numpy as jnp
 from attention_jax import masks
 from attention_jax.base.binding import BiasLike, Sliced
 from attention_jax.base.placement import Where
-from attention_jax.base.typing import AnyScore, Normalizer
-from attention_jax.implementations import choice, cudnn, programs
+from attention_jax.base.typing import AnyScore, HeadMap, Normalizer
+from attention_jax.implementations import (
+    choice,
+    cudnn,
+    mixed,
+    mixed_choice,
+    mixed_tiled,
+    programs,
+)
 from attention_jax.implementations.choice import IMPLEMENTATIONS
 from attention_jax.implementations.dense import dense
 from attention_jax.implementations.head import SAVED, Attended, Head
@@ -48,6 +55,8 @@ def attend(
     return_weights: bool = False,
     return_logsumexp: bool = False,
     statistics: Statistics | None = None,
+    mix_logits: HeadMap | Sliced | None = None,
+    mix_weights: HeadMap | Sliced | None = None,
 ) -> Any:
     r"""Attention: context_i = sum_j normalizer(score(q_i, k_j) + bias_ij)_j v_j, j as masked.
 
@@ -84,6 +93,10 @@ def attend(
         better; -inf for a query that may attend to nothing.
       statistics: also return statistics (`attention_jax.statistics`) by these names, such as
         {"entropy": statistics.entropy}: of weights that need not be held, in float32 or better.
+      mix_logits: a map across heads (`attention_jax.head_maps`), [N, T, S] -> [M, T, S], of the
+        logits before the normalizer; what the mask leaves out counts as zero.
+      mix_weights: a map across heads of the weights after it, [M, T, S] -> [O, T, S]; values then
+        have a number of heads that divides O, and the context has O heads. Dropout follows it.
 
     Returns:
       Context [B, T, N, V] in the dtype of `value`; with `return_weights`, `return_logsumexp` or
@@ -116,6 +129,8 @@ def attend(
         return_weights=return_weights,
         return_logsumexp=return_logsumexp,
         statistics=statistics,
+        mix_logits=mix_logits,
+        mix_weights=mix_weights,
     )
     attended = programs.call(_attended, request)
     return attended if return_weights or return_logsumexp or statistics else attended.context
@@ -137,6 +152,8 @@ def explain(
     return_weights: bool = False,
     return_logsumexp: bool = False,
     statistics: Statistics | None = None,
+    mix_logits: HeadMap | Sliced | None = None,
+    mix_weights: HeadMap | Sliced | None = None,
     platform: str | None = None,
 ) -> choice.Choice:
     """Tell what `attend` would run for the same arguments: tiles of each kind, operations, bytes.
@@ -168,6 +185,8 @@ def explain(
         return_weights=return_weights,
         return_logsumexp=return_logsumexp,
         statistics=statistics,
+        mix_logits=mix_logits,
+        mix_weights=mix_weights,
     )
     explained = functools.partial(_explained, choice.known_platform(platform), request_of)
     mask = as_mask(mask)
@@ -177,18 +196,34 @@ def explain(
     return jax.eval_shape(explained, late, query, key, value)
 
 
-def _attended(request: Request, where: Where) -> Attended:
-    """Choose an implementation and run it over all heads and examples; see `lift` for `where`."""
+def _attended(request: Request, where: Where, dtype: Any = None) -> Attended:
+    """Choose an implementation and run it over all heads and examples; see `lift` for `where`.
+
+    The context is in `dtype`; that of the value unless given.
+    """
     name = choice.choose(request, where.platform)
+    dtype = request.value.dtype if dtype is None else dtype
+    apart = None if name == "dense" else mixed_choice.of_contexts(request)
+    if apart is not None:
+        context = _attended(apart, where, request.dtype).context
+        mixed_context = mixed_choice.mixed_contexts(request.mix_weights, context)
+        return Attended(mixed_context.astype(dtype))
     if name == "cudnn" and request.implementation is None and where.platform is None:
-        return _by_platform(request, where)
+        return _by_platform(request, where, dtype)
     if name == "cudnn":
-        return Attended(cudnn.attend(request))
+        return Attended(cudnn.attend(request).astype(dtype))
+    if request.mixes:
+        return _attended_together(request, name, where)
     given = operands(request, as_given=name in ("tiled", "pallas"))
     of_head: Any = functools.partial(dense, with_logsumexp=request.return_logsumexp)
-    one_head, sequential, elsewhere = functools.partial(_one_head, request, given), "", None
+    one_head, sequential, elsewhere = (
+        functools.partial(_one_head, (request, dtype), given),
+        "",
+        None,
+    )
     if name == "tiled":
-        of_head, other, plan = _tiled(request, where)
+        of_plan = functools.partial(tiled, products=request.products)
+        of_head, other, plan = _tiled(request, where, of_plan)
         other = other and functools.partial(one_head, other)
         sequential, elsewhere = "BKG", choice.elsewhere(other, plan, given["mask"].axes)
     elif name == "pallas":
@@ -212,19 +247,50 @@ def _attended(request: Request, where: Where) -> Attended:
     return jax.tree.map(ungrouped, attended, jax.tree.broadcast(letters, attended))
 
 
-def _by_platform(request: Request, where: Where) -> Attended:
+def _attended_together(request: Request, name: str, where: Where) -> Attended:
+    """Run all heads of an example together, as maps mix them, mapped over the examples."""
+    given = operands(request, as_given=name == "tiled")
+    of_example = functools.partial(_one_example, request, given)
+    of_heads: Any = functools.partial(mixed.dense, with_logsumexp=request.return_logsumexp)
+    sequential, elsewhere = "", None
+    if name == "tiled":
+        by_context = mixed_choice.mixes_contexts(request)
+        how = {"counts": request.counts, "by_context": by_context, "products": request.products}
+        of_heads, other, plan = _tiled(request, where, functools.partial(mixed_tiled.tiled, **how))
+        other = other and functools.partial(of_example, other)
+        sequential, elsewhere = "B", choice.elsewhere(other, plan, given["mask"].axes)
+    axes = [letters for operand in given.values() for letters in operand.axes]
+    lifted = lift(
+        functools.partial(of_example, of_heads),
+        axes,
+        Attended("BTN", "BN", "BTN"),  # type: ignore[arg-type]
+        "B",
+        sequential,
+        SAVED,
+        where,
+        elsewhere,
+    )
+    return lifted(*(leaf for operand in given.values() for leaf in operand.leaves))
+
+
+def _by_platform(request: Request, where: Where, dtype: Any) -> Attended:
     """Run cuDNN where the program is lowered for NVIDIA, and tiles elsewhere."""
-    elsewhere = dataclasses.replace(request, implementation="tiled")
 
     def kernel(query: Array, key: Array, value: Array) -> Array:
-        return cudnn.attend(dataclasses.replace(request, query=query, key=key, value=value))
+        given = dataclasses.replace(request, query=query, key=key, value=value)
+        return cudnn.attend(given).astype(dtype)
 
-    def tiles(query: Array, key: Array, value: Array) -> Array:
-        given = dataclasses.replace(elsewhere, query=query, key=key, value=value)
-        return _attended(given, where).context
-
+    tiles = functools.partial(_in_tiles, request, where, dtype)
     arrays = request.query, request.key, request.value
     return Attended(jax.lax.platform_dependent(*arrays, cuda=kernel, default=tiles))
+
+
+def _in_tiles(
+    request: Request, where: Where, dtype: Any, query: Array, key: Array, value: Array
+) -> Array:
+    arrays = {"query": query, "key": key, "value": value}
+    tiled_request = dataclasses.replace(request, implementation="tiled", **arrays)
+    return _attended(tiled_request, where, dtype).context
 
 
 def _explained(
@@ -236,12 +302,11 @@ def _explained(
     return found
 
 
-def _tiled(request: Request, where: Where) -> tuple[Any, Any, Plan]:
-    """Return attention of one head for CPUs and for other platforms, and the tiles of the latter.
+def _tiled(request: Request, where: Where, of_plan: Any) -> tuple[Any, Any, Plan]:
+    """Return tiled attention for CPUs and for other platforms, and the tiles of the latter.
 
-    None stands for the second if it is the same.
+    `of_plan` is attention that waits for its plan. None stands for the second if it is the same.
     """
-    of_plan = functools.partial(tiled, products=request.products)
     if where.platform is not None:
         plan = choice.plan_for(request, where.platform)
         return functools.partial(of_plan, plan=plan), None, plan
@@ -250,13 +315,26 @@ def _tiled(request: Request, where: Where) -> tuple[Any, Any, Plan]:
     return (here, None, on_cpu) if other.tile == on_cpu.tile else (here, there, other)
 
 
-def _one_head(request: Request, given: dict[str, Operand], of_head: Any, *leaves: Any) -> Attended:
-    """Run an implementation on the arrays of one head, and leave out what is not wanted."""
+def _one_head(
+    wanted: tuple[Request, Any], given: dict[str, Operand], of_head: Any, *leaves: Any
+) -> Attended:
+    """Run an implementation on the arrays of one head."""
     rest = iter(leaves)
     built = {name: part.build([next(rest) for _ in part.leaves]) for name, part in given.items()}
-    found = of_head(Head(**built))
+    return _wanted(*wanted, of_head(Head(**built)))
+
+
+def _one_example(
+    request: Request, given: dict[str, Operand], of_heads: Any, *leaves: Any
+) -> Attended:
+    """Run an implementation on the arrays of all heads of an example."""
+    return _wanted(request, request.value.dtype, of_heads(mixed.Heads.of(given, leaves)))
+
+
+def _wanted(request: Request, dtype: Any, found: Attended) -> Attended:
+    """Leave out what is not asked for."""
     return found._replace(
-        context=found.context.astype(request.value.dtype),
+        context=found.context.astype(dtype),
         weights=found.weights if request.return_weights else None,
         logsumexp=found.logsumexp if request.return_logsumexp else None,
     )

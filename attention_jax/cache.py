@@ -26,6 +26,7 @@ from attention_jax.attention import attend
 from attention_jax.base import checks
 from attention_jax.base.binding import BiasLike, Sliced, as_pytree
 from attention_jax.base.typing import AnyScore
+from attention_jax.head_maps import NO_HALO, halo_of
 from attention_jax.masks import MaskLike, batch_axes
 from attention_jax.masks.intervals import Lookup, indices, judge
 from attention_jax.positions.shifting import Rows, shifted_bias, shifted_score
@@ -251,6 +252,7 @@ def attend_cached(
     Raises:
       ShapeError: operands that do not fit each other.
       TypeError: an unknown option.
+      ValueError: a map across heads that looks at neighbouring pairs.
 
     >>> @jax.jit
     ... def step(query, key, value, cache):
@@ -266,6 +268,13 @@ def attend_cached(
             f"attend_cached: there is no option {unknown[0]}; it takes mask, causal, "
             f"{', '.join(_OPTIONS)}."
         )
+    for name in ("mix_logits", "mix_weights"):
+        if halo_of(options.get(name)) != NO_HALO:
+            raise ValueError(
+                f"attend_cached: {name} looks at neighbouring pairs, and a cache holds neither "
+                "earlier queries nor keys in order; decode with the whole sequence, or with a map "
+                "without a halo."
+            )
     sizes = checks.axes("attend_cached", query=(query, "BTNH"), key=(view.key, "BSKE"))
     mask = masks.Shift(and_causal(mask) if causal else masks.as_mask(mask))
     options["bias"] = as_bias(options.get("bias"))

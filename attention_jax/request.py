@@ -21,12 +21,14 @@ from attention_jax.base.parameters import Learned
 from attention_jax.base.typing import (
     AnyScore,
     Bias,
+    HeadMap,
     Normalizer,
     PositionalScore,
     Score,
     at_least_float32,
     require_callable,
 )
+from attention_jax.head_maps import Halo, halo_of
 from attention_jax.masks import Mask, algebra, batch_axes
 from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import LogSum, Streaming, name_of, streaming
@@ -35,6 +37,14 @@ from attention_jax.scores.composition import finished, is_positional
 from attention_jax.statistics import Pairs, Statistics, checked
 
 Array = jax.Array
+
+
+_EXAMPLES = {
+    "score": "scores.scaled_dot",
+    "normalizer": "normalizers.softmax",
+    "mix_logits": "bind(head_maps.talking, weight=...)",
+    "mix_weights": "bind(head_maps.difference, scale=0.5)",
+}
 
 
 class DropoutKey(NamedTuple):
@@ -67,6 +77,8 @@ class Request:
     return_weights: bool = dataclasses.field(metadata={"static": True})
     return_logsumexp: bool = dataclasses.field(metadata={"static": True})
     statistics: Statistics | None = None
+    mix_logits: HeadMap | Sliced | None = None
+    mix_weights: HeadMap | Sliced | None = None
     lengths: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
     precision: str | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -77,7 +89,10 @@ class Request:
         Raises:
           ShapeError, ValueError, TypeError: as `attend`.
         """
-        _check_arrays(query, key, value)
+        for name in ("mix_logits", "mix_weights"):
+            options[name] = _as_head_map(name, options.get(name))
+        is_mixed = any(options[name] is not None for name in ("mix_logits", "mix_weights"))
+        _check_arrays(query, key, value, is_mixed)
         _check_dropout(options["dropout_rate"], options["dropout_key"])
         _check_tile_sizes(options["tile_sizes"])
         if not options["dropout_rate"]:
@@ -97,15 +112,20 @@ class Request:
                 "attend: return_logsumexp needs a normalizer of the softmax family; "
                 f"{request.normalizer_name} has no log-sum-exp."
             )
+        if request.mixes:
+            _check_mixing(request)
         return request
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
-        """The size behind each letter: B T S N K, Q of a query, H of a key, V of a value."""
+        """The size behind each letter: B T S N K, Q of a query, H of a key, V of a value.
+
+        Where maps mix heads, values have heads of their own, L.
+        """
         letters = {
             "query": (self.query, "BTNQ"),
             "key": (self.key, "BSKH"),
-            "value": (self.value, "BSKV"),
+            "value": (self.value, _value_letters(self.mixes)),
         }
         found = checks.axes("attend", **letters)
         return found | dict(zip("TS", self.lengths or (), strict=False))
@@ -122,8 +142,24 @@ class Request:
 
     @property
     def groups(self) -> int:
-        """The number of query heads that share a key head, G."""
-        return self.sizes["N"] // self.sizes["K"]
+        """The number of query heads that share a key head, G; 1 where all heads meet."""
+        return 1 if self.mixes else self.sizes["N"] // self.sizes["K"]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a map mixes heads, so that they are computed together."""
+        return self.mix_logits is not None or self.mix_weights is not None
+
+    @functools.cached_property
+    def counts(self) -> tuple[int, int, int]:
+        """The numbers of heads of queries, of those that are normalized, and of the context."""
+        between = _heads_after(self, "mix_logits", self.sizes["N"])
+        return self.sizes["N"], between, _heads_after(self, "mix_weights", between)
+
+    @property
+    def halos(self) -> tuple[Halo, Halo]:
+        """The neighbours that the maps of logits and of weights look at."""
+        return halo_of(self.mix_logits), halo_of(self.mix_weights)
 
     @property
     def streaming(self) -> Streaming | None:
@@ -165,16 +201,17 @@ def operands(request: Request, as_given: bool = False) -> dict[str, Operand]:
     Raises:
       ShapeError, TypeError: as `attend`.
     """
+    of_value = _value_letters(request.mixes)
     return {
         "query": _operand(request, request.query, ["BTN"], as_given=as_given),
         "key": _operand(request, request.key, ["BSK"], as_given=as_given),
-        "value": _operand(request, request.value, ["BSK"], as_given=as_given),
+        "value": _operand(request, request.value, [of_value[:3]], as_given=as_given),
         "score": _score(request),
         "mask": _operand(request, *batch_axes.of_mask("attend", request.mask, request.sizes)),
         "bias": _bias(request),
         "normalizer": _normalizer(request),
         "dropout": _dropout(request),
-    } | _statistics(request)
+    } | (_head_maps(request) if request.mixes else _statistics(request))
 
 
 def as_bias(bias: Any) -> BiasLike:
@@ -197,6 +234,18 @@ def _as_array(numbers: Any) -> Array:
         return jnp.asarray(numbers)
 
 
+def _as_head_map(name: str, head_map: Any) -> Any:
+    """Return a map across heads as a pytree; refuse one without its parameters."""
+    if head_map is None:
+        return None
+    if isinstance(head_map, Sliced) and "N" in head_map.axes:
+        raise TypeError(
+            f"attend: {name} maps all heads together and cannot be per_head; give one map, or "
+            "per_example of it."
+        )
+    return _as_function(name, head_map)
+
+
 def _as_function(name: str, function: Any) -> Any:
     """Return a score, bias or normalizer as a pytree; refuse one without its parameters."""
     if isinstance(function, Learned):
@@ -207,10 +256,11 @@ def _as_function(name: str, function: Any) -> Any:
         )
     bare = function_of(function)
     if not callable(bare):
-        example = {"score": "scores.scaled_dot", "normalizer": "normalizers.softmax"}[name]
+        example = _EXAMPLES[name]
         raise TypeError(f"attend: {name} must be a function such as {example}, got {function!r}.")
     bound = as_pytree(bare)
-    waiting = [] if is_positional(bound) else unbound(bound)
+    is_head_map = name.startswith("mix_")
+    waiting = [] if is_positional(bound) else unbound(bound, given=1 if is_head_map else 2)
     if waiting:
         raise TypeError(
             f"attend: {name} still waits for {', '.join(waiting)}; give them with "
@@ -218,13 +268,18 @@ def _as_function(name: str, function: Any) -> Any:
         )
     of_score = PositionalScore if is_positional(bound) else Score
     kinds = {"score": of_score, "bias": Bias, "normalizer": Normalizer}
-    require_callable(f"attend: {name}", bound, kinds[name])
+    require_callable(f"attend: {name}", bound, kinds.get(name, HeadMap))
     return dataclasses.replace(function, function=bound) if bare is not function else bound
 
 
-def _check_arrays(query: Any, key: Any, value: Any) -> None:
+def _value_letters(mixes: bool) -> str:
+    return "BSLV" if mixes else "BSKV"
+
+
+def _check_arrays(query: Any, key: Any, value: Any, mixes: bool) -> None:
     checks.floating("attend", query=query, key=key, value=value)
-    letters = {"query": (query, "BTNQ"), "key": (key, "BSKH"), "value": (value, "BSKV")}
+    of_value = value, _value_letters(mixes)
+    letters = {"query": (query, "BTNQ"), "key": (key, "BSKH"), "value": of_value}
     sizes = checks.axes("attend", **letters)
     checks.at_least("attend", 1, **{"query heads N": sizes["N"]})
     checks.multiple("attend", "query heads N", sizes["N"], "key heads K", sizes["K"])
@@ -290,17 +345,20 @@ def _function(
 ) -> Operand:
     """Return a bound function as an operand: the same for all heads, or one slice for each."""
     leaves = jax.tree.leaves(function)
+    sizes = request.sizes
+    if name == "normalizer" and request.mixes:
+        sizes = sizes | {"N": request.counts[1]}
     if not isinstance(function, Sliced):
         return _operand(request, function, [""] * len(leaves), finish)
     for leaf in leaves:
         for axis, (letter, got) in enumerate(
             itertools.zip_longest(function.axes, jnp.shape(leaf)[: len(function.axes)])
         ):
-            if got != request.sizes[letter]:
+            if got != sizes[letter]:
                 mark = {"B": "per_example", "N": "per_head"}[letter]
                 raise checks.ShapeError(
                     f"attend: every parameter of a {mark} {name} must have axis {axis} of size "
-                    f"{letter} = {request.sizes[letter]}, got shape {jnp.shape(leaf)}."
+                    f"{letter} = {sizes[letter]}, got shape {jnp.shape(leaf)}."
                 )
     return _operand(request, function.function, [function.axes] * len(leaves), finish)
 
@@ -373,7 +431,7 @@ def _dropout(request: Request) -> Operand:
     """Draw the two words of each example and head that decide which of its pairs are kept."""
     if not request.dropout_rate:
         return _operand(request, None, [])
-    batch, num_heads = request.sizes["B"], request.sizes["N"]
+    batch, num_heads = request.sizes["B"], request.counts[2]
     rng: Any = request.dropout_key
     first = 0
     if isinstance(rng, DropoutKey):
@@ -404,6 +462,70 @@ def _statistics(request: Request) -> dict[str, Operand]:
     operand = _operand(request, jax.tree.unflatten(structure, parts), letters)
     _check_sums(request, operand)
     return {"statistics": operand}
+
+
+def _head_maps(request: Request) -> dict[str, Operand]:
+    """Return the maps across heads as operands, with None for what is not mapped."""
+    names = ("mix_logits", "mix_weights")
+    maps = {name: getattr(request, name) for name in names}
+    return {
+        name: _operand(request, None, [])
+        if head_map is None
+        else _function(request, name, head_map)
+        for name, head_map in maps.items()
+    }
+
+
+def _heads_after(request: Request, name: str, heads: int) -> int:
+    """Ask a map how many heads it makes of so many, for tiles of several shapes.
+
+    Raises:
+      ShapeError: it does not return [N, T, S].
+    """
+    head_map = getattr(request, name)
+    if head_map is None:
+        return heads
+    bound = _of_first_head(request, head_map)
+    padding = halo_of(bound).padding
+    for shape in ((heads, 3, 5), (heads, 1, 1)):
+        padded = (size + sum(more) for size, more in zip(shape, padding, strict=True))
+        found = jnp.shape(_shape_of(bound, jax.ShapeDtypeStruct(tuple(padded), request.dtype)))
+        if len(found) != 3 or found[1:] != shape[1:]:
+            raise checks.ShapeError(
+                f"attend: {name} must map [M, T, S] = {shape} with its halo around it to [N, T, S] "
+                f"= [N, {shape[1]}, {shape[2]}], got shape {found}; declare the neighbours that it "
+                'looks at by the rule "halo".'
+            )
+        number = found[0]
+    return number
+
+
+def _check_mixing(request: Request) -> None:
+    """Check what maps across heads need of the other arguments.
+
+    Raises:
+      ShapeError: heads of values that do not divide those of the context, or a mask that differs
+        between heads whose number changes.
+      ValueError: results that mixed heads do not have.
+    """
+    heads, between, after = request.counts
+    checks.multiple("attend", "heads of the context", after, "value heads", request.sizes["L"])
+    _, letters = batch_axes.of_mask("attend", request.mask, request.sizes)
+    if between != heads and any("N" in axes for axes in letters):
+        raise checks.ShapeError(
+            f"attend: a mask that differs between heads cannot follow mix_logits from {heads} to "
+            f"{between} heads; give a mask for all heads, or a map that keeps their number."
+        )
+    if request.statistics is not None:
+        raise ValueError(
+            "attend: statistics are of heads that stand alone, and mix_logits or mix_weights mixes "
+            "them; leave statistics out, or compute them from return_weights=True."
+        )
+    if request.return_logsumexp and request.mix_weights is not None:
+        raise ValueError(
+            "attend: return_logsumexp would belong to the heads before mix_weights, and the "
+            "context to those after; leave one of the two out."
+        )
 
 
 def _is_mask(part: Any) -> bool:
@@ -437,6 +559,8 @@ def _sums_of_tile(operand: Operand, leaves: list[Any], pairs: Pairs) -> dict[str
 
 def heads(request: Request) -> str:
     """Return the letters that stand for the axis N: K, and G where key heads are shared."""
+    if request.mixes:
+        return "N"
     return "KG" if request.groups > 1 else "K"
 
 

@@ -10,7 +10,7 @@ LIBRARY = ROOT / "attention_jax"
 LAYERS = (
     ("base",),
     ("masks",),
-    ("normalizers", "statistics"),
+    ("head_maps", "normalizers", "statistics"),
     ("scores",),
     ("positions",),
     ("request",),

@@ -67,15 +67,15 @@ def as_pytree(value: Any) -> Any:
     return BoundFunction(value) if is_plain_function and not hasattr(value, "dtype") else value
 
 
-def unbound(function: Any) -> list[str]:
-    """Return the names of the parameters without a value, the first two left out.
+def unbound(function: Any, given: int = 2) -> list[str]:
+    """Return the names of the parameters without a value, the first `given` left out.
 
     >>> from attention_jax import scores
     >>> unbound(scores.bilinear), unbound(scores.dot)
     (['weight'], [])
     """
     try:
-        parameters = list(inspect.signature(function).parameters.values())[2:]
+        parameters = list(inspect.signature(function).parameters.values())[given:]
     except (TypeError, ValueError):  # some builtins do not tell
         return []
     variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD

@@ -27,6 +27,10 @@ from attention_jax.base.trees import varying_like
 
 Array = jax.Array
 
+SMALL_BATCHED = 2**18
+"""XLA's CPU compiler joins a batched product to its explicit transposition, and aborts where such a
+product is small. So a batch of products of at most so many multiplications is not transposed."""
+
 _CONTRACTED = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
 
 
@@ -142,7 +146,10 @@ def _general(a: Array, b: Array, kind: str, precision: Any, dtype: Any = None) -
 
 def _copied(a: Array, b: Array, *, kind: str, precision: Any, operands: Any) -> Array:
     del operands
-    if kind != "tn":
+    sizes = (*a.shape[-2:], b.shape[-1])
+    is_known = all(isinstance(size, int) for size in sizes)
+    is_small = is_known and (math.prod(sizes) <= SMALL_BATCHED or 1 in sizes)
+    if kind != "tn" or (a.ndim > 2 and is_small):
         return _general(a, b, kind, precision)
     columns = [size if isinstance(size, int) else math.inf for size in (a.shape[-1], b.shape[-1])]
     if columns[0] < columns[1]:  # a size that is a symbol (`jax.export`) counts as large

@@ -73,6 +73,16 @@ class Normalizer(Protocol):
     def __call__(self, logits: Array, allowed: Array, /) -> Array: ...
 
 
+class HeadMap(Protocol):
+    """`head_map(pairs [M, T, S]) -> [N, T, S]`, logits or weights of M heads to those of N.
+
+    Entry (i, j) of the result may depend on entry (i, j) of every head alone, or on those of the
+    neighbours that the rule "halo" declares, which the map is then given around the tile.
+    """
+
+    def __call__(self, pairs: Array, /) -> Array: ...
+
+
 class FeatureMap(Protocol):
     """`feature_map(x [T, H]) -> features [T, M]`, so that phi(q) . phi(k) stands for a kernel."""
 
@@ -85,7 +95,8 @@ def require_callable(label: str, function: Any, kind: type) -> None:
     Args:
       label: operation and argument, that the message begins with.
       function: what was given for it.
-      kind: `Score`, `PositionalScore`, `MaskFunction`, `Bias`, `Normalizer` or `FeatureMap`.
+      kind: `Score`, `PositionalScore`, `MaskFunction`, `Bias`, `Normalizer`, `HeadMap` or
+        `FeatureMap`.
 
     Raises:
       TypeError: no function, or one of other arguments.

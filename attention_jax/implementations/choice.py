@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from attention_jax.implementations import cudnn
+from attention_jax.head_maps import NO_HALO
+from attention_jax.implementations import cudnn, mixed_choice
 from attention_jax.implementations.lifting import Elsewhere
 from attention_jax.implementations.tiles import TOGETHER_PAIRS, Plan, make_plan
 from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
@@ -34,6 +36,9 @@ cache."""
 
 KERNEL_TILES = {"tpu": (512, 512), "gpu": (64, 64), "cpu": (128, 128)}
 """Queries and keys of a tile of a kernel; traced on a CPU, one that suits both accelerators."""
+
+MIXED_PAIRS = {"cpu": 2**18, "default": 2**21}
+"""Where maps mix heads, a tile of all of them has at most so many pairs."""
 
 PAIRS_AT_ONCE = 2**23
 """On accelerators heads are vectorised until their tiles have this many pairs: 32 MiB of logits,
@@ -65,6 +70,8 @@ class Choice:
       bytes: memory of temporaries beyond inputs and outputs, forward.
       at_once: number of heads that are computed at once.
       passes: how the normalizer goes over the tiles, in words; empty for "dense" and "cudnn".
+      together: number of heads of a tile; more than one where maps mix them.
+      mixing_flops: those of `flops` that the maps take.
     """
 
     implementation: str
@@ -77,16 +84,21 @@ class Choice:
     bytes: int
     at_once: int = 1
     passes: str = ""
+    together: int = 1
+    mixing_flops: int = 0
 
     def __str__(self) -> str:
         rows, columns = self.tile
         passes = f"; {self.passes}" if self.passes else ""
         together = f", {self.at_once} at once" if 1 < self.at_once < self.heads else ""
+        of_heads = f" of {self.together} heads" if self.together > 1 else ""
+        mixing = f" ({self.mixing_flops / 1e9:.3g} to mix heads)" if self.mixing_flops else ""
         return (
-            f"{self.implementation}: {self.heads} heads{together}, tiles of {rows} x {columns}: "
+            f"{self.implementation}: {self.heads} heads{together}, tiles of {rows} x {columns}"
+            f"{of_heads}: "
             f"{self.empty} empty (skipped), {self.partial} partial, {self.full} full\n"
-            f"{self.flops / 1e9:.3g} GFLOP and {self.bytes / 2**20:.3g} MiB of temporaries forward"
-            f"{passes}"
+            f"{self.flops / 1e9:.3g} GFLOP{mixing} and {self.bytes / 2**20:.3g} MiB of temporaries "
+            f"forward{passes}"
         )
 
 
@@ -134,6 +146,7 @@ def lacks(name: str, request: Request, platform: str | None = None) -> str | Non
     """Say what an implementation cannot do of what is asked, or None if it can do all of it."""
     if name == "dense":
         return None
+    request = mixed_choice.of_contexts(request) or request
     if not _knows_lengths(request):
         return (
             "plans its tiles from the numbers of queries and keys, got [T, S] = "
@@ -144,10 +157,20 @@ def lacks(name: str, request: Request, platform: str | None = None) -> str | Non
         return cudnn.lacks(request, platform or jax.default_backend())
     if request.return_weights:
         return "never holds the weights; use implementation='dense' to look at them."
+    if name == "pallas" and request.mixes:
+        return (
+            "computes one head at a time, and mix_logits or mix_weights mixes heads; use "
+            "implementation='tiled'."
+        )
     if request.streaming is None:
         return (
             f"cannot stream {request.normalizer_name}, which needs a whole row of logits; use "
             "implementation='dense'."
+        )
+    if request.mixes and not isinstance(request.streaming, LogSum | Elementwise):
+        return (
+            f"cannot mix heads under {request.normalizer_name}, which needs more than one pass "
+            "over the keys; use implementation='dense'."
         )
     if name == "pallas" and not isinstance(request.streaming, LogSum | Elementwise):
         return (
@@ -185,16 +208,36 @@ def plan_for(request: Request, platform: str | None = None, name: str = "tiled")
     if name == "pallas":
         tile = request.tile_sizes or KERNEL_TILES.get(platform, KERNEL_TILES["cpu"])
         return make_plan(mask, pairs, tile, is_static, on_grid=True)
+    heads = max(request.counts) if request.mixes else 1
     if request.tile_sizes is not None:
         plan = make_plan(mask, pairs, clipped(request.tile_sizes, pairs), is_static)
-        return dataclasses.replace(plan, platform=platform)
-    return _cheapest_plan(mask, pairs, is_static, platform)
+        plan = dataclasses.replace(plan, platform=platform)
+    else:
+        plan = _cheapest_plan(mask, pairs, is_static, platform, heads)
+    if request.mixes:
+        plan = dataclasses.replace(plan, heads=heads)
+    if request.mixes and any(halo != NO_HALO for halo in request.halos):
+        # Where all pairs of a tile may attend, their neighbours may not.
+        plan = dataclasses.replace(plan, states=np.minimum(plan.states, PARTIAL))
+    return plan
 
 
-def _cheapest_plan(mask: Mask, pairs: tuple[int, int], is_static: bool, platform: str) -> Plan:
+def _candidates(platform: str, heads: int) -> list[tuple[int, int]]:
+    """Return the tiles to choose from; those of several heads have as many pairs together."""
+    if heads == 1:
+        return list(itertools.product(*CANDIDATES.get(platform, CANDIDATES["default"])))
+    most = MIXED_PAIRS.get(platform, MIXED_PAIRS["default"]) // heads
+    sizes = [2**power for power in range(4, 11)]
+    fitting = [tile for tile in itertools.product(sizes, sizes) if math.prod(tile) <= most]
+    largest = max(map(math.prod, fitting), default=0)
+    return [tile for tile in fitting if math.prod(tile) == largest] or [(sizes[0], sizes[0])]
+
+
+def _cheapest_plan(
+    mask: Mask, pairs: tuple[int, int], is_static: bool, platform: str, heads: int
+) -> Plan:
     """Return the plan whose pairs and visits together cost least."""
-    rows, columns = CANDIDATES.get(platform, CANDIDATES["default"])
-    tiles = {clipped((row, column), pairs) for row in rows for column in columns}
+    tiles = {clipped(tile, pairs) for tile in _candidates(platform, heads)}
     chosen, least, certain = None, math.inf, 0
     for tile in sorted(tiles, key=math.prod, reverse=True):
         # No plan visits fewer pairs than those of FULL tiles, nor more of them at a visit.
@@ -230,7 +273,13 @@ def _cost(plan: Plan) -> int:
 def describe(request: Request, platform: str | None = None) -> Choice:
     """Count tiles, operations and bytes of what would run."""
     platform = known_platform(platform)
-    name, sizes = choose(request, platform), request.sizes
+    name = choose(request, platform)
+    apart = None if name == "dense" else mixed_choice.of_contexts(request)
+    if apart is not None:
+        found = describe(dataclasses.replace(apart, implementation=name), platform)
+        words = [found.passes, "the contexts of heads are then mixed"]
+        return dataclasses.replace(found, passes="; ".join(filter(None, words)))
+    sizes = request.sizes
     heads = sizes["B"] * sizes["N"]
     query_length, key_length = request.pairs
     if name == "dense":
@@ -244,6 +293,10 @@ def describe(request: Request, platform: str | None = None) -> Choice:
     partial, full = (int((plan.states == state).sum()) for state in (PARTIAL, FULL))
     pairs = visited * math.prod(plan.tile)
     at_once = _at_once(name, request, plan, platform)
+    flops, mixing = 2 * heads * pairs * (sizes["Q"] + sizes["V"]), 0
+    if request.mixes:
+        of_pair = mixed_choice.operations(request, name, plan.tile)
+        flops, mixing = (sizes["B"] * pairs * count for count in of_pair)
     return Choice(
         name,
         heads,
@@ -251,15 +304,19 @@ def describe(request: Request, platform: str | None = None) -> Choice:
         grid - partial - full,
         partial,
         full,
-        flops=2 * heads * pairs * (sizes["Q"] + sizes["V"]),
+        flops=flops,
         bytes=_bytes(name, request, plan, at_once, platform),
         at_once=at_once,
         passes=_passes(name, request),
+        together=plan.heads,
+        mixing_flops=mixing,
     )
 
 
 def _passes(name: str, request: Request) -> str:
     how = request.streaming
+    if request.mixes and name == "tiled":
+        return mixed_choice.passes(request)
     return "" if how is None or name in ("dense", "cudnn") else how.passes
 
 
@@ -269,6 +326,13 @@ def _at_once(name: str, request: Request, plan: Plan, platform: str) -> int:
     heads = math.prod(sizes.values())
     if name != "tiled":
         return heads
+    if request.mixes:
+        of_example = {"B": sizes["B"]}
+        batch = 1
+        if platform != "cpu":
+            axes = batch_axes.of_mask("attend", request.mask, request.sizes)[1]
+            batch = elsewhere(None, plan, axes).at_once(of_example, "B", "B").get("B", sizes["B"])
+        return batch * request.sizes["N"]
     if platform == "cpu":
         return 1
     _, mask_axes = batch_axes.of_mask("attend", request.mask, request.sizes)
@@ -287,6 +351,10 @@ def _bytes(name: str, request: Request, plan: Plan, at_once: int, platform: str)
     pairs = at_once * plan.largest_visit * plan.tile[1]
     if isinstance(request.streaming, Searched):  # holds the logits of a row of tiles
         pairs += at_once * plan.tile[0] * plan.covered
+    if request.mixes:
+        pairs = at_once // sizes["N"] * plan.largest_visit * plan.tile[1]
+        rows = sizes["B"] * length * max(request.counts) * (sizes["V"] + 2)
+        return (mixed_choice.tile_arrays(request) * pairs + rows) * computed
     if platform == "cpu":
         return (2 * pairs + heads * length * (sizes["V"] + 1)) * computed
     # Logits, and weights as the operand of a product; sums before and after a visit.
@@ -311,7 +379,7 @@ def elsewhere(function: Callable[..., Any] | None, plan: Plan, mask_axes: list[s
     Axes along which a mask known only at run time differs are looped over, so that a skipped tile
     is really skipped; of the others, as many heads are vectorised as fit.
     """
-    most = PAIRS_AT_ONCE // (plan.largest_visit * plan.tile[1])
+    most = PAIRS_AT_ONCE // (plan.heads * plan.largest_visit * plan.tile[1])
     return Elsewhere(function, _differing(mask_axes), max(1, most))
 
 

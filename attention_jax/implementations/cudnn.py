@@ -34,6 +34,8 @@ def lacks(request: Request, platform: str) -> str | None:
         )
     if not _is_plain(request.normalizer, softmax):
         return "knows the softmax normalizer only."
+    if request.mixes:
+        return "mixes no heads; use implementation='tiled'."
     if request.bias is not None:
         return "takes no bias here."
     if request.dropout_rate > 0:

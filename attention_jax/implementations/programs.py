@@ -65,9 +65,10 @@ def call(function: Callable[[Request, Where], Any], request: Request) -> Any:
     if is_staged():
         return function(request, Where(placement.known(*jax.tree.leaves(request))))
     where = Where.of_call(*jax.tree.leaves(request))
+    maps = {"mix_logits": request.mix_logits, "mix_weights": request.mix_weights}
     functions = request.score, request.bias, request.normalizer, request.mask
     try:
-        parts = tuple(_of_tree((*functions, request.statistics), set()))
+        parts = tuple(_of_tree((*functions, request.statistics, maps), set()))
         score, bias, normalizer, mask = map(_interned, functions)
         same = dataclasses.replace(
             request,
@@ -76,6 +77,7 @@ def call(function: Callable[[Request, Where], Any], request: Request) -> Any:
             normalizer=normalizer,
             mask=with_constants(mask),
             statistics=_interned(request.statistics),
+            **_interned(maps),
         )
         leaves, structure = jax.tree.flatten(same)
         program = _program(function, (structure, where, jax.default_backend(), parts))

@@ -257,7 +257,7 @@ class Tangent(Pass):
         total, context = self.zeros(base)
         products = self.tiles.products.of_derivatives
         if sum(self.moves) > value_moves:
-            weights, weights_change, tile = _jvp(weigh, primal, direction)
+            weights, weights_change, tile = tangent_of_tile(weigh, primal, direction, True)
             how = streamed(here.functions.normalizer)
             total = jnp.sum(online.magnitude_change(how, weights, weights_change), axis=1)
             context = tile.weighted(weights_change, products)
@@ -371,9 +371,16 @@ def added(i: Any, sums: Array, rows: Array) -> Array:
     return added.reshape(sums.shape)
 
 
-def _jvp(weigh: Callable[..., Any], primal: Any, direction: Any) -> Any:
+def tangent_of_tile(
+    compute: Callable[..., Any], primal: Any, direction: Any, has_aux: bool = False
+) -> Any:
+    """Return what is computed of a tile and its tangent, as `jax.jvp` does.
+
+    Raises:
+      TypeError: a derivative that runs backward only.
+    """
     try:
-        return jax.jvp(weigh, (primal,), (direction,), has_aux=True)
+        return jax.jvp(compute, (primal,), (direction,), has_aux=has_aux)
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise

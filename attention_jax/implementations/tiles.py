@@ -87,6 +87,7 @@ class Plan:
       covered: the tiles reach up to this key, beyond the last where S is no multiple of `unit`.
       is_static: whether `states` is the whole truth; if not, `states_of` asks the mask at run time.
       platform: the one that the visits are for; None for that of the process.
+      heads: a tile is of so many heads, which maps mix.
     """
 
     pairs: tuple[int, int]
@@ -97,6 +98,7 @@ class Plan:
     covered: int
     is_static: bool
     platform: str | None = None
+    heads: int = 1
 
     def within(self, mask: Mask) -> Mask:
         """Return the mask without keys beyond the last."""
@@ -119,7 +121,7 @@ class Plan:
         if not self.is_static:
             visits = Visits(True, self.tile[0], 1, self.starts[:, 0], self.starts[:, 1:])
             return [visits] if len(self.starts) else []
-        pairs = self.tile[0] * self.tile[1]
+        pairs = self.heads * self.tile[0] * self.tile[1]
         rows = -(-self.pairs[0] // self.tile[0])
         many = min(
             TOGETHER_PAIRS.get(self.platform or jax.default_backend(), 0) / pairs,
@@ -127,8 +129,9 @@ class Plan:
             MOST_TOGETHER,
         )
         tall = 2 ** int(np.log2(max(1, many)))
-        groups = group(self, tall, 1 if pairs >= LARGE_PAIRS else tall)
-        if self.tile[0] >= LOW_ROWS or pairs < LOW_PAIRS:
+        alone = pairs >= LARGE_PAIRS or self.heads > 1
+        groups = group(self, tall, 1 if alone else tall)
+        if self.heads > 1 or self.tile[0] >= LOW_ROWS or pairs < LOW_PAIRS:
             return groups
         return [visits._replace(lanes=min(LANES, visits.together)) for visits in groups]
 

@@ -16,7 +16,15 @@ from attention_jax.scores import prepared
 from attention_jax.scores.composition import require_score
 from tests.contract import examples
 
-KINDS = ["Score", "PositionalScore", "MaskFunction", "Bias", "Normalizer", "FeatureMap"]
+KINDS = [
+    "Score",
+    "PositionalScore",
+    "MaskFunction",
+    "Bias",
+    "Normalizer",
+    "HeadMap",
+    "FeatureMap",
+]
 X = jnp.ones((1, 3, 1, 4))
 
 
@@ -52,6 +60,7 @@ FITTING = {
         positions.alibi_bias(4).function,
     ],
     "Normalizer": [example.normalizer for example in examples.NORMALIZERS.values()],
+    "HeadMap": [examples.head_map_example(name, drawn).head_map for name in examples.HEAD_MAPS],
     "FeatureMap": [
         getattr(feature_maps, name) for name in ("elu_plus_one", "relu", "taylor", "identity")
     ]
@@ -78,7 +87,7 @@ WRONG = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_another_function_is_refused_by_the_formula_of_the_type(kind, wrong):
-    if (kind, wrong) == ("FeatureMap", "one argument"):
+    if kind in ("HeadMap", "FeatureMap") and wrong == "one argument":
         return
     of = getattr(typing, kind)
     with pytest.raises(TypeError) as error:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attention_jax import bind, masks, normalizers, scores
+from attention_jax import bind, head_maps, masks, normalizers, scores
 from tests import oracle
 
 
@@ -33,6 +33,14 @@ class NormalizerExample(NamedTuple):
 
     normalizer: Any
     of_row: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class HeadMapExample(NamedTuple):
+    """A map across heads, from how many heads, and what it makes of [M, T, S] in plain loops."""
+
+    head_map: Any
+    heads: int
+    of_pairs: Callable[[np.ndarray], np.ndarray]
 
 
 def length(x):
@@ -389,3 +397,71 @@ NOT_NORMALIZERS = {
     "stable_logsumexp",
     "streaming",
 }
+
+
+def _neighbours(pairs, kernel):
+    """Sum over earlier queries and near keys, one entry at a time; beyond the ends are zeros."""
+    found, after = np.zeros(pairs.shape), (kernel.shape[2] - 1) // 2
+    for n, i, j in np.ndindex(*pairs.shape):
+        for a, b in np.ndindex(*kernel.shape[1:]):
+            row, column = i - a, j - b + after
+            if row >= 0 and 0 <= column < pairs.shape[2]:
+                found[n, i, j] += kernel[n, a, b] * pairs[n, row, column]
+    return found
+
+
+def head_map_example(name, sample) -> HeadMapExample:
+    """Build the example of one map; `sample(*shape)` draws float64 parameters."""
+    return HEAD_MAPS[name](sample)
+
+
+def _talking_example(sample):
+    weight = sample(2, 3)
+    return HeadMapExample(
+        bind(head_maps.talking, weight=weight), 2, lambda pairs: np.tensordot(weight.T, pairs, 1)
+    )
+
+
+def _grouped_example(sample):
+    weight = sample(2, 1, 2)
+    return HeadMapExample(
+        bind(head_maps.grouped, weight=weight),
+        2,
+        lambda pairs: np.stack([weight[n // 2, 0, n % 2] * pairs[n // 2] for n in range(4)]),
+    )
+
+
+def _difference_example(sample):
+    scale = sample(2)
+    return HeadMapExample(
+        bind(head_maps.difference, scale=scale),
+        4,
+        lambda pairs: np.stack([pairs[2 * n] - scale[n] * pairs[2 * n + 1] for n in range(2)]),
+    )
+
+
+def _differential_example(sample):
+    drawn = {name: sample(3) for name in ("query_1", "key_1", "query_2", "key_2")}
+    scale = np.exp(drawn["query_1"] @ drawn["key_1"]) - np.exp(drawn["query_2"] @ drawn["key_2"])
+    return HeadMapExample(
+        bind(head_maps.differential, **drawn, initial=0.3),
+        2,
+        lambda pairs: pairs[:1] - (scale + 0.3) * pairs[1:],
+    )
+
+
+def _neighbours_example(sample):
+    kernel = sample(2, 2, 3)
+    return HeadMapExample(
+        bind(head_maps.neighbours, kernel=kernel), 2, lambda pairs: _neighbours(pairs, kernel)
+    )
+
+
+HEAD_MAPS: dict[str, Callable[..., HeadMapExample]] = {
+    "talking": _talking_example,
+    "grouped": _grouped_example,
+    "difference": _difference_example,
+    "differential": _differential_example,
+    "neighbours": _neighbours_example,
+}
+NOT_HEAD_MAPS = {"Halo", "NO_HALO", "group_of", "halo_of"}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import attend, attention, masks, normalizers, positions, scores
+from attention_jax import attend, attention, head_maps, masks, normalizers, positions, scores
 from attention_jax.base.parameters import parameters_of
 from attention_jax.linear import feature_maps
 from attention_jax.normalizers import streaming
@@ -41,6 +41,7 @@ BUILT_FROM_SCORES = {
         (scores, examples.SCORES, examples.NOT_SCORES),
         (masks, examples.MASKS, examples.NOT_MASKS),
         (normalizers, examples.NORMALIZERS, examples.NOT_NORMALIZERS),
+        (head_maps, examples.HEAD_MAPS, examples.NOT_HEAD_MAPS),
     ],
 )
 def test_every_export_has_an_example(exported, examples_of, others):
