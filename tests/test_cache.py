@@ -513,7 +513,7 @@ NEW = jnp.ones((2, 3, 1, 2))
             TypeError,
             "attend_cached: there is no option scale; it takes mask, causal, score, bias, "
             "normalizer, dropout_rate, dropout_key, implementation, tile_sizes, return_weights, "
-            "return_logsumexp.",
+            "return_logsumexp, mix_logits, mix_weights.",
         ),
     ],
 )
