@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -161,12 +162,17 @@ def load_ensemble(config: Config) -> Translators:
     """Load all translators of the scores of a run, and of its --members, as one.
 
     Raises:
-      UsageError: a run has no checkpoint, or its --members have other vocabularies.
+      UsageError: a run has no checkpoint, or its --members have other vocabularies, hold no run, or
+        are named twice.
     """
+    _check_differ(config)
     groups = [load(score, config) for score in config.scores]
     for folder in config.members:
         given = {"workdir": folder, "mode": config.mode}
-        other = workdir.trained_config(dataclasses.replace(Config(), **given), given)
+        try:
+            other = workdir.trained_config(dataclasses.replace(Config(), **given), given)
+        except UsageError as error:
+            raise UsageError(f"--members: {str(error).removeprefix('--workdir ')}") from None
         more = [load(score, other) for score in other.scores]
         same = dataclasses.replace(more[0].tokenizer, longest=groups[0].tokenizer.longest)
         if same != groups[0].tokenizer:
@@ -184,6 +190,19 @@ def load_ensemble(config: Config) -> Translators:
         parameters=jax.tree.map(lambda x: x[None], tuple(group.parameters for group in groups)),
         step=min(group.step for group in groups),
     )
+
+
+def _check_differ(config: Config) -> None:
+    """Refuse a run that would be in the ensemble twice."""
+    seen = {config.directory.resolve()}
+    for folder in config.members:
+        path = Path(folder).resolve()
+        if path in seen:
+            raise UsageError(
+                f"--members: {folder} is in the ensemble already; name every run once, the one of "
+                "--workdir not at all."
+            )
+        seen.add(path)
 
 
 def alignment(source: Sequence[str], target: Sequence[str], weights: np.ndarray) -> list[str]:

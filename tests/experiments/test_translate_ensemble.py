@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import pytest
 from experiments.command_line import UsageError
 from experiments.translate import decode
 from experiments.translate.command_line import parse
+from experiments.translate.config import Config
 from experiments.translate.ensemble import Members, built
 from experiments.translate.model import Sizes
 from experiments.translate.train_step import graph_of, quick_options
+from experiments.translate.translators import load_ensemble
 
 SIZES = Sizes(source_words=9, target_words=9, width=4, attention_size=4, readout_size=4)
 SOURCE = jnp.array([[4, 5, 6, 2], [7, 8, 2, 0]])
@@ -90,11 +93,25 @@ def test_what_does_not_fit_an_ensemble_is_refused(tmp_path):
         assert str(error.value) == sentence
 
 
+def test_members_are_other_runs_and_are_named_once(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for members, sentence in (
+        ((f"{tmp_path}/other/../run",), "is in the ensemble already; name every run once"),
+        ((str(other), str(other)), "is in the ensemble already; name every run once"),
+        ((str(other),), "holds no run that can translate (config.json is missing)"),
+    ):
+        config = Config(scores=(), workdir=str(run), mode="evaluate", members=members)
+        with pytest.raises(UsageError) as error:
+            load_ensemble(config)
+        assert str(error.value).startswith(f"--members: {members[-1]} {sentence}")
+
+
 @pytest.mark.slow
-def test_an_ensemble_of_two_folders_is_evaluated_and_translates(done, translate, capsys):
+def test_an_ensemble_of_two_folders_is_evaluated_and_translates(done, translate, capsys, tmp_path):
     """Two runs that are the same are an ensemble that translates as either does."""
     folder = done[1]
-    use = (f"--workdir={folder}", "--ensemble", f"--members={folder}")
+    use = (f"--workdir={folder}", "--ensemble", f"--members={tmp_path / 'copy'}")
+    shutil.copytree(folder, tmp_path / "copy")
     assert translate("--mode=evaluate", *use) == 0
     printed = capsys.readouterr().out
     assert "ensemble of 2 (dot)" in printed and "so that there is no interval" in printed
