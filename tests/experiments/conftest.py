@@ -32,7 +32,9 @@ def done(tmp_path_factory, translate):
         shared = shared.parent
     data = f"--data={shared}/trained/table.tsv"
     sizes = ("--seeds=1", "--width=4", "--batch_size=4", "--buckets=1", "--max_length=8")
+    # The mean of parameters begins, at step 2800, before a run is interrupted.
     steps = ("--steps=4000", "--evaluate_every=1000", "--dropout=0.1", "--min_count=1")
+    steps += ("--average=0.3",)
     flags = (data, "--scores=dot", *sizes, *steps)
     with (shared / "trained.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
