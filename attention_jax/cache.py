@@ -29,6 +29,7 @@ from attention_jax.base.typing import AnyScore
 from attention_jax.head_maps import NO_HALO, halo_of
 from attention_jax.masks import MaskLike, batch_axes
 from attention_jax.masks.intervals import Lookup, indices, judge
+from attention_jax.normalizers import softmax, whole_sequences
 from attention_jax.positions.shifting import Rows, shifted_bias, shifted_score
 from attention_jax.request import DropoutKey, as_bias
 
@@ -252,7 +253,8 @@ def attend_cached(
     Raises:
       ShapeError: operands that do not fit each other.
       TypeError: an unknown option.
-      ValueError: a map across heads that looks at neighbouring pairs.
+      ValueError: a map across heads that looks at neighbouring pairs, or a normalizer that needs
+        the weights of the query before.
 
     >>> @jax.jit
     ... def step(query, key, value, cache):
@@ -275,6 +277,7 @@ def attend_cached(
                 "earlier queries nor keys in order; decode with the whole sequence, or with a map "
                 "without a halo."
             )
+    whole_sequences("attend_cached", options.get("normalizer", softmax))
     sizes = checks.axes("attend_cached", query=(query, "BTNH"), key=(view.key, "BSKE"))
     mask = masks.Shift(and_causal(mask) if causal else masks.as_mask(mask))
     options["bias"] = as_bias(options.get("bias"))

@@ -46,6 +46,10 @@ from attention_jax.statistics import Pairs, Statistic
 Array = jax.Array
 
 
+Prepare = Callable[[list[Visits]], tuple[Tiles, Operands, Given]]
+"""What the tiles of some visits need."""
+
+
 def of_no_pairs(head: Head) -> dict[str, Any] | None:
     """Return the statistics of a head without queries or without keys."""
     if head.statistics is None:
@@ -59,7 +63,7 @@ class Measured(NamedTuple):
 
     head: Head
     plan: Plan
-    prepare: Callable[[list[Visits]], tuple[Tiles, Operands, Given]]
+    prepare: Prepare
 
     @property
     def streaming(self) -> dict[str, Statistic]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,12 @@ from jax import lax
 
 from attention_jax.base.trees import varying_like
 from attention_jax.base.typing import at_least_float32
+from attention_jax.implementations import online
 from attention_jax.implementations.passes import joint
-from attention_jax.implementations.tile_passes import Given, Operands, Tiles, streamed
+from attention_jax.implementations.tile_passes import Given, Operands, Tiles, rows_from, streamed
 from attention_jax.masks import EMPTY
-from attention_jax.normalizers import Ordered
+from attention_jax.masks.intervals import indices
+from attention_jax.normalizers import Carried, Ordered
 
 Array = jax.Array
 
@@ -36,6 +39,16 @@ class Walk:
 
     def __call__(self) -> Array:
         """Return the context [T, V]."""
+        starts, table = self.places
+        states = joint(self.given.states.astype(jnp.int32))
+        of_row = functools.partial(self.of_row, states)
+        where = jnp.asarray(starts), jnp.asarray(table, jnp.int32)
+        _, context = lax.scan(of_row, None, where)
+        return context.reshape(self.operands.query.shape[0], -1)
+
+    @property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first queries of rows of tiles, and their visits in order, [rows, most]."""
         (visits,) = self.tiles.visits
         length = self.operands.query.shape[0]
         starts = np.arange(0, length, visits.rows, dtype=np.int32)
@@ -45,11 +58,7 @@ class Walk:
         table = np.stack([np.pad(x, (0, most - len(x)), constant_values=-1) for x in numbers])
         if self.how.last_first:
             table = table[:, ::-1]
-        states = joint(self.given.states.astype(jnp.int32))
-        of_row = functools.partial(self.of_row, states)
-        where = jnp.asarray(starts), jnp.asarray(table, jnp.int32)
-        _, context = lax.scan(of_row, None, where)
-        return context.reshape(length, -1)
+        return starts, table
 
     @property
     def how(self) -> Ordered:
@@ -83,20 +92,123 @@ class Walk:
         self, masked: bool | None, i: Array, number: Array, state: Any
     ) -> tuple[Any, Array]:
         """Return the state after a tile, and what it adds to the context."""
+        if masked is None:
+            return state, varying_like(self.none, self.operands, self.given, state)
+        tile, logits, allowed = self.tile(masked, i, number)
+        weights, state = self.how.step(logits, allowed, state)
+        return state, tile.weighted(weights, tile.products)
+
+    @property
+    def none(self) -> Array:
+        """What a tile without weights adds to the context."""
+        value = self.operands.value
+        rows = self.tiles.visits[0].rows
+        return jnp.zeros((rows, value.shape[1]), at_least_float32(value.dtype))
+
+    def tile(self, masked: bool, i: Array, number: Array) -> tuple[online.Tile, Array, Array]:
+        """Return the tile of a visit, with poison among its logits, and which pairs may attend."""
         (visits,) = self.tiles.visits
         j = jnp.asarray(visits.keys[:, 0])[number]
         here = self.tiles.slice(self.operands, i, j, visits.rows)
-        if masked is None:
-            dtype = at_least_float32(here.value.dtype)
-            none = jnp.zeros((visits.rows, here.value.shape[1]), dtype)
-            return state, varying_like(none, here, self.given, state)
         tile = self.tiles.compute(here, self.given, i, j, masked)
         allowed = jnp.ones(tile.logits.shape, bool) if tile.allowed is None else tile.allowed
         poison = tile.query_poison[:, None] + tile.key_poison[None, :]
-        weights, state = self.how.step(tile.logits + poison, allowed, state)
-        return state, tile.weighted(weights, tile.products)
+        return tile, tile.logits + poison, allowed
+
+
+class RowAbove(NamedTuple):
+    """The weights of the query above a row of tiles [S], and their sums before each key [S + 1]."""
+
+    weights: Array
+    sums: Array
+
+    @classmethod
+    def of(cls, weights: Array) -> RowAbove:
+        """Sum the weights."""
+        return cls(weights, jnp.pad(jnp.cumsum(weights), (1, 0)))
+
+    def between(self, start: Array, end: Array) -> Array:
+        """Return the sum of the weights from one key on, before another; 0 where they are one."""
+        return self.sums[end] - self.sums[start]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Descent(Walk):
+    """The walk of one head along its keys, one row of tiles after the one above it.
+
+    Only the weights between some rows of tiles are kept for derivatives: of every group of rows,
+    and those within one group while it is differentiated.
+    """
+
+    def __call__(self) -> Array:
+        """Return the context [T, V]."""
+        starts, table = self.places
+        rows, length = len(starts), self.operands.query.shape[0]
+        size = math.isqrt(rows - 1) + 1
+        more = -rows % size  # rows of tiles that visit nothing, after the last
+        where = np.pad(starts, (0, more)), np.pad(table, ((0, more), (0, 0)), constant_values=-1)
+        groups = [jnp.asarray(x.reshape(-1, size, *x.shape[1:]), jnp.int32) for x in where]
+        zeros = jnp.zeros(self.operands.key.shape[0], self.none.dtype)
+        first = varying_like(self.how.first_row(zeros), self.operands, self.given)
+        states = joint(self.given.states.astype(jnp.int32))
+        of_row = jax.checkpoint(functools.partial(self.below, states), prevent_cse=False)
+        of_group = jax.checkpoint(functools.partial(lax.scan, of_row), prevent_cse=False)
+        _, context = lax.scan(of_group, first, groups)
+        return context.reshape(-1, context.shape[-1])[:length]
+
+    @property
+    def how(self) -> Carried:
+        how = streamed(self.operands.functions.normalizer)
+        assert isinstance(how, Carried)
+        return how
+
+    def below(self, states: Array, above: Array, where: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Walk along a row of tiles, given the weights above; return its last ones and context."""
+        i, numbers = where
+        row = RowAbove.of(above)
+        start = self.how.start(jnp.zeros_like(self.none[:, 0]))
+        carry = start, self.none, jnp.int32(0)
+        carry = varying_like(carry, self.operands, self.given, above)
+        step = jax.checkpoint(functools.partial(self.down, states, i, row), prevent_cse=False)
+        (_, context, _), (keys, last) = lax.scan(step, carry, numbers)
+        keys = keys[:, None] + indices(self.tiles.key_size)[None, :]
+        return jnp.zeros_like(above).at[keys].add(last, mode="promise_in_bounds"), context
+
+    def down(
+        self, states: Array, i: Array, above: RowAbove, carry: Any, number: Array
+    ) -> tuple[Any, tuple[Array, Array]]:
+        """Visit a tile, and return its first key and last row of weights."""
+        state, context, end = carry
+        j = jnp.asarray(self.tiles.visits[0].keys[:, 0])[number]
+        kind = jnp.where(number < 0, EMPTY, states[number])
+        kinds = [functools.partial(self.of_tile_below, masked) for masked in (None, True, False)]
+        kinds = [jax.checkpoint(each, prevent_cse=False) for each in kinds]
+        state, more, last = lax.switch(kind, kinds, (i, j, number), state, above, end)
+        end = jnp.where(kind == EMPTY, end, j + self.tiles.key_size)
+        return (state, context + more, end), (j, last)
+
+    def of_tile_below(
+        self,
+        masked: bool | None,
+        where: tuple[Array, Array, Array],
+        state: Any,
+        above: RowAbove,
+        end: Array,
+    ) -> tuple[Any, Array, Array]:
+        """Return the state after a tile, what it adds to the context, and its last weights."""
+        i, j, number = where
+        weights_above = rows_from(above.weights, j, self.tiles.key_size)
+        if masked is None:
+            nothing = varying_like(self.none, self.operands, self.given, state)
+            return state, nothing, jnp.zeros_like(weights_above)
+        tile, logits, allowed = self.tile(masked, i, number)
+        state = self.how.passed(state, above.between(end, j))
+        weights, state = self.how.step_below(logits, allowed, state, weights_above)
+        return state, tile.weighted(weights, tile.products), weights[-1]
 
 
 def attend(tiles: Tiles, operands: Operands, given: Given) -> Array:
     """Return the context [T, V]."""
-    return Walk(tiles, operands, given)()
+    how = streamed(operands.functions.normalizer)
+    kind = Descent if isinstance(how, Carried) else Walk
+    return kind(tiles, operands, given)()

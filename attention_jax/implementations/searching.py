@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +68,10 @@ class Row(NamedTuple):
     largest: Array
     poison: Array
 
+    def relative(self, n: Array) -> Array:
+        """Return the logits of a visit less the largest of their row, [bt, bk]."""
+        return self.logits[n - self.visits[0]] - self.largest[:, None]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Search:
@@ -76,18 +81,26 @@ class Search:
     operands: Operands
     given: Given
 
-    def __call__(self) -> Found:
+    def __call__(self) -> Any:
         """Return what was found; nothing of it is differentiated through."""
         (visits,) = self.tiles.visits
         first = np.searchsorted(visits.queries, np.arange(self.length // visits.rows) * visits.rows)
         ends = np.append(first, len(visits.queries)).astype(np.int32)
-        row, depth = jnp.zeros(self.length, self.dtype), self.operands.value.shape[1]
-        context = jnp.zeros((self.length, depth), self.dtype)
-        states = self.given.states.astype(jnp.int32)
-        found = varying_like(Found(context, Level(row, row), states), self.operands, self.given)
+        found = varying_like(self.start(), self.operands, self.given)
         of_row = functools.partial(self.of_row, jnp.asarray(ends), int(max(np.diff(ends))))
         found = lax.fori_loop(0, len(first), of_row, found)
         return jax.tree.map(functools.partial(checkpoint_name, name=SAVED[1]), found)
+
+    def start(self) -> Any:
+        """Return what is known before any row is: zeros, and the states of tiles."""
+        row, depth = jnp.zeros(self.length, self.dtype), self.operands.value.shape[1]
+        context = jnp.zeros((self.length, depth), self.dtype)
+        return Found(context, Level(row, row), self.states)
+
+    @property
+    def states(self) -> Array:
+        """What tiles are before the search, [n]."""
+        return self.given.states.astype(jnp.int32)
 
     @property
     def how(self) -> Searched:
@@ -106,18 +119,20 @@ class Search:
         """The dtype to compute in."""
         return at_least_float32(self.operands.value.dtype)
 
-    def of_row(self, ends: Array, most: int, r: Array, found: Found) -> Found:
+    def of_row(self, ends: Array, most: int, r: Array, found: Any) -> Any:
         """Search a row of tiles, and write down what was found."""
         rows = self.tiles.visits[0].rows
         row = self.computed(found.states, r * rows, (ends[r], ends[r + 1]), most)
-        state, states = self.searched(row, found.states)
-        statistics = Level(self.how.level(state), row.largest + row.poison)
-        context = self.attended(row, states, statistics)
-        computed = Found(context, statistics, states)
+        computed = self.found(row, *self.searched(row, found.states))
         write = functools.partial(put, row.i)
         of_rows = (x._replace(states=None) for x in (found, computed))
         written: Any = jax.tree.map(write, *of_rows)
-        return written._replace(states=states)
+        return written._replace(states=computed.states)
+
+    def found(self, row: Row, state: Any, states: Array) -> Any:
+        """Return what was found of a row of tiles, given the last state and what tiles are."""
+        statistics = Level(self.how.level(state), row.largest + row.poison)
+        return Found(self.attended(row, states, statistics), statistics, states)
 
     def computed(self, states: Array, i: Array, visits: tuple[Array, Array], most: int) -> Row:
         """Compute the logits of a row of tiles."""
@@ -169,7 +184,7 @@ class Search:
         """Sum over the tiles of a row that matter, and update the state."""
         number, state, states = carry
         shapes = jax.eval_shape(self.how.contribution, row.logits[0], state)
-        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        sums = self.how.nothing(shapes)
         add = functools.partial(self.add, row, state)
         sums, states = lax.fori_loop(*row.visits, add, varying_like((sums, states), row, states))
         return number + 1, self.how.update(state, sums), states
@@ -182,23 +197,18 @@ class Search:
 
     def added(self, row: Row, state: Any, n: Array, carry: Any) -> Any:
         sums, states = carry
-        relative = row.logits[n - row.visits[0]] - row.largest[:, None]
+        relative = row.relative(n)
         found = self.how.contribution(relative, state)
         matters = jnp.any(self.how.matters(relative, state, found))
         states = states.at[n].set(jnp.where(matters, states[n], EMPTY))
-        return jax.tree.map(jnp.add, sums, found), states
+        return self.how.joined(sums, found), states
 
     def attended(self, row: Row, states: Array, statistics: Level) -> Array:
         """Return the context of a row of tiles."""
         zeros = jnp.zeros((len(row.largest), self.operands.value.shape[1]), self.dtype)
-        body = functools.partial(self.attend, (row, states), statistics)
+        add = functools.partial(self.more, row, statistics)
+        body = functools.partial(unless_empty, add, states)
         return lax.fori_loop(*row.visits, body, varying_like(zeros, row, statistics))
-
-    def attend(self, at: tuple[Row, Array], statistics: Level, n: Array, context: Array) -> Array:
-        """Add a tile to the context, unless it is EMPTY."""
-        row, states = at
-        more = functools.partial(self.more, row, statistics, n)
-        return lax.cond(states[n] == EMPTY, _as_is, more, context)
 
     def more(self, row: Row, statistics: Level, n: Array, context: Array) -> Array:
         tile, logits = self.tile(n, row.i, False), row.logits[n - row.visits[0]]
@@ -209,6 +219,11 @@ class Search:
 def _goes_on(how: Searched, carry: Any) -> Array:
     number, state, _ = carry
     return (number < MOST_PASSES) & ~jnp.all(how.is_done(state))
+
+
+def unless_empty(add: Callable[..., Any], states: Array, n: Array, sums: Any) -> Any:
+    """Return `add(n, sums)`, or the sums as they are where the tile of a visit is EMPTY."""
+    return lax.cond(states[n] == EMPTY, _as_is, functools.partial(add, n), sums)
 
 
 def _as_is(x: Any) -> Any:

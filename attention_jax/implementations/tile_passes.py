@@ -26,7 +26,14 @@ from attention_jax.implementations.passes import Pass, over_visits
 from attention_jax.implementations.tiles import Visits
 from attention_jax.masks import Mask
 from attention_jax.masks.intervals import indices
-from attention_jax.normalizers import Elementwise, LogSum, Streaming, name_of, streaming
+from attention_jax.normalizers import (
+    Elementwise,
+    LogSum,
+    Selection,
+    Streaming,
+    name_of,
+    streaming,
+)
 from attention_jax.scores import Separated
 from attention_jax.scores.composition import identity
 
@@ -61,7 +68,8 @@ class Given(NamedTuple):
 
     `states` says what the tiles are where only run time knows, else it is None. `captured` holds
     what the mask closes over, by the number of rows of a tile. `positions` are those of queries and
-    keys in the sequence; None where a row stands at its own number.
+    keys in the sequence; None where a row stands at its own number. `selection` says which keys are
+    kept of those that are allowed, where a normalizer keeps only some.
     """
 
     mask: Mask
@@ -71,6 +79,7 @@ class Given(NamedTuple):
     query_poison: Array
     key_poison: Array
     positions: tuple[Array, Array] | None = None
+    selection: Selection | None = None
 
     def at(self, i: Any, j: Any, rows: int, columns: int) -> tuple[Array, Array]:
         """Return the positions of the tile whose first query is i and first key j."""
@@ -163,10 +172,17 @@ class Tiles:
         if masked:
             allowed = self.allowed[rows](given.mask, q_idx, kv_idx, *given.captured[rows])
         usable = _usable(here)
+        logits = self.logits[rows](
+            usable._replace(captured={}), q_idx, kv_idx, *here.captured[rows]
+        )
+        if given.selection is not None:
+            of_rows = (rows_from(x, i, rows) for x in given.selection)
+            # Computed in one way, wherever a tile is computed again.
+            same = lax.optimization_barrier(lax.stop_gradient(logits))
+            is_kept = Selection(*of_rows).keeps(same, j + indices(self.key_size))
+            allowed = is_kept if allowed is None else allowed & is_kept
         return online.Tile(
-            logits=self.logits[rows](
-                usable._replace(captured={}), q_idx, kv_idx, *here.captured[rows]
-            ),
+            logits=logits,
             value=usable.value,
             allowed=allowed,
             keep=None if given.dropout is None else kept(given.dropout, *pair, usable.value.dtype),

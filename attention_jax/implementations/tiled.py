@@ -29,7 +29,7 @@ from attention_jax.base.finite import finite, poison
 from attention_jax.base.matmul import PLAIN, Products
 from attention_jax.base.trees import Rest, merge_floats, split_floats
 from attention_jax.base.typing import Normalizer, at_least_float32
-from attention_jax.implementations import measured, online, ordered, searching
+from attention_jax.implementations import measured, online, ordered, searching, selecting
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.merging import merge
 from attention_jax.implementations.tile_passes import (
@@ -44,7 +44,7 @@ from attention_jax.implementations.tile_passes import (
     widened,
 )
 from attention_jax.implementations.tiles import Plan, Visits
-from attention_jax.normalizers import LogSum, Ordered, Searched, streaming
+from attention_jax.normalizers import LogSum, Ordered, Searched, Selected, streaming
 from attention_jax.scores.composition import identity
 
 Array = jax.Array
@@ -62,13 +62,12 @@ def tiled(head: Head, plan: Plan, products: Products = PLAIN) -> Attended:
     if isinstance(streaming(head.normalizer), Searched | Ordered):
         return _row_by_row(head, plan, products)
     if head.statistics is not None:
-        return _measured(head, plan, products)
+        return _measured(head, plan, functools.partial(prepared, head, plan, products=products))
     return with_sink(head.normalizer, *_over_tiles(head, plan, products))
 
 
-def _measured(head: Head, plan: Plan, products: Products) -> Attended:
+def _measured(head: Head, plan: Plan, prepare: measured.Prepare) -> Attended:
     """Attend and compute statistics: those that stream along with the context, then the others."""
-    prepare = functools.partial(prepared, head, plan, products=products)
     each = measured.Measured(head, plan, prepare)
     context, of_keys, sums = each.with_context()
     attended = with_sink(head.normalizer, context, of_keys)
@@ -102,9 +101,11 @@ def _row_by_row(head: Head, plan: Plan, products: Products) -> Attended:
         dtype = at_least_float32(head.value.dtype)
         context = jnp.zeros((plan.pairs[0], head.value.shape[1]), dtype)
         return Attended(context, statistics=measured.of_no_pairs(head))
+    length, how = plan.pairs[0], streaming(head.normalizer)
+    if isinstance(how, Selected):
+        return _selected(head._replace(normalizer=how.of_kept), apart, products, how)
     operands = prepared(head, apart, apart.visits, products)
-    length = plan.pairs[0]
-    if isinstance(streaming(head.normalizer), Ordered):
+    if isinstance(how, Ordered):
         return Attended(ordered.attend(*operands)[:length])
     context, of_rows = searching.attend(*operands)
     if head.statistics is None:
@@ -113,6 +114,24 @@ def _row_by_row(head: Head, plan: Plan, products: Products) -> Attended:
     each = measured.Measured(head, plan, prepare)
     found = each.after_search(jax.tree.map(lambda x: x[:length], of_rows))
     return Attended(context[:length], statistics=found)
+
+
+def _selected(head: Head, plan: Plan, products: Products, how: Selected) -> Attended:
+    """Attend to the keys that a normalizer keeps of each row; that of the head is over these."""
+    operands = prepared(head, plan, plan.visits, products)
+    if head.statistics is None:
+        return Attended(selecting.attend(*operands, how)[: plan.pairs[0]])
+    found = selecting.search(*operands, how)
+    prepare = functools.partial(_narrowed, head, plan, found, products=products)
+    return _measured(head, plan, prepare)._replace(logsumexp=None)
+
+
+def _narrowed(
+    head: Head, plan: Plan, found: selecting.Found, visits: list[Visits], products: Products
+) -> tuple[Tiles, Operands, Given]:
+    """Return what the tiles need where only some keys of each row are kept."""
+    tiles, operands, given = prepared(head, plan, visits, products)
+    return tiles, operands, selecting.narrowed(found, given)
 
 
 def prepared(

@@ -2,21 +2,20 @@
 
 Each takes the logits and `allowed`, the mask as a boolean array, and gives exact zeros where
 nothing may be attended; a row without any allowed key is all zeros. The ones that can be
-computed tile by tile carry a rule `streaming` that says how (`Streaming`); top-k and hard attention
-need a whole row, and run under "dense" alone.
+computed tile by tile carry a rule `streaming` that says how (`Streaming`); one that needs a whole
+row runs under "dense" alone.
 """
 
 from attention_jax.normalizers.common import (
-    hard,
     log_normalizer,
     sigmoid,
     softmax,
     softmax_plus_one,
     softmax_with_sink,
     stable_logsumexp,
-    top_k,
 )
-from attention_jax.normalizers.ordered import Ordered, stick_breaking
+from attention_jax.normalizers.monotonic import hard_monotonic, monotonic
+from attention_jax.normalizers.ordered import Carried, Ordered, stick_breaking, whole_sequences
 from attention_jax.normalizers.protocol import (
     Elementwise,
     Exponential,
@@ -26,23 +25,29 @@ from attention_jax.normalizers.protocol import (
     streaming,
 )
 from attention_jax.normalizers.searched import MOST_PASSES, Level, Searched, Threshold, over_row
+from attention_jax.normalizers.selected import Selected, Selection, hard, top_k, top_p
 from attention_jax.normalizers.signed import odd_power, signed_softmax
 from attention_jax.normalizers.sparse import entmax, entmax15, sparsemax
 
 __all__ = [
     "MOST_PASSES",
+    "Carried",
     "Elementwise",
     "Exponential",
     "Level",
     "LogSum",
     "Ordered",
     "Searched",
+    "Selected",
+    "Selection",
     "Streaming",
     "Threshold",
     "entmax",
     "entmax15",
     "hard",
+    "hard_monotonic",
     "log_normalizer",
+    "monotonic",
     "name_of",
     "odd_power",
     "over_row",
@@ -56,4 +61,6 @@ __all__ = [
     "stick_breaking",
     "streaming",
     "top_k",
+    "top_p",
+    "whole_sequences",
 ]

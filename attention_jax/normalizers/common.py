@@ -1,4 +1,4 @@
-"""Normalizers that stream, and those that keep the largest logits."""
+"""Normalizers that stream in one pass: softmax and its kin, and sigmoid."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from attention_jax.base.binding import bind, rule
-from attention_jax.base.checks import at_least
 from attention_jax.base.parameters import Parameter
 from attention_jax.normalizers.protocol import Elementwise, Exponential
 
 __all__ = [
-    "hard",
     "log_normalizer",
     "sigmoid",
     "softmax",
     "softmax_plus_one",
     "softmax_with_sink",
     "stable_logsumexp",
-    "top_k",
 ]
 
 Array = jax.Array
@@ -121,49 +118,6 @@ def sigmoid(logits: Array, allowed: Array, shift: Any = 0.0) -> Array:
     """
     shown = jnp.where(allowed, logits, 0.0)  # NaN behind a mask would spoil the gradient
     return jnp.where(allowed, _shifted_sigmoid(shown, shift), 0.0)
-
-
-def top_k(logits: Array, allowed: Array, k: Any) -> Array:
-    r"""Softmax over the k largest logits of a row; of equal ones the first count as larger.
-
-    Args:
-      logits: [T, S].
-      allowed: [T, S], True = may attend.
-      k: how many keys a query attends to; a row that allows fewer takes those.
-
-    Returns:
-      Weights [T, S]; a row without allowed keys is zeros.
-
-    Raises:
-      ValueError: k is not positive.
-
-    Zhao et al. 2019, equation 4; Gupta et al. 2021.
-
-    >>> top_k(jnp.array([[1.0, 3.0, 3.0, 2.0]]), jnp.ones((1, 4), bool), k=2)
-    Array([[0. , 0.5, 0.5, 0. ]], dtype=float32)
-    """
-    at_least("top_k", 1, k=k)
-    ranked = jax.lax.stop_gradient(jnp.nan_to_num(logits, nan=jnp.finfo(logits.dtype).max))
-    order = jnp.lexsort((-ranked, ~allowed), axis=1)
-    return softmax(logits, allowed & (jnp.argsort(order, axis=1) < k))
-
-
-def hard(logits: Array, allowed: Array) -> Array:
-    r"""All weight on the largest logit, the first of equal ones; its gradient is zero.
-
-    Args:
-      logits: [T, S].
-      allowed: [T, S], True = may attend.
-
-    Returns:
-      Weights [T, S], a one in each row; a row without allowed keys is zeros.
-
-    The limit of softmax(e / t) for t to 0.
-
-    >>> hard(jnp.array([[1.0, 3.0, 3.0]]), jnp.ones((1, 3), bool))
-    Array([[0., 1., 0.]], dtype=float32)
-    """
-    return top_k(logits, allowed, 1)
 
 
 @rule(softmax, "streaming")

@@ -46,6 +46,14 @@ class Searched(Streaming):
     def start(self, largest: Array) -> Any:
         """Return the state before the first pass, arrays [T], given the largest logits [T]."""
 
+    def nothing(self, found: Any) -> Any:
+        """Return the sums over no keys, of the shapes of `found`; zeros unless `joined` differs."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+
+    def joined(self, sums: Any, found: Any) -> Any:
+        """Return the sums of a pass with what one more tile contributes; they are added up."""
+        return jax.tree.map(jnp.add, sums, found)
+
     @abc.abstractmethod
     def contribution(self, relative: Array, state: Any) -> Any:
         """Return what a tile [bt, bk] adds to the sums of a pass, arrays [bt]."""

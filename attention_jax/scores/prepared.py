@@ -22,7 +22,7 @@ from attention_jax.base.finite import finite_rows
 from attention_jax.base.typing import AnyScore, Normalizer
 from attention_jax.masks import algebra, batch_axes
 from attention_jax.masks.intervals import indices
-from attention_jax.normalizers import softmax
+from attention_jax.normalizers import softmax, whole_sequences
 from attention_jax.scores.composition import Separated, require_score, separate
 
 Array = jax.Array
@@ -92,6 +92,7 @@ def attend_prepared(
 
     Raises:
       ShapeError: query, memory and mask do not fit each other.
+      ValueError: one step with a normalizer that needs the weights of the query before.
 
     Bahdanau, Cho and Bengio 2015, equations 5 and 6.
 
@@ -101,6 +102,7 @@ def attend_prepared(
     (Array([[1.5]], dtype=float32), Array([[0.5, 0.5]], dtype=float32))
     """
     if query.ndim == 2:
+        whole_sequences("attend_prepared", normalizer)
         mask = mask[..., None, :] if isinstance(mask, Array | np.ndarray) else mask
         context, weights = attend_prepared(score, query[:, None], memory, mask, normalizer)
         return context[:, 0], weights[:, 0]

@@ -341,6 +341,18 @@ def _top_k(k):
     return of_row
 
 
+def _top_p(p):
+    def of_row(logits, allowed):
+        kept, mass, shares = [], 0.0, oracle.softmax(logits, allowed)
+        for j in sorted(np.flatnonzero(allowed), key=lambda j: (-logits[j], j)):
+            if mass < p:
+                kept.append(j)
+            mass += shares[j]
+        return oracle.softmax(logits, np.isin(np.arange(len(logits)), kept))
+
+    return of_row
+
+
 def _signed(numerator):
     def of_row(logits, allowed):
         weights = np.where(allowed, numerator(np.where(allowed, logits, 0.0)), 0.0)
@@ -379,9 +391,11 @@ NORMALIZERS: dict[str, NormalizerExample] = {
     ),
     "stick_breaking": NormalizerExample(normalizers.stick_breaking, _stick_breaking),
     "top_k": NormalizerExample(bind(normalizers.top_k, k=2), _top_k(2)),
+    "top_p": NormalizerExample(bind(normalizers.top_p, p=0.6), _top_p(0.6)),
     "hard": NormalizerExample(normalizers.hard, _top_k(1)),
 }
 NOT_NORMALIZERS = {
+    "Carried",
     "Elementwise",
     "Exponential",
     "Level",
@@ -389,13 +403,18 @@ NOT_NORMALIZERS = {
     "MOST_PASSES",
     "Ordered",
     "Searched",
+    "Selected",
+    "Selection",
     "Streaming",
     "Threshold",
+    "hard_monotonic",  # no function of one row: tests/normalizers/test_monotonic.py
     "log_normalizer",
+    "monotonic",
     "name_of",
     "over_row",
     "stable_logsumexp",
     "streaming",
+    "whole_sequences",
 }
 
 

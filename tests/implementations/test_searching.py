@@ -53,6 +53,19 @@ CASES = {
         bind(normalizers.stick_breaking),
         {"mask": masks.Causal(-1) & masks.Segment(segments(T, 0), segments(S, 1))},
     ),
+    "top_k": lambda: (
+        bind(normalizers.top_k, k=3),
+        {
+            "mask": masks.Causal(-5),
+            "dropout_rate": 0.3,
+            "dropout_key": jax.random.key(0),
+            "bias": normal(N, 1, S),
+        },
+    ),
+    "top_p": lambda: (
+        bind(normalizers.top_p, p=0.7),
+        {"mask": masks.Segment(segments(T, 0), segments(S, 1))},
+    ),
     "entmax": lambda: (
         per_head(bind(normalizers.entmax, alpha=jnp.array([1.2, 1.7]))),
         {"bias": normal(N, T, S)},
@@ -94,6 +107,8 @@ def second_derivatives(options, implementation, arrays, normalizer):
     [
         ("sparsemax", gradients),
         ("entmax15", gradients),
+        ("top_k", second_derivatives),
+        pytest.param("top_p", gradients, marks=pytest.mark.exhaustive),
         ("entmax", second_derivatives),
         pytest.param("stick_breaking", second_derivatives, marks=pytest.mark.exhaustive),
     ],
@@ -108,13 +123,56 @@ def test_values_and_derivatives_are_the_dense_ones(name, derivatives):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
+def tied_inputs():
+    """Logits of few numbers, many of them equal, and the same in whatever order they are summed."""
+    rng = np.random.default_rng(0)
+    query, key = (jnp.asarray(rng.integers(-2, 3, (2, size, 2, 3))) for size in (T, S))
+    return query.astype(float), key.astype(float), normal(2, S, 2, 3, seed=2)
+
+
 @pytest.mark.slow
-def test_statistics_and_their_gradients_are_the_dense_ones():
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        pytest.param(
+            per_head(bind(normalizers.top_k, k=np.array([4, 40]))),
+            marks=pytest.mark.exhaustive,
+        ),
+        per_head(bind(normalizers.top_p, p=np.array([0.37, 1.0]))),
+        pytest.param(normalizers.hard, marks=pytest.mark.exhaustive),
+    ],
+    ids=["top_k", "top_p", "hard"],
+)
+def test_of_equal_logits_the_same_keys_are_kept_as_in_dense(normalizer):
+    query, key, value = tied_inputs()
+    of_nobody = key.at[0, -1, 0].set(jnp.nan)
+    options = {"score": scores.dot, "mask": masks.Causal(-3)}
+    ours, theirs = (
+        jax.jit(functools.partial(gradients_of_arrays, options, implementation, normalizer))(
+            (query, of_nobody, value)
+        )
+        for implementation in ("tiled", "dense")
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+def gradients_of_arrays(options, implementation, normalizer, arrays):
+    """The context and its gradients with respect to query, key and value."""
+    of = functools.partial(
+        loss, normalizer=normalizer, implementation=implementation, options=options
+    )
+    return jax.grad(of, has_aux=True)(arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "normalizer", [normalizers.entmax15, bind(normalizers.top_k, k=5)], ids=["entmax15", "top_k"]
+)
+def test_statistics_and_their_gradients_are_the_dense_ones(normalizer):
     def loss(way, query, key, value):
         asked = {name: getattr(statistics, name) for name in ("entropy", "received_mass")}
-        found = attend(
-            query, key, value, normalizer=normalizers.entmax15, statistics=asked, **way
-        ).statistics
+        found = attend(query, key, value, normalizer=normalizer, statistics=asked, **way).statistics
         return sum(jnp.sum(jnp.sin(x)) for x in found.values()), found
 
     ways = {"implementation": "tiled", "tile_sizes": (8, 8)}, {"implementation": "dense"}

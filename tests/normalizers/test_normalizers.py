@@ -212,14 +212,34 @@ def test_top_k_attends_to_exactly_k():
         normalizers.top_k(logits, jnp.ones((2, 4), bool), k=0)
 
 
-def test_what_needs_a_whole_row_says_so_in_tiled():
+def test_top_p_keeps_the_fewest_keys_that_have_the_share():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]))
+    for p, kept in ((0.3, (1, 2)), (0.5, (2, 2)), (0.95, (4, 4)), (1.0, (4, 4))):
+        weights = normalizers.top_p(logits, jnp.ones((2, 4), bool), p=p)
+        np.testing.assert_array_equal((weights > 0).sum(axis=1), kept)
+        np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=1e-6)
+        np.testing.assert_array_equal(weights[1, : kept[1]] > 0, True)  # the first of equal ones
+    for p in (0.0, 1.5):
+        with pytest.raises(ValueError, match=rf"^top_p: p must be above 0 and at most 1, got {p}"):
+            normalizers.top_p(logits, jnp.ones((2, 4), bool), p=p)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "name"),
+    [
+        (bind(normalizers.top_k, k=2), "top_k"),
+        (bind(normalizers.top_p, p=0.5), "top_p"),
+        (normalizers.hard, "hard"),
+        (normalizers.sparsemax, "sparsemax"),
+        (normalizers.stick_breaking, "stick_breaking"),
+        (normalizers.sigmoid, "sigmoid"),
+    ],
+)
+def test_parts_without_log_sum_exp_are_refused_by_name(normalizer, name):
     x = jnp.ones((1, 4, 1, 2))
-    for name in ("top_k", "hard"):
-        assert streaming(examples.NORMALIZERS[name].normalizer) is None
-        with pytest.raises(ValueError, match=f"cannot stream {name}, which needs a whole row"):
-            attend(
-                x, x, x, normalizer=examples.NORMALIZERS[name].normalizer, implementation="tiled"
-            )
+    message = f"needs a normalizer of the softmax family; {name} has no log-sum-exp"
+    with pytest.raises(ValueError, match=message):
+        attend(x, x, x, normalizer=normalizer, return_logsumexp=True)
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax_plus_one"])
