@@ -23,6 +23,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from attention_jax.base import placement
 from attention_jax.base.trees import varying_like
 
 Array = jax.Array
@@ -103,7 +104,7 @@ def computed_once(factor: Array, sums: Array, products: Products) -> tuple[Array
     factor is made of, such as exponentials, again. On a CPU the factor is written to memory anyway.
     """
     together = functools.partial(_together, dtype=products.operands or factor.dtype)
-    return lax.platform_dependent(factor, sums, cpu=_apart, default=together)
+    return placement.on_cpu_or_not(_apart, together, factor, sums)
 
 
 def _apart(factor: Array, sums: Array) -> tuple[Array, Array]:

@@ -10,13 +10,17 @@ or for several at once.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import ShapedArray, Tracer
 from jax.dtypes import float0
 from jax.extend.backend import backends
@@ -27,7 +31,11 @@ from jax.sharding import AxisType
 Array = jax.Array
 
 
+PLATFORMS = ("cpu", "gpu", "tpu")
+
 _PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
+
+_possible = contextvars.ContextVar("_possible", default=PLATFORMS)
 
 
 class Where(NamedTuple):
@@ -69,6 +77,41 @@ def known(*arrays: Any) -> bool | None:
     return any(spread) if spread else None
 
 
+def possible() -> tuple[str, ...]:
+    """Return for which of PLATFORMS what is traced now may be lowered."""
+    return _possible.get()
+
+
+@contextlib.contextmanager
+def lowered_for(platforms: tuple[str, ...]) -> Iterator[None]:
+    """Say that what is traced within is lowered for these platforms alone, if at all.
+
+    It is not part of what JAX keeps traced functions by; so a function that is traced in two such
+    places has to be two functions.
+
+    >>> with lowered_for(("gpu", "tpu")):
+    ...     print(is_on_cpu(jnp.ones(3)))
+    False
+    """
+    token = _possible.set(platforms)
+    try:
+        yield
+    finally:
+        _possible.reset(token)
+
+
+def on_cpu_or_not(cpu: Callable[..., Any], default: Callable[..., Any], *arguments: Any) -> Any:
+    """Call one function where a program is lowered for a CPU, and another one elsewhere.
+
+    Both are traced only where either may be.
+    """
+    if possible() == ("cpu",):
+        return cpu(*arguments)
+    if "cpu" not in possible():
+        return default(*arguments)
+    return lax.platform_dependent(*arguments, cpu=cpu, default=default)
+
+
 def is_spread(near: Array) -> Array:
     """Return whether automatic axes spread the program: a constant, once it is lowered.
 
@@ -98,7 +141,11 @@ def is_spread_or_accelerated(near: Array, spread: bool | None) -> Array:
 
 def _answer(near: Array, other: bool | None, **platforms: bool | None) -> Array:
     """Return the answer of the platform that the program is lowered for; None asks `is_spread`."""
-    return _constant.bind(near, **{"cpu": other, "tpu": other, "other": other} | platforms)
+    answers = {"cpu": other, "tpu": other, "other": other} | platforms
+    found = {answers.get(platform, other) for platform in possible()}
+    if len(found) == 1 and None not in found:
+        return jnp.bool_(found.pop())
+    return _constant.bind(near, **answers)
 
 
 def _automatic(mesh: Any) -> list[Any]:

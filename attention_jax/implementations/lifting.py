@@ -119,7 +119,8 @@ class _Lifted:
         spread = placement.known(*arguments) if self.where.spread is None else self.where.spread
         alike = aligned(arguments, self.axes, self.order)
         if spread or any(sizes[letter] == 0 for letter in self.order):  # no loop could be traced
-            return self.way(self.function, {})(*alike)
+            other = None if self.elsewhere is None else self.elsewhere.function
+            return self.way(other or self.function, {})(*alike)
         free = [x for x in self.order if not _is_sharded(x, self.axes, arguments)]
         on_cpu = {letter: 1 for letter in free if letter in self.sequential}
         is_one = math.prod(sizes[letter] for letter in on_cpu) == 1
@@ -164,15 +165,21 @@ class _Lifted:
         assert self.elsewhere is not None
         other = self.elsewhere.function
         if spread is False and self.where.platform is not None:
+            on_this = functools.partial(_traced_for, (self.where.platform,))
             if self.where.platform == "cpu":
-                return self.way(self.function, on_cpu)
-            return self.way(other or self.function, groups)
-        function = jax.jit(self.function, inline=True)  # traced once for all ways
-        whole, here = self.way(function, {}), self.way(function, on_cpu)
-        if other is None and not groups:
+                return functools.partial(on_this, self.way(self.function, on_cpu))
+            return functools.partial(on_this, self.way(other or self.function, groups))
+        # Traced once for all ways that it is the function of.
+        function = jax.jit(self.function, inline=True)
+        there = function if other is None else jax.jit(other, inline=True)
+        here = self.way(function, on_cpu)
+        whole, grouped = self.way(there, {}), self.way(there, groups)
+        if other is not None:
+            here = functools.partial(_traced_for, ("cpu",), here)
+        if not groups:
             condition = functools.partial(placement.is_spread_or_accelerated, spread=spread)
-            return self.either(condition, whole, here) if on_cpu else whole
-        either = self.either(placement.is_on_cpu, here, self.way(other or function, groups))
+            return self.either(condition, whole, here) if on_cpu or other else whole
+        either = self.either(placement.is_on_cpu, here, grouped)
         return either if spread is False else self.either(placement.is_spread, whole, either)
 
     def way(self, function: Callable[..., Any], at_once: dict[str, int]) -> Callable[..., Any]:
@@ -282,6 +289,12 @@ def _with_constants(
     those = iter(rest)
     pairs = zip(arguments, given, strict=True)
     return function(*(next(those) if is_given else argument for argument, is_given in pairs))
+
+
+def _traced_for(platforms: tuple[str, ...], way: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what is lowered for these platforms alone."""
+    with placement.lowered_for(platforms):
+        return way(*arguments)
 
 
 def _either(axes: Sequence[str], order: str, ways: Any, *arguments: Any) -> Any:

@@ -46,7 +46,7 @@ def tanh_pairs(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     query, key, value = _at_least_single("tanh_pairs", query, key, value)
     if 1 in (query.shape[0], key.shape[0]):
         return _one_row(jnp.tanh, query, key, value)
-    return _tanh_pairs(query, key, value)
+    return _tanh_pairs(placement.possible(), query, key, value)
 
 
 def activation_pairs(
@@ -72,18 +72,21 @@ def activation_pairs(
     return _sum_over_features(lambda q, k, v: v * activation(q + k), (query,), (key,), (value,))
 
 
-@jax.custom_jvp
-def _tanh_pairs(query, key, value):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _tanh_pairs(platforms, query, key, value):
+    """Add the pairs up; the derivative is traced later, and for the same platforms."""
+
     def pairs(reciprocal, query, key, value):
         return _sum_over_features(
             lambda q, k, v: v * (1 - 2 * reciprocal(q, k)), (query,), (key,), (value,)
         )
 
-    return _with_reciprocal(pairs, query, key, value)
+    with placement.lowered_for(platforms):
+        return _with_reciprocal(pairs, query, key, value)
 
 
 @_tanh_pairs.defjvp
-def _tanh_pairs_jvp(primals, tangents):
+def _tanh_pairs_jvp(platforms, primals, tangents):
     """Σ_a 4 value r (1 - r) (dquery + dkey) + (1 - 2r) dvalue, which JAX can also transpose."""
 
     def tangents_of_pairs(reciprocal, query, key, value, dquery, dkey, dvalue):
@@ -96,7 +99,9 @@ def _tanh_pairs_jvp(primals, tangents):
         pairs = _sum_over_features(term, (query, dquery), (key, dkey), (-2 * dvalue,))
         return jnp.sum(dvalue) + pairs
 
-    return _tanh_pairs(*primals), _with_reciprocal(tangents_of_pairs, *primals, *tangents)
+    with placement.lowered_for(platforms):
+        change = _with_reciprocal(tangents_of_pairs, *primals, *tangents)
+    return _tanh_pairs(platforms, *primals), change
 
 
 def _with_reciprocal(pairs, query, key, *rest):
@@ -158,7 +163,7 @@ def _sum_over_features(term, queries, keys, weights):
     """
     one_by_one = functools.partial(_scanned, term, 1)
     together = functools.partial(_scanned, term, TOGETHER)
-    return lax.platform_dependent(queries, keys, weights, cpu=one_by_one, default=together)
+    return placement.on_cpu_or_not(one_by_one, together, queries, keys, weights)
 
 
 def _scanned(term, unroll, queries, keys, weights):

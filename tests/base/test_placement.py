@@ -1,11 +1,13 @@
 """Whether a program is spread over devices: from meshes, or from where it is lowered."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Var
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from attention_jax.base import placement
@@ -85,3 +87,31 @@ def test_a_context_that_is_not_known_counts_as_spread():
 def test_the_condition_can_be_mapped_and_derived():
     function = lambda x: jnp.where(placement.is_spread(x), 0.0, x)  # noqa: E731
     assert np.array_equal(jax.vmap(jax.grad(function))(jnp.arange(3.0)), np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("platforms", "answers"),
+    [(("cpu",), [True, False]), (("gpu",), [False, False]), (("gpu", "tpu"), [False, None])],
+)
+def test_what_is_traced_for_some_platforms_has_only_the_answers_that_are_left(platforms, answers):
+    with placement.lowered_for(platforms):
+        jaxpr = jax.make_jaxpr(lambda x: [placement.is_on_cpu(x), placement.is_on_tpu(x)])(1.0)
+    asked = [x if isinstance(x, Var) else None for x in jaxpr.jaxpr.outvars]
+    known = [bool(x.val) for x, a in zip(jaxpr.jaxpr.outvars, asked, strict=True) if a is None]
+    assert known == [x for x in answers if x is not None]
+    assert placement.possible() == placement.PLATFORMS
+
+
+@pytest.mark.parametrize("platforms", [("cpu",), ("gpu", "tpu"), placement.PLATFORMS])
+def test_a_function_for_other_platforms_is_not_traced(platforms):
+    traced = []
+
+    def noted(name, x):
+        traced.append(name)
+        return x
+
+    with placement.lowered_for(platforms):
+        ways = (functools.partial(noted, name) for name in ("cpu", "default"))
+        jax.make_jaxpr(functools.partial(placement.on_cpu_or_not, *ways))(1.0)
+    expected = {("cpu",): {"cpu"}, ("gpu", "tpu"): {"default"}}
+    assert set(traced) == expected.get(platforms, {"cpu", "default"})

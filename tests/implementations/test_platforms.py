@@ -8,6 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from attention_jax import attend, bind, explain, masks, scores
 from attention_jax.base.placement import Where
@@ -174,3 +175,18 @@ def test_cudnn_is_left_to_the_platform_that_a_program_is_lowered_for(monkeypatch
     }
     expected = attend(x, x, x, implementation="dense")
     np.testing.assert_allclose(jax.jit(attend)(x, x, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_that_fit_at_once_are_traced_in_two_ways():
+    x = jax.ShapeDtypeStruct((1, 2048, 8, 64), jnp.float32)
+    (chosen,) = equations_named("cond", jax.make_jaxpr(tiled())(x, x, x).jaxpr, depth=2)
+    assert len(chosen.params["branches"]) == 2
+
+
+def equations_named(name, jaxpr, depth):
+    """Return the equations of a primitive, within so many levels of others."""
+    found = [equation for equation in jaxpr.eqns if equation.primitive.name == name]
+    if found or not depth:
+        return found
+    inner = [x for e in jaxpr.eqns for x in jaxprs_in_params(e.params)]
+    return [equation for each in inner for equation in equations_named(name, each, depth - 1)]

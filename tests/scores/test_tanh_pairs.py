@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from attention_jax.base import placement
 from attention_jax.scores.tanh_pairs import activation_pairs, tanh_pairs
 
 compiled_pairs = jax.jit(tanh_pairs)
@@ -261,3 +262,13 @@ def test_memory_is_that_of_a_few_score_matrices(pairs):
     assert temporary_bytes(lambda *x: jax.jvp(pairs, x, x)[1], *inputs) <= 3 * matrix
     assert temporary_bytes(gradient, *inputs) <= 8 * matrix
     assert temporary_bytes(lambda *x: jax.jvp(gradient, x, x)[1], *inputs) <= 16 * matrix
+
+
+@pytest.mark.parametrize("pairs", [tanh_pairs, lambda *x: activation_pairs(*x, jax.nn.gelu)])
+def test_derivatives_are_traced_for_the_platforms_of_the_scores(pairs):
+    with placement.lowered_for(("cpu",)):
+        both = jax.make_jaxpr(jax.grad(lambda *x: jnp.sum(jnp.sin(pairs(*x))), (0, 1, 2)))
+        text = str(both(*tokens(8, 9, 4)))
+    assert "scan" in text
+    assert "platform_index" not in text
+    assert "constant_of_placement" not in text
