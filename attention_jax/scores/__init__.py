@@ -31,9 +31,11 @@ from attention_jax.scores.formulas import (
     trilinear,
 )
 from attention_jax.scores.networks import additive, concat, normalized_additive
+from attention_jax.scores.sines import TanhBySines
 
 __all__ = [
     "Separated",
+    "TanhBySines",
     "additive",
     "bilinear",
     "concat",

@@ -12,7 +12,16 @@ from jax.tree_util import Partial
 
 from attention_jax.base import checks
 from attention_jax.base.binding import as_pytree, bind, rule, taken_apart
-from attention_jax.scores.composition import Separated, finished, identity, project_rows, unit_rows
+from attention_jax.scores.composition import (
+    Separated,
+    finished,
+    identity,
+    project_rows,
+    separate,
+    unit_rows,
+)
+from attention_jax.scores.formulas import dot
+from attention_jax.scores.sines import TanhBySines
 from attention_jax.scores.tanh_pairs import activation_pairs, tanh_pairs
 
 Array = jax.Array
@@ -42,6 +51,7 @@ def additive(
       value: v, [A].
       bias: b, [A].
       activation: f, elementwise, before the sum over features; None leaves them as they are.
+        `TanhBySines` approximates tanh, by products of matrices alone.
       after_sum: g, elementwise, after it; None leaves the sum as it is.
 
     Returns:
@@ -176,6 +186,11 @@ def _separate_additive(
     after_sum: Any = None,
 ) -> Separated:
     last = identity if after_sum is None else as_pytree(after_sum)
+    if isinstance(activation, TanhBySines):
+        sines = {"sines": activation}
+        of_query = bind(_sines_of_queries, weight=query_weight, value=value, **sines)
+        of_key = bind(_sines_of_keys, weight=key_weight, bias=bias, **sines)
+        return Separated(of_query, of_key, separate(dot).pairs, last)
     if activation is None:  # v^T W_q q_i + v^T (W_k k_j + b), a number for each row
         query_weight, key_weight = query_weight @ value[:, None], key_weight @ value[:, None]
         pairs, bias = bind(_sums), (bias @ value)[None]
@@ -219,6 +234,14 @@ def _separate_concat(
         ),
         identity,
     )
+
+
+def _sines_of_queries(query: Array, weight: Array, value: Array, sines: TanhBySines) -> Array:
+    return sines.of_queries(project_rows(query, weight), value)
+
+
+def _sines_of_keys(key: Array, weight: Array, bias: Array, sines: TanhBySines) -> Array:
+    return sines.of_keys(project_rows(key, weight, bias))
 
 
 def _sums(query: Array, key: Array) -> Array:

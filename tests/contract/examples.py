@@ -170,7 +170,8 @@ _SCORES: dict[str, Callable[..., ScoreExample]] = {
     ),
 }
 SCORES = sorted(_SCORES)
-NOT_SCORES = {"Separated", "location", "positional"}  # location is no function of rows alone
+# Location is no function of rows alone, and what approximates tanh is none of queries and keys.
+NOT_SCORES = {"Separated", "TanhBySines", "location", "positional"}
 DIFFERENT_DEPTHS = {
     "additive",
     "bilinear",

@@ -26,6 +26,7 @@ STEP = 1e-6
 NOT_LEARNED = {"activation", "after_sum", "q_idx", "kv_idx"}
 BUILT_FROM_SCORES = {
     "Separated",
+    "TanhBySines",
     "positional",
     "projected",
     "row_normalized",
