@@ -35,6 +35,7 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 
 _PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
 
+_possible: contextvars.ContextVar[tuple[str, ...]]
 _possible = contextvars.ContextVar("_possible", default=PLATFORMS)
 
 
