@@ -225,7 +225,8 @@ def _attended(request: Request, where: Where, dtype: Any = None) -> Attended:
         of_plan = functools.partial(tiled, products=request.products)
         of_head, other, plan = _tiled(request, where, of_plan)
         other = other and functools.partial(one_head, other)
-        sequential, elsewhere = "BKG", choice.elsewhere(other, plan, given["mask"].axes)
+        axes = given["mask"].axes
+        sequential, elsewhere = "BKG", choice.elsewhere(other, plan, axes, where.platform)
     elif name == "pallas":
         plan = choice.plan_for(request, name=name)
         of_head = functools.partial(

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from attention_jax.head_maps import NO_HALO
-from attention_jax.implementations import cudnn, mixed_choice
+from attention_jax.implementations import cudnn, machine, mixed_choice
 from attention_jax.implementations.lifting import Elsewhere
-from attention_jax.implementations.tiles import TOGETHER_PAIRS, Plan, make_plan
+from attention_jax.implementations.tiles import Plan, make_plan, pairs_together
 from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
 from attention_jax.normalizers import Elementwise, LogSum, Ordered, Searched
@@ -39,14 +39,6 @@ KERNEL_TILES = {"tpu": (512, 512), "gpu": (64, 64), "cpu": (128, 128)}
 
 MIXED_PAIRS = {"cpu": 2**18, "default": 2**21}
 """Where maps mix heads, a tile of all of them has at most so many pairs."""
-
-PAIRS_AT_ONCE = 2**23
-"""On accelerators heads are vectorised until their tiles have this many pairs: 32 MiB of logits,
-which fit in the vector memory of a TPU, and in the level-2 cache of a GPU, with what else is
-needed."""
-
-VECTOR_MEMORY = 2**27
-"""Bytes of the vector memory of a TPU v5e or v6e. What fits there takes none of the device."""
 
 VISIT_PAIRS = 95_000
 """The cost of visiting a tile beyond that of its pairs, in pairs (fitted on a 2-core CPU)."""
@@ -241,7 +233,7 @@ def _cheapest_plan(
     chosen, least, certain = None, math.inf, 0
     for tile in sorted(tiles, key=math.prod, reverse=True):
         # No plan visits fewer pairs than those of FULL tiles, nor more of them at a visit.
-        together = max(math.prod(tile), TOGETHER_PAIRS.get(platform, 0))
+        together = max(math.prod(tile), pairs_together(platform))
         if certain * (1 + VISIT_PAIRS / together) >= least:
             continue
         if certain > MOST_TILES * math.prod(tile):
@@ -338,7 +330,7 @@ def _at_once(name: str, request: Request, plan: Plan, platform: str) -> int:
     _, mask_axes = batch_axes.of_mask("attend", request.mask, request.sizes)
     axes = [letters.replace("N", "KG") for letters in mask_axes]
     order = "BKG" if request.groups > 1 else "BK"
-    groups = elsewhere(None, plan, axes).at_once(sizes, order, order)
+    groups = elsewhere(None, plan, axes, platform).at_once(sizes, order, order)
     return math.prod(groups.get(letter, sizes[letter]) for letter in order)
 
 
@@ -364,7 +356,7 @@ def _bytes(name: str, request: Request, plan: Plan, at_once: int, platform: str)
     rows = heads * length * computed * (3 + 2 * (len(plan.visits) > 1))
     arrays = request.query, request.key, request.value
     copies = sum(x.size * x.dtype.itemsize for x in arrays) if at_once < heads else 0
-    fits = platform == "tpu" and tiles + sums <= VECTOR_MEMORY
+    fits = platform == "tpu" and tiles + sums <= machine.vector_memory()
     return rows + copies + (0 if fits else tiles + sums)
 
 
@@ -373,13 +365,20 @@ def sequential_axes(mask_axes: list[str]) -> str:
     return "BKG" if jax.default_backend() == "cpu" else _differing(mask_axes)
 
 
-def elsewhere(function: Callable[..., Any] | None, plan: Plan, mask_axes: list[str]) -> Elsewhere:
-    """Return how heads are mapped where the program is not lowered for a CPU.
+def elsewhere(
+    function: Callable[..., Any] | None,
+    plan: Plan,
+    mask_axes: list[str],
+    platform: str | None = None,
+) -> Elsewhere:
+    """Return how heads are mapped on a platform that is no CPU; None stands for any of them.
 
     Axes along which a mask known only at run time differs are looped over, so that a skipped tile
     is really skipped; of the others, as many heads are vectorised as fit.
     """
-    most = PAIRS_AT_ONCE // (plan.heads * plan.largest_visit * plan.tile[1])
+    platforms = [platform] if platform else ["gpu", "tpu"]
+    pairs = plan.heads * plan.largest_visit * plan.tile[1]
+    most = min(map(machine.pairs_at_once, platforms)) // pairs
     return Elsewhere(function, _differing(mask_axes), max(1, most))
 
 

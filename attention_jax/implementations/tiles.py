@@ -16,12 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.implementations import machine
 from attention_jax.implementations.covering import cover, live_runs, states_at
 from attention_jax.implementations.progressions import computed
 from attention_jax.masks import FULL, PARTIAL, Lengths, Mask
-
-TOGETHER_PAIRS = {"cpu": 2**19}
-"""Tiles that are visited together have about this many pairs."""
 
 LARGE_PAIRS = 2**18
 """Tiles of this many pairs or more are joined only with those below them of the same keys."""
@@ -124,7 +122,7 @@ class Plan:
         pairs = self.heads * self.tile[0] * self.tile[1]
         rows = -(-self.pairs[0] // self.tile[0])
         many = min(
-            TOGETHER_PAIRS.get(self.platform or jax.default_backend(), 0) / pairs,
+            pairs_together(self.platform or jax.default_backend()) / pairs,
             rows,
             MOST_TOGETHER,
         )
@@ -139,6 +137,11 @@ class Plan:
     def largest_visit(self) -> int:
         """How many queries are visited at once at most."""
         return max((visits.height for visits in self.visits), default=self.tile[0])
+
+
+def pairs_together(platform: str) -> int:
+    """Return about how many pairs tiles have that are visited together; 0 if none are."""
+    return machine.pairs_of_cpu() if platform == "cpu" else 0
 
 
 def make_plan(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax import attend, bind, masks, scores
-from experiments.benchmark.measure import Program
+from experiments.benchmark.measure import Program, milliseconds, take_turns
 
 Array = jax.Array
 
@@ -57,6 +57,46 @@ def jax_nn(shape: Shape, backward: bool = False, **options: Any) -> Program:
     """`jax.nn.dot_product_attention`."""
     function = functools.partial(jax.nn.dot_product_attention, **options)
     return _program(function, shape, backward)
+
+
+PRODUCT_SHAPES = ((256, 512), (512, 512), (1024, 512), (1024, 1024), (2048, 512), (2048, 2048))
+"""Queries and keys of a tile, of which the fastest is the limit of attention in tiles."""
+
+
+def products_alone(shape: Shape) -> Program:
+    """The products of attention and nothing else, in tiles of the shape that is fastest here.
+
+    Each tile of q k^T is multiplied by its values; there is no softmax, and nothing is added up.
+    """
+    tiles = [(min(rows, shape.length), min(keys, shape.length)) for rows, keys in PRODUCT_SHAPES]
+    programs = {
+        tile: Program(functools.partial(_products, tile=tile), inputs(shape))
+        for tile in dict.fromkeys(tiles)
+    }
+    costs = take_turns({tile: milliseconds(each) for tile, each in programs.items()}, repeats=3)
+    return programs[min(costs, key=lambda tile: min(cost.cpu for cost in costs[tile]))]
+
+
+def _products(query: Array, key: Array, value: Array, tile: tuple[int, int]) -> Array:
+    heads = (jnp.moveaxis(x[0], 1, 0) for x in (query, key, value))
+    return jax.lax.map(functools.partial(_products_of_head, tile), tuple(heads))
+
+
+def _products_of_head(tile: tuple[int, int], arrays: tuple[Array, Array, Array]) -> Array:
+    grid = [np.arange(0, len(x), size, dtype=np.int32) for x, size in zip(arrays, tile, strict=False)]
+    places = np.stack(np.meshgrid(*grid, indexing="ij"), axis=-1).reshape(-1, 2)
+    visit = functools.partial(_products_of_tile, arrays, tile)
+    return jax.lax.scan(visit, jnp.zeros_like(arrays[2]), jnp.asarray(places))[0]
+
+
+def _products_of_tile(
+    arrays: tuple[Array, Array, Array], tile: tuple[int, int], context: Array, place: Array
+) -> tuple[Array, None]:
+    query, key, value = arrays
+    rows = jax.lax.dynamic_slice_in_dim(query, place[0], tile[0])
+    keys, values = (jax.lax.dynamic_slice_in_dim(x, place[1], tile[1]) for x in (key, value))
+    product = (rows @ keys.T) @ values
+    return jax.lax.dynamic_update_slice_in_dim(context, product, place[0], 0), None
 
 
 def packed(shape: Shape, document: int) -> Program:

@@ -50,15 +50,20 @@ def attention_groups(scale: int) -> Iterator[Group]:
     window = causal & masks.Window(256 // scale, 0)
     for backward, name, faster in ((False, "forward", 3.5), (True, "forward + backward", 2.3)):
         case = f"S={short} full, {name}"
+        alone = (
+            {} if backward else {"products alone": lambda: programs.products_alone(Shape(short))}
+        )
         yield Group(
             "ms",
-            {
+            alone
+            | {
                 "attend": lambda backward=backward: programs.ours(Shape(short), backward),
                 "jax.nn": lambda backward=backward: programs.jax_nn(Shape(short), backward),
             }
             | _torch("PyTorch", lambda b=backward: programs.torch_dot(Shape(short), b)),
             [
                 Comparison(case, "attend", "jax.nn", faster),
+                *[Comparison(case, "attend", name, 0.85) for name in alone],
                 *_against_torch(Comparison(case, "attend", "PyTorch", 0.9)),
             ],
         )

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from attention_jax import masks
-from experiments.benchmark import accelerators, command_line, compilers, measure, patterns
+from experiments.benchmark import accelerators, command_line, compilers, measure, patterns, programs
 from experiments.benchmark.patterns import Point
 from experiments.benchmark.run import run
 
@@ -27,6 +27,14 @@ def test_allowed_pairs_are_counted():
     for mask in (masks.Causal(), masks.Window(3, 1), np.arange(49).reshape(7, 7) % 3 == 0):
         counted = masks.as_mask(mask).to_dense(7).mean()
         assert patterns.allowed_share(mask, 7) == pytest.approx(float(counted))
+
+
+def test_the_products_alone_are_those_of_attention():
+    shape = programs.Shape(8, heads=2, depth=4)
+    program = programs.products_alone(shape)
+    query, key, value = programs.inputs(shape)
+    expected = jnp.einsum("btnh,bsnh,bsnv->nbtv", query, key, value)[:, 0]
+    np.testing.assert_allclose(jax.jit(program.function)(*program.arguments), expected, rtol=1e-4)
 
 
 @pytest.mark.slow
