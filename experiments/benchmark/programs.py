@@ -83,7 +83,9 @@ def _products(query: Array, key: Array, value: Array, tile: tuple[int, int]) -> 
 
 
 def _products_of_head(tile: tuple[int, int], arrays: tuple[Array, Array, Array]) -> Array:
-    grid = [np.arange(0, len(x), size, dtype=np.int32) for x, size in zip(arrays, tile, strict=False)]
+    grid = [
+        np.arange(0, len(x), size, dtype=np.int32) for x, size in zip(arrays, tile, strict=False)
+    ]
     places = np.stack(np.meshgrid(*grid, indexing="ij"), axis=-1).reshape(-1, 2)
     visit = functools.partial(_products_of_tile, arrays, tile)
     return jax.lax.scan(visit, jnp.zeros_like(arrays[2]), jnp.asarray(places))[0]
