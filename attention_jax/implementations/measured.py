@@ -33,14 +33,16 @@ from attention_jax.implementations.tile_passes import (
 from attention_jax.implementations.tile_statistics import (
     Asked,
     MeasuredForward,
+    MeasuredTangent,
     Measures,
-    MovedTangent,
+    changes_with_base,
     given_pairs,
     merged,
     rescaled,
 )
 from attention_jax.implementations.tiles import Plan, Visits
 from attention_jax.masks import FULL
+from attention_jax.normalizers import LogSum
 from attention_jax.statistics import Pairs, Statistic
 
 Array = jax.Array
@@ -162,14 +164,14 @@ def _with_context_jvp(how: tuple[Tiles, Measures], primals: Any, tangents: Any) 
     operands = merge_floats(floats, rest)
     change, moves = tangents_of(tangents[0], rest)
     change = widened(change)
-    base = online.finite_or_zero(logsumexp)
+    base, normalizer = online.finite_or_zero(logsumexp), one_pass(operands.functions.normalizer)
     both = operands, change
-    changes = online.changes(
-        one_pass(operands.functions.normalizer),
-        *Tangent(tiles, both, given, base, moves)(),
-        context,
-    )
-    moved = MovedTangent(tiles, both, given, base, moves, changes[1], measures, asked, sums)()
+    tangent = MeasuredTangent(tiles, both, given, base, moves, measures, asked, sums)
+    log_change, context_change, moved = tangent()
+    changes = online.changes(normalizer, log_change, context_change, context)
+    if isinstance(normalizer, LogSum):
+        with_base = changes_with_base(asked.statistics, sums, changes[1])
+        moved = jax.tree.map(jnp.add, moved, with_base)
     return (context, logsumexp, sums), (*changes, _with_integers(moved, sums))
 
 
@@ -219,8 +221,20 @@ class Final(Pass):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FinalTangent(MovedTangent):
-    """The tangents of what `Final` returns."""
+class FinalTangent(Tangent):
+    """The tangents of what `Final` returns, linear in those of the operands and of `base`."""
+
+    base_change: Any
+    measures: Measures
+    asked: Asked
+    merged: Any
+    queries: int
+
+    def __call__(self) -> list[Array]:  # type: ignore[override]
+        """Return the tangents of the floating-point sums, in their order."""
+        sums = [jnp.zeros_like(x) for x in split_floats(self.merged)[0]]
+        sums = varying_like(sums, self.base)
+        return over_visits(self, self.tiles.visits, self.given.states, sums)
 
     def read(self, sums: Any, i: Any, rows: int) -> Any:
         both = self.base, self.base_change
@@ -229,13 +243,25 @@ class FinalTangent(MovedTangent):
     def of_tile(  # type: ignore[override]
         self, masked: bool, here: Operands, change: Operands, rows: Any, i: Any, j: Any
     ) -> Any:
-        merged = self.part(here, i, j)
-        return j, super().of_tile(masked, here, change, (*rows, merged), i, j)
+        floats, rest = split_floats(widened(here))
+        base, base_change = rows
+        primal, direction = (
+            [x for x, moves in zip(leaves, self.moves, strict=True) if moves]
+            for leaves in (floats, split_floats(change)[0])
+        )
+        measure = functools.partial(self.measure, (floats, rest), (masked, i, j))
+        return j, jax.jvp(measure, (primal, base), (direction, base_change))[1]
+
+    def measure(self, here: Any, where: Any, moving: Any, base: Any) -> list[Array]:
+        """Return what a tile adds, as a function of what moves, with the merged sums held fixed."""
+        operands, (_, i, j) = self.moved(here, moving), where
+        pairs = given_pairs(self.tiles, operands, self.given, base, where, self.queries)
+        return self.measures.moving(self.asked, pairs, self.part(operands, i, j))
 
     def of_empty_tile(  # type: ignore[override]
         self, here: Operands, change: Operands, rows: Any, i: Any, j: Any
     ) -> Any:
-        return j, super().of_empty_tile(here, change, (*rows, self.part(here, i, j)))
+        return j, [jnp.zeros_like(x) for x in split_floats(self.part(here, i, j))[0]]
 
     def part(self, here: Operands, i: Any, j: Any) -> Any:
         """Return the merged sums of the queries, or of the keys, of a tile."""

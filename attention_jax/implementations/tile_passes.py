@@ -263,23 +263,44 @@ class Tangent(Pass):
     def of_tile(
         self, masked: bool, here: Operands, change: Operands, base: Any, i: Any, j: Any
     ) -> tuple[Array, Array]:
+        weigh = functools.partial(self.weigh, where=(base, i, j), masked=masked)
+        return self.summed(here, change, *self.along(weigh, here, change))
+
+    def along(
+        self, weigh: Callable[..., tuple[Any, Any]], here: Operands, change: Operands
+    ) -> tuple[Any, Any, Any]:
+        """Return what `weigh` makes of a tile, how that changes along the tangents, and the tile.
+
+        No change, None, where at most the values move.
+        """
         floats, rest = split_floats(widened(here))
-        weigh = functools.partial(self.weigh, (floats, rest), (base, i, j), masked)
         primal, direction = (
             [x for x, moves in zip(leaves, self.moves, strict=True) if moves]
             for leaves in (floats, split_floats(change)[0])
         )
-        value_moves = merge_floats(self.moves, rest).value
-        total, context = self.zeros(base)
+        weigh = functools.partial(weigh, (floats, rest))
+        if sum(self.moves) > merge_floats(self.moves, rest).value:
+            return tangent_of_tile(weigh, primal, direction, True)
+        weighed, tile = weigh(primal)
+        return weighed, None, tile
+
+    def summed(
+        self,
+        here: Operands,
+        change: Operands,
+        weights: Array,
+        weights_change: Array | None,
+        tile: online.Tile,
+    ) -> tuple[Array, Array]:
+        """Return what a tile adds to both sums."""
         products = self.tiles.products.of_derivatives
-        if sum(self.moves) > value_moves:
-            weights, weights_change, tile = tangent_of_tile(weigh, primal, direction, True)
+        if weights_change is None:
+            total, context = self.zeros(weights[:, 0])
+        else:
             how = streamed(here.functions.normalizer)
             total = jnp.sum(online.magnitude_change(how, weights, weights_change), axis=1)
             context = tile.weighted(weights_change, products)
-        else:
-            weights, tile = weigh(primal)
-        if value_moves:
+        if merge_floats(self.moves, split_floats(change)[1]).value:
             value_change = jnp.where(jnp.isfinite(here.value), change.value, 0.0)
             context = context + times(tile.used(weights), value_change, products)
         return total, context
@@ -287,19 +308,23 @@ class Tangent(Pass):
     def weigh(
         self,
         here: tuple[list[Array], Rest],
+        moving: list[Array],
         where: tuple[Any, Any, Any],
         masked: bool,
-        moving: list[Array],
     ) -> tuple[Array, online.Tile]:
         """Return the weights of a tile and the tile, as a function of what moves."""
-        floats, rest = here
         base, i, j = where
-        those = iter(moving)
-        leaves = [next(those) if m else x for x, m in zip(floats, self.moves, strict=True)]
-        operands = merge_floats(leaves, rest)
+        operands = self.moved(here, moving)
         tile = self.tiles.compute(operands, self.given, i, j, masked)
         how = streamed(operands.functions.normalizer)
         return online.weights_given(how, tile, base), tile
+
+    def moved(self, here: tuple[list[Array], Rest], moving: list[Array]) -> Operands:
+        """Return the operands of a tile, with those that move."""
+        floats, rest = here
+        those = iter(moving)
+        leaves = [next(those) if m else x for x, m in zip(floats, self.moves, strict=True)]
+        return merge_floats(leaves, rest)
 
     def of_empty_tile(
         self, here: Operands, change: Operands, base: Any, *where: Any

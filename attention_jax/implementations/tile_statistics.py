@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.trees import hoisted, merge_floats, split_floats, varying_like
+from attention_jax.base.trees import hoisted, split_floats, varying_like
 from attention_jax.implementations import online
 from attention_jax.implementations.passes import over_visits
 from attention_jax.implementations.tile_passes import (
@@ -29,7 +29,6 @@ from attention_jax.implementations.tile_passes import (
     one_pass,
     rows_from,
     streamed,
-    widened,
 )
 from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import LogSum, Streaming
@@ -156,56 +155,68 @@ class MeasuredForward(Forward):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MovedTangent(Tangent):
-    """Sum over tiles the tangents of what they add to statistics, linear in the tangents.
+class MeasuredTangent(Tangent):
+    """Sum what `Tangent` does, and the tangents of what tiles add to statistics.
 
-    Those of the operands and of `base`, the log-sum-exp; with the merged sums held fixed.
+    Both with the log-sum-exp held fixed, and the latter with the `merged` sums held fixed too, so
+    that a tile is computed once for all of them.
     """
 
-    base_change: Any
     measures: Measures
     asked: Asked
     merged: Any
-    queries: int | None = None
 
-    def __call__(self) -> list[Array]:  # type: ignore[override]
-        """Return the tangents of the floating-point sums, in their order."""
-        sums = [jnp.zeros_like(x) for x in split_floats(self.merged)[0]]
-        sums = varying_like(sums, self.base)
+    def __call__(self) -> tuple[Array, Array, list[Array]]:  # type: ignore[override]
+        """Return both sums, and the tangents of the floating-point sums of statistics."""
+        moved = [jnp.zeros_like(x) for x in split_floats(self.merged)[0]]
+        sums = *self.zeros(self.base), varying_like(moved, self.base)
         return over_visits(self, self.tiles.visits, self.given.states, sums)
 
     def read(self, sums: Any, i: Any, rows: int) -> Any:
-        return jax.tree.map(
-            functools.partial(rows_from, start=i, size=rows),
-            (self.base, self.base_change, self.merged),
-        )
+        both = self.base, self.merged
+        return jax.tree.map(functools.partial(rows_from, start=i, size=rows), both)
 
     def of_tile(  # type: ignore[override]
         self, masked: bool, here: Operands, change: Operands, rows: Any, i: Any, j: Any
-    ) -> list[Array]:
-        base, base_change, merged = rows
-        floats, rest = split_floats(widened(here))
-        primal, direction = (
-            [x for x, moves in zip(leaves, self.moves, strict=True) if moves]
-            for leaves in (floats, split_floats(change)[0])
-        )
-        measure = functools.partial(self.measure, (floats, rest), (masked, i, j), merged)
-        return jax.jvp(measure, (primal, base), (direction, base_change))[1]
+    ) -> tuple[Array, Array, list[Array]]:
+        base, merged = rows
+        measure = functools.partial(self.measure, merged=merged, where=(base, i, j), masked=masked)
+        (weights, _), changed, tile = self.along(measure, here, change)
+        weights_change, moved = changed or (None, self.zeros_of(merged))
+        return *self.summed(here, change, weights, weights_change, tile), moved
 
-    def measure(self, here: Any, where: Any, merged: Any, moving: Any, base: Any) -> list[Array]:
-        """Return what a tile adds, as a function of what moves."""
-        floats, rest = here
-        masked, i, j = where
-        those = iter(moving)
-        leaves = [next(those) if m else x for x, m in zip(floats, self.moves, strict=True)]
-        operands = merge_floats(leaves, rest)
-        pairs = given_pairs(self.tiles, operands, self.given, base, (masked, i, j), self.queries)
-        return self.measures.moving(self.asked, pairs, merged)
+    def measure(
+        self, here: Any, moving: Any, merged: Any, where: Any, masked: bool
+    ) -> tuple[tuple[Array, list[Array]], online.Tile]:
+        """Return weights and what they add, and the tile, as a function of what moves."""
+        weights, tile = self.weigh(here, moving, where, masked)
+        base, i, j = where
+        how = streamed(self.moved(here, moving).functions.normalizer)
+        at = self.given.at(i, j, len(weights), self.tiles.key_size)
+        pairs = _pairs(tile, (weights, _log_weights(how, tile, weights, base)), at)
+        return (weights, self.measures.moving(self.asked, pairs, merged)), tile
 
     def of_empty_tile(  # type: ignore[override]
         self, here: Operands, change: Operands, rows: Any, *where: Any
-    ) -> list[Array]:
-        return [jnp.zeros_like(x) for x in split_floats(rows[2])[0]]
+    ) -> tuple[Array, Array, list[Array]]:
+        base, merged = rows
+        return *self.zeros(base), self.zeros_of(merged)
+
+    def zeros_of(self, merged: Any) -> list[Array]:
+        """Return no change of the floating-point sums."""
+        return [jnp.zeros_like(x) for x in split_floats(merged)[0]]
+
+
+def changes_with_base(statistics: dict[str, Statistic], sums: Any, change: Array) -> list[Array]:
+    """Return the tangents of the floating-point sums when the log-sum-exp changes.
+
+    All weights of a row are multiples of exp(-L), and what a factor does to sums a statistic says.
+    """
+
+    def of_factor(log_factor: Array) -> list[Array]:
+        return split_floats(rescaled(statistics, sums, log_factor))[0]
+
+    return jax.jvp(of_factor, (jnp.zeros_like(change),), (-change,))[1]
 
 
 def given_pairs(
@@ -258,15 +269,21 @@ def _so_far(how: online.OnePass, tile: online.Tile, maximum: Array) -> tuple[Arr
 
 def _given(how: Streaming, tile: online.Tile, base: Any) -> tuple[Array, Array]:
     """Return the final weights of a tile, and their logarithms."""
-    logits = _poisoned(tile)
-    weights = how.weight(logits, base)
-    if isinstance(how, LogSum):
-        log_weights = how.exponent(logits) - base[:, None]
-    else:
-        log_weights = jnp.log(jnp.where(weights != 0, jnp.abs(weights), 1.0))
+    tile = tile._replace(logits=_poisoned(tile))
+    weights = how.weight(tile.logits, base)
+    if tile.allowed is not None:
+        weights = jnp.where(tile.allowed, weights, 0.0)
+    return weights, _log_weights(how, tile, weights, base)
+
+
+def _log_weights(how: Streaming, tile: online.Tile, weights: Array, base: Any) -> Array:
+    """Return the logarithms of the weights of a tile, zero where none may attend."""
+    if not isinstance(how, LogSum):
+        return jnp.log(jnp.where(weights != 0, jnp.abs(weights), 1.0))
     if tile.allowed is None:
-        return weights, log_weights
-    return jnp.where(tile.allowed, weights, 0.0), jnp.where(tile.allowed, log_weights, 0.0)
+        return how.exponent(tile.logits) - base[:, None]
+    logits = jnp.where(tile.allowed, tile.logits, 0.0)
+    return jnp.where(tile.allowed, how.exponent(logits) - base[:, None], 0.0)
 
 
 def _poisoned(tile: online.Tile) -> Array:
