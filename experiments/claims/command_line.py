@@ -39,7 +39,9 @@ class Options:
     claims: tuple[int, ...] = _flag((), "numbers of claims, as in 39,43; all unless given")
     setting: str = _flag("quick", "tiny (seconds), quick (minutes) or full (for papers)")
     workdir: str = _flag("runs/claims", "folder of results and of what was measured before")
-    out: str = _flag("", "a file NAME.md for the table; the data go into NAME.json beside it")
+    out: str = _flag(
+        "", "a file NAME.md for the table, data in NAME.json; keeps claims that are not tested now"
+    )
     shard: Shard | None = dataclasses.field(
         default=None, metadata={"help": "the share that this job measures, such as 2/8"}
     )

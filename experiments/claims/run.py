@@ -61,9 +61,10 @@ def run(options: Options) -> int:
     if options.out:
         out = Path(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, markdown(results))
+        with_kept = joined(results, out.with_suffix(".json"))
+        write_text(out, markdown(with_kept))
         # Without indentation, because there are many numbers.
-        write_text(out.with_suffix(".json"), json.dumps(results) + "\n")
+        write_text(out.with_suffix(".json"), json.dumps(with_kept) + "\n")
     _show(console, results)
     show(path.absolute())
     return int(failed)
@@ -140,7 +141,7 @@ def test(claim: Claim, setting: Setting, folder: Path) -> Record:
     try:
         return record | _tested(claim, setting, folder)
     except Exception as error:
-        write_text(_made(log), traceback.format_exc())
+        write_text(_with_folder(log), traceback.format_exc())
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return record | {"outcome": FAILED, "because": f"{what} (see {log})", "verdict": FAILED}
     finally:
@@ -163,7 +164,7 @@ def _tested(claim: Claim, setting: Setting, folder: Path) -> Record:
     name = claim.path.stem
     if hasattr(module, "figure"):
         with style():
-            save(module.figure(data), _made(folder / "figures" / name))
+            save(module.figure(data), _with_folder(folder / "figures" / name))
     return {
         "outcome": str(verdict.outcome),
         "verdict": str(verdict),
@@ -176,14 +177,37 @@ def _tested(claim: Claim, setting: Setting, folder: Path) -> Record:
     }
 
 
+def joined(results: Record, held: Path) -> Record:
+    """Return results with the claims of a file that were not tested now, as they are there.
+
+    Each record then has the setting and the environment that it was `made` with.
+    """
+    tested = {record["number"] for record in results["claims"]}
+    before = json.loads(held.read_text(encoding="utf-8")) if held.exists() else {"claims": []}
+    kept = [record for record in before["claims"] if record["number"] not in tested]
+    if not kept:
+        return results
+    records = [_as_made(record, before) for record in kept]
+    records += [_as_made(record, results) for record in results["claims"]]
+    themes = list(all_themes())
+    records.sort(key=lambda record: (themes.index(record["theme"]), record["number"]))
+    return {**results, "claims": records}
+
+
+def _as_made(record: Record, results: Record) -> Record:
+    return {"made": _made(results), **record}
+
+
+def _made(results: Record) -> Record:
+    return {name: results[name] for name in ("setting", "environment")}
+
+
 def markdown(results: Record) -> str:
     """Write all verdicts as a table in Markdown."""
     lines = [
         "# Claims about attention, tested",
         "",
-        f"Made by `{report.command(results)}` ({summary(results)}), "
-        f"jax {results['environment']['jax']} on {results['environment']['device']}, "
-        f"{results['environment']['processors']} processors. "
+        f"{_made_by(results)} "
         "How each was tested, and what decides, is in its file in `experiments/claims/`.",
     ]
     for name, theme in all_themes().items():
@@ -200,6 +224,26 @@ def markdown(results: Record) -> str:
             )
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _made_by(results: Record) -> str:
+    """Return by what commands, and where, the claims were tested; first the one of most of them."""
+    now, runs = _made(results), {}
+    for record in results["claims"]:
+        runs.setdefault(json.dumps(record.get("made", now)), []).append(record)
+    first, *others = sorted(runs, key=lambda made: (-len(runs[made]), json.loads(made) == now))
+    sentences = [f"Made by {_by(json.loads(first), results['claims'])} ({summary(results)})."]
+    for made in others:
+        sentences.append(f"Some of them again by {_by(json.loads(made), runs[made])}.")
+    return " ".join(sentences)
+
+
+def _by(made: Record, claims: list[Record]) -> str:
+    environment = made["environment"]
+    return (
+        f"`{report.command(made | {'claims': claims})}`, jax {environment['jax']} on "
+        f"{environment['device']}, {environment['processors']} processors"
+    )
 
 
 def summary(results: Record) -> str:
@@ -226,6 +270,6 @@ def _line(record: Record) -> str:
     return f"{record['number']}  {record['verdict']}  ({seconds}): {record['claim']}"
 
 
-def _made(path: Path) -> Path:
+def _with_folder(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

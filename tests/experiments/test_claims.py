@@ -250,12 +250,27 @@ def test_data_beside_the_table_replace_nothing_else(two_claims, tmp_path, monkey
     assert main(arguments) == main(arguments) == 0, "written anew"
 
 
+def test_a_table_keeps_the_claims_that_are_not_tested_now(two_claims, tmp_path):
+    arguments = [f"--workdir={tmp_path}/work", f"--out={tmp_path}/table.md"]
+    assert main([*arguments, "--setting=tiny"]) == 1
+    assert main([*arguments, "--claims=901", "--setting=quick"]) == 0
+    good, bad = json.loads((tmp_path / "table.json").read_text())["claims"]
+    assert good["because"] == "It is 3.0." and good["made"]["setting"] == "quick"
+    assert bad["outcome"] == "failed" and bad["made"]["setting"] == "tiny"
+    table = (tmp_path / "table.md").read_text()
+    assert "`python -m experiments.claims --setting=tiny`" in table.splitlines()[2]
+    assert "again by `python -m experiments.claims --claims=901 --setting=quick`" in table
+    assert "| 901 |" in table and "| 902 |" in table
+    assert main([*arguments, "--setting=tiny"]) == 1
+    assert "made" not in (tmp_path / "table.json").read_text().lower().replace("made_up", "")
+
+
 @pytest.mark.parametrize(("chosen", "flag"), [([], ""), (["--claims=901"], " --claims=901")])
 def test_the_command_that_is_reported_tests_the_same_claims(chosen, flag, two_claims, tmp_path):
     main([*chosen, "--setting=tiny", f"--workdir={tmp_path}/work", f"--out={tmp_path}/table.md"])
     command = f"python -m experiments.claims{flag} --setting=tiny"
     assert f"<pre>{command}</pre>" in (tmp_path / "work" / "report.html").read_text()
-    assert f"Made by `{command}` (" in (tmp_path / "table.md").read_text()
+    assert f"Made by `{command}`, jax " in (tmp_path / "table.md").read_text()
 
 
 def test_an_unwritable_workdir_gets_one_line(tmp_path, capsys):
