@@ -320,15 +320,31 @@ def test_what_is_known_at_run_time_and_closed_over(x64):
 
 
 @pytest.mark.slow
-def test_no_array_of_pairs_is_held():
-    length = 8192
+@pytest.mark.parametrize(
+    ("length", "mask", "most"),
+    [(8192, masks.Causal(), 8192**2), (65536, masks.Window(1023, 0), 200 * 2**20)],
+)
+def test_no_array_of_pairs_is_held(length, mask, most):
     x = jax.ShapeDtypeStruct((1, length, 1, 8), "float32")
 
     def loss(x):
         asked = {name: EVERY[name] for name in ("entropy", "heaviest", "received_mass")}
-        found = attend(x, x, x, mask=masks.Causal(), statistics=asked)
+        found = attend(x, x, x, mask=mask, statistics=asked)
         leaves = jax.tree.leaves((found.context, found.statistics))
         return sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves)
 
     compiled = jax.jit(jax.grad(loss)).lower(x).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < length**2
+    assert compiled.memory_analysis().temp_size_in_bytes < most
+
+
+@pytest.mark.slow
+def test_a_tile_is_computed_once_for_the_derivatives_of_context_and_statistics():
+    options = tiled(score=lambda query, key: jnp.cbrt(query @ key.T))
+
+    def computed(loss):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(ONES, ONES, ONES).as_text()
+        return text.count("stablehlo.cbrt")
+
+    few = {name: EVERY[name] for name in ("entropy", "largest_logit")}
+    plain = computed(lambda *operands: jnp.sum(attend(*operands, **options) ** 2))
+    assert computed(functools.partial(penalty, options, few)) == plain > 0
