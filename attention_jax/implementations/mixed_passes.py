@@ -27,8 +27,8 @@ from attention_jax.implementations.mixed import (
     kept_of,
     repeated,
 )
-from attention_jax.implementations.passes import Pass, over_visits
-from attention_jax.implementations.tile_passes import one_pass, rows_from, tangent_of_tile
+from attention_jax.implementations.passes import Pass, over_visits, tangent_of_tile
+from attention_jax.implementations.tile_passes import one_pass, rows_from
 from attention_jax.implementations.tiles import Visits
 from attention_jax.masks.intervals import indices
 

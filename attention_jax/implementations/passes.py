@@ -85,6 +85,26 @@ def _switch(branches: list[Callable[..., Any]], state: Array, *tile: Any) -> Any
     return lax.switch(state, branches, *tile)
 
 
+def tangent_of_tile(
+    compute: Callable[..., Any], primal: Any, direction: Any, has_aux: bool = False
+) -> Any:
+    """Return what is computed of a tile and its tangent, as `jax.jvp` does.
+
+    Raises:
+      TypeError: a derivative that runs backward only.
+    """
+    try:
+        return jax.jvp(compute, (primal,), (direction,), has_aux=has_aux)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "tiled: a score, bias or normalizer has its derivative from jax.custom_vjp, which runs "
+            "backward only, and that of a tile is taken forward and then transposed; define it by "
+            "jax.custom_jvp, or use implementation='dense'."
+        ) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class _Fold:
     """The visits of one group; `compute(state, *tile)` computes a tile in that state."""

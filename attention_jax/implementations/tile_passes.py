@@ -22,7 +22,7 @@ from attention_jax.base.trees import Rest, hoisted, merge_floats, split_floats, 
 from attention_jax.base.typing import Bias, Normalizer, at_least_float32
 from attention_jax.implementations import online
 from attention_jax.implementations.head import kept
-from attention_jax.implementations.passes import Pass, over_visits
+from attention_jax.implementations.passes import Pass, over_visits, tangent_of_tile
 from attention_jax.implementations.tiles import Visits
 from attention_jax.masks import Mask
 from attention_jax.masks.intervals import indices
@@ -410,23 +410,3 @@ def added(i: Any, sums: Array, rows: Array) -> Array:
     which = lax.div(i, jnp.int32(rows.shape[0]))
     added = tiles.at[which].add(rows, mode="promise_in_bounds", unique_indices=True)
     return added.reshape(sums.shape)
-
-
-def tangent_of_tile(
-    compute: Callable[..., Any], primal: Any, direction: Any, has_aux: bool = False
-) -> Any:
-    """Return what is computed of a tile and its tangent, as `jax.jvp` does.
-
-    Raises:
-      TypeError: a derivative that runs backward only.
-    """
-    try:
-        return jax.jvp(compute, (primal,), (direction,), has_aux=has_aux)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            "tiled: a score, bias or normalizer has its derivative from jax.custom_vjp, which runs "
-            "backward only, and that of a tile is taken forward and then transposed; define it by "
-            "jax.custom_jvp, or use implementation='dense'."
-        ) from error
