@@ -3,6 +3,7 @@
 import nox
 
 nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["tests", "lint"]
 
 
 @nox.session(python=["3.11", "3.13"])
@@ -19,3 +20,11 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("pyright")
+
+
+@nox.session(python="3.11")
+def reference(session: nox.Session) -> None:
+    """Compare with other people's models: PyTorch, transformers, Keras, PyG and joeynmt."""
+    session.install("-e", ".[reference]", "-c", "constraints.txt")
+    session.install("--no-deps", "joeynmt")  # its dependencies contradict ours
+    session.run("python", "-m", "pytest", "-m", "", "tests/reference", *session.posargs)

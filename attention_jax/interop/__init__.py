@@ -17,6 +17,20 @@ published parameters: `bert_parameters` and `gpt2_parameters` read state dicts.
 
 from attention_jax.interop.flax_layers import attention_fn
 from attention_jax.interop.jax_nn import dot_product_attention
-from attention_jax.interop.weights import bert_parameters, gpt2_parameters
+from attention_jax.interop.weights import (
+    StateDict,
+    bert_parameters,
+    from_heads,
+    gpt2_parameters,
+    to_heads,
+)
 
-__all__ = ["attention_fn", "bert_parameters", "dot_product_attention", "gpt2_parameters"]
+__all__ = [
+    "StateDict",
+    "attention_fn",
+    "bert_parameters",
+    "dot_product_attention",
+    "from_heads",
+    "gpt2_parameters",
+    "to_heads",
+]

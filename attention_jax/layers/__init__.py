@@ -1,7 +1,13 @@
 """Layers as the two Flax APIs share them: heads, multi-head attention, Transformer blocks."""
 
 from attention_jax.layers.generation import generate
-from attention_jax.layers.heads import HeadOptions, HeadSizes, ProjectedMemory, Projections
+from attention_jax.layers.heads import (
+    HeadOptions,
+    HeadSizes,
+    ProjectedMemory,
+    Projections,
+    apply_position,
+)
 from attention_jax.layers.linear import LinearLayer, LinformerLayer
 from attention_jax.layers.multi_head import MultiHead
 from attention_jax.layers.options import BlockOptions, StackOptions, by_layer
@@ -18,6 +24,7 @@ __all__ = [
     "ProjectedMemory",
     "Projections",
     "StackOptions",
+    "apply_position",
     "by_layer",
     "generate",
 ]

@@ -38,7 +38,9 @@ class BlockOptions:
       attention: builds the self-attention, `MultiHeadAttention` unless given;
         `functools.partial(MultiHeadAttention, score=...)` for any score, bias, position or
         normalizer. Where no dropout is asked for, any layer called as `attention(x, mask=...)`
-        will do.
+        will do; with positions given, it takes `positions=`. To decode it needs
+        `init_cache(batch, capacity, ...)` and `decode(x, cache, mask=..., causal=..., count=...)`,
+        which returns the output and the next cache.
       cross_attention: builds the attention to the memory; `MultiHeadAttention` unless given.
       feed_forward: builds the layer at each position, `FeedForward` unless given; called with D,
         `hidden_features` where it is given, `activation`, and dtypes.

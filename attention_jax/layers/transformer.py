@@ -180,7 +180,7 @@ class BlockMethods:
         block.check_memory(memory)
         options = {"mask": mask, "causal": causal, "count": count}
         options |= {} if bias is None else {"bias": bias}
-        attention = functools.partial(block.attention.layer.decode, cache=cache, **options)
+        attention = functools.partial(_decode_layer, block.attention.layer, cache, options)
         x, following = block.attention.add(x, attention)
         if block.cross_attention is not None:
             to_memory = block.cross_attention.layer.decode_memory
@@ -310,6 +310,10 @@ def _call_block(options: dict[str, Any], block: Any, x: Array, memory: Any) -> A
 
 def _call_with_memory(attention: Callable[..., Any], memory: Any, x: Array) -> Any:
     return attention(x, memory)
+
+
+def _decode_layer(attention: Any, cache: Cache, options: dict[str, Any], x: Array) -> Any:
+    return attention.decode(x, cache, **options)
 
 
 def _decode_block(

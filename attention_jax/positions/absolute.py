@@ -235,6 +235,7 @@ def yarn_frequencies(
     length: int = 4096,
     slow: float = 1.0,
     fast: float = 32.0,
+    rounded: bool = True,
 ) -> np.ndarray:
     r"""Frequencies for sequences `factor` times as long, interpolated by the number of the pair.
 
@@ -250,6 +251,8 @@ def yarn_frequencies(
       length: L.
       slow: of fewer turns, a pair turns 1 / factor as fast.
       fast: of more turns, a pair turns as before.
+      rounded: with floor and ceil, as in the paper's code; False leaves both bounds as they are
+        (OpenAI 2025, gpt-oss).
 
     Returns:
       [R / 2], float64, for `rotary(frequencies=)`; `yarn_gain` is the gain.
@@ -267,7 +270,9 @@ def yarn_frequencies(
         rotated * np.log(length / (2 * np.pi * turns)) / (2 * np.log(base))
         for turns in (fast, slow)
     )
-    first, last = max(np.floor(first), 0.0), min(np.ceil(last), rotated - 1.0)
+    if rounded:
+        first, last = np.floor(first), np.ceil(last)
+    first, last = max(first, 0.0), min(last, rotated - 1.0)
     slowed = np.clip((np.arange(len(before)) - first) / max(last - first, 1e-3), 0.0, 1.0)
     return before * (1 - slowed + slowed / factor)
 

@@ -1,0 +1,96 @@
+"""Recipes build as they stand, and the README tells how long each is."""
+
+import ast
+import inspect
+import pathlib
+import re
+
+import jax
+import pytest
+from flax import nnx
+
+from tests.reference import decoders, encoders, images, layers
+
+README = pathlib.Path(__file__).parents[2] / "attention_jax" / "README.md"
+RECIPES = {
+    "GPT-2": [decoders.gpt2],
+    "Llama": [decoders.llama],
+    "Mistral": [decoders.llama],
+    "Qwen3": [decoders.llama, decoders.qwen3],
+    "Gemma 2": [decoders.gemma2],
+    "GPT-OSS": [decoders.gpt_oss, decoders.Experts],
+    "DeepSeek V3": [decoders.deepseek, decoders.LatentAttention],
+    "DiffLlama": [decoders.diffllama, decoders.Differential],
+    "T5": [decoders.t5],
+    "BERT, MiniLM": [encoders.bert],
+    "Longformer": [encoders.bert, encoders.longformer, encoders.mask_of_longformer],
+    "BigBird": [encoders.bert, encoders.mask_of_bigbird],
+    "DeBERTa v2": [
+        encoders.bert,
+        encoders.deberta,
+        encoders.Disentangled,
+        encoders.disentangled,
+        encoders.log_bucket,
+    ],
+    "XLNet": [
+        encoders.bert,
+        encoders.xlnet,
+        encoders.RelativeAttention,
+        encoders.with_distances,
+    ],
+    "ViT": [images.vit],
+    "Swin": [images.swin, images.Swin],
+    "Swin v2": [images.swin2, images.Swin, images.ContinuousBias, images.capped_cosine],
+    "joeynmt": [layers.bahdanau, layers.luong, layers.multi_head],
+    "Keras": [layers.multi_head, layers.grouped, layers.additive_of_vectors],
+    "PyG": [layers.gat, layers.gat2],
+}
+
+
+@pytest.fixture(autouse=True)
+def float64(x64):
+    """Run in float64, without PyTorch."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def count_lines(part):
+    """Return how many lines of code there are, without blank ones and docstrings."""
+    source = inspect.getsource(part)
+    tree = ast.parse(source)
+    lines = {n for n, line in enumerate(source.splitlines(), start=1) if line.strip()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(lines)
+
+
+def rows_of_table():
+    text = README.read_text(encoding="utf-8")
+    table = text.split("| model | mechanism | lines | largest difference |\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[1:]]
+    return {re.sub(r"\[(.*)\]\(.*\)", r"\1", row[0]): row for row in rows}
+
+
+def test_the_readme_counts_the_lines():
+    rows = rows_of_table()
+    found = {name: int(row[2]) for name, row in rows.items()}
+    assert found == {name: sum(map(count_lines, parts)) for name, parts in RECIPES.items()}
+    for name, (model, *_) in rows.items():
+        folder = pathlib.Path(inspect.getfile(RECIPES[name][0]))
+        assert f"tests/reference/{folder.name})" in model
+
+
+def needs_nothing(part):
+    parameters = inspect.signature(part).parameters.values()
+    optional = (p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters)
+    return inspect.isfunction(part) and all(optional)
+
+
+@pytest.mark.slow
+def test_recipes_build():
+    """Without the packages of others, so that no recipe goes stale unseen."""
+    builds = {part for parts in RECIPES.values() for part in parts if needs_nothing(part)}
+    assert len(builds) == 19
+    for build in builds:
+        assert jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param))
