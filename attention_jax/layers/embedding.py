@@ -1,4 +1,4 @@
-"""From tokens to vectors and from vectors to logits, in either Flax API."""
+"""From tokens or images to vectors, and from vectors to logits, in either Flax API."""
 
 from __future__ import annotations
 
@@ -67,3 +67,53 @@ def to_logits(x: Array, tied: Callable[[Array], Array], head: Any, cap: float | 
     """
     logits = tied(x) if head is None else head(x)
     return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def count_patches(image_size: tuple[int, int], patch_size: int) -> int:
+    """Return how many squares an image is cut into.
+
+    Raises:
+      ShapeError: height or width is not a multiple of the size.
+
+    >>> count_patches((8, 6), 2)
+    12
+    """
+    rows, columns = (
+        checks.multiple("patches", name, length, "the patch size", patch_size)
+        for name, length in zip(("the height", "the width"), image_size, strict=True)
+    )
+    return rows * columns
+
+
+def patches(images: Array, size: int) -> Array:
+    """Cut images [B, height, width, C] into squares, row by row: [B, S, size size C].
+
+    Raises:
+      ShapeError: height or width is not a multiple of the size.
+
+    Dosovitskiy et al. 2021 (ViT), section 3.1.
+
+    >>> patches(jnp.zeros((2, 8, 6, 3)), 2).shape
+    (2, 12, 12)
+    """
+    batch, height, width, channels = checks.axes("patches", images=(images, "BHWC")).values()
+    count = count_patches((height, width), size)
+    grid = images.reshape(batch, height // size, size, width // size, size, channels)
+    return grid.swapaxes(2, 3).reshape(batch, count, size * size * channels)
+
+
+def add_class_token(x: Array, class_token: Array, positions: Array) -> Array:
+    """Put the class token [D] before patches [B, S, D], and add positions [1 + S, D].
+
+    Raises:
+      ShapeError: more or fewer patches than positions.
+
+    Dosovitskiy et al. 2021 (ViT), equation 1.
+
+    >>> add_class_token(jnp.zeros((2, 3, 5)), jnp.ones(5), jnp.zeros((4, 5))).shape
+    (2, 4, 5)
+    """
+    first = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+    x = jnp.concatenate([first, x], axis=1)
+    checks.axes("add_class_token", positions=(positions, "SD"), patches=(x, "BSD"))
+    return x + jnp.broadcast_to(positions.astype(x.dtype), x.shape)

@@ -72,6 +72,26 @@ def generate(
     return _until(step, (token, caches), num_steps, jnp.asarray(end, prompt.dtype))
 
 
+def with_types(
+    decode: Callable[..., Any], types: Array | None, lengths: Array | Sequence[int] | None
+) -> Callable[..., Any]:
+    """Give `decode` the types [B, T] of a prompt, and then that of the last of its tokens."""
+    if types is None:
+        return decode
+    types = jnp.asarray(types)
+    count = types.shape[1] if lengths is None else jnp.asarray(lengths)
+    last = jnp.broadcast_to(count, types.shape[:1])[:, None] - 1
+    return functools.partial(_decode_typed, decode, types, jnp.take_along_axis(types, last, axis=1))
+
+
+def _decode_typed(
+    decode: Callable[..., Any], types: Array, last: Array, tokens: Array, caches: Any, count: Any
+) -> Any:
+    # A prompt of one token has its last type from the beginning.
+    own = types if tokens.shape[1] == types.shape[1] else last
+    return decode(tokens, caches, count=count, types=own)
+
+
 def _check_tokens(prompt: Array, num_tokens: int, end: int | None) -> None:
     if num_tokens - 1 > jnp.iinfo(prompt.dtype).max:
         raise ValueError(

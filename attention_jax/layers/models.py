@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.nn import initializers as standard
 
-from attention_jax.base import checks
 from attention_jax.base.parameters import initializer
 from attention_jax.cache import and_causal, next_positions
 from attention_jax.layers.embedding import to_logits
-from attention_jax.layers.generation import generate
+from attention_jax.layers.generation import generate, with_types
 from attention_jax.layers.heads import ProjectedMemory
 from attention_jax.layers.options import map_layers
 from attention_jax.layers.transformer import Cache, map_output
@@ -101,14 +99,22 @@ class CausalDecoderMethods(TokenModelMethods):
         return self.stack.init_cache(batch, capacity, **options)
 
     def decode(
-        self, tokens: Array, caches: Sequence[Cache], *, mask: Any = None, count: Any = None
+        self,
+        tokens: Array,
+        caches: Sequence[Cache],
+        *,
+        mask: Any = None,
+        count: Any = None,
+        types: Array | None = None,
     ) -> tuple[Array, list[Cache]]:
         """Return logits [B, T, vocabulary] of the next tokens [B, T], and the next caches.
 
         The mask is that of the whole sequence, for all layers or each, joined with the causal one.
-        In a ragged batch `count` [B] tells how many of the T are tokens.
+        In a ragged batch `count` [B] tells how many of the T are tokens. `types` [B, T] are those
+        of the next tokens, where the embedding has any; 0 unless given.
         """
-        x = self.embedding(tokens, next_positions(caches[0], tokens.shape[1]), deterministic=True)
+        positions = next_positions(caches[0], tokens.shape[1])
+        x = self.embedding(tokens, positions, deterministic=True, types=types)
         x, following = self.stack.decode(x, caches, mask=mask, count=count)
         return self.logits(x), following
 
@@ -120,6 +126,7 @@ class CausalDecoderMethods(TokenModelMethods):
         lengths: Array | Sequence[int] | None = None,
         mask: Any = None,
         window: Any = None,
+        types: Array | None = None,
         **options: Any,
     ) -> Array:
         """Continue prompts [B, T] by [B, num_steps].
@@ -131,6 +138,8 @@ class CausalDecoderMethods(TokenModelMethods):
           mask: of the whole sequence, for all layers or each, joined with the causal one.
           window: how many tokens before the newest the caches keep, for all layers or each; the
             mask must let no query attend further (`masks.Window(window, 0)`). None keeps all.
+          types: of the prompt's tokens, [B, T], where the embedding has any; 0 unless given. What
+            is written has the type of the prompt's last token.
           **options: rng, temperature and end of `attention_jax.layers.generate`.
         """
         batch, length = prompt.shape
@@ -141,6 +150,7 @@ class CausalDecoderMethods(TokenModelMethods):
         kept = {} if window is None else {"window": window}
         caches = self.init_cache(batch, capacity, ragged=lengths is not None, **kept)
         decode = functools.partial(self._pure_decode(), mask=mask)
+        decode = with_types(decode, types, lengths)
         return generate(decode, caches, prompt, num_steps, lengths=lengths, **options)
 
 
@@ -186,6 +196,8 @@ class EncoderDecoderMethods:
         *,
         deterministic: bool | None = None,
         source_order: Any = None,
+        source_types: Array | None = None,
+        types: Array | None = None,
         **options: Any,
     ) -> Any:
         """Return a vector for each of the target's tokens, of which `logits` makes logits.
@@ -199,15 +211,19 @@ class EncoderDecoderMethods:
           deterministic: instead of the module's own.
           source_order: of the source, as `order` is of the target, where the sequences are split
             over devices; see `MultiHeadAttention`.
+          source_types: of the source's tokens, [B, S], where the embedding has any; 0 unless given.
+          types: of the target's tokens, [B, T], likewise.
           **options: of the decoder: order, return_weights, sow_weights, statistics and
             sow_statistics, as in `TransformerStack`.
 
         Returns:
           [B, T, features].
         """
-        memory = self.encode(source, source_mask, deterministic=deterministic, order=source_order)
+        own = {"types": source_types, "order": source_order}
+        memory = self.encode(source, source_mask, deterministic=deterministic, **own)
+        x = self.target(target, options.get("order"), deterministic=deterministic, types=types)
         return self.decoder(
-            self.target(target, options.get("order"), deterministic=deterministic),
+            x,
             memory,
             mask=map_layers(and_causal, mask),
             memory_mask=source_mask,
@@ -222,10 +238,14 @@ class EncoderDecoderMethods:
         mask: Any = None,
         *,
         deterministic: bool | None = None,
+        types: Array | None = None,
         **options: Any,
     ) -> Any:
-        """Return the memory [B, S, features] that the target attends to; options as the call's."""
-        x = self.source(source, options.get("order"), deterministic=deterministic)
+        """Return the memory [B, S, features] that the target attends to; options as the call's.
+
+        `types` [B, S] are those of the source's tokens, where the embedding has any.
+        """
+        x = self.source(source, options.get("order"), deterministic=deterministic, types=types)
         return self.encoder(x, mask=mask, deterministic=deterministic, **options)
 
     def keys(self, memory: Array) -> list[ProjectedMemory]:
@@ -245,15 +265,16 @@ class EncoderDecoderMethods:
         source_mask: Any = None,
         mask: Any = None,
         count: Any = None,
+        types: Array | None = None,
     ) -> tuple[Array, list[Cache]]:
         """Return logits [B, T, target vocabulary] of the next tokens [B, T], and the next caches.
 
         The memory is from `encode`, or what `keys` made of it; the mask is that of the whole
-        target, joined with the causal one.
+        target, joined with the causal one. `types` [B, T] are those of the next tokens.
         """
         positions = next_positions(caches[0], tokens.shape[1])
         x, following = self.decoder.decode(
-            self.target(tokens, positions, deterministic=True),
+            self.target(tokens, positions, deterministic=True, types=types),
             caches,
             memory,
             mask=mask,
@@ -271,6 +292,8 @@ class EncoderDecoderMethods:
         *,
         lengths: Array | Sequence[int] | None = None,
         mask: Any = None,
+        source_types: Array | None = None,
+        types: Array | None = None,
         **options: Any,
     ) -> Array:
         """Write after a prompt [B, T], such as one token that begins every target: [B, num_steps].
@@ -282,13 +305,17 @@ class EncoderDecoderMethods:
           source_mask: as in the call.
           lengths: how many tokens of each prompt count, [B].
           mask: of the whole target, for all layers or each, joined with the causal one.
+          source_types: as in the call.
+          types: of the prompt's tokens, [B, T]; what is written has the type of the last.
           **options: rng, temperature and end of `attention_jax.layers.generate`.
         """
-        memory = self.keys(self.encode(source, source_mask, deterministic=True))
+        source = self.encode(source, source_mask, deterministic=True, types=source_types)
+        memory = self.keys(source)
         batch, length = prompt.shape
         caches = self.init_cache(batch, length + num_steps, ragged=lengths is not None)
         seen = {"source_mask": source_mask, "mask": mask}
         decode = functools.partial(self._pure_decode(), memory=memory, **seen)
+        decode = with_types(decode, types, lengths)
         return generate(decode, caches, prompt, num_steps, lengths=lengths, **options)
 
 
@@ -331,53 +358,3 @@ def check_length(length: int, max_length: int | None) -> None:
             f"positions: {length} tokens were given and the learned table has {max_length} "
             "positions; give fewer tokens, or build the model with a larger max_length."
         )
-
-
-def count_patches(image_size: tuple[int, int], patch_size: int) -> int:
-    """Return how many squares an image is cut into.
-
-    Raises:
-      ShapeError: height or width is not a multiple of the size.
-
-    >>> count_patches((8, 6), 2)
-    12
-    """
-    rows, columns = (
-        checks.multiple("patches", name, length, "the patch size", patch_size)
-        for name, length in zip(("the height", "the width"), image_size, strict=True)
-    )
-    return rows * columns
-
-
-def patches(images: Array, size: int) -> Array:
-    """Cut images [B, height, width, C] into squares, row by row: [B, S, size size C].
-
-    Raises:
-      ShapeError: height or width is not a multiple of the size.
-
-    Dosovitskiy et al. 2021 (ViT), section 3.1.
-
-    >>> patches(jnp.zeros((2, 8, 6, 3)), 2).shape
-    (2, 12, 12)
-    """
-    batch, height, width, channels = checks.axes("patches", images=(images, "BHWC")).values()
-    count = count_patches((height, width), size)
-    grid = images.reshape(batch, height // size, size, width // size, size, channels)
-    return grid.swapaxes(2, 3).reshape(batch, count, size * size * channels)
-
-
-def add_class_token(x: Array, class_token: Array, positions: Array) -> Array:
-    """Put the class token [D] before patches [B, S, D], and add positions [1 + S, D].
-
-    Raises:
-      ShapeError: more or fewer patches than positions.
-
-    Dosovitskiy et al. 2021 (ViT), equation 1.
-
-    >>> add_class_token(jnp.zeros((2, 3, 5)), jnp.ones(5), jnp.zeros((4, 5))).shape
-    (2, 4, 5)
-    """
-    first = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
-    x = jnp.concatenate([first, x], axis=1)
-    checks.axes("add_class_token", positions=(positions, "SD"), patches=(x, "BSD"))
-    return x + jnp.broadcast_to(positions.astype(x.dtype), x.shape)

@@ -12,7 +12,7 @@ import jax
 from jax.nn import initializers as standard
 
 from attention_jax.base import checks
-from attention_jax.layers import models, transformer
+from attention_jax.layers import embedding, models, transformer
 from attention_jax.layers.options import (
     StackOptions,
     given_options,
@@ -201,16 +201,16 @@ class PatchEncoder(nn.Module, StackOptions):
         dtypes = {name: own[name] for name in ("dtype", "param_dtype")}
         names = ("patch_size", "num_channels", "num_classes", "features")
         checks.sizes("PatchEncoder", **{name: getattr(self, name) for name in names})
-        count = 1 + models.count_patches(self.image_size, self.patch_size)
+        count = 1 + embedding.count_patches(self.image_size, self.patch_size)
         table = standard.normal(0.02)
         class_token = self.param(
             "class_token", standard.zeros, (self.features,), own["param_dtype"]
         )
         positions = self.param("positions", table, (count, self.features), own["param_dtype"])
 
-        patches = models.patches(images, self.patch_size)
+        patches = embedding.patches(images, self.patch_size)
         x = nn.Dense(self.features, **dtypes, name="patch")(patches)
-        x = models.add_class_token(x, class_token, positions)
+        x = embedding.add_class_token(x, class_token, positions)
         dropout = nn.Dropout(own["dropout_rate"])
         stack = TransformerStack(
             self.num_layers,

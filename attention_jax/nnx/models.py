@@ -11,7 +11,7 @@ from flax import nnx
 from jax.nn import initializers as standard
 
 from attention_jax.base import checks
-from attention_jax.layers import models, transformer
+from attention_jax.layers import embedding, models, transformer
 from attention_jax.layers.options import (
     StackOptions,
     options_of,
@@ -260,7 +260,7 @@ class PatchEncoder(nnx.Module):
             num_classes=num_classes,
             features=features,
         )
-        count = 1 + models.count_patches(image_size, patch_size)
+        count = 1 + embedding.count_patches(image_size, patch_size)
         own = options_of_embedding(given, options_of_layers(given, num_heads, num_layers))
         dropped = {name: own.pop(name) for name in ("dropout_rate", "deterministic")}
         table = standard.normal(0.02)(rngs.params(), (count, features), own["param_dtype"])
@@ -282,8 +282,8 @@ class PatchEncoder(nnx.Module):
         Options are return_weights, sow_weights, statistics and sow_statistics, as in
         `TransformerStack`.
         """
-        x = self.patch(models.patches(images, self.patch_size))
-        x = models.add_class_token(x, self.class_token[...], self.positions[...])
+        x = self.patch(embedding.patches(images, self.patch_size))
+        x = embedding.add_class_token(x, self.class_token[...], self.positions[...])
         x = self.dropout(x, deterministic=deterministic)
         result = self.stack(x, deterministic=deterministic, **options)
         return transformer.map_output(lambda x: self.classifier(x[:, 0]), result)

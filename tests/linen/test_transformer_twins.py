@@ -119,12 +119,14 @@ def test_dropout():
 
 def test_generation():
     sizes = {"num_heads": 2, "num_layers": 1, "max_length": 8}
+    sizes |= {"embedding_options": {"num_types": 2}}
     module = attention_nnx.CausalDecoder(9, 8, **sizes, rngs=nnx.Rngs(0))
     twin = attention_linen.CausalDecoder(9, 8, **sizes)
-    run = nnx.jit(lambda module: module.generate(PROMPT, 4, lengths=LENGTHS))
+    options = {"lengths": LENGTHS, "types": PROMPT % 2}
+    run = nnx.jit(lambda module: module.generate(PROMPT, 4, **options))
     variables = parameters(module)
     expected = run(module)
-    generate = functools.partial(twin.apply, num_steps=4, lengths=LENGTHS, method="generate")
+    generate = functools.partial(twin.apply, num_steps=4, **options, method="generate")
     np.testing.assert_array_equal(jax.jit(generate)(variables, PROMPT), expected)
     assert len(np.unique(expected)) > 1
 
@@ -139,13 +141,15 @@ def test_generation():
 
 def test_generation_from_a_source():
     sizes = {"features": 8, "num_heads": 2, "num_layers": 1}
+    sizes |= {"embedding_options": {"num_types": 2}}
     module = attention_nnx.EncoderDecoder(9, 9, **sizes, rngs=nnx.Rngs(0))
     twin = attention_linen.EncoderDecoder(9, 9, **sizes)
     variables = parameters(module)
-    begin, mask, key = PROMPT[:, :1], masks.Lengths(LENGTHS), jax.random.key(0)
-    run = nnx.jit(lambda module: module.generate(PROMPT, begin, 4, mask, rng=key))
+    begin, mask = PROMPT[:, :1], masks.Lengths(LENGTHS)
+    options = {"rng": jax.random.key(0), "source_types": PROMPT % 2, "types": begin % 2}
+    run = nnx.jit(lambda module: module.generate(PROMPT, begin, 4, mask, **options))
     expected = run(module)
-    generate = functools.partial(twin.apply, num_steps=4, method="generate", rng=key)
+    generate = functools.partial(twin.apply, num_steps=4, method="generate", **options)
     result = jax.jit(generate)(variables, PROMPT, begin, source_mask=mask)
     np.testing.assert_array_equal(result, expected)
     assert len(np.unique(expected)) > 1

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from attention_jax import masks, positions
-from attention_jax.layers import generate, models
+from attention_jax.layers import embedding, generate
 from attention_jax.nnx import (
     CausalDecoder,
     EncoderDecoder,
@@ -23,6 +23,8 @@ from attention_jax.nnx import (
 
 PROMPT = jnp.array([[1, 5, 2, 7], [3, 3, 0, 6]])
 LENGTHS = jnp.array([4, 2])
+TYPES = jnp.array([[0, 1, 1, 0], [0, 1, 0, 0]])
+TYPED = {"embedding_options": {"num_types": 2}}
 INSIDE = functools.partial(
     MultiHeadAttention, position=positions.rotary, bias=positions.learned_buckets(8, 7)
 )
@@ -197,38 +199,41 @@ def test_decoding_with_a_cache_is_the_full_pass(kind):
 
 @pytest.mark.slow
 def test_generation_draws_from_what_the_full_pass_says():
-    model = drawn_anew(
-        CausalDecoder(9, 8, num_heads=2, num_layers=1, max_length=8, rngs=nnx.Rngs(0))
-    )
-    key = jax.random.key(2)
-    run = nnx.jit(lambda model: model.generate(PROMPT, 4, lengths=LENGTHS, rng=key))
+    """What is written has the type of the prompt's last token."""
+    sizes = {"num_heads": 2, "num_layers": 1, "max_length": 8}
+    model = drawn_anew(CausalDecoder(9, 8, **sizes, **TYPED, rngs=nnx.Rngs(0)))
+    options = {"lengths": LENGTHS, "rng": jax.random.key(2), "types": TYPES}
+    run = nnx.jit(lambda model: model.generate(PROMPT, 4, **options))
     generated = np.asarray(run(model))
     assert len(np.unique(generated)) > 2
-    tokens = np.zeros((2, 8), int)
+    tokens, types = np.zeros((2, 8), int), np.zeros((2, 8), int)
     for n, length in enumerate(LENGTHS):
         tokens[n, : length + 4] = np.concatenate([PROMPT[n, :length], generated[n]])
-    logits = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
+        types[n, : length + 4] = np.append(TYPES[n, :length], 4 * [TYPES[n, length - 1]])
+    logits = nnx.jit(lambda model: model(tokens, types=types))(model)
     for step in range(4):
         of_step = logits[jnp.arange(2), LENGTHS - 1 + step]
-        drawn = jax.random.categorical(jax.random.fold_in(key, step), of_step)
+        drawn = jax.random.categorical(jax.random.fold_in(options["rng"], step), of_step)
         np.testing.assert_array_equal(drawn, generated[:, step])
 
 
 @pytest.mark.slow
 def test_an_encoder_decoder_decodes_as_it_trains():
-    model = EncoderDecoder(9, 9, features=8, num_heads=2, num_layers=1, rngs=nnx.Rngs(0))
+    sizes = {"features": 8, "num_heads": 2, "num_layers": 1}
+    model = drawn_anew(EncoderDecoder(9, 9, **sizes, **TYPED, rngs=nnx.Rngs(0)))
     seen = masks.Lengths(LENGTHS)
 
     @nnx.jit
     def run(model):
-        memory = model.encode(PROMPT, seen)
+        memory = model.keys(model.encode(PROMPT, seen, types=TYPES))
         caches, decoded = model.init_cache(2, 4, ragged=True), []
-        for piece in (PROMPT[:, :3], PROMPT[:, 3:]):
-            logits, caches = model.decode(piece, caches, model.keys(memory), source_mask=seen)
+        for piece in (slice(3), slice(3, 4)):
+            own = {"source_mask": seen, "types": 1 - TYPES[:, piece]}
+            logits, caches = model.decode(PROMPT[:, piece], caches, memory, **own)
             decoded.append(logits)
         spoiled = PROMPT.at[1, 2:].set(8)
         return jnp.concatenate(decoded, axis=1), *(
-            model(x, PROMPT, seen) for x in (PROMPT, spoiled)
+            model(x, PROMPT, seen, source_types=TYPES, types=1 - TYPES) for x in (PROMPT, spoiled)
         )
 
     decoded, full, spoiled = run(model)
@@ -282,7 +287,7 @@ def test_prompts_of_any_integers_and_lengths_in_a_list(dtype):
 
 def test_patches_are_squares_row_by_row():
     images = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
-    cut = models.patches(images, 2)
+    cut = embedding.patches(images, 2)
     for n in range(6):
         row, column = n // 3 * 2, n % 3 * 2
         square = images[:, row : row + 2, column : column + 2]

@@ -373,8 +373,12 @@ def test_bad_arguments_are_explained(call, message):
             positions.yarn_frequencies(32, 10_000.0, 4.0, 128),
             [1.0, 0.4920486, 0.2371708, 0.1111425, 0.05, 0.0210878, 0.0079057],
         ),
+        (
+            positions.yarn_frequencies(32, 10_000.0, 4.0, 128, rounded=False),
+            [1.0, 0.4817939, 0.2256375, 0.101414, 0.0427057, 0.0159604, 0.0079057],
+        ),
     ],
-    ids=["Llama 3", "YaRN"],
+    ids=["Llama 3", "YaRN", "YaRN, bounds as they are"],
 )
 def test_frequencies_of_longer_sequences_are_those_of_the_published_code(frequencies, expected):
     """As `modeling_rope_utils` of `transformers` computes them for 32 features."""
