@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from attention_jax.head_maps import NO_HALO
-from attention_jax.implementations import cudnn, machine, mixed_choice
+from attention_jax.implementations import cudnn, machine, mixed_choice, temporaries
 from attention_jax.implementations.lifting import Elsewhere
 from attention_jax.implementations.tiles import Plan, make_plan, pairs_together
 from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
-from attention_jax.normalizers import Elementwise, LogSum, Ordered, Searched
+from attention_jax.normalizers import Elementwise, LogSum, Ordered
 from attention_jax.request import Request
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -297,7 +297,7 @@ def describe(request: Request, platform: str | None = None) -> Choice:
         partial,
         full,
         flops=flops,
-        bytes=_bytes(name, request, plan, at_once, platform),
+        bytes=temporaries.expected(name, request, plan, at_once, platform),
         at_once=at_once,
         passes=_passes(name, request),
         together=plan.heads,
@@ -332,32 +332,6 @@ def _at_once(name: str, request: Request, plan: Plan, platform: str) -> int:
     order = "BKG" if request.groups > 1 else "BK"
     groups = elsewhere(None, plan, axes, platform).at_once(sizes, order, order)
     return math.prod(groups.get(letter, sizes[letter]) for letter in order)
-
-
-def _bytes(name: str, request: Request, plan: Plan, at_once: int, platform: str) -> int:
-    """Return the memory of temporaries; on accelerators as compilers for them allocate it."""
-    sizes, computed = request.sizes, request.dtype.itemsize
-    heads, length = sizes["B"] * sizes["N"], sizes["T"]
-    if name == "dense":
-        return 2 * heads * math.prod(request.pairs) * computed
-    pairs = at_once * plan.largest_visit * plan.tile[1]
-    if isinstance(request.streaming, Searched):  # holds the logits of a row of tiles
-        pairs += at_once * plan.tile[0] * plan.covered
-    if request.mixes:
-        pairs = at_once // sizes["N"] * plan.largest_visit * plan.tile[1]
-        rows = sizes["B"] * length * max(request.counts) * (sizes["V"] + 2)
-        return (mixed_choice.tile_arrays(request) * pairs + rows) * computed
-    if platform == "cpu":
-        return (2 * pairs + heads * length * (sizes["V"] + 1)) * computed
-    # Logits, and weights as the operand of a product; sums before and after a visit.
-    tiles = pairs * (computed + request.value.dtype.itemsize)
-    sums = 2 * at_once * length * sizes["V"] * computed
-    # What poisons rows of query, key and value; maxima and totals between loops.
-    rows = heads * length * computed * (3 + 2 * (len(plan.visits) > 1))
-    arrays = request.query, request.key, request.value
-    copies = sum(x.size * x.dtype.itemsize for x in arrays) if at_once < heads else 0
-    fits = platform == "tpu" and tiles + sums <= machine.vector_memory()
-    return rows + copies + (0 if fits else tiles + sums)
 
 
 def sequential_axes(mask_axes: list[str]) -> str:

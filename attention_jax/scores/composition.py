@@ -20,6 +20,7 @@ from attention_jax.base.binding import Sliced, as_pytree, ask, bind, taken_apart
 from attention_jax.base.matmul import Products
 from attention_jax.base.typing import AnyScore, PositionalScore, Score, require_callable
 from attention_jax.masks.intervals import indices
+from attention_jax.scores.tanh_pairs import activation_pairs, tanh_pairs
 
 Array = jax.Array
 
@@ -58,6 +59,11 @@ class Separated(NamedTuple):
         """Score rows to which the two maps have been applied."""
         indices = {"q_idx": q_idx, "kv_idx": kv_idx} if is_positional(self.pairs) else {}
         return self.finish(self.pairs(query, key, **indices))
+
+    @property
+    def adds_features(self) -> bool:
+        """Whether pairs are sums over features that no product of matrices computes."""
+        return taken_apart(self.pairs)[0] in (tanh_pairs, activation_pairs)
 
     def multiplied(self, products: Products) -> Separated:
         """Return the score with the product of its rows computed so, if it is marked `multiplies`.

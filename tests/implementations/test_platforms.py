@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 
 from attention_jax import attend, bind, explain, masks, scores
 from attention_jax.base.placement import Where
-from attention_jax.implementations import cudnn
+from attention_jax.implementations import cudnn, temporaries
 from attention_jax.implementations.lifting import Elsewhere, lift
 from experiments.benchmark import compilers
 
@@ -56,6 +56,13 @@ def test_a_program_for_several_platforms_at_once():
     exported = jax.export.export(function, platforms=["cpu", "tpu", "cuda"])(x, x, x)
     assert exported.platforms == ("cpu", "tpu", "cuda")
     np.testing.assert_allclose(exported.call(x, x, x), function(x, x, x), rtol=1e-6)
+
+
+def test_explain_counts_what_a_tpu_reserves_for_a_loop_over_features():
+    told = functools.partial(explain, platform="tpu", implementation="tiled")
+    found = jax.eval_shape(functools.partial(additive, attend=told), *of_additive(4096, 8))
+    assert found.bytes == temporaries.RESERVED
+    assert told(*halves(4096)).bytes < temporaries.RESERVED
 
 
 def test_features_of_additive_scores_are_added_within_one_kernel_off_cpu():
@@ -145,21 +152,41 @@ def test_explain_tells_the_temporaries_of_the_compiler(target, mask):
         assert told == pytest.approx(cost.temporaries, rel=0.25), shape
 
 
+def additive(query, key, value, query_weight, key_weight, weight, attend=attend, **options):
+    bound = {"query_weight": query_weight, "key_weight": key_weight}
+    bound |= {"value": weight, "bias": jnp.zeros_like(weight)}
+    return attend(query, key, value, score=bind(scores.additive, **bound), **options)
+
+
+def of_additive(length, heads):
+    shapes = [(1, length, heads, 64)] * 3 + [(64, 64)] * 2 + [(64,)]
+    return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["v5e", "H100"])
+@pytest.mark.parametrize(("length", "heads"), [(4096, 8), (2048, 8)])
+def test_explain_tells_the_temporaries_of_additive_scores(target, length, heads):
+    missing = compilers.lacks(target)
+    if missing:
+        pytest.skip(missing)
+    arrays = of_additive(length, heads)
+    platform = {"tpu": "tpu", "cuda": "gpu"}[compilers.TARGETS[target].platform]
+    of_platform = functools.partial(explain, platform=platform)
+    ways = attend, of_platform
+    run, told = (functools.partial(additive, attend=way, implementation="tiled") for way in ways)
+    found = jax.eval_shape(told, *arrays).bytes
+    assert found == pytest.approx(compilers.cost(run, arrays, target).temporaries, rel=0.25)
+
+
 @pytest.mark.aot
 def test_additive_attention_takes_no_tile_through_the_memory_of_a_tpu():
     missing = compilers.lacks("v5e")
     if missing:
         pytest.skip(missing)
 
-    def additive(query, key, value, query_weight, key_weight, weight):
-        bound = {"query_weight": query_weight, "key_weight": key_weight}
-        bound |= {"value": weight, "bias": jnp.zeros_like(weight)}
-        return attend(query, key, value, score=bind(scores.additive, **bound))
-
-    shapes = [(1, 4096, 8, 64)] * 3 + [(64, 64)] * 2 + [(64,)]
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     tile = 4 * 1024 * 1024  # of float32 logits, of one head
-    assert compilers.cost(additive, arrays, "v5e").temporaries < tile / 2
+    assert compilers.cost(additive, of_additive(4096, 8), "v5e").temporaries < tile / 2
 
 
 def test_cudnn_is_left_to_the_platform_that_a_program_is_lowered_for(monkeypatch):
