@@ -286,6 +286,31 @@ def test_half_precision_accumulates_in_float32(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mask", [None, masks.Causal()], ids=["every pair", "causal"])
+def test_in_bfloat16_it_is_no_worse_than_jax_nn(mask):
+    """Context and gradients, against float64 of the same rounded numbers."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    *halves, weight = (jax.random.normal(key, (1, 384, 2, 64), jnp.bfloat16) for key in keys)
+
+    def with_gradients(function, *arrays):
+        context, pull = jax.vjp(function, *arrays)
+        return context, pull(weight.astype(context.dtype))
+
+    ours = functools.partial(attend, mask=mask, implementation="tiled", tile_sizes=(128, 128))
+    theirs = functools.partial(jax.nn.dot_product_attention, is_causal=mask is not None)
+    oracle = functools.partial(attend, mask=mask, implementation="dense")
+    exact = with_gradients(oracle, *(x.astype(jnp.float64) for x in halves))
+    errors = []
+    for function in (ours, theirs):
+        with jax.numpy_dtype_promotion("standard"):  # which jax.nn needs
+            found = jax.jit(with_gradients, static_argnums=0)(function, *halves)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+        errors.append([float(jnp.std(x.astype(jnp.float64) - wanted)) for x, wanted in pairs])
+    assert len(errors[0]) == 4
+    assert all(mine <= other for mine, other in zip(*errors, strict=True)), errors
+
+
+@pytest.mark.slow
 def test_nan_behind_the_mask_reaches_nothing_and_before_it_only_its_reader():
     query, key, value = qkv(8, 8)
     spoiled = key.at[:, 5].set(jnp.nan), value.at[:, 5].set(jnp.inf)
