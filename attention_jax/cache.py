@@ -87,6 +87,7 @@ def init(
     key_depth: int,
     value_depth: int | None = None,
     *,
+    num_value_heads: int | None = None,
     window: int | None = None,
     ragged: bool = False,
     dtype: Any = jnp.float32,
@@ -99,6 +100,7 @@ def init(
       num_key_heads: K.
       key_depth: H.
       value_depth: V; H unless given.
+      num_value_heads: where maps across heads change their number; K unless given.
       window: keep at least this many tokens before the newest ones and forget older ones: the
         `left` of a `masks.Window`. None keeps all, up to the capacity.
       ragged: let each example have its own length.
@@ -119,9 +121,10 @@ def init(
         raise ValueError(f"init: window must be 0 or more tokens, got {window}.")
     examples = (batch,) if ragged else ()
     value_depth = key_depth if value_depth is None else value_depth
+    num_value_heads = num_key_heads if num_value_heads is None else num_value_heads
     return KeyValueCache(
         key=jnp.zeros((batch, capacity, num_key_heads, key_depth), dtype),
-        value=jnp.zeros((batch, capacity, num_key_heads, value_depth), dtype),
+        value=jnp.zeros((batch, capacity, num_value_heads, value_depth), dtype),
         positions=jnp.full((*examples, capacity), NO_TOKEN, jnp.int32),
         length=jnp.zeros(examples, jnp.int32),
         window=window,
@@ -164,7 +167,9 @@ def extend(
     Array([ 0,  1,  2, -1, -1, -1, -1, -1], dtype=int32)
     """
     checks.axes("extend", cached=(cache.key, "BCKH"), key=(key, "BTKH"))
-    checks.axes("extend", cached=(cache.value, "BCKV"), value=(value, "BTKV"), key=(key, "BTKH"))
+    heads = "K" if cache.value.shape[2] == cache.key.shape[2] else "L"
+    values = {"cached": (cache.value, f"BC{heads}V"), "value": (value, f"BT{heads}V")}
+    checks.axes("extend", **values, key=(key, "BTKH"))
     tokens, start = key.shape[1], cache.length
     count = checks.tokens("extend", count, tokens, start.shape)
     overflow = _overflows(cache, tokens, count)

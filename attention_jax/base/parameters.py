@@ -114,6 +114,25 @@ def parameters_of(
     return {name: value for name, value in declared.items() if name not in bound}
 
 
+def across_heads(head_map: Any, num_heads: int, depth: int | None = None) -> Any:
+    """Return a map across heads with the parameters that it declares for N heads of a depth.
+
+    It declares them by the rule "head_parameters" of both numbers, or by `learned`.
+
+    >>> from attention_jax import head_maps
+    >>> parameters_of(across_heads(head_maps.talking, num_heads=4))["weight"].shape
+    (4, 4)
+    """
+    if isinstance(head_map, Learned):
+        return head_map
+    bare, _, bound = taken_apart(head_map)
+    declare = getattr(bare, "__head_parameters__", None)
+    if declare is None:
+        return head_map
+    declared = declare(num_heads, depth)
+    return Learned(head_map, {name: x for name, x in declared.items() if name not in bound})
+
+
 def require_depths(operation: str, **depths: int | None) -> None:
     """Require the depths that the shapes of parameters follow from.
 

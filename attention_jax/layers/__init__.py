@@ -9,6 +9,7 @@ from attention_jax.layers.heads import (
     apply_position,
 )
 from attention_jax.layers.linear import LinearLayer, LinformerLayer
+from attention_jax.layers.mixing import differential, multi_token
 from attention_jax.layers.multi_head import MultiHead
 from attention_jax.layers.options import BlockOptions, StackOptions, by_layer
 from attention_jax.layers.transformer import BlockWeights
@@ -26,5 +27,7 @@ __all__ = [
     "StackOptions",
     "apply_position",
     "by_layer",
+    "differential",
     "generate",
+    "multi_token",
 ]

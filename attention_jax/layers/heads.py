@@ -33,6 +33,8 @@ class HeadSizes(NamedTuple):
     in_features: int
     memory_features: int
     out_features: int
+    num_value_heads: int
+    num_context_heads: int
 
 
 class LinearShape(NamedTuple):
@@ -54,11 +56,15 @@ class HeadOptions:
       memory_features: D of the input of keys and values; `in_features` unless given.
       out_features: of the result; `in_features` unless given.
       num_key_heads: K, a divisor of N (grouped-query; 1 is multi-query); N unless given.
+      num_value_heads: heads of values, where `mix_weights` changes their number; K unless given.
+      num_context_heads: heads of the context, as `mix_weights` returns them; N unless given.
       query_depth: Hq; in_features / N unless given.
       key_depth: Hk; Hq unless given. Another depth needs a score for two depths.
       value_depth: V; Hq unless given.
       position: `position(x [T, H], positions [T])` applied to queries and keys (rotary).
       qk_norm: Flax's `RMSNorm` or `LayerNorm`, applied to the depth of queries and of keys.
+      context_norm: likewise, applied to the context of each head before W^O.
+      context_scale: multiplies the normed context.
       share_query_key: one projection for query and key.
       projections: False attends to the input as it is, cut into heads: X X^T.
       combine: "concat" or "sum" of the heads.
@@ -76,11 +82,15 @@ class HeadOptions:
     memory_features: int | None = None
     out_features: int | None = None
     num_key_heads: int | None = None
+    num_value_heads: int | None = None
+    num_context_heads: int | None = None
     query_depth: int | None = None
     key_depth: int | None = None
     value_depth: int | None = None
     position: Position | None = None
     qk_norm: Callable[..., Any] | None = None
+    context_norm: Callable[..., Any] | None = None
+    context_scale: float = 1.0
     share_query_key: bool = False
     projections: bool = True
     combine: str = "concat"
@@ -116,7 +126,8 @@ def head_sizes(operation: str, options: HeadOptions) -> HeadSizes:
         depths = (query_depth, _or(options.key_depth, query_depth))
         depths = (*depths, _or(options.value_depth, query_depth))
     features = (in_features, memory_features, _or(options.out_features, in_features))
-    sizes = HeadSizes(num_heads, num_key_heads, *depths, *features)
+    later = _or(options.num_value_heads, num_key_heads), _or(options.num_context_heads, num_heads)
+    sizes = HeadSizes(num_heads, num_key_heads, *depths, *features, *later)
     query = (in_features, num_heads, sizes.query_depth)
     key = (memory_features, num_key_heads, sizes.key_depth)
     if options.share_query_key and query != key:
@@ -131,11 +142,12 @@ def _depths_of_inputs(
     operation: str, options: HeadOptions, num_key_heads: int, memory_features: int
 ) -> tuple[int, int, int]:
     """Return the depths of heads that are cut out of the inputs without a projection."""
-    given = (options.query_depth, options.key_depth, options.value_depth)
-    if given != (None, None, None) or options.share_query_key:
+    given = (options.query_depth, options.key_depth, options.value_depth, options.num_value_heads)
+    if given != (None, None, None, None) or options.share_query_key:
         raise ValueError(
             f"{operation}: without projections the depths follow from the inputs and nothing is "
-            "shared; leave out query_depth, key_depth, value_depth and share_query_key."
+            "shared; leave out query_depth, key_depth, value_depth, num_value_heads and "
+            "share_query_key."
         )
     divided = ("in_features", options.in_features, "num_heads", options.num_heads)
     of_query = checks.multiple(operation, *divided)
@@ -157,8 +169,10 @@ def linear_shapes(options: HeadOptions, sizes: HeadSizes) -> dict[str, LinearSha
     shapes = {
         "query": LinearShape(sizes.in_features, (num_heads, sizes.query_depth)),
         "key": LinearShape(sizes.memory_features, (num_key_heads, sizes.key_depth)),
-        "value": LinearShape(sizes.memory_features, (num_key_heads, sizes.value_depth)),
-        "out": LinearShape((num_heads, sizes.value_depth), sizes.out_features, (-2, -1)),
+        "value": LinearShape(sizes.memory_features, (sizes.num_value_heads, sizes.value_depth)),
+        "out": LinearShape(
+            (sizes.num_context_heads, sizes.value_depth), sizes.out_features, (-2, -1)
+        ),
     }
     if options.share_query_key:
         del shapes["key"]
@@ -190,8 +204,8 @@ class ProjectedMemory(NamedTuple):
 class Projections(NamedTuple):
     """From x to heads x W_n^Q, m W_n^K and m W_n^V, and from their contexts back by W^O.
 
-    `query`, `key`, `value`, `out`, `query_ln` and `key_ln` map arrays, or are None. `dtype` is
-    that of a cache, unless told otherwise.
+    `query`, `key`, `value`, `out`, `query_ln`, `key_ln` and `context_ln` map arrays, or are None.
+    `dtype` is that of a cache, unless told otherwise.
     """
 
     name: str
@@ -205,6 +219,8 @@ class Projections(NamedTuple):
     position: Position | None
     combine: str
     dtype: Any
+    context_ln: Any = None
+    context_scale: float = 1.0
 
     def heads(
         self,
@@ -246,11 +262,25 @@ class Projections(NamedTuple):
         checks.features(self.name, "memory", memory, self.sizes.memory_features)
         heads = _apply(self.key, memory, self.sizes.num_key_heads)
         heads = heads if self.key_ln is None else self.key_ln(heads)
-        values = _apply(self.value, value, self.sizes.num_key_heads)
+        values = _apply(self.value, value, self.sizes.num_value_heads)
         return ProjectedMemory(apply_position(self.position, heads, positions), values)
 
     def join(self, context: Array) -> Array:
-        """Join the heads of a context [B, T, N, V] and project: [B, T, out_features]."""
+        """Norm and join the heads of a context [B, T, N, V], and project: [B, T, out_features].
+
+        Raises:
+          ShapeError: another number of heads than the layer was built for.
+        """
+        checks.axes(self.name, context=(context, "BTNV"))
+        if context.shape[2] != self.sizes.num_context_heads:
+            raise checks.ShapeError(
+                f"{self.name}: the context has {context.shape[2]} heads, and the layer is built "
+                f"for {self.sizes.num_context_heads}; give num_context_heads={context.shape[2]}."
+            )
+        if self.context_ln is not None:
+            context = self.context_ln(context)
+        if self.context_scale != 1.0:
+            context = context * jnp.asarray(self.context_scale, context.dtype)
         if self.combine == "sum":
             context = sum_heads(context)
         elif self.out is None:

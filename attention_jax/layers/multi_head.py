@@ -35,7 +35,7 @@ ROWS_CHECKED = 64
 class MultiHead(NamedTuple):
     """A layer y = combine_n(attend(x W_n^Q, m W_n^K, m W_n^V)) W^O from the parts that it has.
 
-    `score`, `bias` and `normalizer` return the bound function when called. `sequence_axis` names
+    `score`, `bias`, `normalizer` and the maps return the bound function when called. `sequence_axis` names
     the mesh axis that splits the sequence, and `implementation` then the method, or is None.
     """
 
@@ -45,6 +45,8 @@ class MultiHead(NamedTuple):
     normalizer: Callable[[], Any]
     implementation: str | None
     sequence_axis: str | None = None
+    mix_logits: Callable[[], Any] | None = None
+    mix_weights: Callable[[], Any] | None = None
 
     def __call__(
         self,
@@ -100,11 +102,13 @@ class MultiHead(NamedTuple):
             )
 
     def functions(self, score: Any = None, bias: BiasLike = None) -> dict[str, Any]:
-        """Return score, bias and normalizer with their parameters bound, as `attend` takes them."""
+        """Return score, bias, normalizer and maps with their parameters bound, as for `attend`."""
         if bias is None and self.bias is not None:
             bias = self.bias()
         score = self.score() if score is None else score
-        return {"score": score, "bias": bias, "normalizer": self.normalizer()}
+        maps = {"mix_logits": self.mix_logits, "mix_weights": self.mix_weights}
+        given = {name: head_map() for name, head_map in maps.items() if head_map is not None}
+        return {"score": score, "bias": bias, "normalizer": self.normalizer(), **given}
 
     def attend_view(
         self, heads: Array, view: View, *, bias: BiasLike, return_weights: bool, **options: Any
@@ -190,7 +194,8 @@ class MultiHeadMethods(HeadsMethods):
         sizes = projections.sizes
         depths = (sizes.num_key_heads, sizes.key_depth, sizes.value_depth)
         dtype = projections.dtype if dtype is None else dtype
-        return init(batch, capacity, *depths, window=window, ragged=ragged, dtype=dtype)
+        options = {"window": window, "ragged": ragged, "dtype": dtype}
+        return init(batch, capacity, *depths, num_value_heads=sizes.num_value_heads, **options)
 
     def decode(
         self,

@@ -44,6 +44,10 @@ class MultiHeadLayer(nn.Module, HeadsMethods, HeadOptions):
             position=self.position,
             combine=self.combine,
             dtype=cache_dtype(self.dtype, self.param_dtype),
+            context_ln=self.context_norm(**dtypes, name="context_ln")
+            if self.context_norm
+            else None,
+            context_scale=self.context_scale,
         )
 
     def linear(self, shape: LinearShape, name: str) -> nn.DenseGeneral:

@@ -10,7 +10,7 @@ import jax
 
 from attention_jax import scores
 from attention_jax.base.binding import BiasLike, Sliced
-from attention_jax.base.parameters import Initializer
+from attention_jax.base.parameters import Initializer, across_heads
 from attention_jax.base.typing import AnyScore
 from attention_jax.layers.heads import Learnable, ProjectedMemory
 from attention_jax.layers.multi_head import Extras, MultiHead, MultiHeadMethods
@@ -48,6 +48,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
     initializers: Mapping[str, Initializer] | None = None
     bias: Learnable | None = None
     normalizer: Learnable = softmax
+    mix_logits: Learnable | None = None
+    mix_weights: Learnable | None = None
     dropout_rate: float = 0.0
     deterministic: bool = False
     implementation: str | None = None
@@ -70,6 +72,13 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
         )
         bias = None if self.bias is None else Bound(self.bias, **each_head, name="bias")
         normalizer = Bound(self.normalizer, **each_head, name="normalizer")
+        maps = {"mix_logits": self.mix_logits, "mix_weights": self.mix_weights}
+        sizes = self.num_heads, projections.sizes.query_depth
+        together = {
+            name: Bound(across_heads(head_map, *sizes), param_dtype=self.param_dtype, name=name)
+            for name, head_map in maps.items()
+            if head_map is not None
+        }
         return MultiHead(
             projections,
             score.resolve,
@@ -77,6 +86,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
             normalizer.resolve,
             self.implementation,
             self.sequence_axis,
+            **{name: head_map.resolve for name, head_map in together.items()},
         )
 
     def __call__(

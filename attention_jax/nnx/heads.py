@@ -59,6 +59,10 @@ class MultiHeadLayer(HeadsMethods, nnx.Module):
         if given.qk_norm:
             self.query_ln = given.qk_norm(sizes.query_depth, **dtypes, rngs=rngs)
             self.key_ln = given.qk_norm(sizes.key_depth, **dtypes, rngs=rngs)
+        self.context_ln = nnx.data(None)
+        if given.context_norm:
+            self.context_ln = given.context_norm(sizes.value_depth, **dtypes, rngs=rngs)
+        self.context_scale = given.context_scale
 
     def _projections(self) -> Projections:
         """Return the projections with this module's parameters."""
@@ -74,6 +78,8 @@ class MultiHeadLayer(HeadsMethods, nnx.Module):
             position=self.position,
             combine=self.combine,
             dtype=self.cache_dtype,
+            context_ln=self.context_ln,
+            context_scale=self.context_scale,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from attention_jax import scores
 from attention_jax.base.binding import BiasLike, Sliced
-from attention_jax.base.parameters import Initializer
+from attention_jax.base.parameters import Initializer, across_heads
 from attention_jax.base.typing import AnyScore
 from attention_jax.layers.heads import Learnable, ProjectedMemory
 from attention_jax.layers.multi_head import Extras, MultiHead, MultiHeadMethods
@@ -40,6 +41,10 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
       bias: added to the logits, a function (q_idx, kv_idx) -> numbers of one head; what it
         declares is created here for each head.
       normalizer: from logits to weights; what it declares is created here for each head.
+      mix_logits: a map across heads before it (`attention_jax.head_maps`); what it declares is
+        created here for all heads together.
+      mix_weights: likewise after it; `num_value_heads` and `num_context_heads` say the number of
+        heads where it changes it.
       dropout_rate: of the weights.
       deterministic: True leaves dropout out; `model.train()` and `model.eval()` set it.
       implementation: of `attend`; the method of `parallel.attend` with `sequence_axis`.
@@ -47,8 +52,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
       param_dtype: of the parameters.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
       **options: of `attention_jax.layers.HeadOptions`: memory_features, out_features,
-        num_key_heads, query_depth, key_depth, value_depth, position, qk_norm, share_query_key,
-        projections, combine, use_bias, kernel_init, bias_init and dtype.
+        num_key_heads, num_value_heads, num_context_heads, query_depth, key_depth, value_depth,
+        position, qk_norm, context_norm, context_scale, share_query_key, projections, combine, use_bias, kernel_init, bias_init and dtype.
 
     Raises:
       ValueError: heads that do not divide, a size below 1, or options that exclude each other.
@@ -74,6 +79,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         initializers: Mapping[str, Initializer] | None = None,
         bias: Learnable | None = None,
         normalizer: Learnable = softmax,
+        mix_logits: Learnable | None = None,
+        mix_weights: Learnable | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
         implementation: str | None = None,
@@ -102,6 +109,11 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         if bias is not None:
             self.bias = Bound(bias, num_heads=num_heads, **drawn)
         self.normalizer = Bound(normalizer, num_heads=num_heads, **drawn)
+        self.mix_logits = self.mix_weights = nnx.data(None)
+        for name, head_map in {"mix_logits": mix_logits, "mix_weights": mix_weights}.items():
+            if head_map is not None:
+                declared = across_heads(head_map, num_heads, self.sizes.query_depth)
+                setattr(self, name, Bound(declared, **drawn))
 
     def __call__(
         self,
@@ -178,6 +190,7 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
     def _layer(self) -> MultiHead:
         """Return the computation with this module's parameters: projections, score, join."""
         score, bias, normalizer = self.score, self.bias, self.normalizer
+        maps = self.mix_logits, self.mix_weights
         return MultiHead(
             self._projections(),
             lambda: score.resolved,
@@ -185,4 +198,9 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
             lambda: normalizer.resolved,
             self.implementation,
             self.sequence_axis,
+            *(None if bound is None else functools.partial(_resolved, bound) for bound in maps),
         )
+
+
+def _resolved(bound: Bound) -> Any:
+    return bound.resolved
