@@ -35,8 +35,9 @@ ROWS_CHECKED = 64
 class MultiHead(NamedTuple):
     """A layer y = combine_n(attend(x W_n^Q, m W_n^K, m W_n^V)) W^O from the parts that it has.
 
-    `score`, `bias`, `normalizer` and the maps return the bound function when called. `sequence_axis` names
-    the mesh axis that splits the sequence, and `implementation` then the method, or is None.
+    `score`, `bias`, `normalizer` and the maps return the bound function when called.
+    `sequence_axis` names the mesh axis that splits the sequence, and `implementation` then the
+    method, or is None.
     """
 
     projections: Projections
