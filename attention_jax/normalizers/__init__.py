@@ -25,7 +25,7 @@ from attention_jax.normalizers.protocol import (
     streaming,
 )
 from attention_jax.normalizers.searched import MOST_PASSES, Level, Searched, Threshold, over_row
-from attention_jax.normalizers.selected import Selected, Selection, hard, top_k, top_p
+from attention_jax.normalizers.selected import Selected, Selection, hard, over_kept, top_k, top_p
 from attention_jax.normalizers.signed import odd_power, signed_softmax
 from attention_jax.normalizers.sparse import entmax, entmax15, sparsemax
 
@@ -50,6 +50,7 @@ __all__ = [
     "monotonic",
     "name_of",
     "odd_power",
+    "over_kept",
     "over_row",
     "sigmoid",
     "signed_softmax",

@@ -20,7 +20,7 @@ from attention_jax.normalizers.common import softmax
 from attention_jax.normalizers.protocol import Exponential
 from attention_jax.normalizers.searched import Searched
 
-__all__ = ["Selected", "Selection", "hard", "top_k", "top_p"]
+__all__ = ["Selected", "Selection", "hard", "over_kept", "top_k", "top_p"]
 
 Array = jax.Array
 
@@ -215,6 +215,33 @@ class TopP(Selected):
         return _short_of(self.p, total) * total
 
 
+def over_kept(how: Selected, logits: Array, allowed: Array) -> Array:
+    """Return the weights [T, S] of whole rows: what a normalizer is that streams by a selection.
+
+    Args:
+      how: what is kept.
+      logits: [T, S].
+      allowed: [T, S], True = may attend.
+
+    >>> over_kept(TopK(k=1), jnp.array([[1.0, 0.5, -1.0]]), jnp.ones((1, 3), bool))
+    Array([[1., 0., 0.]], dtype=float32)
+    """
+    shown = allowed & (logits != -jnp.inf)
+    fixed, lowest = jax.lax.stop_gradient(logits), jnp.finfo(logits.dtype).min
+    hidden = jnp.where(shown, fixed, lowest)
+    largest = jnp.max(hidden, axis=1, keepdims=True, initial=lowest)
+    measure = jnp.where(shown, how.measure(jnp.where(shown, fixed - largest, 0.0)), 0.0)
+    # NaN comes first, and what is hidden last.
+    ranked = jnp.nan_to_num(fixed, nan=jnp.finfo(logits.dtype).max)
+    order = jnp.lexsort((-ranked, ~allowed), axis=1)
+    in_order = jnp.take_along_axis(measure, order, axis=1)
+    before = jnp.cumsum(in_order, axis=1) - in_order
+    is_kept = ~(before >= how.target(jnp.sum(measure, axis=1))[:, None])  # NaN is
+    return how.of_kept(
+        logits, allowed & jnp.take_along_axis(is_kept, jnp.argsort(order, 1), axis=1)
+    )
+
+
 def top_k(logits: Array, allowed: Array, k: Any) -> Array:
     r"""Softmax over the k largest logits of a row; of equal ones the first count as larger.
 
@@ -235,8 +262,7 @@ def top_k(logits: Array, allowed: Array, k: Any) -> Array:
     Array([[0. , 0.5, 0.5, 0. ]], dtype=float32)
     """
     at_least("top_k", 1, k=k)
-    rank = jnp.argsort(_order(logits, allowed), axis=1)
-    return softmax(logits, allowed & (rank < jnp.asarray(k, rank.dtype)))
+    return over_kept(TopK(k=k), logits, allowed)
 
 
 def top_p(logits: Array, allowed: Array, p: Any) -> Array:
@@ -263,12 +289,7 @@ def top_p(logits: Array, allowed: Array, p: Any) -> Array:
     Array([[0.   , 0.571, 0.   , 0.429]], dtype=float32)
     """
     _check_share(p)
-    order = _order(logits, allowed)
-    shares = jax.lax.stop_gradient(softmax(logits, allowed))
-    ranked = jnp.take_along_axis(shares, order, axis=1)
-    before = jnp.cumsum(ranked, axis=1) - ranked
-    is_kept = ~(before >= _short_of(p, before))  # NaN is
-    return softmax(logits, allowed & jnp.take_along_axis(is_kept, jnp.argsort(order, 1), axis=1))
+    return over_kept(TopP(p=p), logits, allowed)
 
 
 def hard(logits: Array, allowed: Array) -> Array:
@@ -315,12 +336,6 @@ def _short_of(p: Any, like: Array) -> Array:
     """Return p less what sums may be rounded by; nothing reaches it if p is 1."""
     share = jax.lax.stop_gradient(jnp.asarray(p, like.dtype))
     return jnp.where(share < 1.0, share * (1.0 - ROUNDING * jnp.finfo(like.dtype).eps), 2.0)
-
-
-def _order(logits: Array, allowed: Array) -> Array:
-    """Return the keys of a row in their order, [T, S]: NaN first, and what is hidden last."""
-    ranked = jax.lax.stop_gradient(jnp.nan_to_num(logits, nan=jnp.finfo(logits.dtype).max))
-    return jnp.lexsort((-ranked, ~allowed), axis=1)
 
 
 def _where(condition: Array, yes: Cut, no: Cut) -> Cut:

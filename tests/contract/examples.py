@@ -412,6 +412,7 @@ NOT_NORMALIZERS = {
     "log_normalizer",
     "monotonic",
     "name_of",
+    "over_kept",
     "over_row",
     "stable_logsumexp",
     "streaming",
