@@ -361,6 +361,14 @@ def apply_position(position: Position | None, x: Array, positions: Array | None)
       position: the function of one head; None leaves x as it is.
       x: [B, T, N, H].
       positions: [T], or [B, T] where examples have different ones; None is 0, 1, ...
+
+    Returns:
+      [B, T, N, H].
+
+    >>> from attention_jax import positions
+    >>> x = jnp.ones((2, 5, 4, 8))
+    >>> apply_position(positions.rotary, x, None).shape
+    (2, 5, 4, 8)
     """
     if position is None:
         return x
