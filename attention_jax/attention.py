@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax import masks
+from attention_jax.base import placement
 from attention_jax.base.binding import BiasLike, Sliced
 from attention_jax.base.placement import Where
 from attention_jax.base.typing import AnyScore, HeadMap, Normalizer
@@ -86,7 +87,9 @@ def attend(
         and S, with every derivative; "pallas" does so by kernels generated for TPU and GPU;
         "cudnn" is NVIDIA's kernel, for plain dot products in half precision. A name is done or
         refused; None takes "dense" where weights are asked for or all pairs fit in one tile,
-        "cudnn" where it applies, and else "tiled".
+        "cudnn" where it applies, then "pallas" where a program is lowered for TPU or GPU, is not
+        spread over devices by an automatic mesh, and consists of what kernels are known to be
+        lowered from, and else "tiled".
       tile_sizes: queries and keys a tile; None chooses from shapes, mask and device.
       return_weights: also return the weights [B, N, T, S], after dropout.
       return_logsumexp: also return the log of the softmax normalizer, [B, T, N], in float32 or
@@ -170,8 +173,9 @@ def explain(
     >>> found.implementation, found.empty, found.partial, found.full
     ('tiled', 28, 8, 28)
     >>> print(explain(x, x, x, mask=masks.Causal(), platform="tpu"))
-    tiled: 8 heads, tiles of 1024 x 1024: 6 empty (skipped), 4 partial, 6 full
+    pallas: 8 heads, tiles of 512 x 512: 28 empty (skipped), 8 partial, 28 full
     ...
+    kernels of score scaled_dot, mask Causal(offset=0)
     """
     request_of = functools.partial(
         Request.of,
@@ -208,6 +212,11 @@ def _attended(request: Request, where: Where, dtype: Any = None) -> Attended:
         context = _attended(apart, where, request.dtype).context
         mixed_context = mixed_choice.mixed_contexts(request.mix_weights, context)
         return Attended(mixed_context.astype(dtype))
+    if request.implementation is None and name != "dense":
+        kernels = [] if where.spread else _with_kernels(request, where, name)
+        if kernels:
+            return _by_kernels((request, dtype), where, kernels, name)
+        name = "tiled" if name == "pallas" else name
     if name == "cudnn" and request.implementation is None and where.platform is None:
         return _by_platform(request, where, dtype)
     if name == "cudnn":
@@ -228,9 +237,13 @@ def _attended(request: Request, where: Where, dtype: Any = None) -> Attended:
         axes = given["mask"].axes
         sequential, elsewhere = "BKG", choice.elsewhere(other, plan, axes, where.platform)
     elif name == "pallas":
-        plan = choice.plan_for(request, name=name)
+        plan = choice.plan_for(request, where.platform, name=name)
         of_head = functools.partial(
-            pallas, plan=plan, products=request.products, shares_keys=request.groups > 1
+            pallas,
+            plan=plan,
+            products=request.products,
+            shares_keys=request.groups > 1,
+            only_on=None if where.platform == "cpu" else where.platform,
         )
     one_head = functools.partial(one_head, of_head)
     axes = [letters for operand in given.values() for letters in operand.axes]
@@ -272,6 +285,61 @@ def _attended_together(request: Request, name: str, where: Where) -> Attended:
         elsewhere,
     )
     return lifted(*(leaf for operand in given.values() for leaf in operand.leaves))
+
+
+def _with_kernels(request: Request, where: Where, name: str) -> list[str]:
+    """Return the accelerators whose kernels are chosen, of those the program may be lowered for."""
+    if where.platform is not None:
+        return [where.platform] if name == "pallas" else []
+    return [of for of in ("tpu", "gpu") if choice.kernels_lack(request, of) is None]
+
+
+def _by_kernels(
+    asked: tuple[Request, Any], where: Where, kernels: list[str], name: str
+) -> Attended:
+    """Run kernels where the program is lowered for an accelerator that has them, and not spread.
+
+    A kernel is run on one device, or on each within `shard_map`.
+    """
+    request, dtype = asked
+    leaves, structure = jax.tree.flatten(request)
+    arrays = [leaf for leaf in leaves if isinstance(leaf, Array)]
+    run = functools.partial(_rebuilt, structure, (leaves, dtype))
+    if where.platform is not None and where.spread is False:
+        return run("pallas", where, *arrays)
+    ways: dict[str, Any] = {}
+    for platform in kernels:
+        names = ("cuda", "rocm") if platform == "gpu" else (platform,)
+        ways |= dict.fromkeys(names, functools.partial(run, "pallas", Where(False, platform)))
+    if name == "cudnn":
+        ways["cuda"] = functools.partial(run, "cudnn", where)
+    # Where both accelerators have kernels, what is left is a CPU.
+    rest = Where(False, "cpu") if len(kernels) > 1 else where._replace(spread=False)
+    one = functools.partial(_on_platform, ways, functools.partial(run, "tiled", rest))
+    many = functools.partial(run, "tiled", where._replace(spread=True))
+    chosen = one if where.spread is False else functools.partial(_if_spread, many, one)
+    # What the backward pass needs of each platform is the same, and the rest is computed again.
+    policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
+    return jax.checkpoint(chosen, policy=policy, prevent_cse=False)(*arrays)
+
+
+def _rebuilt(
+    structure: Any, rest: tuple[list[Any], Any], implementation: str, where: Where, *arrays: Array
+) -> Attended:
+    """Attend by an implementation, to a request whose arrays are given."""
+    (leaves, dtype), those = rest, iter(arrays)
+    leaves = [next(those) if isinstance(leaf, Array) else leaf for leaf in leaves]
+    request = jax.tree.unflatten(structure, leaves)
+    request = dataclasses.replace(request, implementation=implementation)
+    return _attended(request, where, dtype)
+
+
+def _if_spread(many: Any, one: Any, *arrays: Array) -> Attended:
+    return jax.lax.cond(placement.is_spread(arrays[0]), many, one, *arrays)
+
+
+def _on_platform(ways: dict[str, Any], tiles: Any, *arrays: Array) -> Attended:
+    return jax.lax.platform_dependent(*arrays, default=tiles, **ways)
 
 
 def _by_platform(request: Request, where: Where, dtype: Any) -> Attended:

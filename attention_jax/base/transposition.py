@@ -8,12 +8,15 @@ as the keys of other devices that are sent once more, the transposition is a loo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+
+from attention_jax.base.trees import varying_like
 
 
 def linear_call(
@@ -21,6 +24,7 @@ def linear_call(
     transposed: Callable[[Any, Any], Any],
     fixed: Any,
     moving: Any,
+    shape: Any = None,
 ) -> Any:
     """Return function(fixed, moving), linear in `moving`, whose transposition is `transposed`.
 
@@ -32,6 +36,8 @@ def linear_call(
       transposed: of `fixed` and a pytree as `function` returns; returns one like `moving`.
       fixed: a pytree of arrays of any type.
       moving: a pytree of floating-point arrays.
+      shape: what the function returns, as `jax.ShapeDtypeStruct`, where that is known. Then neither
+        function is traced before a program with it is lowered, or differentiated further.
 
     >>> double = functools.partial(linear_call, lambda a, x: a * x, lambda a, z: 2 * a * z)
     >>> jax.grad(double, 1)(3.0, 5.0)  # the transposition is taken as it is given
@@ -39,63 +45,97 @@ def linear_call(
     """
     leaves, structure = jax.tree.flatten((fixed, moving))
     number = len(jax.tree.leaves(fixed))
-    jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(fixed, moving)
+    jaxpr, is_late = None, shape is not None
+    if not is_late:
+        jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(fixed, moving)
     pair = _Pair(
         functools.partial(_flat, function, structure),
         functools.partial(_flat, transposed, jax.tree.structure((fixed, shape))),
         number,
+        is_late,
     )
-    found = _linear.bind(*leaves, jaxpr=jaxpr, pair=pair)
+    found = _bound(pair, leaves, jax.tree.leaves(shape), jaxpr)
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
 class _Pair(NamedTuple):
-    """A function of leaves and its transposition, of which the first `number` are fixed."""
+    """A function of leaves and its transposition, of which the first `number` are fixed.
+
+    What `is_late` is traced when it is lowered.
+    """
 
     function: Callable[..., list[Any]]
     transposed: Callable[..., list[Any]]
     number: int
+    is_late: bool
 
 
 def _flat(function: Callable[[Any, Any], Any], structure: Any, *leaves: Any) -> list[Any]:
     return jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
 
 
-def _bound(pair: _Pair, arguments: list[Any]) -> list[Any]:
-    jaxpr = jax.make_jaxpr(pair.function)(*arguments)
-    return _linear.bind(*arguments, jaxpr=jaxpr, pair=pair)
+def _bound(
+    pair: _Pair, arguments: Sequence[Any], shapes: Any, jaxpr: ClosedJaxpr | None = None
+) -> list[Any]:
+    """Bind the function of a pair, which returns arrays of these shapes."""
+    if pair.is_late:
+        shapes = late_shapes(shapes, *arguments)
+    else:
+        jaxpr = jaxpr or jax.make_jaxpr(pair.function)(*arguments)
+        shapes = jaxpr.out_avals
+    return _linear.bind(*arguments, jaxpr=jaxpr, shapes=tuple(shapes), pair=pair)
 
 
-def _evaluated(*arguments: Any, jaxpr: ClosedJaxpr, pair: _Pair) -> list[Any]:
-    del pair
-    return jaxpr_as_fun(jaxpr)(*arguments)
+def late_shapes(shapes: Any, *arguments: Any) -> list[Any]:
+    """Return the types of results of these shapes, which vary over a mesh as the arguments do."""
+    return jax.make_jaxpr(functools.partial(_zeros, shapes))(*arguments).out_avals
 
 
-def _tangent(primals: Any, tangents: Any, *, jaxpr: ClosedJaxpr, pair: _Pair) -> Any:
+def _zeros(shapes: Any, *arguments: Any) -> list[Any]:
+    return [varying_like(jnp.zeros(one.shape, one.dtype), *arguments) for one in shapes]
+
+
+def _function_of(jaxpr: ClosedJaxpr | None, pair: _Pair) -> Callable[..., list[Any]]:
+    return pair.function if jaxpr is None else jaxpr_as_fun(jaxpr)
+
+
+def _evaluated(*arguments: Any, jaxpr: ClosedJaxpr | None, shapes: Any, pair: _Pair) -> list[Any]:
+    del shapes
+    return _function_of(jaxpr, pair)(*arguments)
+
+
+def _tangent(
+    primals: Any, tangents: Any, *, jaxpr: ClosedJaxpr | None, shapes: Any, pair: _Pair
+) -> Any:
     fixed, of_moving = primals[: pair.number], tangents[pair.number :]
     parts = []
     if any(type(change) is not ad.Zero for change in of_moving):
-        parts.append(_bound(pair, [*fixed, *map(ad.instantiate_zeros, of_moving)]))
+        parts.append(_bound(pair, [*fixed, *map(ad.instantiate_zeros, of_moving)], shapes))
     which = [n for n in range(pair.number) if type(tangents[n]) is not ad.Zero]
     if which:
-        of_those = functools.partial(_of_those, jaxpr, primals, which)
+        of_those = functools.partial(_of_those, _function_of(jaxpr, pair), primals, which)
         moving, along = ([x[n] for n in which] for x in (primals, tangents))
         parts.append(jax.jvp(of_those, moving, along)[1])
     change = [functools.reduce(ad.add_tangents, each) for each in zip(*parts, strict=True)]
-    return _linear.bind(*primals, jaxpr=jaxpr, pair=pair), change
+    return _linear.bind(*primals, jaxpr=jaxpr, shapes=shapes, pair=pair), change
 
 
-def _of_those(jaxpr: ClosedJaxpr, arguments: Any, which: list[int], *those: Any) -> list[Any]:
+def _of_those(
+    function: Callable[..., list[Any]], arguments: Any, which: list[int], *those: Any
+) -> list[Any]:
     """Evaluate a function with some of its arguments replaced."""
     replaced = dict(zip(which, those, strict=True))
-    return jaxpr_as_fun(jaxpr)(*(replaced.get(n, x) for n, x in enumerate(arguments)))
+    return function(*(replaced.get(n, x) for n, x in enumerate(arguments)))
 
 
-def _transposed(cotangents: Any, *arguments: Any, jaxpr: ClosedJaxpr, pair: _Pair) -> list[Any]:
-    del jaxpr
+def _transposed(
+    cotangents: Any, *arguments: Any, jaxpr: ClosedJaxpr | None, shapes: Any, pair: _Pair
+) -> list[Any]:
+    del jaxpr, shapes
     fixed, moving = arguments[: pair.number], arguments[pair.number :]
-    swapped = _Pair(pair.transposed, pair.function, pair.number)
-    found = _bound(swapped, [*fixed, *map(ad.instantiate_zeros, cotangents)])
+    swapped = _Pair(pair.transposed, pair.function, pair.number, pair.is_late)
+    shapes = [x.aval if ad.is_undefined_primal(x) else jax.typeof(x) for x in moving]
+    found = _bound(swapped, [*fixed, *map(ad.instantiate_zeros, cotangents)], shapes)
     of_moving = (
         x if ad.is_undefined_primal(argument) else None
         for x, argument in zip(found, moving, strict=True)
@@ -103,7 +143,9 @@ def _transposed(cotangents: Any, *arguments: Any, jaxpr: ClosedJaxpr, pair: _Pai
     return [None] * pair.number + list(of_moving)
 
 
-def _batched(arguments: Any, axes: Any, *, jaxpr: ClosedJaxpr, pair: _Pair) -> Any:
+def _batched(
+    arguments: Any, axes: Any, *, jaxpr: ClosedJaxpr | None, shapes: Any, pair: _Pair
+) -> Any:
     del jaxpr
     (size,) = {x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None}
     front = [
@@ -112,8 +154,9 @@ def _batched(arguments: Any, axes: Any, *, jaxpr: ClosedJaxpr, pair: _Pair) -> A
     ]
     of_fixed = axes[: pair.number]
     function, transposed = (_mapped(one, of_fixed) for one in pair[:2])
-    pair = _Pair(function, transposed, pair.number)
-    found = _bound(pair, [*arguments[: pair.number], *front])
+    pair = _Pair(function, transposed, pair.number, pair.is_late)
+    shapes = [jax.ShapeDtypeStruct((size, *one.shape), one.dtype) for one in shapes]
+    found = _bound(pair, [*arguments[: pair.number], *front], shapes)
     return found, [0] * len(found)
 
 
@@ -126,9 +169,9 @@ def _over_batch(function: Callable[..., list[Any]], of_fixed: Any, *arguments: A
     return jax.vmap(function, axes)(*arguments)
 
 
-def _abstract(*arguments: Any, jaxpr: ClosedJaxpr, pair: _Pair) -> Any:
-    del arguments, pair
-    return jaxpr.out_avals
+def _abstract(*arguments: Any, jaxpr: ClosedJaxpr | None, shapes: Any, pair: _Pair) -> list[Any]:
+    del arguments, jaxpr, pair
+    return list(shapes)
 
 
 _linear = Primitive("linear_call")

@@ -14,6 +14,7 @@ import numpy as np
 from attention_jax.head_maps import NO_HALO
 from attention_jax.implementations import cudnn, machine, mixed_choice, temporaries
 from attention_jax.implementations.lifting import Elsewhere
+from attention_jax.implementations.pallas import choosing
 from attention_jax.implementations.tiles import Plan, make_plan, pairs_together
 from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
@@ -33,9 +34,6 @@ CANDIDATES = {
 }
 """Queries and keys of a tile to choose from. On CPU a 512 x 512 tile of float32 fills the level-2
 cache."""
-
-KERNEL_TILES = {"tpu": (512, 512), "gpu": (64, 64), "cpu": (128, 128)}
-"""Queries and keys of a tile of a kernel; traced on a CPU, one that suits both accelerators."""
 
 MIXED_PAIRS = {"cpu": 2**18, "default": 2**21}
 """Where maps mix heads, a tile of all of them has at most so many pairs."""
@@ -64,6 +62,8 @@ class Choice:
       passes: how the normalizer goes over the tiles, in words; empty for "dense" and "cudnn".
       together: number of heads of a tile; more than one where maps mix them.
       mixing_flops: those of `flops` that the maps take.
+      why: what is a kernel, or why generated kernels were not chosen; empty on a CPU, and where an
+        implementation was asked for.
     """
 
     implementation: str
@@ -78,10 +78,12 @@ class Choice:
     passes: str = ""
     together: int = 1
     mixing_flops: int = 0
+    why: str = ""
 
     def __str__(self) -> str:
         rows, columns = self.tile
         passes = f"; {self.passes}" if self.passes else ""
+        why = f"\n{self.why}" if self.why else ""
         together = f", {self.at_once} at once" if 1 < self.at_once < self.heads else ""
         of_heads = f" of {self.together} heads" if self.together > 1 else ""
         mixing = f" ({self.mixing_flops / 1e9:.3g} to mix heads)" if self.mixing_flops else ""
@@ -90,7 +92,7 @@ class Choice:
             f"{of_heads}: "
             f"{self.empty} empty (skipped), {self.partial} partial, {self.full} full\n"
             f"{self.flops / 1e9:.3g} GFLOP{mixing} and {self.bytes / 2**20:.3g} MiB of temporaries "
-            f"forward{passes}"
+            f"forward{passes}{why}"
         )
 
 
@@ -112,7 +114,8 @@ def choose(request: Request, platform: str | None = None) -> str:
     """Return the implementation that runs, whose name is one of IMPLEMENTATIONS.
 
     None stands for "dense" where all pairs of a head fit in one tile, where a length is a symbol
-    (`jax.export`) or where nothing else is able; "cudnn" comes before "tiled".
+    (`jax.export`) or where nothing else is able; "cudnn" comes before "pallas", which is chosen
+    where its kernels are known to be lowered, and that before "tiled".
 
     Raises:
       ValueError: an unknown name, or one that cannot do what is asked.
@@ -121,8 +124,11 @@ def choose(request: Request, platform: str | None = None) -> str:
     if name is None:
         if not _knows_lengths(request) or math.prod(request.pairs) <= DENSE_PAIRS:
             return "dense"
-        able = (x for x in ("cudnn", "tiled", "dense") if lacks(x, request, platform) is None)
-        return next(able)
+        if lacks("cudnn", request, platform) is None:
+            return "cudnn"
+        if kernels_lack(request, platform) is None:
+            return "pallas"
+        return "tiled" if lacks("tiled", request, platform) is None else "dense"
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"attend: implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got "
@@ -184,6 +190,17 @@ def lacks(name: str, request: Request, platform: str | None = None) -> str | Non
     return None
 
 
+def kernels_lack(request: Request, platform: str | None = None) -> str | None:
+    """Say why None does not stand for "pallas" on a platform, or None where it does."""
+    platform = platform or jax.default_backend()
+    if platform == "cpu":
+        return "kernels run on TPU and GPU"
+    reason = lacks("pallas", request, platform)
+    if reason is not None:
+        return reason
+    return choosing.lacks(request, platform, choosing.kernel_tile(request, platform))
+
+
 def _knows_lengths(request: Request) -> bool:
     """Tell whether both lengths are numbers; a program is exported for all those of a symbol."""
     return all(isinstance(length, int) for length in request.pairs)
@@ -198,8 +215,9 @@ def plan_for(request: Request, platform: str | None = None, name: str = "tiled")
     mask, is_static = known_mask(request.mask, request.sizes)
     pairs = max(request.sizes["T"], 1), max(request.sizes["S"], 1)
     if name == "pallas":
-        tile = request.tile_sizes or KERNEL_TILES.get(platform, KERNEL_TILES["cpu"])
-        return make_plan(mask, pairs, tile, is_static, on_grid=True)
+        return make_plan(
+            mask, pairs, choosing.kernel_tile(request, platform), is_static, on_grid=True
+        )
     heads = max(request.counts) if request.mixes else 1
     if request.tile_sizes is not None:
         plan = make_plan(mask, pairs, clipped(request.tile_sizes, pairs), is_static)
@@ -302,7 +320,17 @@ def describe(request: Request, platform: str | None = None) -> Choice:
         passes=_passes(name, request),
         together=plan.heads,
         mixing_flops=mixing,
+        why="" if request.implementation else _why(name, request, platform),
     )
+
+
+def _why(name: str, request: Request, platform: str) -> str:
+    """Say of what kernels are generated, or why there are none."""
+    if platform == "cpu" or name in ("dense", "cudnn"):
+        return ""
+    if name != "pallas":
+        return f"no kernels: {(kernels_lack(request, platform) or '').rstrip('.')}"
+    return f"kernels of {choosing.described(request)}"
 
 
 def _passes(name: str, request: Request) -> str:

@@ -25,6 +25,8 @@ def expected(name: str, request: Request, plan: Plan, at_once: int, platform: st
     heads, length = sizes["B"] * sizes["N"], sizes["T"]
     if name == "dense":
         return 2 * heads * math.prod(request.pairs) * computed
+    if name == "pallas":
+        return heads * length * computed
     pairs = at_once * plan.largest_visit * plan.tile[1]
     if isinstance(request.streaming, Searched):  # holds the logits of a row of tiles
         pairs += at_once * plan.tile[0] * plan.covered

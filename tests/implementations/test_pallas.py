@@ -395,7 +395,7 @@ def test_on_a_cpu_it_is_refused_unless_interpreted():
     )
 
 
-def test_it_explains_itself_and_is_not_chosen():
+def test_it_explains_itself_and_is_not_chosen_for_a_cpu():
     x = jax.ShapeDtypeStruct((1, 4096, 8, 64), "float32")
     found = explain(x, x, x, mask=masks.Causal(), implementation="pallas", tile_sizes=(512, 512))
     assert (found.implementation, found.empty, found.partial, found.full) == ("pallas", 28, 8, 28)

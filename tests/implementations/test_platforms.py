@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from attention_jax import attend, bind, explain, masks, scores
+from attention_jax import attend, bind, explain, masks, scores, statistics
 from attention_jax.base.placement import Where
 from attention_jax.implementations import cudnn, temporaries
 from attention_jax.implementations.lifting import Elsewhere, lift
@@ -127,14 +127,15 @@ def test_explain_answers_for_another_platform():
     found = {
         name: explain(*halves(4096, heads=16), platform=name) for name in ("cpu", "gpu", "tpu")
     }
-    assert [each.implementation for each in found.values()] == ["tiled", "cudnn", "tiled"]
-    assert found["cpu"].tile == (512, 512) and found["tpu"].tile == (1024, 1024)
+    assert [each.implementation for each in found.values()] == ["tiled", "cudnn", "pallas"]
+    assert found["cpu"].tile == (512, 512) and found["tpu"].tile == (512, 512)
     with pytest.raises(ValueError, match="platform must be None or one of cpu, gpu, tpu, got 'v5"):
         explain(*halves(4096), platform="v5e")
     with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU; this program runs on tpu"):
         explain(*halves(4096), platform="tpu", implementation="cudnn")
-    assert [each.at_once for each in found.values()] == [1, 16, 8]
-    assert "16 heads, 8 at once, tiles of 1024 x 1024" in str(found["tpu"])
+    told = explain(*halves(4096, heads=16), platform="tpu", implementation="tiled")
+    assert [each.at_once for each in (*found.values(), told)] == [1, 16, 16, 8]
+    assert "16 heads, 8 at once, tiles of 1024 x 1024" in str(told)
 
 
 @pytest.mark.aot
@@ -187,6 +188,90 @@ def test_additive_attention_takes_no_tile_through_the_memory_of_a_tpu():
 
     tile = 4 * 1024 * 1024  # of float32 logits, of one head
     assert compilers.cost(additive, of_additive(4096, 8), "v5e").temporaries < tile / 2
+
+
+def kernels(text):
+    """Count the kernels of TPU and GPU in a program."""
+    return len(re.findall(r"@tpu_custom_call|@__gpu\$xla.gpu.triton", text))
+
+
+def user_score(query, key):
+    return jnp.log1p((query @ key.T) ** 2)
+
+
+def counted(function):
+    """Lower for a CPU, a TPU and a GPU, and count kernels."""
+    program = jax.jit(function).trace(*halves(640, heads=2))
+    return [
+        kernels(program.lower(lowering_platforms=(name,)).as_text())
+        for name in ("cpu", "tpu", "cuda")
+    ]
+
+
+def test_none_chooses_kernels_where_they_are_lowered_and_nowhere_else():
+    assert counted(functools.partial(attend, score=user_score)) == [0, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_program_for_several_platforms_has_kernels_for_one_and_tiles_for_the_other():
+    x = normal(1, 320, 2, 16)
+    function = jax.jit(functools.partial(attend, mask=masks.Causal()))
+    exported = jax.export.export(function, platforms=["cpu", "tpu"])(x, x, x)
+    assert kernels(exported.mlir_module()) == 1
+    np.testing.assert_allclose(exported.call(x, x, x), function(x, x, x), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_derivatives_of_what_none_chooses_are_kernels_too():
+    def total(*arrays):
+        context = attend(*arrays, mask=masks.Causal(), score=user_score)
+        return jnp.sum(context.astype(jnp.float32))
+
+    assert counted(jax.grad(total, (0, 1, 2))) == [0, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"mask": masks.Causal() & masks.Segment(jnp.zeros(4096, jnp.int32))},
+            "kernels of score scaled_dot, mask (Causal(offset=0) & Segment(query_ids=int32[4096],",
+        ),
+        (
+            {"score": lambda query, key: jax.lax.erfc(query @ key.T)},
+            "no kernels: the primitive erfc is not known to be one of kernels",
+        ),
+        (
+            {"score": lambda query, key: jnp.tanh(query[:, None] + key[None]).sum(-1)},
+            "no kernels: a tile would hold 128 MiB at once",
+        ),
+        ({"mask": jnp.ones((4096, 4096), bool)}, "no kernels: the primitive "),
+        (
+            {"statistics": {"entropy": statistics.entropy}},
+            "no kernels: computes no statistics of the weights; use implementation='tiled'",
+        ),
+    ],
+)
+def test_explain_says_what_is_a_kernel_or_why_there_is_none(options, told):
+    found = explain(*halves(4096), platform="tpu", **options)
+    assert found.implementation == ("pallas" if told.startswith("kernels") else "tiled")
+    assert str(found).splitlines()[-1].startswith(told)
+    assert explain(*halves(4096), platform="cpu", **options).why == ""
+
+
+def test_kernels_are_chosen_for_sizes_that_they_suit():
+    cases = {
+        "padded": (halves(300, depth=64), "gpu", "pallas"),
+        "a decoder": ([halves(1)[0], *halves(2**17)[:2]], "tpu", "tiled"),
+        "no power of two": (halves(4096, depth=40), "gpu", "tiled"),
+        "the same on a TPU": (halves(4096, depth=40), "tpu", "pallas"),
+    }
+    options = {"mask": masks.Window(99, 0), "score": scores.dot, "bias": jnp.zeros(())}
+    found = {
+        name: explain(*arrays, platform=platform, **options).implementation
+        for name, (arrays, platform, _) in cases.items()
+    }
+    assert found == {name: expected for name, (_, _, expected) in cases.items()}
 
 
 def test_cudnn_is_left_to_the_platform_that_a_program_is_lowered_for(monkeypatch):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from attention_jax.base.later import later
 from attention_jax.base.matmul import PLAIN, Products
 from attention_jax.base.transposition import linear_call
 from attention_jax.base.trees import Rest, merge_floats, split_floats, varying_like
@@ -37,12 +38,17 @@ Array = jax.Array
 
 
 def pallas(
-    head: Head, plan: Plan, products: Products = PLAIN, shares_keys: bool = False
+    head: Head,
+    plan: Plan,
+    products: Products = PLAIN,
+    shares_keys: bool = False,
+    only_on: str | None = None,
 ) -> Attended:
     """Attend one head by kernels, whose tiles begin at multiples of their size.
 
     The context is in the dtype of the values, the log-sum-exp in float32. `shares_keys` tells that
-    other heads have the same keys and values.
+    other heads have the same keys and values, and `only_on` names the platform whose branch of a
+    program this is.
     """
     dtype = at_least_float32(head.value.dtype)
     if not (len(head.query) and len(head.key) and len(plan.starts)):
@@ -52,7 +58,9 @@ def pallas(
         return with_sink(head.normalizer, context, logsumexp)
     visits = group(plan, tall=1, together=1) if plan.is_static else plan.visits
     tiles, operands, given = prepared(head, plan, visits, products)
-    context, logsumexp = _attend(_Static(tiles, plan, shares_keys), *split_floats(operands), given)
+    context, logsumexp = _attend(
+        _Static(tiles, plan, shares_keys, only_on), *split_floats(operands), given
+    )
     length = plan.pairs[0]
     context, logsumexp = context[:length], online.with_empty(logsumexp[:length])
     if getattr(one_pass(head.normalizer), "sink", None) is not None:
@@ -67,17 +75,31 @@ class _Static:
     tiles: Tiles
     plan: Plan
     shares_keys: bool
+    only_on: str | None
 
     def head(self, operands: Operands, given: Given) -> parts.Head:
         """Trace the functions of a head."""
-        return parts.Head.of(self.tiles, operands, given, self.shares_keys)
+        return parts.Head.of(self.tiles, operands, given, self.shares_keys, self.only_on)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(static: _Static, floats: list[Array], rest: Rest, given: Given) -> tuple[Array, Array]:
     """Return context [T, V] and log-sum-exp [T], as `online.finished_finite` has it."""
-    head = static.head(merge_floats(floats, rest), given)
-    return forward.attend(head, static.plan)
+    leaves, structure = jax.tree.flatten((floats, rest, given))
+    operands = merge_floats(floats, rest)
+    dtype = at_least_float32(operands.value.dtype)
+    rows = len(operands.query)
+    shapes = [
+        jax.ShapeDtypeStruct((rows, operands.value.shape[1]), operands.value.dtype),
+        jax.ShapeDtypeStruct((rows,), dtype),
+    ]
+    context, logsumexp = later(functools.partial(_by_kernel, static, structure), shapes, *leaves)
+    return context, logsumexp
+
+
+def _by_kernel(static: _Static, structure: Any, *leaves: Array) -> tuple[Array, Array]:
+    floats, rest, given = jax.tree.unflatten(structure, leaves)
+    return forward.attend(static.head(merge_floats(floats, rest), given), static.plan)
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
@@ -89,9 +111,12 @@ def _attend_jvp(static: _Static, primals: Any, tangents: Any) -> Any:
     change = [x.astype(at_least_float32(x.dtype)) for x in tangents[0] if not _is_zero(x)]
     leaves, structure = jax.tree.flatten((floats, rest, given, online.finite_or_zero(logsumexp)))
     sums = _Sums(static, structure, moves)
-    log_tangent, context_tangent = linear_call(sums.tangent, sums.transposed, leaves, change)
-    how = one_pass(merge_floats(floats, rest).functions.normalizer)
     wide = context.astype(logsumexp.dtype)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (logsumexp, wide)]
+    log_tangent, context_tangent = linear_call(
+        sums.tangent, sums.transposed, leaves, change, tuple(shapes)
+    )
+    how = one_pass(merge_floats(floats, rest).functions.normalizer)
     change, log_change = online.changes(how, log_tangent, context_tangent, wide)
     return (context, logsumexp), (change.astype(context.dtype), log_change)
 

@@ -105,6 +105,7 @@ def _run(head: Head, plan: Plan, rows: Rows, wanted: list[int], by: str) -> list
         step=backward.step,
         finish=backward.finish,
         states=add_states(inputs, live, head),
+        only_on=head.only_on,
     )
     return call(kernel, *inputs.arrays)
 

@@ -138,6 +138,7 @@ class Kernel:
         knows.
       is_poisoned: blocks of the operands -> whether NaN or Inf is among them; None if it makes no
         difference.
+      only_on: the platform whose branch of a program the kernel is in; None if it is in no branch.
     """
 
     by: str
@@ -151,6 +152,7 @@ class Kernel:
     finish: Callable[..., list[Array]]
     states: int | None = None
     is_poisoned: Callable[..., Array] | None = None
+    only_on: str | None = None
 
     def shapes(self, levels: Sequence[Level], *arrays: Any) -> list[jax.ShapeDtypeStruct]:
         """Return the results as whole arrays, given the operands."""

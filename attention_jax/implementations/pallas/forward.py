@@ -40,6 +40,7 @@ def attend(head: Head, plan: Plan) -> tuple[Array, Array]:
         finish=forward.finish,
         states=add_states(inputs, live, head),
         is_poisoned=forward.is_poisoned,
+        only_on=head.only_on,
     )
     context, logsumexp = call(kernel, *inputs.arrays)
     return context, logsumexp[0]

@@ -116,7 +116,8 @@ class Head:
     """One head, its functions traced on a tile: all that its kernels are generated from.
 
     `leaves` are those of the functions of the score, of the bias and of the normalizer, with what
-    they close over. `shares_keys` tells that other heads have the same keys and values.
+    they close over. `shares_keys` tells that other heads have the same keys and values, and
+    `only_on` names the platform whose branch of a program this is.
     """
 
     tile: tuple[int, int]
@@ -132,9 +133,17 @@ class Head:
     allowed: Split | None
     keep: Split | None
     shares_keys: bool
+    only_on: str | None
 
     @classmethod
-    def of(cls, tiles: Tiles, operands: Operands, given: Given, shares_keys: bool = False) -> Head:
+    def of(
+        cls,
+        tiles: Tiles,
+        operands: Operands,
+        given: Given,
+        shares_keys: bool = False,
+        only_on: str | None = None,
+    ) -> Head:
         """Trace the functions of a head, whose sizes are multiples of the tile."""
         (rows,) = operands.captured
         tile = rows, tiles.key_size
@@ -171,6 +180,7 @@ class Head:
             allowed,
             keep,
             shares_keys,
+            only_on,
         )
 
     @property

@@ -65,11 +65,15 @@ def _on(
     interpret: bool = False,
 ) -> list[Array]:
     """Run a kernel as on a platform."""
+    if kernel.only_on not in (None, platform):
+        return _never(kernel, levels, *arrays)
     return _RUN[platform](kernel, interpret, levels, *arrays)
 
 
 def _on_cpu(*arrays: Array, kernel: Kernel, levels: tuple[Level, ...]) -> list[Array]:
     platform = _INTERPRETED.get()
+    if kernel.only_on not in (None, platform):
+        return _never(kernel, levels, *arrays)
     if platform is None:
         raise ValueError(
             "attend: implementation 'pallas' runs on TPU and GPU, and this program is compiled for "
@@ -77,6 +81,11 @@ def _on_cpu(*arrays: Array, kernel: Kernel, levels: tuple[Level, ...]) -> list[A
             "implementations.interpreted()."
         )
     return _on(platform, *arrays, kernel=kernel, levels=levels, interpret=True)
+
+
+def _never(kernel: Kernel, levels: tuple[Level, ...], *arrays: Array) -> list[Array]:
+    """Return NaN in a branch that is not taken: all are lowered in a program for many platforms."""
+    return [jnp.full(one.shape, jnp.nan, one.dtype) for one in kernel.shapes(levels, *arrays)]
 
 
 def _abstract(*arrays: Any, kernel: Kernel, levels: tuple[Level, ...]) -> list[Any]:
