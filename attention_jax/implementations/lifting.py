@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from attention_jax.base import placement
 from attention_jax.base.placement import Where
+from attention_jax.base.transposition import linear_call
 
 Array = jax.Array
 
@@ -66,6 +67,7 @@ def lift(
     saved: Sequence[str] = (),
     where: Where = ANYWHERE,
     elsewhere: Elsewhere | None = None,
+    replaced: int = 0,
 ) -> Callable[..., Any]:
     """Map a function of one head over batch, key/value heads and query heads in a group.
 
@@ -84,6 +86,8 @@ def lift(
       where: where the program runs. Where automatic axes of a mesh spread it over devices, nothing
         is looped over; what is not known is left to the meshes that are, and to the lowering.
       elsewhere: what differs on other platforms than CPUs.
+      replaced: so many of the last arguments are what the results replace, which are like them: a
+        loop writes a result where it has read the argument.
 
     Returns:
       A function of whole arguments that returns whole results.
@@ -94,7 +98,9 @@ def lift(
            [0, 1],
            [0, 2]], dtype=int32)
     """
-    return _Lifted(function, axes, result_axes, order, sequential, saved, where, elsewhere)
+    return _Lifted(
+        function, axes, result_axes, order, sequential, saved, where, elsewhere, replaced
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,6 +115,7 @@ class _Lifted:
     saved: Sequence[str]
     where: Where
     elsewhere: Elsewhere | None
+    replaced: int
 
     def __call__(self, *arguments: Any) -> Any:
         given = [self.is_array(*pair) for pair in zip(arguments, self.axes, strict=True)]
@@ -258,14 +265,20 @@ class _Lifted:
         all of them first: for a sparse mask that costs as much as attention itself.
         """
         one = self.vectorised(function, counts, self.sizes(arguments))
-        at = functools.partial(_at, one, [*zip(arguments, self.axes, strict=True)])
+        pairs = [*zip(arguments, self.axes, strict=True)]
+        number = len(pairs) - self.replaced
+        at = functools.partial(_at, one, pairs[:number], self.axes[number:])
         # Traced once, although it is also asked for the shapes it returns.
         at = jax.jit(jax.checkpoint(at, policy=self.policy, prevent_cse=False))
         heads = _each_head(counts)
-        shapes = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads))
+        replaced = [*arguments[number:]]
+        shapes = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads), replaced)
         letters = jax.tree.broadcast(self.result_axes, shapes)
-        results = jax.tree.map(functools.partial(_zeros, sizes=counts), shapes, letters)
-        return lax.scan(functools.partial(_step, at, letters), results, heads)[0]
+        if replaced:
+            results = jax.tree.unflatten(jax.tree.structure(shapes), replaced)
+        else:
+            results = jax.tree.map(functools.partial(_zeros, sizes=counts), shapes, letters)
+        return lax.scan(functools.partial(_step, at, letters, self.replaced), results, heads)[0]
 
 
 def _each_head(counts: dict[str, int]) -> dict[str, Any]:
@@ -326,17 +339,23 @@ def _joined(inner: Collection[str], parts: Array, letters: str) -> Array:
 
 
 def _at(
-    function: Callable[..., Any], arguments: list[tuple[Any, str]], where: dict[str, Any]
+    function: Callable[..., Any],
+    arguments: list[tuple[Any, str]],
+    axes: Sequence[str],
+    where: dict[str, Any],
+    replaced: Sequence[Any],
 ) -> Any:
-    """Apply a function to the parts of its arguments at one place."""
-    return function(*(_read(argument, letters, where) for argument, letters in arguments))
+    """Apply a function to the parts of its arguments at one place, the last of which it replaces."""
+    pairs = [*arguments, *zip(replaced, axes, strict=True)]
+    return function(*(_read(argument, letters, where) for argument, letters in pairs))
 
 
 def _step(
-    at: Callable[..., Any], letters: Any, results: Any, where: dict[str, Any]
+    at: Callable[..., Any], letters: Any, number: int, results: Any, where: dict[str, Any]
 ) -> tuple[Any, None]:
+    computed = at(where, jax.tree.leaves(results) if number else [])
     write = functools.partial(_write, where=where)
-    return jax.tree.map(write, results, at(where), letters), None
+    return jax.tree.map(write, results, computed, letters), None
 
 
 def aligned(arguments: Sequence[Any], axes: Sequence[str], order: str) -> list[Any]:
@@ -405,10 +424,25 @@ def _read(whole: Any, letters: str, where: dict[str, Any]) -> Any:
 
 
 def _write(whole: Array, part: Array, letters: str, where: dict[str, Any]) -> Array:
+    """Write a part of a result, where there are zeros, or what is not differentiated.
+
+    That is to add it, so the cotangent of the whole stays what it is. Transposed as JAX would do,
+    it had zeros written into it for each head, into a copy of all heads.
+    """
     mapped = [axis for axis, letter in enumerate(letters) if letter in where]
     starts = [where.get(letter, np.int32(0)) for letter in letters.ljust(whole.ndim)]
     part = lax.expand_dims(part, mapped)
-    return lax.dynamic_update_slice(whole, part, starts, allow_negative_indices=False)
+    if not jnp.issubdtype(whole.dtype, jnp.floating):
+        return _put(starts, (whole, part))
+    return linear_call(_put, functools.partial(_taken, part.shape), starts, (whole, part))
+
+
+def _put(starts: Any, arrays: tuple[Array, Array]) -> Array:
+    return lax.dynamic_update_slice(*arrays, starts, allow_negative_indices=False)
+
+
+def _taken(sizes: tuple[int, ...], starts: Any, whole: Array) -> tuple[Array, Array]:
+    return whole, lax.dynamic_slice(whole, starts, sizes, allow_negative_indices=False)
 
 
 def _zeros(part: Any, letters: str, sizes: dict[str, int]) -> Array:

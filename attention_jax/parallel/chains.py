@@ -8,11 +8,12 @@ what is said in `implementations.tiled` of tiles holds for steps: with the log-s
 a step of the tangent is linear in the changes, those of keys and values travel with these, and
 nothing but context and L is kept for it.
 
-The steps of a chain are a loop, so a device holds the keys of two steps at a time, whatever the
-number of devices: those it attends to, and those that come meanwhile. JAX would transpose the loop
-of the tangent by keeping the keys of all steps. Its transposition is therefore a loop of its own:
-keys travel again as they did forward, and the gradients of keys and values travel with them, each
-device adding its part, until the last sends them home.
+Keys travel in chunks, one after the other through all steps of a chain: a loop over chunks, and
+within it one over steps. So a device holds two chunks at a time, whatever the number of devices:
+the one it attends to, and the one that comes meanwhile. JAX would transpose the loop of the tangent
+by keeping the keys of all steps. Its transposition is therefore a loop of its own: keys travel
+again as they did forward, and the gradients of keys and values travel with them, each device adding
+its part, until the last sends them home.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from attention_jax.implementations.tile_passes import (
     one_pass,
 )
 from attention_jax.parallel.plan import Chain
-from attention_jax.parallel.rounds import At, Local, Rounds
+from attention_jax.parallel.rounds import At, Local, Rounds, Turn
 
 Array = jax.Array
 
@@ -65,15 +66,15 @@ def _attend(rounds: Rounds, floats: list[Array], rest: Rest, local: Local) -> tu
     sums = _start(operands, local)
     chains = rounds.plan.chains
     keys = rounds.travelling(operands)
-    coming = rounds.arrived(chains[0], keys)
+    coming = _first(rounds, chains[0], keys)
     for number, chain in enumerate(chains):
         here = coming
         if number + 1 < len(chains):
             # The first keys of the next chain come meanwhile; they may wait for the chain before.
             keys, sums = lax.optimization_barrier((keys, sums))
-            coming = rounds.arrived(chains[number + 1], keys)
+            coming = _first(rounds, chains[number + 1], keys)
         visit = functools.partial(_added, rounds, chain, operands, local)
-        _, sums = _along(_Way(rounds, chain, visit), here, (), sums)
+        sums, _ = _along(_Way(rounds, chain, visit), keys, here, (sums, ()))
     return online.finished_finite(one_pass(operands.functions.normalizer), sums)
 
 
@@ -86,9 +87,9 @@ def _start(operands: Operands, local: Local) -> online.RunningSums:
 
 
 class _Way(NamedTuple):
-    """A chain, and what is done at each step: visit(step, travelling, sums) -> (sums, more).
+    """A chain, and what is done at a turn: visit(turn, travelling, sums) -> (sums, more).
 
-    `more` is added up for the keys of the step, and travels with them.
+    `more` is added up for the keys of the turn, and travels with them.
     """
 
     rounds: Rounds
@@ -96,26 +97,72 @@ class _Way(NamedTuple):
     visit: Callable[..., tuple[Any, Any]]
 
 
-def _along(way: _Way, travelling: Any, back: Any, sums: Any) -> tuple[Any, Any]:
-    """Visit the steps of a chain; return what is added up for the last keys, and the sums."""
+def _first(rounds: Rounds, chain: Chain, keys: Any) -> Any:
+    """Bring the first chunk to the first step of a chain."""
+    return rounds.arrived(chain, rounds.chunk(keys, 0))
+
+
+def _along(way: _Way, keys: Any, coming: Any, sums: Any) -> Any:
+    """Visit the chunks of a chain, of which the first is `coming`.
+
+    `sums` are those of the queries, and what is summed up for the keys of this device.
+    """
+    rounds, chain, _ = way
+    last = rounds.plan.chunks - 1
+    if not last:
+        return _of_chunk(way, 0, coming, sums)
+    chunk = functools.partial(_chunk, way, keys)
+    coming = coming if chain.first else ()  # keys that are there need not come
+    if chain.steps > 1 or not chain.first:
+        # One program for all chunks; for nothing the first of them comes a second time.
+        numbers = np.arange(last + 1, dtype=np.int32)
+        return lax.scan(chunk, (coming, sums), numbers)[0][1]
+    coming, sums = lax.scan(chunk, (coming, sums), np.arange(last, dtype=np.int32))[0]
+    return _of_chunk(way, last, coming, sums)
+
+
+def _chunk(way: _Way, keys: Any, carry: Any, number: Array) -> tuple[Any, None]:
+    """Visit all steps with a chunk, while the next one comes."""
+    rounds, chain, _ = way
+    here, sums = carry
+    if chain.first:
+        following = lax.rem(number + 1, jnp.int32(rounds.plan.chunks))
+        coming = rounds.arrived(chain, rounds.chunk(keys, following))
+    else:
+        here, coming = rounds.chunk(keys, number), ()
+    return (coming, _of_chunk(way, number, here, sums)), None
+
+
+def _of_chunk(way: _Way, number: Any, travelling: Any, sums: Any) -> Any:
+    """Visit all steps with a chunk."""
     rounds, chain, visit = way
+    sums, home = sums
+    back = varying_like(_zeros_like(travelling, home), home)
     if chain.steps > 1:
         steps: Any = np.arange(chain.steps - 1, dtype=np.int32)
         start = travelling, back, sums
-        travelling, back, sums = lax.scan(functools.partial(_turn, way), start, steps)[0]
+        turn = functools.partial(_turn, way, number)
+        travelling, back, sums = lax.scan(turn, start, steps)[0]
         back = rounds.on_with(chain, back)
-    sums, more = visit(chain.steps - 1, travelling, sums)
-    return _plus(back, more), sums
+    sums, more = visit((number, chain.steps - 1), travelling, sums)
+    back = rounds.home(chain, _plus(back, more))
+    return sums, rounds.with_chunk(home, number, back)
 
 
-def _turn(way: _Way, carry: Any, step: Array) -> tuple[Any, None]:
+def _turn(way: _Way, number: Any, carry: Any, step: Array) -> tuple[Any, None]:
     """Visit a step, while the keys of the next one come, and what was added up for these."""
     rounds, chain, visit = way
     travelling, back, sums = carry
     coming = rounds.moved(travelling, chain.onward)
     back = rounds.on_with(chain, back)
-    sums, more = visit(step, travelling, sums)
+    sums, more = visit((number, step), travelling, sums)
     return (coming, _plus(back, more), sums), None
+
+
+def _zeros_like(travelling: Any, home: Any) -> Any:
+    """Return zeros for each key that a device has at a step, in the dtypes of `home`."""
+    pairs = zip(travelling, home, strict=False)
+    return tuple(None if of is None else jnp.zeros_like(x, of.dtype) for x, of in pairs)
 
 
 def _plus(first: Any, second: Any) -> Any:
@@ -127,18 +174,19 @@ def _added(
     chain: Chain,
     operands: Operands,
     local: Local,
-    step: Any,
+    turn: Turn,
     keys: tuple[Array, Array],
     sums: online.RunningSums,
 ) -> tuple[online.RunningSums, tuple[()]]:
-    """Add the tiles of a step to the running sums."""
+    """Add the tiles of a turn to the running sums."""
     letters: Any = [f"BT{rounds.heads}"] * 3
-    add = rounds.over_heads(functools.partial(_add, rounds), online.RunningSums(*letters))
-    return add(*rounds.here(chain, step, operands, local, keys), sums), ()
+    add = functools.partial(_add, rounds)
+    add = rounds.over_heads(add, online.RunningSums(*letters), replaced=True)
+    return add(*rounds.here(chain, turn, operands, local, keys), sums), ()
 
 
 def _add(rounds: Rounds, operands: Operands, given: Given, at: At, sums: Any) -> online.RunningSums:
-    """Add the tiles of a step to the running sums of one head."""
+    """Add the tiles of a turn to the running sums of one head."""
     return over_visits(Forward(rounds.tiles, (operands,), given), *rounds.visits(given, at), sums)
 
 
@@ -212,16 +260,14 @@ class _OfChanges:
     def of_results(self, fixed: _Fixed, change: _Changes) -> tuple[Array, Array]:
         """Return the sums of the tangent over all tiles, [B, T, K, G] and [B, T, K, G, V]."""
         rounds, operands = self.rounds, fixed.operands
-        shape = *fixed.base.shape, operands.value.shape[-1]
-        sums = jnp.zeros_like(fixed.base), jnp.zeros(shape, fixed.base.dtype)
-        sums = varying_like(sums, fixed)
+        zeros = jnp.zeros_like(fixed.base)
+        shape = *zeros.shape, operands.value.shape[-1]
+        sums = varying_like((zeros, jnp.broadcast_to(zeros[..., None], shape)), fixed)
+        travelling = rounds.travelling(operands), change.keys
         for chain in rounds.plan.chains:
-            travelling = (
-                rounds.arrived(chain, rounds.travelling(operands)),
-                rounds.arrived(chain, change.keys),
-            )
             visit = functools.partial(self.changed, chain, fixed, change.others)
-            _, sums = _along(_Way(rounds, chain, visit), travelling, (), sums)
+            coming = _first(rounds, chain, travelling)
+            sums, _ = _along(_Way(rounds, chain, visit), travelling, coming, (sums, ()))
         return sums
 
     def changed(
@@ -229,29 +275,25 @@ class _OfChanges:
         chain: Chain,
         fixed: _Fixed,
         others: list[Array],
-        step: Any,
+        turn: Turn,
         travelling: Any,
         sums: tuple[Array, Array],
     ) -> tuple[tuple[Array, Array], tuple[()]]:
-        """Add the tiles of a step to the sums of the tangent."""
+        """Add the tiles of a turn to the sums of the tangent."""
         keys, keys_change = travelling
-        of_step = jax.checkpoint(functools.partial(self.of_step, chain, step))
-        return _plus(sums, of_step(fixed, keys, _Changes(keys_change, others))), ()
+        of_turn = jax.checkpoint(functools.partial(self.of_turn, chain, turn))
+        return _plus(sums, of_turn(fixed, keys, _Changes(keys_change, others))), ()
 
     def of_operands(self, fixed: _Fixed, results: tuple[Array, Array]) -> _Changes:
         """Return the gradients of what moves."""
         rounds, operands = self.rounds, fixed.operands
         zeros = [jnp.zeros_like(x) for x, m in zip(fixed.floats, self.moves, strict=True) if m]
         own, others = varying_like(_Changes.of(self, zeros), fixed)
+        keys = rounds.travelling(operands)
         for chain in rounds.plan.chains:
-            keys = rounds.arrived(chain, rounds.travelling(operands))
             visit = functools.partial(self.pulled, chain, fixed, results)
-            back = tuple(
-                None if zero is None else varying_like(jnp.zeros(x.shape, zero.dtype), fixed)
-                for x, zero in zip(keys, own, strict=True)
-            )
-            back, others = _along(_Way(rounds, chain, visit), keys, back, others)
-            own = _plus(own, rounds.home(chain, back))
+            coming = _first(rounds, chain, keys)
+            others, own = _along(_Way(rounds, chain, visit), keys, coming, (others, own))
         return _Changes(own, others)
 
     def pulled(
@@ -259,18 +301,18 @@ class _OfChanges:
         chain: Chain,
         fixed: _Fixed,
         results: tuple[Array, Array],
-        step: Any,
+        turn: Turn,
         keys: tuple[Array, Array],
         others: list[Array],
     ) -> tuple[list[Array], Any]:
-        """Add up the gradients of a step; those of its keys and values are returned."""
+        """Add up the gradients of a turn; those of its keys and values are returned."""
         like = tuple(
             x.astype(self.dtypes(fixed)[n]) if self.moves[self.places[n]] else None
             for n, x in enumerate(keys)
         )
         zeros = jax.tree.map(jnp.zeros_like, _Changes(like, others))
-        of_step = functools.partial(self.of_step, chain, step, fixed, keys)
-        _, pull = jax.vjp(of_step, varying_like(zeros, fixed))
+        of_turn = functools.partial(self.of_turn, chain, turn, fixed, keys)
+        _, pull = jax.vjp(of_turn, varying_like(zeros, fixed))
         (found,) = pull(results)
         return _plus(others, found.others), found.keys
 
@@ -278,12 +320,12 @@ class _OfChanges:
         """The dtypes in which changes of keys and of values are computed."""
         return fixed.operands.key.dtype, fixed.operands.value.dtype
 
-    def of_step(
-        self, chain: Chain, step: Any, fixed: _Fixed, keys: tuple[Array, Array], change: _Changes
+    def of_turn(
+        self, chain: Chain, turn: Turn, fixed: _Fixed, keys: tuple[Array, Array], change: _Changes
     ) -> tuple[Array, Array]:
-        """Return the sums of the tangent over the tiles of a step, all heads."""
+        """Return the sums of the tangent over the tiles of a turn, all heads."""
         rounds, operands = self.rounds, fixed.operands
-        here, given, at = rounds.here(chain, step, operands, fixed.local, keys)
+        here, given, at = rounds.here(chain, turn, operands, fixed.local, keys)
         others = iter(change.others)
         every = [
             next(others) if m and n not in self.places else jnp.zeros(x.shape, x.dtype)

@@ -33,13 +33,21 @@ DEARER = 1.1
 MOST_CELLS = 2**24
 """Smaller tiles are not tried where a mask would have to be asked about more of them."""
 
+CHUNKS = (16, 8, 4, 2)
+"""In how many chunks the keys of a device may travel: the first of these whose devices hardly wait
+for each other; else in one."""
+
+WAIT = 1.05
+"""By chunks, the devices may wait so many times as long for each other as without."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chain:
     """Steps of attention between which keys travel on: a loop, with the tiles of each step.
 
-    At step n device d has the keys of device d + first + n stride. They come to the first step
-    from the device that holds them, and to any other from the device that had them before.
+    At step n device d has a chunk of the keys of device d + first + n stride. It comes to the first
+    step from the device that holds it, and to any other from the device that had it before; then
+    all steps follow for the next chunk.
 
     Attributes:
       first: 0 where a device has its own keys; None where it has those of all devices.
@@ -47,9 +55,9 @@ class Chain:
       pairs: from which device to which keys move before the first step, (source, destination).
       onward: the same before every other step. Keys come to a device where some tile of them may
         be live, or may be so on a device that they reach through it.
-      starts: [steps, D, n, 2], the first query and the first key of each tile, for each device;
-        [steps, 1, n, 2] where they are the same for all.
-      states: [steps, D, n], what each tile is, EMPTY beyond the last; None where only run time
+      starts: [C, steps, D, n, 2], the first query and the first key of each tile, for each chunk
+        and device; [C, steps, 1, n, 2] where they are the same for all devices.
+      states: [C, steps, D, n], what each tile is, EMPTY beyond the last; None where only run time
         knows.
     """
 
@@ -63,7 +71,7 @@ class Chain:
     @property
     def steps(self) -> int:
         """How many steps there are."""
-        return len(self.starts)
+        return self.starts.shape[1]
 
     @property
     def moves(self) -> list[tuple[tuple[int, int], ...]]:
@@ -78,14 +86,17 @@ class Plan:
     Attributes:
       tile: [bt, bk].
       unit: the first key of a tile is a multiple of this.
-      received: how many keys a device has at a step.
-      covered: the tiles reach up to this key.
+      chunks: in how many parts the keys of a device travel, C. Of [S / D] = [R, C, bk] keys, the
+        c-th chunk has [:, c], so that devices which hold early and late positions have both in it.
+      received: how many keys a device has at a step: of one chunk.
+      covered: the tiles reach up to this key of a chunk.
       chains: of the steps in which some device may have a live tile.
       live: [D], the tiles that each device visits, as far as known while tracing.
     """
 
     tile: tuple[int, int]
     unit: int
+    chunks: int
     received: int
     covered: int
     chains: tuple[Chain, ...]
@@ -102,7 +113,8 @@ class Plan:
 
     def states(self, mask: Mask, queries: Any, keys: Any, starts: Any) -> Any:
         """Ask the mask of a head what the tiles are, at the positions of a device, [n]."""
-        grid = classify(mask, _intervals(queries, self.tile[0], 0), _intervals(keys, self.unit, 1))
+        intervals = _intervals(queries, self.tile[0], 0), _intervals(keys, self.unit, 1)
+        grid = jnp.asarray(classify(mask, *intervals))
         rows, first = starts[:, 0] // self.tile[0], starts[:, 1] // self.unit
         return _states_at(_padded(grid, self), (rows, first), self)
 
@@ -117,7 +129,9 @@ def make_plan(request: Request, placement: Placement, gathered: bool) -> Plan:
     else:
         rows, columns = choice.CANDIDATES.get(jax.default_backend(), choice.CANDIDATES["default"])
         tiles = {choice.clipped((row, column), pairs) for row in rows for column in columns}
-    of_tile = functools.partial(_plan_of, mask, is_static, placement, gathered)
+    units = [tile[1] // units_of(tile[1]) for tile in tiles]
+    grids = _Grids.of(mask, placement, [tile[0] for tile in tiles], units)
+    of_tile = functools.partial(_plan_of, grids, is_static, placement, gathered)
     plans = []
     for tile in sorted(tiles, key=math.prod, reverse=True):
         cells = math.prod(placement.lengths) * FRACTIONS[0] // math.prod(tile)
@@ -129,34 +143,59 @@ def make_plan(request: Request, placement: Placement, gathered: bool) -> Plan:
 
 
 def _plan_of(
-    mask: Mask, is_static: bool, placement: Placement, gathered: bool, tile: tuple[int, int]
+    grids: _Grids, is_static: bool, placement: Placement, gathered: bool, tile: tuple[int, int]
 ) -> Plan:
     devices = placement.axis.devices
-    queries, keys = placement.known(0), placement.known(1)
     unit = tile[1] // units_of(tile[1])
     rows = -(-placement.shares[0] // tile[0])
-    received = placement.lengths[1] if gathered else placement.shares[1]
-    units = -(-received // unit)
-    empty = Plan(tile, unit, received, units * unit, (), np.zeros(devices, int))
-    if queries is None or keys is None:
+    held = placement.lengths[1] if gathered else placement.shares[1]
+    units = -(-held // unit)
+    if grids.positions is None:
         is_static = False
         grid = np.full((devices, rows, 1 if gathered else devices, units), PARTIAL, np.int8)
     else:
-        grid = _grid(mask, (queries, keys.reshape(1, -1) if gathered else keys), tile[0], unit)
-        grid = grid.reshape(devices, rows, -1, units)
+        grid = grids.whole(tile[0], unit) if gathered else grids.by_device(tile[0], unit)
     # The keys of device d + shift lie at (d + shift) mod D.
     shifts = [None] if gathered else list(range(devices))
     device = np.arange(devices)
     grid = np.stack([grid[device, :, (device + (s or 0)) % grid.shape[2]] for s in shifts], axis=1)
-    needed = (grid != EMPTY).any(axis=(2, 3)).T
+    live = grid != EMPTY
+    needed = live.any(axis=(2, 3)).T
+    tiles = 0 if gathered or held % tile[1] else held // tile[1]
+    chunks = _chunks(live.sum(axis=2), tiles)
+    grid = np.moveaxis(_by_chunk(grid, chunks, tiles), -2, 2)
+    received = held // chunks
+    covered = -(-received // unit) * unit
+    empty = Plan(tile, unit, chunks, received, covered, (), np.zeros(devices, int))
     grid = _padded(grid, empty)
     if not is_static:
         grid = grid.max(axis=0, keepdims=True)
     return _covered(grid, empty, is_static, dict(zip(shifts, needed, strict=True)))
 
 
+def _chunks(live: np.ndarray, tiles: int) -> int:
+    """Return in how many chunks keys travel, given the live units [D, shifts, units].
+
+    The keys of a device are so many `tiles`, 0 if not whole ones. Devices wait for each other at
+    each step of each chunk.
+    """
+    able = [n for n in CHUNKS if tiles and tiles % n == 0]
+    by_turn = ((n, _by_chunk(live, n, tiles).sum(axis=-1)) for n in [1, *able])
+    waiting = {n: int(units.max(axis=0).sum()) for n, units in by_turn}
+    return next((n for n in able if waiting[n] <= WAIT * waiting[1]), 1)
+
+
+def _by_chunk(grid: np.ndarray, chunks: int, tiles: int) -> np.ndarray:
+    """Part the units [..., units] of all keys of a device into chunks, [..., C, units]."""
+    front = grid.shape[:-1]
+    if chunks == 1:
+        return grid.reshape(*front, 1, -1)
+    grid = grid.reshape(*front, tiles // chunks, chunks, -1).swapaxes(-3, -2)
+    return grid.reshape(*front, chunks, -1)
+
+
 def _covered(grid: np.ndarray, empty: Plan, is_static: bool, needed: dict[Any, np.ndarray]) -> Plan:
-    """Cover what may be live in the grid [D or 1, shifts, rows, units] by tiles."""
+    """Cover what may be live in the grid [D or 1, shifts, C, rows, units] by tiles."""
     per_tile = empty.tile[1] // empty.unit
     runs = runs_of((grid != EMPTY).reshape(-1, grid.shape[-1]))
     row, first = cover(runs, per_tile)
@@ -165,24 +204,25 @@ def _covered(grid: np.ndarray, empty: Plan, is_static: bool, needed: dict[Any, n
         empty = dataclasses.replace(empty, covered=empty.covered + more * empty.unit)
         grid = _padded(grid, empty)
         row, first = cover(runs._replace(cells=grid.shape[-1]), per_tile)
-    starts = np.stack([row % grid.shape[2] * empty.tile[0], first * empty.unit], axis=1)
+    front, rows = grid.shape[:3], grid.shape[3]
+    starts = np.stack([row % rows * empty.tile[0], first * empty.unit], axis=1)
     states = _states_at(grid.reshape(-1, grid.shape[-1]), (row, first), empty)
-    who, shift = np.unravel_index(row // grid.shape[2], grid.shape[:2])
-    counts = np.zeros(grid.shape[:2], int)
-    np.add.at(counts, (who, shift), 1)
-    number = np.arange(len(row)) - np.searchsorted(row // grid.shape[2], row // grid.shape[2])
+    place = row // rows
+    who, shift, chunk = np.unravel_index(place, front)
+    counts = np.bincount(place, minlength=math.prod(front)).reshape(front)
+    number = np.arange(len(row)) - np.searchsorted(place, place)
     shifts = list(needed)
     chains = []
     for run in _runs([s for n, s in enumerate(shifts) if counts[:, n].any()], needed):
         at = [shifts.index(s) for s in run]
-        table = np.zeros((len(at), len(grid), counts[:, at].max(), 2), np.int32)
-        kinds = np.full(table.shape[:3], EMPTY, np.int8)
+        table = np.zeros((front[2], len(at), front[0], counts[:, at].max(), 2), np.int32)
+        kinds = np.full(table.shape[:4], EMPTY, np.int8)
         for step, n in enumerate(at):
             of = shift == n
-            table[step, who[of], number[of]] = starts[of]
-            kinds[step, who[of], number[of]] = states[of]
+            table[chunk[of], step, who[of], number[of]] = starts[of]
+            kinds[chunk[of], step, who[of], number[of]] = states[of]
         chains.append(_chain(run, needed, table, kinds if is_static else None))
-    live = np.zeros(len(empty.live), int) + counts.sum(axis=1)
+    live = np.zeros(len(empty.live), int) + counts.sum(axis=(1, 2))
     return dataclasses.replace(empty, chains=tuple(chains), live=live)
 
 
@@ -208,7 +248,7 @@ def _runs(shifts: list[int | None], needed: dict[int | None, np.ndarray]) -> lis
 def _moved(runs: list[list[int]], needed: dict[Any, np.ndarray]) -> int:
     """Return how many parts of the keys move."""
     empty = np.zeros((0, 0))
-    chains = (_chain(run, needed, np.zeros((len(run), 0)), empty) for run in runs)
+    chains = (_chain(run, needed, np.zeros((1, len(run))), empty) for run in runs)
     return sum(len(pairs) for chain in chains for pairs in chain.moves)
 
 
@@ -233,20 +273,83 @@ def _pairs(shift: int, into: Any) -> tuple[tuple[int, int], ...]:
     return tuple((int(d + shift) % len(into), int(d)) for d in np.flatnonzero(into))
 
 
-def _grid(mask: Mask, positions: tuple[np.ndarray, np.ndarray], rows: int, unit: int) -> np.ndarray:
-    """Return what `rows` queries are with `unit` keys, all of these on all devices.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Grids:
+    """What the mask is over tiles of several sizes; it is asked once, about parts of all of them.
 
-    From the runs of consecutive positions that they are made of; where these are too many, from
-    the smallest and the largest position.
+    Attributes:
+      mask: as far as it is known.
+      positions: of queries and keys by device, [D, T / D] and [D, S / D]; None if not known.
+      part: the largest size, [queries, keys], that divides all others; None if there would be too
+        many of these.
     """
-    queries, keys = (
-        Parts.of(of_devices.ravel(), len(of_devices), size)
-        for of_devices, size in zip(positions, (rows, unit), strict=True)
-    )
-    if len(queries.low) * len(keys.low) <= MOST_CELLS:
-        return states_between(mask, queries, keys)
-    intervals = _intervals(positions[0], rows, 0), _intervals(positions[1], unit, 1)
-    return np.asarray(classify(mask, *intervals))
+
+    mask: Mask
+    positions: tuple[np.ndarray, np.ndarray] | None
+    part: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, mask: Mask, placement: Placement, rows: list[int], units: list[int]) -> _Grids:
+        """Prepare for tiles with one of these numbers of queries, and of keys."""
+        queries, keys = placement.known(0), placement.known(1)
+        if queries is None or keys is None:
+            return cls(mask, None, None)
+        part = math.gcd(*rows), math.gcd(*units)
+        number = math.prod(-(-share // of) for share, of in zip(placement.shares, part, strict=True))
+        is_little = number * placement.axis.devices**2 <= MOST_CELLS // 4
+        return cls(mask, (queries, keys), part if is_little else None)
+
+    @functools.cached_property
+    def of_parts(self) -> np.ndarray:
+        """What the parts are, [D, parts, D, parts]."""
+        assert self.part is not None
+        return self.asked(*self.part)
+
+    def by_device(self, rows: int, unit: int) -> np.ndarray:
+        """Return what `rows` queries are with `unit` keys, [D, tiles, D, units]."""
+        if self.part is None:
+            return self.asked(rows, unit)
+        least = most = self.of_parts
+        for axis, size, part in ((1, rows, self.part[0]), (3, unit, self.part[1])):
+            least = _in_groups(least, axis, size // part).min(axis=axis + 1)
+            most = _in_groups(most, axis, size // part).max(axis=axis + 1)
+        return np.where(least == most, least, np.int8(PARTIAL))
+
+    def whole(self, rows: int, unit: int) -> np.ndarray:
+        """Return the same where all keys are cut together, [D, tiles, 1, units]."""
+        assert self.positions is not None
+        queries, keys = self.positions
+        return dataclasses.replace(self, positions=(queries, keys.reshape(1, -1))).asked(rows, unit)
+
+    def asked(self, rows: int, unit: int) -> np.ndarray:
+        """Ask the mask, [D, tiles, D, units].
+
+        From the runs of consecutive positions that rows are made of; where these are too many, from
+        the smallest and the largest position.
+        """
+        assert self.positions is not None
+        positions = self.positions
+        shape = [
+            number
+            for of_devices, size in zip(positions, (rows, unit), strict=True)
+            for number in (len(of_devices), -(-of_devices.shape[1] // size))
+        ]
+        queries, keys = (
+            Parts.of(of_devices.ravel(), len(of_devices), size)
+            for of_devices, size in zip(positions, (rows, unit), strict=True)
+        )
+        if len(queries.low) * len(keys.low) <= MOST_CELLS:
+            return states_between(self.mask, queries, keys).reshape(shape)
+        intervals = _intervals(positions[0], rows, 0), _intervals(positions[1], unit, 1)
+        return np.asarray(classify(self.mask, *intervals)).reshape(shape)
+
+
+def _in_groups(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Part an axis into groups of a size; the last group has its last entry as often as needed."""
+    more = [(0, 0)] * x.ndim
+    more[axis] = 0, -x.shape[axis] % size
+    x = np.pad(x, more, mode="edge") if more[axis][1] else x
+    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
 
 
 def _intervals(positions: Any, size: int, axis: int) -> Interval:

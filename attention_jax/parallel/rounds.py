@@ -1,6 +1,6 @@
 """What a device has at each step of attention: positions, tiles, masks, and keys that arrived.
 
-A step brings the keys and values of another device, or those of all devices at once.
+A step brings a chunk of the keys and values of another device, or those of all devices at once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from attention_jax.parallel.placement import Placement
 from attention_jax.parallel.plan import Chain, Plan
 
 Array = jax.Array
+
+Turn = tuple[Any, Any]
+"""The number of a chunk of the keys, and of a step."""
 
 
 class Letters(NamedTuple):
@@ -57,7 +60,7 @@ class Local(NamedTuple):
 
 
 class At(NamedTuple):
-    """Where the tiles of a step lie and what they are: positions of rows, and first rows.
+    """Where the tiles of a turn lie and what they are: positions of rows, and first rows.
 
     `rows` are the positions of queries and keys as they are, `padded` up to the last tile.
     """
@@ -109,13 +112,13 @@ class Rounds:
 
     def _traced(self, found: list[Any], operands: Operands, local: Local) -> Array:
         chain = self.plan.chains[0]
-        keys = self.arrived(chain, self.travelling(operands))
-        operands, given, _ = self.here(chain, 0, operands, local, keys)
+        keys = self.arrived(chain, self.chunk(self.travelling(operands), 0))
+        operands, given, _ = self.here(chain, (0, 0), operands, local, keys)
         trace = functools.partial(_trace, self.tiles, found)
         return self.over_heads(trace, "B" + self.heads)(operands, given)
 
-    def at(self, chain: Chain, step: Any, local: Local) -> At:
-        """Return where the tiles of a step lie on this device."""
+    def at(self, chain: Chain, turn: Turn, local: Local) -> At:
+        """Return where the tiles of a turn lie on this device."""
         axis = self.placement.axis
         device = lax.axis_index(axis.name)
         known = dataclasses.replace(self.placement, orders=local.orders)
@@ -123,51 +126,53 @@ class Rounds:
         if chain.first is None:
             keys = known.all_positions(1)
         else:
+            chunk, step = turn
             shift = chain.first + chain.stride % axis.devices * step
-            keys = known.positions(1, (device + shift) % axis.devices)
+            keys = self.chunk(known.positions(1, (device + shift) % axis.devices), chunk, axis=0)
         beyond = jnp.full(self.plan.covered - len(keys), self.placement.lengths[1], jnp.int32)
         more = -len(queries) % self.plan.tile[0]
         keys, beyond = varying_like((keys, beyond), queries)
         at = At(
             (queries, keys),
             (padded(queries, more), jnp.concatenate([keys, beyond])),
-            _row_of(device, _row_of(step, chain.starts)),
-            self.states(chain, step, local),
+            _entry(chain.starts, *turn, device),
+            self.states(chain, turn, local),
         )
         return varying_like(at, queries)
 
-    def states(self, chain: Chain, step: Any, local: Local) -> Any:
-        """Return what the tiles of a step are, of all heads."""
+    def states(self, chain: Chain, turn: Turn, local: Local) -> Any:
+        """Return what the tiles of a turn are, of all heads."""
         if chain.states is not None:
-            return _row_of(lax.axis_index(self.placement.axis.name), _row_of(step, chain.states))
+            return _entry(chain.states, *turn, lax.axis_index(self.placement.axis.name))
         if local.states is None:
             return None
-        return _row_of(step, local.states[self.plan.chains.index(chain)])
+        return _entry(local.states[self.plan.chains.index(chain)], *turn)
 
     def asked(self, local: Local) -> Local:
         """Ask the mask what the tiles are, where only run time knows."""
         if self.plan.chains[0].states is not None:
             return local
-        asked = (
-            lax.map(
-                functools.partial(self.asked_at, chain, local),
-                np.arange(chain.steps, dtype=np.int32),
-            )
-            for chain in self.plan.chains
-        )
-        return local._replace(states=list(asked))
+        return local._replace(states=[self.asked_of(chain, local) for chain in self.plan.chains])
 
-    def asked_at(self, chain: Chain, local: Local, step: Any) -> Array:
-        """Ask the mask what the tiles of a step are."""
+    def asked_of(self, chain: Chain, local: Local) -> Array:
+        """Ask the mask what the tiles of a chain are, [C, steps, ...]."""
+        chunks, steps = chain.starts.shape[:2]
+        number = np.arange(chunks * steps, dtype=np.int32)
+        turns = number // np.int32(steps), number % np.int32(steps)
+        asked = lax.map(functools.partial(self.asked_at, chain, local), turns)
+        return asked.reshape(chunks, steps, *asked.shape[1:])
+
+    def asked_at(self, chain: Chain, local: Local, turn: Turn) -> Array:
+        """Ask the mask what the tiles of a turn are."""
         leaves, structure = jax.tree.flatten(local.mask)
         letters = self.letters.states
         ask = functools.partial(_states, self.plan, structure)
         asked = lift(ask, ["", "", "", *self.letters.mask], letters, letters) if letters else ask
-        at = self.at(chain, step, local)
+        at = self.at(chain, turn, local)
         return asked(at.starts, *at.rows, *leaves)
 
     def given(self, operands: Operands, local: Local, at: At) -> Given:
-        """Return what the tiles of a step need besides operands, of all heads."""
+        """Return what the tiles of a turn need besides operands, of all heads."""
         key_poison = poison(operands.key)
         value_poison = poison(operands.value)
         grouped = (1,) * (key_poison.ndim - value_poison.ndim)
@@ -182,10 +187,10 @@ class Rounds:
         )
 
     def here(
-        self, chain: Chain, step: Any, operands: Operands, local: Local, arrived: tuple[Any, Any]
+        self, chain: Chain, turn: Turn, operands: Operands, local: Local, arrived: tuple[Any, Any]
     ) -> tuple[Operands, Given, At]:
-        """Return what the tiles of a step are computed from, with the keys that arrived."""
-        at = self.at(chain, step, local)
+        """Return what the tiles of a turn are computed from, with the keys that arrived."""
+        at = self.at(chain, turn, local)
         operands = self.with_keys(operands, at, arrived)
         return operands, self.given(operands, local, at), at._replace(states=None)
 
@@ -208,6 +213,40 @@ class Rounds:
     def travelling(self, operands: Operands) -> tuple[Array, Array]:
         """Return the keys and values of this device in the dtypes in which they travel."""
         return operands.key.astype(self.travels[0]), operands.value.astype(self.travels[1])
+
+    def chunk(self, arrays: Any, number: Any, axis: int = 1) -> Any:
+        """Take a chunk of arrays [B, S, ...], one entry for each key that a device holds."""
+        if self.plan.chunks == 1:
+            return arrays
+        return jax.tree.map(functools.partial(self.chunk_of, number, axis), arrays)
+
+    def chunk_of(self, number: Any, axis: int, x: Array) -> Array:
+        """Take a chunk of an array; see `Plan`."""
+        parted = x.reshape(self.parted(x.shape, axis))
+        found = lax.dynamic_index_in_dim(
+            parted, number, axis + 1, keepdims=False, allow_negative_indices=False
+        )
+        return found.reshape(*x.shape[:axis], self.plan.received, *x.shape[axis + 1 :])
+
+    def parted(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+        """Return the shape of an array whose keys are parted into chunks."""
+        chunks, size = self.plan.chunks, self.plan.tile[1]
+        return *shape[:axis], shape[axis] // (chunks * size), chunks, size, *shape[axis + 1 :]
+
+    def with_chunk(self, arrays: Any, number: Any, more: Any) -> Any:
+        """Add to a chunk of arrays [B, S, ...]."""
+        if self.plan.chunks == 1:
+            return jax.tree.map(jnp.add, arrays, more)
+        return jax.tree.map(functools.partial(self.with_chunk_of, number), arrays, more)
+
+    def with_chunk_of(self, number: Any, x: Array, more: Array) -> Array:
+        """Add to a chunk of an array."""
+        parted = x.reshape(self.parted(x.shape, 1))
+        added = self.chunk_of(number, 1, x) + more
+        added = added.reshape(*parted.shape[:2], 1, *parted.shape[3:])
+        return lax.dynamic_update_slice_in_dim(
+            parted, added, number, 2, allow_negative_indices=False
+        ).reshape(x.shape)
 
     def arrived(self, chain: Chain, arrays: Any) -> Any:
         """Bring arrays [B, S, ...], one for each key, to the first step of a chain."""
@@ -239,9 +278,14 @@ class Rounds:
             pairs = tuple((to, at) for at, to in _shifted(self.placement.axis.devices, shift))
         return self.moved(arrays, pairs)
 
-    def over_heads(self, function: Callable[..., Any], result: Any) -> Callable[..., Any]:
-        """Map a function of one head: operands, given and any sums, all of which have letters."""
-        return _OverHeads(self, function, result)
+    def over_heads(
+        self, function: Callable[..., Any], result: Any, replaced: bool = False
+    ) -> Callable[..., Any]:
+        """Map a function of one head: operands, given, places and any sums, which have letters.
+
+        The results may be the sums with more added to them, and take their place.
+        """
+        return _OverHeads(self, function, result, replaced)
 
     def visits(self, given: Given, at: At) -> tuple[list[Visits], Array]:
         """Return the visits of one head, and what their tiles are."""
@@ -255,6 +299,7 @@ class _OverHeads(NamedTuple):
     rounds: Rounds
     function: Callable[..., Any]
     result: Any
+    replaced: bool
 
     def __call__(self, operands: Operands, given: Given, *sums: Any) -> Any:
         rounds, heads = self.rounds, self.rounds.heads
@@ -281,7 +326,10 @@ class _OverHeads(NamedTuple):
         everything = operands, given, *sums
         leaves, structure = jax.tree.flatten(everything)
         one = functools.partial(_of_leaves, self.function, structure)
-        return lift(one, axes, self.result, rounds.order, rounds.sequential)(*leaves)
+        replaced = len(jax.tree.leaves(sums[-1])) if self.replaced else 0
+        return lift(
+            one, axes, self.result, rounds.order, rounds.sequential, replaced=replaced
+        )(*leaves)
 
     def letters_of_states(self, given: Given) -> str:
         """Return the letters of what tiles are; none where all heads have the same."""
@@ -326,10 +374,13 @@ def _columns(positions: Array, bias: Array) -> Array:
     return jnp.take(bias, positions, axis=-1, mode="clip")
 
 
-def _row_of(which: Any, table: Any) -> Any:
-    """Return an entry of a table; of one entry, the one for all."""
-    if len(table) == 1 or isinstance(which, int):
-        return table[0 if len(table) == 1 else which]
-    return lax.dynamic_index_in_dim(
-        jnp.asarray(table), which, keepdims=False, allow_negative_indices=False
-    )
+def _entry(table: Any, *where: Any) -> Any:
+    """Return an entry of a table; along an axis of one entry, the one for all."""
+    for which in where:
+        if len(table) == 1 or isinstance(which, int):
+            table = table[0 if len(table) == 1 else which]
+        else:
+            table = lax.dynamic_index_in_dim(
+                jnp.asarray(table), which, keepdims=False, allow_negative_indices=False
+            )
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.base import checks
+from attention_jax.implementations.covering import states_at
 from attention_jax.masks import EMPTY, PARTIAL, Mask, MaskLike, as_mask, batch_axes
 from attention_jax.masks.algebra import leading_axes, with_int32
 from attention_jax.masks.intervals import Interval, classify
@@ -22,6 +24,9 @@ MOST_TILES = 4096
 
 CELLS = 2**22
 """About as many pairs of runs are classified at a time."""
+
+SMALLER = 2
+"""Cells that all orders share are asked where they are at most so many times as many as runs."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +74,18 @@ class Parts:
             return x
         return reduce.reduceat(x, self.first_run, axis=axis)
 
+    @functools.cached_property
+    def step(self) -> int:
+        """The largest size of cells that all runs are made of."""
+        return int(np.gcd(np.gcd.reduce(self.low), np.gcd.reduce(self.high + 1)))
+
+    def any_of(self, live: np.ndarray) -> np.ndarray:
+        """Tell of each tile whether one of its cells is live, given those in order of positions."""
+        many = (self.high + 1 - self.low) // self.step
+        before = np.cumsum(many) - many
+        cell = np.arange(many.sum()) + np.repeat(self.low // self.step - before, many)
+        return np.logical_or.reduceat(live[cell], before[self.first_run], axis=0)
+
     def tiles(self, which: slice) -> Parts:
         """Return some of the tiles."""
         runs = slice(*np.append(self.first_run, len(self.low))[[which.start, which.stop]])
@@ -95,11 +112,16 @@ def states_between(mask: Mask, queries: Parts, keys: Parts) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Work:
-    """Counts the pairs in live tiles of masks, of one example and head each."""
+    """Counts the pairs in live tiles of masks, of one example and head each.
+
+    `asked` says what cells are, [mask][rows, columns], by their size [queries, keys]: orders that
+    are made of the same blocks have the same cells, in another order.
+    """
 
     masks: list[Mask]
     lengths: tuple[int, int]
     tile_sizes: tuple[int, int]
+    asked: dict[tuple[int, int], list[np.ndarray]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, operation: str, mask: MaskLike, lengths: tuple[int, int], tile_sizes: Any) -> Work:
@@ -132,6 +154,14 @@ class Work:
         """Return the pairs in live tiles between parts of queries and of keys."""
         total = np.zeros((queries.count, keys.count), np.int64)
         first = np.searchsorted(keys.part, np.arange(keys.count))
+        size = queries.step, keys.step
+        cells = math.prod(n // of for n, of in zip(self.lengths, size, strict=True))
+        if cells <= SMALLER * len(queries.low) * len(keys.low):
+            for states in self.cells(size):
+                live = queries.any_of(keys.any_of((states != EMPTY).T).T)
+                of_rows = np.add.reduceat(live * keys.sizes, first, axis=1)
+                np.add.at(total, queries.part, of_rows * queries.sizes[:, None])
+            return total
         at_once = max(1, CELLS * len(queries.sizes) // (len(queries.low) * len(keys.low)))
         for begin in range(0, len(queries.sizes), at_once):
             some = queries.tiles(slice(begin, min(begin + at_once, len(queries.sizes))))
@@ -140,6 +170,43 @@ class Work:
                 of_rows = np.add.reduceat(live * keys.sizes, first, axis=1)
                 np.add.at(total, some.part, of_rows * some.sizes[:, None])
         return total
+
+    def cells(self, size: tuple[int, int]) -> list[np.ndarray]:
+        """Return what the cells of a size are under every mask; each mask is asked once."""
+        if size not in self.asked:
+            larger = [of for of in self.asked if of[0] % size[0] == 0 and of[1] % size[1] == 0]
+            if larger:
+                of = min(larger, key=math.prod)
+                parts = of[0] // size[0], of[1] // size[1]
+                found = [
+                    _parted(mask, size, states, parts)
+                    for mask, states in zip(self.masks, self.asked[of], strict=True)
+                ]
+            else:
+                queries, keys = (
+                    Parts.of(np.arange(length), 1, of)
+                    for length, of in zip(self.lengths, size, strict=True)
+                )
+                found = [states_between(mask, queries, keys) for mask in self.masks]
+            self.asked[size] = found
+        return self.asked[size]
+
+
+def _parted(
+    mask: Mask, size: tuple[int, int], states: np.ndarray, parts: tuple[int, int]
+) -> np.ndarray:
+    """Return what cells of a size are, asked only about those of larger PARTIAL ones.
+
+    Each of the larger cells, whose states are given, is made of so many `parts`.
+    """
+    rows, columns = parts
+    row, column = np.nonzero(states == PARTIAL)
+    row = row[:, None, None] * rows + np.arange(rows)[:, None]
+    column = column[:, None, None] * columns + np.arange(columns)
+    found = states.repeat(rows, axis=0).repeat(columns, axis=1)
+    lengths = found.shape[0] * size[0], found.shape[1] * size[1]
+    found[row, column] = states_at(mask, lengths, size, row, column)
+    return found
 
 
 def run_of(order: np.ndarray, parts: int) -> int:

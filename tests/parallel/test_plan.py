@@ -60,7 +60,7 @@ def test_keys_are_there_when_their_tiles_are_visited(name, order):
                 for source, destination in moves:
                     moved[destination] = (keys if step else np.arange(DEVICES))[source]
                 keys = moved
-            live = (chain.states[step] != masks.EMPTY).any(axis=1)
+            live = (chain.states[:, step] != masks.EMPTY).any(axis=(0, 2))
             wanted = (np.arange(DEVICES) + chain.first + step * chain.stride) % DEVICES
             assert np.array_equal(keys[live], wanted[live])
             visited[np.flatnonzero(live), wanted[live]] = True
@@ -74,3 +74,12 @@ def test_steps_without_live_tiles_are_left_out():
     runs = [(chain.first, chain.stride, chain.steps) for chain in plan_of(MASKS["far"]).chains]
     assert runs == [(4, -1, 2)]  # keys of the device four before, and then of five before
     assert not any(pairs for chain in plan_of(MASKS["blocks"]).chains for pairs in chain.moves)
+
+
+def test_keys_travel_in_chunks_unless_devices_would_wait():
+    """Of a causal mask each chunk has early and late keys, where a device has both."""
+    dealt = parallel.deal(MASKS["causal"], LENGTH, DEVICES, block=16, tile_sizes=(8, 8))
+    assert plan_of(MASKS["causal"], dealt).chunks == 2
+    assert plan_of(MASKS["causal"]).chunks == 4  # its last device has most at every step
+    assert plan_of(None).chunks == 4
+    assert plan_of(MASKS["blocks"]).received == 8

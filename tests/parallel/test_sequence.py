@@ -20,6 +20,7 @@ pytestmark = [
 B, N, K, H, V = 2, 4, 2, 4, 3
 T = 28
 TILES = (3, 4)
+CHUNKED = (3, 7)  # of two devices, whose keys are two such tiles, and travel in two chunks
 ORDER = np.random.default_rng(0).permutation(T)
 
 
@@ -161,41 +162,49 @@ def close(got, expected):
 
 CAUSAL, WINDOW, SEGMENTS, LENGTHS, PAIRS, SIGMOID, CAPTURED = CASES
 COMBINATIONS = [  # of two devices, no keys travel on
-    (CAUSAL, "ring", 4, ORDER),
-    (WINDOW, "ring", 2, None),
-    (SEGMENTS, "ring", 4, ORDER),
-    (LENGTHS, "ring", 2, ORDER),
-    (PAIRS, "ring", 2, None),
-    (SIGMOID, "ring", 2, None),
-    (CAPTURED, "ring", 2, None),
-    (LENGTHS, "all_gather", 2, ORDER),
-    (WINDOW, "all_to_all", 2, ORDER),
-    (PAIRS, "all_to_all", 2, None),
+    (CAUSAL, "ring", 4, ORDER, TILES),
+    (WINDOW, "ring", 2, None, TILES),
+    (SEGMENTS, "ring", 4, ORDER, TILES),
+    (LENGTHS, "ring", 2, ORDER, CHUNKED),
+    (PAIRS, "ring", 2, None, CHUNKED),
+    (SIGMOID, "ring", 2, None, CHUNKED),
+    (CAPTURED, "ring", 2, None, TILES),
+    (LENGTHS, "all_gather", 2, ORDER, TILES),
+    (WINDOW, "all_to_all", 2, ORDER, None),
+    (PAIRS, "all_to_all", 2, None, None),
 ]
 
 
-@pytest.mark.parametrize(("case", "method", "devices", "order"), COMBINATIONS)
-def test_as_on_one_device(case, method, devices, order):
+@pytest.mark.parametrize(("case", "method", "devices", "order", "tile"), COMBINATIONS)
+def test_as_on_one_device(case, method, devices, order, tile):
     arrays = qkv(key_heads=4 if method == "all_to_all" else K)
-    options = {} if method == "all_to_all" else {"tile_sizes": TILES}
+    options = {"tile_sizes": tile}
     mesh = mesh_of((devices,))
     ours = functools.partial(split_attend, method=method, order=order, mesh=mesh, **options)
     dense = functools.partial(attend, implementation="dense")
     close(gradients(ours, case, arrays), gradients(dense, case, arrays))
 
 
-def test_memory_of_a_device_falls_as_devices_grow():
-    """Temporaries are some parts of the sequence each, and their number stays."""
-    arrays = [jax.ShapeDtypeStruct((1, 4096, 1, 16), "float32")] * 3
+def test_memory_of_a_device_falls_as_one_over_the_devices():
+    """All of it within 15 %, from one device on; a device holds chunks of what is not its own."""
+    arrays = [jax.ShapeDtypeStruct((1, 4096, 4, 64), "float32")] * 4
 
-    def temporaries(devices):
+    def of(split, *arrays):
+        return jax.vjp(split, *arrays[:3])[1](arrays[3])
+
+    def memory(devices):
         mesh = mesh_of((devices,))
-        split = functools.partial(parallel.attend, axis="sp", method="ring", mesh=mesh)
-        of = jax.grad(lambda *arrays: split(*arrays, tile_sizes=(64, 64)).sum(), (0, 1, 2))
-        program = jax.jit(of, in_shardings=NamedSharding(mesh, PartitionSpec(None, "sp")))
-        return program.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+        split = functools.partial(
+            parallel.attend, axis="sp", method="ring", mesh=mesh, tile_sizes=(32, 32)
+        )
+        place = NamedSharding(mesh, PartitionSpec(None, "sp"))
+        program = jax.jit(functools.partial(of, split), in_shardings=place).lower(*arrays)
+        found = program.compile().memory_analysis()
+        return found.temp_size_in_bytes + found.output_size_in_bytes + found.argument_size_in_bytes
 
-    assert temporaries(8) <= 0.55 * temporaries(4)
+    found = [memory(devices) for devices in (1, 2, 4, 8)]
+    ratios = [one / two for one, two in zip(found, found[1:], strict=False)]
+    assert min(ratios) >= 2 / 1.15, (found, ratios)
 
 
 def test_a_program_can_be_exported():
@@ -206,6 +215,7 @@ def test_a_program_can_be_exported():
     of = jax.grad(lambda *arrays: ring(*arrays, mask=masks.Causal(), tile_sizes=TILES).sum())
     arrays = [jax.device_put(x, place) for x in qkv(key_heads=N)]
     exported = jax.export.export(jax.jit(of, in_shardings=place))(*arrays)
+    exported = jax.export.deserialize(exported.serialize())
     assert exported.nr_devices == 2
     got = jax.jit(exported.call)(*arrays)
     whole = lambda *arrays: attend(*arrays, mask=masks.Causal(), implementation="dense").sum()  # noqa: E731
@@ -225,7 +235,7 @@ def test_keys_travel_to_those_that_attend_to_them_alone():
         return re.findall(r"source_target_pairs=\{(\S*)\}", text)
 
     neighbours = ",".join(f"{{{device},{device + 1}}}" for device in range(7))
-    assert moved(masks.Window(8, 0)) == [neighbours] * 2
+    assert set(moved(masks.Window(8, 0))) == {neighbours}
     onward = neighbours.removeprefix("{0,1},")  # keys of 0 to 6 come from the device that has them
     assert set(moved(masks.Window(16, 0))) == {neighbours, onward}
     assert not moved(masks.Segment(np.arange(64) // 8))

@@ -9,13 +9,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attention_jax import attend, bind, masks, parallel, scores
-from tests.parallel.test_sequence import H, N, T, mesh_of, normal, qkv
+from tests.parallel.test_sequence import H, N, mesh_of, normal, qkv
 
 pytestmark = [
     pytest.mark.usefixtures("x64"),
     pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; see test_devices.py"),
 ]
 
+LENGTH = 32  # of which each of four devices has two tiles of keys, which travel in two chunks
 MASK = masks.Window(5, 2) | masks.Prefix(2)
 WEIGHT = normal(H, H)
 
@@ -42,7 +43,7 @@ def close(got, expected, tolerance=1e-11):
 
 
 def test_forward_mode_and_second_order():
-    arrays = tuple(qkv())
+    arrays = tuple(qkv(length=LENGTH))
     directions = tuple(jnp.cos(3 * x) for x in arrays)
 
     def products(function, weight, arrays, directions):
@@ -59,7 +60,7 @@ def test_forward_mode_and_second_order():
 
 
 def test_vmap():
-    many = [jnp.stack([x, -x, jnp.sin(x)]) for x in qkv()]
+    many = [jnp.stack([x, -x, jnp.sin(x)]) for x in qkv(length=LENGTH)]
 
     def of(function, *arrays):
         return jax.vmap(jax.grad(functools.partial(of_weight, function), 1), (None, 0))(
@@ -71,7 +72,7 @@ def test_vmap():
 
 @pytest.mark.parametrize("method", ["ring", "all_gather", "all_to_all"])
 def test_poison_reaches_who_attends_to_it(method):
-    query, key, value = qkv(key_heads=N)
+    query, key, value = qkv(key_heads=N, length=LENGTH)
     key, value = key.at[0, 20, 1].set(jnp.nan), value.at[1, 3, 2, 0].set(jnp.inf)
     options = {"mask": masks.Causal() & ~masks.Prefix(1)}
     got, expected = (
@@ -82,7 +83,7 @@ def test_poison_reaches_who_attends_to_it(method):
 
 
 def test_half_precision():
-    arrays = qkv(dtype=jnp.bfloat16)
+    arrays = qkv(length=LENGTH, dtype=jnp.bfloat16)
     got = jax.jit(functools.partial(split("ring"), mask=MASK))(*arrays)
     whole = DENSE(*(x.astype(jnp.float32) for x in arrays), mask=MASK)
     assert got.dtype == jnp.bfloat16
@@ -93,7 +94,7 @@ def test_half_precision():
 def test_examples_sequence_and_heads_are_split_together(kind):
     mesh = mesh_of((2, 2, 2), ("data", "sp", "heads"), kind)
     place = NamedSharding(mesh, PartitionSpec("data", "sp", "heads"))
-    arrays = qkv(length=T)
+    arrays = qkv(length=LENGTH)
 
     def of(function, *arrays):
         total = jax.value_and_grad(functools.partial(of_weight, function, WEIGHT))
@@ -119,7 +120,7 @@ def test_parts_within_shard_map():
         return jnp.sum(jnp.sin(function(*arrays)))
 
     got, expected = (
-        jax.jit(jax.value_and_grad(functools.partial(of, function)))(tuple(qkv()))
+        jax.jit(jax.value_and_grad(functools.partial(of, function)))(tuple(qkv(length=LENGTH)))
         for function in (of_all, functools.partial(DENSE, mask=MASK))
     )
     close(got, expected)
