@@ -362,14 +362,9 @@ def _at_once(name: str, request: Request, plan: Plan, platform: str) -> int:
     return math.prod(groups.get(letter, sizes[letter]) for letter in order)
 
 
-def sequential_axes(mask_axes: list[str]) -> str:
-    """Return the axes to loop over instead of vectorising, on the platform of this process."""
-    return "BKG" if jax.default_backend() == "cpu" else _differing(mask_axes)
-
-
 def elsewhere(
     function: Callable[..., Any] | None,
-    plan: Plan,
+    plan: Any,
     mask_axes: list[str],
     platform: str | None = None,
 ) -> Elsewhere:

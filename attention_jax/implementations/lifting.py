@@ -345,7 +345,7 @@ def _at(
     where: dict[str, Any],
     replaced: Sequence[Any],
 ) -> Any:
-    """Apply a function to the parts of its arguments at one place, the last of which it replaces."""
+    """Apply a function to the parts of its arguments at one place; the last are replaced."""
     pairs = [*arguments, *zip(replaced, axes, strict=True)]
     return function(*(_read(argument, letters, where) for argument, letters in pairs))
 

@@ -115,9 +115,10 @@ def _along(way: _Way, keys: Any, coming: Any, sums: Any) -> Any:
     coming = coming if chain.first else ()  # keys that are there need not come
     if chain.steps > 1 or not chain.first:
         # One program for all chunks; for nothing the first of them comes a second time.
-        numbers = np.arange(last + 1, dtype=np.int32)
+        numbers: Any = np.arange(last + 1, dtype=np.int32)
         return lax.scan(chunk, (coming, sums), numbers)[0][1]
-    coming, sums = lax.scan(chunk, (coming, sums), np.arange(last, dtype=np.int32))[0]
+    numbers = np.arange(last, dtype=np.int32)
+    coming, sums = lax.scan(chunk, (coming, sums), numbers)[0]
     return _of_chunk(way, last, coming, sums)
 
 

@@ -58,14 +58,18 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choice:
-    """A method, and its plan; None where `dense` runs on whole sequences of some heads."""
+    """A method, and its plan; None where `dense` runs on whole sequences of some heads.
+
+    `platform` is the one that both are for; None where they are the same on all.
+    """
 
     split: Split
     plan: Any
+    platform: str | None = None
 
 
-def choose(request: Request, placement: Placement, method: str | None) -> Choice:
-    """Return the method that is asked for, or the one that moves least.
+def choose(request: Request, placement: Placement, method: str | None, platform: str) -> Choice:
+    """Return the method that is asked for, or the one that moves least, with tiles for a platform.
 
     None stands for "all_to_all" where nothing else can do the normalizer, or where it moves no
     more bytes than a ring; else for "all_gather" where keys and values are small (`GATHERED`) and
@@ -83,12 +87,12 @@ def choose(request: Request, placement: Placement, method: str | None) -> Choice
         reason = lacks(method, request, placement)
         if reason is not None:
             raise ValueError(f"parallel.attend: method {method!r} {reason}")
-        return _described(method, request, placement)
+        return _described(method, request, placement, platform)
     able = [name for name in METHODS if lacks(name, request, placement) is None]
     if not able:
         reasons = " ".join(f"{name!r} {lacks(name, request, placement)}" for name in METHODS)
         raise ValueError(f"parallel.attend: no method can do this: {reasons}")
-    found = {name: _described(name, request, placement) for name in able}
+    found = {name: _described(name, request, placement, platform) for name in able}
     if "ring" not in found:
         return found[able[0]]
     ring = found["ring"].split
@@ -98,6 +102,20 @@ def choose(request: Request, placement: Placement, method: str | None) -> Choice
     if 0 < gathered.bytes <= min(GATHERED, ring.bytes):
         return found["all_gather"]
     return found["ring"]
+
+
+def by_platform(
+    request: Request, placement: Placement, method: str | None, platform: str | None
+) -> list[Choice]:
+    """Choose for a platform; for None, for CPUs and for others, or once where that is the same."""
+    if platform is not None:
+        chosen = choose(request, placement, method, platform)
+        return [dataclasses.replace(chosen, platform=platform)]
+    on_cpu = choose(request, placement, method, "cpu")
+    other = choose(request, placement, on_cpu.split.method, "tpu")
+    if on_cpu.split.tile == other.split.tile:
+        return [on_cpu]
+    return [dataclasses.replace(on_cpu, platform="cpu"), dataclasses.replace(other, platform="tpu")]
 
 
 def lacks(method: str, request: Request, placement: Placement) -> str | None:
@@ -117,7 +135,7 @@ def lacks(method: str, request: Request, placement: Placement) -> str | None:
     return None
 
 
-def _described(method: str, request: Request, placement: Placement) -> Choice:
+def _described(method: str, request: Request, placement: Placement, platform: str) -> Choice:
     devices, sizes = placement.axis.devices, request.sizes
     rows = [
         share * sizes["B"] * x.dtype.itemsize
@@ -126,7 +144,7 @@ def _described(method: str, request: Request, placement: Placement) -> Choice:
     keys_and_values = rows[1] * sizes["K"] * (sizes["H"] + sizes["V"])
     if method == "all_to_all":
         is_dense = request.streaming is None or _is_small(request)
-        plan = None if is_dense else choice.plan_for(request)
+        plan = None if is_dense else choice.plan_for(request, platform)
         tile, tiles = (request.pairs, 1) if plan is None else (plan.tile, len(plan.starts))
         moved = rows[0] * sizes["N"] * (sizes["Q"] + sizes["V"]) + keys_and_values
         split = Split(
@@ -138,7 +156,7 @@ def _described(method: str, request: Request, placement: Placement) -> Choice:
             moved * (devices - 1) // devices,
         )
         return Choice(split, plan)
-    plan = make_plan(request, placement, gathered=method == "all_gather")
+    plan = make_plan(request, placement, method == "all_gather", platform)
     live = tuple(int(n) for n in plan.live)
     if method == "all_gather":
         moved = keys_and_values * (devices - 1) * bool(plan.chains)

@@ -14,6 +14,7 @@ from jax import lax
 
 from attention_jax.base.finite import finite, poison
 from attention_jax.base.matmul import Products
+from attention_jax.base.placement import Where
 from attention_jax.implementations import choice
 from attention_jax.implementations.dense import dense
 from attention_jax.implementations.head import SAVED, Attended, Head
@@ -61,7 +62,9 @@ class Parts:
         rows: Any = f"BT{self.heads}"
         return Attended(rows, None, rows if self.wants_logsumexp else None)
 
-    def by_steps(self, given: Given, orders: tuple[Any, Any], plan: Plan) -> Attended:
+    def by_steps(
+        self, given: Given, orders: tuple[Any, Any], plan: Plan, platform: str | None
+    ) -> Attended:
         """Let keys come to the queries, over the steps of a plan."""
         score, of_score = self.whole(given["score"])
         score = score.multiplied(self.products)
@@ -105,7 +108,8 @@ class Parts:
             placement=dataclasses.replace(self.placement, orders=(None, None)),
             letters=rounds.Letters([*operand_letters, *of_normalizer], of_mask, of_dropout),
             heads=self.heads,
-            sequential=choice.sequential_axes(of_mask),
+            platform=platform,
+            elsewhere=choice.elsewhere(None, plan, of_mask),
             travels=travels,
             tiles=Tiles(plan.tile[1], [none], self.products),
         )
@@ -143,7 +147,13 @@ class Parts:
         order = "B" + letters[2:]
         return lift(functools.partial(_mapped, structure), axes, letters, order)(x, *leaves)
 
-    def by_heads(self, given: Given, orders: tuple[Any, Any], plan: HeadPlan | None) -> Attended:
+    def by_heads(
+        self,
+        given: Given,
+        orders: tuple[Any, Any],
+        plan: HeadPlan | None,
+        platform: str | None,
+    ) -> Attended:
         """Exchange the sequence for heads, attend to whole sequences, and exchange back.
 
         Leaves with a letter K hold the heads of this device. Without a plan, `dense`.
@@ -161,8 +171,19 @@ class Parts:
             of_head = functools.partial(tiled, plan=plan, products=self.products)
         axes = [letters for operand in given.values() for letters in operand.axes]
         one = functools.partial(_one_head, of_head, given, self.wants_logsumexp)
-        sequential = "" if plan is None else choice.sequential_axes(given["mask"].axes)
-        lifted = lift(one, axes, self.letters, self.order, sequential, SAVED)
+        sequential, elsewhere = "", None
+        if plan is not None:
+            sequential, elsewhere = self.order, choice.elsewhere(None, plan, given["mask"].axes)
+        lifted = lift(
+            one,
+            axes,
+            self.letters,
+            self.order,
+            sequential,
+            SAVED,
+            Where(platform=platform),
+            elsewhere,
+        )
         attended = lifted(*(leaf for operand in given.values() for leaf in operand.leaves))
         context, logsumexp = attended.context, attended.logsumexp
         context = self.exchanged(_taken(context, orders[0]), 1, 2, self.travels[1])

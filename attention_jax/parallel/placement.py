@@ -10,6 +10,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from attention_jax.base import checks
 from attention_jax.masks.intervals import indices
@@ -52,6 +53,17 @@ class Axis:
                 f"{operation}: axis must be one of the mesh, which has {has}; got {name!r}."
             )
         return cls(name, mesh, is_manual)
+
+    @property
+    def platform(self) -> str | None:
+        """The platform of the devices; None where they are CPUs, as programs for others have too.
+
+        Also None for a mesh without devices.
+        """
+        if not isinstance(self.mesh, Mesh):
+            return None
+        platform = self.mesh.devices.flat[0].platform
+        return None if platform == "cpu" else platform
 
     @property
     def devices(self) -> int:

@@ -14,7 +14,6 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -103,6 +102,11 @@ class Plan:
     live: np.ndarray
 
     @property
+    def largest_visit(self) -> int:
+        """The queries of a visit: those of a tile."""
+        return self.tile[0]
+
+    @property
     def dearest(self) -> int:
         """The tiles of the device that visits most."""
         return int(self.live.max())
@@ -119,7 +123,7 @@ class Plan:
         return _states_at(_padded(grid, self), (rows, first), self)
 
 
-def make_plan(request: Request, placement: Placement, gathered: bool) -> Plan:
+def make_plan(request: Request, placement: Placement, gathered: bool, platform: str) -> Plan:
     """Return the plan whose dearest device needs least time; of nearly equal ones, least work."""
     mask, is_static = choice.known_mask(request.mask, request.sizes)
     share, received = placement.shares
@@ -127,7 +131,7 @@ def make_plan(request: Request, placement: Placement, gathered: bool) -> Plan:
     if request.tile_sizes is not None:
         tiles = [choice.clipped(request.tile_sizes, pairs)]
     else:
-        rows, columns = choice.CANDIDATES.get(jax.default_backend(), choice.CANDIDATES["default"])
+        rows, columns = choice.CANDIDATES.get(platform, choice.CANDIDATES["default"])
         tiles = {choice.clipped((row, column), pairs) for row in rows for column in columns}
     units = [tile[1] // units_of(tile[1]) for tile in tiles]
     grids = _Grids.of(mask, placement, [tile[0] for tile in tiles], units)
@@ -295,7 +299,9 @@ class _Grids:
         if queries is None or keys is None:
             return cls(mask, None, None)
         part = math.gcd(*rows), math.gcd(*units)
-        number = math.prod(-(-share // of) for share, of in zip(placement.shares, part, strict=True))
+        number = math.prod(
+            -(-share // of) for share, of in zip(placement.shares, part, strict=True)
+        )
         is_little = number * placement.axis.devices**2 <= MOST_CELLS // 4
         return cls(mask, (queries, keys), part if is_little else None)
 

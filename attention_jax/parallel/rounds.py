@@ -16,9 +16,10 @@ import numpy as np
 from jax import lax
 
 from attention_jax.base.finite import poison
+from attention_jax.base.placement import Where
 from attention_jax.base.trees import varying_like
 from attention_jax.implementations import online
-from attention_jax.implementations.lifting import lift
+from attention_jax.implementations.lifting import Elsewhere, lift
 from attention_jax.implementations.tile_passes import Given, Operands, Tiles
 from attention_jax.implementations.tiled import padded
 from attention_jax.implementations.tiles import Visits
@@ -80,7 +81,8 @@ class Rounds:
       placement: who holds which positions; its orders are None where only run time knows.
       letters: of the leaves.
       heads: "KG" or "K".
-      sequential: the letters that are looped over.
+      platform: the one that the program is for; None for any.
+      elsewhere: how heads are mapped where that is no CPU.
       travels: the dtype in which keys and in which values travel.
       tiles: how a tile is computed.
     """
@@ -89,7 +91,8 @@ class Rounds:
     placement: Placement
     letters: Letters
     heads: str
-    sequential: str
+    platform: str | None
+    elsewhere: Elsewhere
     travels: tuple[Any, Any]
     tiles: Tiles
 
@@ -328,7 +331,14 @@ class _OverHeads(NamedTuple):
         one = functools.partial(_of_leaves, self.function, structure)
         replaced = len(jax.tree.leaves(sums[-1])) if self.replaced else 0
         return lift(
-            one, axes, self.result, rounds.order, rounds.sequential, replaced=replaced
+            one,
+            axes,
+            self.result,
+            rounds.order,
+            sequential=rounds.order,
+            where=Where(platform=rounds.platform),
+            elsewhere=rounds.elsewhere,
+            replaced=replaced,
         )(*leaves)
 
     def letters_of_states(self, given: Given) -> str:

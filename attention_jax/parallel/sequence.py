@@ -14,9 +14,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from attention_jax import attention
-from attention_jax.base.placement import Where
-from attention_jax.implementations import programs
-from attention_jax.implementations.head import Attended
+from attention_jax.base.placement import Where, is_on_cpu
+from attention_jax.implementations import choice, programs
+from attention_jax.implementations.head import SAVED, Attended
 from attention_jax.masks import as_mask
 from attention_jax.normalizers import softmax
 from attention_jax.parallel import methods
@@ -117,11 +117,16 @@ def explain(
     method: str | None = None,
     order: Order | tuple[Order, Order] = None,
     mesh: Mesh | None = None,
+    platform: str | None = None,
     **options: Any,
 ) -> methods.Split:
     """Tell what `attend` would run for the same arguments: the method, tiles, steps and bytes.
 
-    Nothing is computed; the arrays may be `jax.ShapeDtypeStruct`.
+    Nothing is computed; the arrays may be `jax.ShapeDtypeStruct`. `platform` is "cpu", "gpu" or
+    "tpu", that of this process unless given.
+
+    Raises:
+      ValueError: another platform; and as `attend`.
 
     >>> from attention_jax import masks
     >>> mesh = jax.sharding.AbstractMesh((4,), ("sp",))
@@ -131,20 +136,21 @@ def explain(
     1 transfers, at most 1 MiB received forward
     """
     mask = programs.with_constants(as_mask(options.get("mask")))
-    explained = functools.partial(_explained, (axis, mesh, order), method, options)
+    platform = choice.known_platform(platform)
+    explained = functools.partial(_explained, (axis, mesh, order), (method, platform), options)
     return jax.eval_shape(explained, mask, query, key, value)
 
 
 def _explained(
     where: tuple[Any, Any, Any],
-    method: str | None,
+    how: tuple[str | None, str],
     options: dict[str, Any],
     mask: Any,
     *arrays: Any,
 ) -> methods.Split:
     options = options | {"mask": programs.without_constants(mask)}
     split, request = _split_of("parallel.explain", arrays, where, options)
-    return methods.choose(request, split.placement(request), method).split
+    return methods.choose(request, split.placement(request), *how).split
 
 
 def _of_nothing(request: Request) -> Attended:
@@ -201,20 +207,20 @@ class _Split:
         return Placement(self.axis, request.pairs, (first, second))
 
     def __call__(self, request: Request, where: Where | None = None) -> Attended:
-        del where  # the mesh tells
+        platform = self.axis.platform or (where and where.platform)
         if self.axis.is_manual:
-            return self.on_device(request)
+            return self.on_device(request, platform)
         # As a program of its own, score and mask may close over values under differentiation.
-        run = jax.jit(functools.partial(self.on_all, request))
+        run = jax.jit(functools.partial(self.on_all, request, platform))
         return run(request.query, request.key, request.value)
 
-    def on_all(self, request: Request, *arrays: Array) -> Attended:
+    def on_all(self, request: Request, platform: str | None, *arrays: Array) -> Attended:
         """Attend on all devices, from whole arrays."""
         names = ("query", "key", "value")
         request = dataclasses.replace(request, **dict(zip(names, arrays, strict=True)))
-        parts, given, chosen = self.prepared(request)
+        parts, given, choices = self.prepared(request, platform)
         orders = parts.placement.orders
-        is_by_heads = chosen.split.method == "all_to_all"
+        is_by_heads = choices[0].split.method == "all_to_all"
         if not is_by_heads:
             given["bias"] = _with_rows(given["bias"], orders[0])
         specs = {name: self.specs(name, part, is_by_heads) for name, part in given.items()}
@@ -222,7 +228,7 @@ class _Split:
         # Were it checked what varies, the sums of gradients over devices would be inserted where a
         # parameter is used, in branches that only some devices take; so they come at the end.
         run = jax.shard_map(
-            functools.partial(_of_part, parts, given, chosen),
+            functools.partial(_of_part, parts, given, choices),
             mesh=self.axis.mesh,
             in_specs=(specs, PartitionSpec()),
             out_specs=[rows] * (1 + request.return_logsumexp),
@@ -232,28 +238,30 @@ class _Split:
         found = run({name: part.leaves for name, part in given.items()}, orders)
         return _attended(request, found)
 
-    def on_device(self, request: Request) -> Attended:
+    def on_device(self, request: Request, platform: str | None) -> Attended:
         """Attend from the parts of this device."""
-        parts, given, chosen = self.prepared(request)
+        parts, given, choices = self.prepared(request, platform)
         device = lax.axis_index(self.axis.name)
-        if chosen.split.method == "all_to_all":
+        if choices[0].split.method == "all_to_all":
             part = functools.partial(_heads_of, device, self.axis.devices)
             given = {name: part(operand) for name, operand in given.items()}
         else:
             given["bias"] = _with_rows(given["bias"], parts.placement.positions(0, device))
         leaves = {name: operand.leaves for name, operand in given.items()}
-        found = _of_part(parts, given, chosen, leaves, parts.placement.orders)
+        found = _of_part(parts, given, choices, leaves, parts.placement.orders)
         return _attended(request, found)
 
-    def prepared(self, request: Request) -> tuple[Parts, dict[str, Operand], methods.Choice]:
-        """Check the operands, and choose a method."""
+    def prepared(
+        self, request: Request, platform: str | None
+    ) -> tuple[Parts, dict[str, Operand], list[methods.Choice]]:
+        """Check the operands, and choose a method: for CPUs and for others, or one for both."""
         placement = self.placement(request)
-        chosen = methods.choose(request, placement, self.method)
+        choices = methods.by_platform(request, placement, self.method, platform)
         travels = request.key.dtype, request.value.dtype
         parts = Parts(
             placement, heads(request), travels, request.return_logsumexp, request.products
         )
-        return parts, operands(request), chosen
+        return parts, operands(request), choices
 
     def specs(self, name: str, operand: Operand, is_by_heads: bool) -> list[PartitionSpec]:
         """Say which axis of each leaf is split: rows, or heads where these are exchanged."""
@@ -299,14 +307,37 @@ def _heads_of(device: Array, devices: int, operand: Operand) -> Operand:
 def _of_part(
     parts: Parts,
     given: dict[str, Operand],
-    chosen: methods.Choice,
+    choices: list[methods.Choice],
     leaves: dict[str, list[Any]],
     orders: tuple[Any, Any],
 ) -> list[Array]:
     """Attend on one device; context and, if asked for, log-sum-exp."""
+    ways = [functools.partial(_as_chosen, parts, given, chosen) for chosen in choices]
+    if len(ways) == 1:
+        return ways[0](leaves, orders)
+    # Computed again for the derivative, the condition is a constant there too.
+    policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
+    either = functools.partial(_either, ways)
+    return jax.checkpoint(either, policy=policy, prevent_cse=False)(leaves, orders)
+
+
+def _either(ways: list[Any], leaves: dict[str, list[Any]], orders: tuple[Any, Any]) -> list[Array]:
+    """Attend in the first way where the program is lowered for a CPU, else in the second."""
+    near = leaves["query"][0]
+    return lax.cond(is_on_cpu(near), *ways, leaves, orders)
+
+
+def _as_chosen(
+    parts: Parts,
+    given: dict[str, Operand],
+    chosen: methods.Choice,
+    leaves: dict[str, list[Any]],
+    orders: tuple[Any, Any],
+) -> list[Array]:
+    """Attend by a method, in tiles of a size."""
     given = {name: part._replace(leaves=leaves[name]) for name, part in given.items()}
     run = parts.by_heads if chosen.split.method == "all_to_all" else parts.by_steps
-    found = run(given, orders, chosen.plan)
+    found = run(given, orders, chosen.plan, chosen.platform)
     return [found.context] if found.logsumexp is None else [found.context, found.logsumexp]
 
 

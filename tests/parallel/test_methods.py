@@ -1,10 +1,13 @@
 """Which tiles, methods and messages follow from shapes, mask and order; nothing is computed."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 import attention_jax
 from attention_jax import masks, normalizers, parallel
@@ -63,9 +66,35 @@ def test_none_takes_what_moves_least():
     assert explain(normalizer=normalizers.hard).method == "all_to_all"
 
 
+def test_tiles_suit_the_platform():
+    tile = {name: explain(method="ring", platform=name).tile for name in ("cpu", "tpu", "gpu")}
+    assert tile == {"cpu": (512, 512), "tpu": (1024, 1024), "gpu": (1024, 1024)}
+    assert explain(method="ring").tile == tile[jax.default_backend()]
+    assert explain(method="all_to_all", platform="tpu").tile == (1024, 1024)
+
+
+@pytest.mark.slow
+def test_a_program_has_the_tiles_of_the_platform_that_it_is_lowered_for():
+    """Traced once for all platforms; what is for another one leaves no memory behind."""
+    mesh = jax.make_mesh((1,), ("sp",), axis_types=(AxisType.Auto,))
+    split = functools.partial(parallel.attend, axis="sp", method="ring", mesh=mesh)
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 4), jnp.float32)
+
+    def compiled(**options):
+        of = jax.grad(lambda *arrays: split(*arrays, **options).sum(), (0, 1, 2))
+        return jax.jit(of).lower(x, x, x).compile()
+
+    program, as_told = compiled(), compiled(tile_sizes=(512, 512))
+    found = re.findall(r"f32\[(?:512,512|1024,1024)\]", program.as_text())
+    assert set(found) == {"f32[512,512]"}
+    temporaries, others = (one.memory_analysis().temp_size_in_bytes for one in (program, as_told))
+    assert temporaries <= 1.01 * others
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
+        ({"platform": "npu"}, ValueError, "platform must be None or one of cpu, gpu, tpu, got"),
         ({"axis": "tp"}, ValueError, "axis must be one of the mesh, which has 'dp' of 2, 'sp' of"),
         ({"mesh": None}, ValueError, "no mesh is set; call it within jax.set_mesh"),
         ({"length": 4098}, ShapeError, "must divide the queries T, got T = 4098; pad them to 4100"),

@@ -24,7 +24,9 @@ def plan_of(mask, order=None):
 
     def planned(x):
         request = Request.of(x, x, x, mask=mask, implementation=None, return_weights=False, **fixed)
-        plans.append(make_plan(request, Placement(axis, request.pairs, (order, order)), False))
+        plans.append(
+            make_plan(request, Placement(axis, request.pairs, (order, order)), False, "cpu")
+        )
         return x
 
     plans = []

@@ -1,6 +1,7 @@
 """Attention over a split sequence is attention over the whole one, in every combination."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -203,7 +204,7 @@ def test_memory_of_a_device_falls_as_one_over_the_devices():
         return found.temp_size_in_bytes + found.output_size_in_bytes + found.argument_size_in_bytes
 
     found = [memory(devices) for devices in (1, 2, 4, 8)]
-    ratios = [one / two for one, two in zip(found, found[1:], strict=False)]
+    ratios = [one / two for one, two in itertools.pairwise(found)]
     assert min(ratios) >= 2 / 1.15, (found, ratios)
 
 
