@@ -233,9 +233,12 @@ def _attended(request: Request, where: Where, dtype: Any = None) -> Attended:
     if name == "tiled":
         of_plan = functools.partial(tiled, products=request.products)
         of_head, other, plan = _tiled(request, where, of_plan)
+        of_shared = functools.partial(other or of_head, apart=True)
         other = other and functools.partial(one_head, other)
         axes = given["mask"].axes
         sequential, elsewhere = "BKG", choice.elsewhere(other, plan, axes, where.platform)
+        if request.groups > 1:
+            elsewhere = elsewhere._replace(spread=functools.partial(one_head, of_shared))
     elif name == "pallas":
         plan = choice.plan_for(request, where.platform, name=name)
         of_head = functools.partial(

@@ -28,11 +28,13 @@ class Elsewhere(NamedTuple):
       function: of one head, with the same arguments and results; None if it is the same.
       sequential: letters that are looped over.
       most: at most so many heads are vectorised; as many as divide an axis, the last one first.
+      spread: of one head, where automatic axes spread the program; None if it is the same.
     """
 
     function: Callable[..., Any] | None
     sequential: str
     most: int
+    spread: Callable[..., Any] | None = None
 
     def at_once(self, sizes: dict[str, int], order: str, free: Collection[str]) -> dict[str, int]:
         """Return how many parts of each axis are vectorised, for those that are not whole.
@@ -126,8 +128,7 @@ class _Lifted:
         spread = placement.known(*arguments) if self.where.spread is None else self.where.spread
         alike = aligned(arguments, self.axes, self.order)
         if spread or any(sizes[letter] == 0 for letter in self.order):  # no loop could be traced
-            other = None if self.elsewhere is None else self.elsewhere.function
-            return self.way(other or self.function, {})(*alike)
+            return self.way(self.when_spread, {})(*alike)
         free = [x for x in self.order if not _is_sharded(x, self.axes, arguments)]
         on_cpu = {letter: 1 for letter in free if letter in self.sequential}
         is_one = math.prod(sizes[letter] for letter in on_cpu) == 1
@@ -143,10 +144,21 @@ class _Lifted:
         known = functools.partial(functools.partial, _with_constants)
         axes = [letters for letters, is_given in zip(self.axes, given, strict=True) if is_given]
         elsewhere = self.elsewhere
-        if elsewhere is not None and elsewhere.function is not None:
-            elsewhere = elsewhere._replace(function=known(elsewhere.function, arguments, given))
+        if elsewhere is not None:
+            function, spread = (
+                one and known(one, arguments, given)
+                for one in (elsewhere.function, elsewhere.spread)
+            )
+            elsewhere = elsewhere._replace(function=function, spread=spread)
         function = known(self.function, arguments, given)
         return dataclasses.replace(self, function=function, axes=axes, elsewhere=elsewhere)
+
+    @property
+    def when_spread(self) -> Callable[..., Any]:
+        """The function of one head where automatic axes spread the program."""
+        if self.elsewhere is None:
+            return self.function
+        return self.elsewhere.spread or self.elsewhere.function or self.function
 
     def sizes(self, arguments: Sequence[Any]) -> dict[str, int]:
         """Return the size behind each letter."""
@@ -180,10 +192,11 @@ class _Lifted:
         function = jax.jit(self.function, inline=True)
         there = function if other is None else jax.jit(other, inline=True)
         here = self.way(function, on_cpu)
-        whole, grouped = self.way(there, {}), self.way(there, groups)
+        apart = self.elsewhere.spread
+        whole, grouped = self.way(apart or there, {}), self.way(there, groups)
         if other is not None:
             here = functools.partial(_traced_for, ("cpu",), here)
-        if not groups:
+        if not groups and apart is None:
             condition = functools.partial(placement.is_spread_or_accelerated, spread=spread)
             return self.either(condition, whole, here) if on_cpu or other else whole
         either = self.either(placement.is_on_cpu, here, grouped)

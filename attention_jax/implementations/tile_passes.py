@@ -120,12 +120,14 @@ class Tiles:
     `logits[rows](tile, q_idx, kv_idx, *captured)` are the logits of a tile of so many rows, with
     what score and bias close over made arguments, so that it has gradients too;
     `allowed[rows](mask, q_idx, kv_idx, *captured)` is the mask of that tile. `products` says how
-    weights and values are multiplied; logits say so themselves.
+    weights and values are multiplied; logits say so themselves. `apart`
+    tells to add up gradients of keys and values by query head; see `by_query_head`.
     """
 
     key_size: int
     visits: list[Visits]
     products: Products = PLAIN
+    apart: bool = False
     logits: dict[int, Callable[..., Array]] = dataclasses.field(default_factory=dict)
     allowed: dict[int, Callable[..., Array]] = dataclasses.field(default_factory=dict)
 
@@ -351,6 +353,20 @@ def tangents_of(tangents: list[Any], rest: Rest) -> tuple[Any, list[bool]]:
     """Return tangents as operands, with zeros for those that do not move, and which do."""
     arrays, moves = arrays_of(tangents)
     return merge_floats(arrays, rest), moves
+
+
+def by_query_head(change: Operands, base: Any) -> Operands:
+    """Give each query head changes of keys and values of its own, though they are shared.
+
+    Transposed, the gradients of all query heads are added up after the loop over tiles. Where
+    devices have different query heads of one key head, they would else be so at every tile: an
+    automatic axis of a mesh has no arrays that are still to be summed. `base` are statistics of
+    rows, which each query head has of its own.
+    """
+    first = jax.tree.leaves(base)[0][0]
+    always = (first == 0) | (first != 0)
+    key, value = (jnp.where(always, x, 0.0) for x in (change.key, change.value))
+    return change._replace(key=key, value=value)
 
 
 def is_symbolic_zero(tangent: Any) -> bool:

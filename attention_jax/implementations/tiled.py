@@ -39,6 +39,7 @@ from attention_jax.implementations.tile_passes import (
     Operands,
     Tangent,
     Tiles,
+    by_query_head,
     one_pass,
     tangents_of,
     widened,
@@ -50,8 +51,11 @@ from attention_jax.scores.composition import identity
 Array = jax.Array
 
 
-def tiled(head: Head, plan: Plan, products: Products = PLAIN) -> Attended:
-    """Attend one head, a tile of queries and keys at a time; results are float32 or better."""
+def tiled(head: Head, plan: Plan, products: Products = PLAIN, apart: bool = False) -> Attended:
+    """Attend one head, a tile of queries and keys at a time; results are float32 or better.
+
+    `apart` adds up the gradients of keys and values for each query head; see `by_query_head`.
+    """
     query_length, key_length = head.query.shape[0], head.key.shape[0]
     if query_length == 0 or key_length == 0:
         dtype = at_least_float32(head.value.dtype)
@@ -63,7 +67,7 @@ def tiled(head: Head, plan: Plan, products: Products = PLAIN) -> Attended:
         return _row_by_row(head, plan, products)
     if head.statistics is not None:
         return _measured(head, plan, functools.partial(prepared, head, plan, products=products))
-    return with_sink(head.normalizer, *_over_tiles(head, plan, products))
+    return with_sink(head.normalizer, *_over_tiles(head, plan, products, apart))
 
 
 def _measured(head: Head, plan: Plan, prepare: measured.Prepare) -> Attended:
@@ -86,9 +90,10 @@ def with_sink(normalizer: Normalizer, context: Array, logsumexp: Array) -> Atten
     return merge(attended, Attended(jnp.zeros_like(context), logsumexp=sink))
 
 
-def _over_tiles(head: Head, plan: Plan, products: Products) -> tuple[Array, Array]:
+def _over_tiles(head: Head, plan: Plan, products: Products, apart: bool) -> tuple[Array, Array]:
     """Pass over the tiles; return context [T, V] and log-sum-exp [T]."""
     tiles, operands, given = prepared(head, plan, plan.visits, products)
+    tiles = dataclasses.replace(tiles, apart=apart)
     context, logsumexp = _attend(tiles, *split_floats(operands), given)
     length = plan.pairs[0]
     return context[:length], online.with_empty(logsumexp[:length])
@@ -177,6 +182,7 @@ def _attend_jvp(tiles: Tiles, primals: Any, tangents: Any) -> Any:
     change, moves = tangents_of(tangents[0], rest)
     change = widened(change)
     base = online.finite_or_zero(logsumexp)
+    change = by_query_head(change, base) if tiles.apart else change
     log_tangent, context_tangent = Tangent(tiles, (operands, change), given, base, moves)()
     how = one_pass(operands.functions.normalizer)
     return (context, logsumexp), online.changes(how, log_tangent, context_tangent, context)

@@ -40,6 +40,7 @@ from attention_jax.implementations.tile_passes import (
     Given,
     Operands,
     Tangent,
+    by_query_head,
     one_pass,
 )
 from attention_jax.parallel.plan import Chain
@@ -349,7 +350,8 @@ def _change_of_head(
     change: list[Array],
     base: Array,
 ) -> tuple[Array, Array]:
-    both = operands, merge_floats(change, split_floats(operands)[1])
+    there = merge_floats(change, split_floats(operands)[1])
+    both = operands, by_query_head(there, base) if rounds.tiles.apart else there
     tangent = Tangent(rounds.tiles, both, given, base, moves)
     return over_visits(tangent, *rounds.visits(given, at), tangent.zeros(base))
 

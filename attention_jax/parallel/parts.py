@@ -14,7 +14,7 @@ from jax import lax
 
 from attention_jax.base.finite import finite, poison
 from attention_jax.base.matmul import Products
-from attention_jax.base.placement import Where
+from attention_jax.base.placement import Where, known
 from attention_jax.implementations import choice
 from attention_jax.implementations.dense import dense
 from attention_jax.implementations.head import SAVED, Attended, Head
@@ -111,13 +111,17 @@ class Parts:
             platform=platform,
             elsewhere=choice.elsewhere(None, plan, of_mask),
             travels=travels,
-            tiles=Tiles(plan.tile[1], [none], self.products),
+            tiles=Tiles(plan.tile[1], [none], self.products, apart=self.is_apart(query)),
         )
         context, logsumexp = chains.attend(how, operands, local)
         context, logsumexp = (
             x[:, : given["query"].leaves[0].shape[1]] for x in (context, logsumexp)
         )
         return self.finished(normalizer, of_normalizer, context, logsumexp)
+
+    def is_apart(self, query: Array) -> bool:
+        """Tell whether devices may have different query heads of one key head."""
+        return "G" in self.heads and bool(known(query))
 
     def finished(
         self, normalizer: Any, letters: list[str], context: Array, logsumexp: Array

@@ -7,6 +7,7 @@ prints a line of JSON for each case of the group.
 
 import functools
 import json
+import math
 import sys
 from typing import Any, NamedTuple
 
@@ -42,7 +43,8 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 class Case(NamedTuple):
     """A function of arrays, the arrays, and how each is sharded.
 
-    `parameters` are the sizes of the parameters, whose gradients may be summed over devices;
+    `parameters` are the sizes of the parameters, whose gradients may be summed over devices, and
+    `gathered` those of results that devices hold the same of, though each computes a part;
     `sharded` how each result has to be. A case that `tells_mesh` has it on its arrays, others
     only as `in_shardings`, which are not known while tracing.
     """
@@ -52,6 +54,7 @@ class Case(NamedTuple):
     specs: tuple[P, ...]
     sharded: tuple[P, ...]
     parameters: tuple[int, ...] = ()
+    gathered: tuple[int, ...] = ()
     mesh: tuple[int, int] = (4, 2)
     tells_mesh: bool = False
 
@@ -146,17 +149,25 @@ def options(how):
         "sink per head": attention(sink, (array(N), P("heads"))),
         "log-sum-exp": attention(lambda *x: attend(*x, return_logsumexp=True, **how).context),
         "as many key heads": attention(plain, sizes=(B, N, N, T)),
-        # Its gradients of keys are sums over devices, as those of parameters are.
-        "fewer key heads than devices": Case(
-            plain,
-            (array(4, T, 8, H), array(4, T, 2, H), array(4, T, 2, H)),
-            (QUERY, P("data"), P("data")),
-            (QUERY,),
-            mesh=(2, 4),
-        ),
+        "fewer key heads than devices": fewer_key_heads(plain),
         "examples alone": attention(plain, mesh=(8, 1)),
         "heads alone": attention(plain, sizes=(2, 8, 8, T), mesh=(1, 8)),
     }
+
+
+def fewer_key_heads(function):
+    """Return a case whose gradients of keys are summed over devices, once for all tiles."""
+    shape, whole = (4, T, 2, H), P("data")
+    run = functools.partial(with_gradients, function)
+    return Case(
+        run,
+        (array(4, T, 8, H), array(*shape), array(*shape)),
+        (QUERY, whole, whole),
+        (QUERY, QUERY, whole, whole),
+        parameters=(math.prod(shape) // 4,),  # of half the examples and one key head
+        gathered=(math.prod(shape) // 2,),
+        mesh=(2, 4),
+    )
 
 
 def linear_cases():
@@ -452,6 +463,7 @@ def record(name, case, is_counted):
         "name": name,
         "collectives": collectives(text),
         "parameters": case.parameters,
+        "gathered": case.gathered,
         "results": [str(sharding.spec) for sharding in results],
         "as wanted": [
             sharding.is_equivalent_to(want, shape.ndim)

@@ -20,11 +20,11 @@ def records(group):
 
 def faults(found):
     """Say what is wrong with a program, if anything."""
+    allowed = {"all-reduce": found["parameters"], "all-gather": found.get("gathered", [])}
     wrong = [
         f"{found['name']}: {exchange}"
         for exchange in found["collectives"]
-        if not exchange.startswith("all-reduce")
-        or not set(numbers(exchange)) <= set(found["parameters"])
+        if not set(numbers(exchange)) <= set(allowed.get(exchange.split(" ")[0], []))
     ]
     if found["parameters"] and not found["collectives"]:
         wrong.append(f"{found['name']}: gradients of parameters are not summed")
@@ -96,4 +96,8 @@ def test_faults_are_found():
     assert faults({**summed, "collectives": []})
     assert faults({**summed, "collectives": ["all-gather f32[2,3]{1,0}"]})
     assert faults({**summed, "collectives": ["all-reduce f32[2,4]{1,0}"]})
+    assert faults({**summed, "collectives": ["all-to-all f32[2,3]{1,0}"]})
+    gathered = {**summed, "gathered": [8], "collectives": ["all-gather f32[2,4]{1,0}"]}
+    assert not faults(gathered)
+    assert faults({**gathered, "gathered": [6]})
     assert faults({**good, "as wanted": [True, False]})
