@@ -109,7 +109,7 @@ class Parts:
             letters=rounds.Letters([*operand_letters, *of_normalizer], of_mask, of_dropout),
             heads=self.heads,
             platform=platform,
-            elsewhere=choice.elsewhere(None, plan, of_mask),
+            elsewhere=choice.elsewhere(None, plan, of_mask, platform),
             travels=travels,
             tiles=Tiles(plan.tile[1], [none], self.products, apart=self.is_apart(query)),
         )
@@ -177,7 +177,8 @@ class Parts:
         one = functools.partial(_one_head, of_head, given, self.wants_logsumexp)
         sequential, elsewhere = "", None
         if plan is not None:
-            sequential, elsewhere = self.order, choice.elsewhere(None, plan, given["mask"].axes)
+            sequential, axes_of_mask = self.order, given["mask"].axes
+            elsewhere = choice.elsewhere(None, plan, axes_of_mask, platform)
         lifted = lift(
             one,
             axes,

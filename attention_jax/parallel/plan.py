@@ -102,6 +102,11 @@ class Plan:
     live: np.ndarray
 
     @property
+    def heads(self) -> int:
+        """The heads of a visit."""
+        return 1
+
+    @property
     def largest_visit(self) -> int:
         """The queries of a visit: those of a tile."""
         return self.tile[0]
