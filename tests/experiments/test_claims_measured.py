@@ -30,9 +30,10 @@ INTERVAL = re.compile(
 DERIVED = {
     62: lambda claim, data: [claim.slopes(data, name) for name in data],
     64: lambda claim, data: [claim.exponents(of) for of in data.values()],
+    77: lambda claim, data: claim.shares(data).values(),
 }
 # Those whose models take longest to compile; others train models of the same kinds.
-TRAINED_LONGEST = {51, 52, 55, 58, 72}
+TRAINED_LONGEST = {51, 52, 55, 58, 72, 79}
 # Without attention all weights are alike, and correlate with nothing.
 UNDEFINED = {62: ("without attention", "correlation")}
 

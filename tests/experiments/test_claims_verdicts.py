@@ -255,6 +255,34 @@ def of_76(small, large, dot=1.0):
     return {"sizes": [2, 512], "loss": loss}
 
 
+def of_77(collapsed, diverged, with_norm, calm=False):
+    """Runs of two rates; at the larger one training diverges at the third place."""
+
+    def runs(diverges, at):
+        loss = [[[2.0] * 5] * 8, [[2.0, 2.0, *[9.0 if diverges else 2.0] * 3]] * 8]
+        entropy = [[[0.1 if calm else 0.9] * 5] * 8, [[0.9] * at + [0.1] * (5 - at)] * 8]
+        return {"loss": loss, "entropy": entropy, "largest logit": entropy}
+
+    plain, norm = runs(diverged, collapsed), runs(with_norm, 5)
+    return {"rates": [0.01, 1.0], "steps": 5, "plain": plain, "norm": norm}
+
+
+def of_78(plain, one, copied=99.0):
+    first = {"softmax": plain, "plus one": one}
+    alike = {name: around(1.0) for name in first}
+    return {"first": first, "total": alike, "loss": alike, "copied": {n: [copied] for n in first}}
+
+
+def of_79(entmax, sparsemax, zeros=0.8, bleu=50.0):
+    names = ("softmax", "1.5-entmax", "sparsemax")
+    shares = ([0.0] * 8, around(zeros), around(zeros))
+    return {
+        "zeros": dict(zip(names, shares, strict=True)),
+        "error": dict(zip(names, (around(30.0), entmax, sparsemax), strict=True)),
+        "bleu": {name: around(bleu) for name in names},
+    }
+
+
 CASES = [
     (39, of_39(1.0, 1.0), HOLDS),
     (39, of_39(1.0, 3.0), ONLY_IF),
@@ -383,6 +411,24 @@ CASES = [
     (76, of_76(-0.5, -0.5), FAILS),
     (76, of_76(0.5, 0.5), FAILS),
     (76, of_76(0.0, 0.0), OPEN),
+    (77, of_77(1, True, False), HOLDS),
+    (77, of_77(1, True, True), ONLY_IF),
+    (77, of_77(3, True, False), ONLY_IF),
+    (77, of_77(2, True, True), FAILS),
+    (77, of_77(1, True, False, calm=True), OPEN),
+    (77, of_77(1, False, False), OPEN),
+    (78, of_78(around(0.8), around(0.05)), HOLDS),
+    (78, of_78(around(0.8), around(0.6)), ONLY_IF),
+    (78, of_78(around(0.1), around(0.05)), FAILS),
+    (78, of_78(around(0.3, 0.2), around(0.05)), OPEN),
+    (78, of_78(around(0.8), around(0.3, 0.2)), OPEN),
+    (78, of_78(around(0.8), around(0.05), copied=50.0), OPEN),
+    (79, of_79(around(20.0), around(25.0)), HOLDS),
+    (79, of_79(around(20.0), around(30.0)), ONLY_IF),
+    (79, of_79(around(29.9), around(40.0), zeros=0.2), FAILS),
+    (79, of_79(around(30.5), around(40.0)), FAILS),
+    (79, of_79([30 + 30 * n for n in NOISE], around(40.0)), OPEN),
+    (79, of_79(around(20.0), around(25.0), bleu=1.0), OPEN),
 ]
 
 
