@@ -234,7 +234,7 @@ def _made_by(results: Record) -> str:
     first, *others = sorted(runs, key=lambda made: (-len(runs[made]), json.loads(made) == now))
     sentences = [f"Made by {_by(json.loads(first), results['claims'])} ({summary(results)})."]
     for made in others:
-        sentences.append(f"Some of them again by {_by(json.loads(made), runs[made])}.")
+        sentences.append(f"Some of them by {_by(json.loads(made), runs[made])}.")
     return " ".join(sentences)
 
 

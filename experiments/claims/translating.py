@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from attention_jax import masks
-from attention_jax.nnx import EncoderDecoder, MultiHeadAttention
+from attention_jax.nnx import AdditiveAttention, EncoderDecoder, MultiHeadAttention
 from experiments import metrics
 from experiments.claims.claim import Data, Setting
 from experiments.claims.training import Arm, Trained, arm_of, graph_of, merged, train
@@ -82,19 +82,36 @@ def batch(rng: Array, text: Text) -> tuple[Array, Array]:
     return text.source[rows], text.target[rows]
 
 
-def recurrent(given: Material, score: str, attention_size: int = WIDTH) -> Model:
-    """Return a recurrent translator that differs from others in its score alone."""
+def recurrent(
+    given: Material,
+    score: str,
+    attention_size: int = WIDTH,
+    normalizer: Callable[..., Any] | None = None,
+) -> Model:
+    """Return a recurrent translator that differs from others in its score alone.
+
+    With a normalizer the score is the additive one, and only the normalizer differs.
+    """
     words = len(given.source_vocabulary), len(given.target_vocabulary)
     sizes = Sizes(*words, width=WIDTH, attention_size=attention_size, readout_size=WIDTH)
 
-    def build(rngs: nnx.Rngs) -> Translator:
-        return Translator(score, sizes, rngs=rngs)
+    build = functools.partial(_translator, score, sizes, normalizer)
 
     def loss(model: Translator, pairs: tuple[Array, Array]) -> Array:
         logits, _ = model(*pairs)
         return jnp.sum(token_losses(logits, pairs[1].T)) / jnp.sum(pairs[1] != PAD)
 
     return Model(arm_of(build, loss), build, functools.partial(decode.greedy, graph_of(build)))
+
+
+def _translator(
+    score: str, sizes: Sizes, normalizer: Callable[..., Any] | None, rngs: nnx.Rngs
+) -> Translator:
+    model = Translator(score, sizes, rngs=rngs)
+    if normalizer is not None:
+        options = {"attention_size": sizes.attention_size, "normalizer": normalizer, "rngs": rngs}
+        model.decoder.attention = AdditiveAttention(sizes.width, sizes.width, **options)
+    return model
 
 
 def transformer(given: Material, heads: int, **options: Any) -> Model:

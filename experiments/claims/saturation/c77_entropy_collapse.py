@@ -20,37 +20,22 @@ neither is; undecided if a seed has no run that diverges or none that does not.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-from attention_jax import statistics
-from attention_jax.nnx import MultiHeadAttention, TokenEncoder
+from experiments.claims import watching
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if, undecided
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import higher, shown
-from experiments.claims.tagging import HEADS, SYMBOLS, WIDTH, Batch, draw
-from experiments.claims.training import arm_of, cross_entropy
+from experiments.claims.tagging import SYMBOLS
 from experiments.significance import interval
-from experiments.translate.train_step import quick_options
 
-LENGTH, EXAMPLES, TOGETHER = 12, 16, 5
 RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 ARMS = {"plain": None, "norm": nnx.RMSNorm}
-# What a loss that is no number, or larger, is noted as.
-LARGEST_LOSS = 1000.0
 DIVERGED, COLLAPSED = 1.5 * math.log(SYMBOLS), 0.25
-ASKED = {
-    "entropy": statistics.over_queries(statistics.entropy),
-    "largest logit": statistics.head_largest_logit,
-}
 
 
 def measure(setting: Setting, rng: jax.Array) -> Data:
@@ -58,65 +43,8 @@ def measure(setting: Setting, rng: jax.Array) -> Data:
     rates = setting.pick(tiny=(1e-2, 1.0), quick=RATES, full=RATES)
     seeds = jax.random.split(rng, setting.pick(tiny=2, quick=6, full=8))
     steps = setting.pick(tiny=10, quick=200, full=400)
-    data: Data = {"rates": rates, "steps": TOGETHER}
-    for name, norm in ARMS.items():
-        run = functools.partial(_run, norm, steps)
-        of_rates = jax.vmap(jax.vmap(run, in_axes=(None, 0)), in_axes=(0, None))
-        runs = jax.jit(of_rates, compiler_options=quick_options(1))
-        found = runs(jnp.asarray(rates, jnp.float32), seeds)
-        data[name] = {what: _noted(what, values) for what, values in found.items()}
-    return data
-
-
-def _noted(what: str, values: Any) -> list[Any]:
-    """Return means over five steps with four digits, so that there is less to keep."""
-    neutral = {"loss": LARGEST_LOSS, "entropy": 1.0, "largest logit": 0.0}[what]
-    finite = np.nan_to_num(np.asarray(values, np.float64), nan=neutral, posinf=1e30, neginf=-1e30)
-    finite = np.minimum(finite, LARGEST_LOSS) if what == "loss" else finite
-    means = finite.reshape(*finite.shape[:2], -1, TOGETHER).mean(axis=-1)
-    return [[[float(f"{x:.4g}") for x in of] for of in of_rate] for of_rate in means]
-
-
-def _run(norm: Any, steps: int, rate: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
-    """Train one encoder; return what is noted at every step."""
-
-    def build(rngs: nnx.Rngs) -> TokenEncoder:
-        sizes = {"hidden_features": 2 * WIDTH, "norm_placement": "before", "max_length": LENGTH}
-        attention = functools.partial(MultiHeadAttention, qk_norm=norm)
-        sizes |= {"num_heads": HEADS, "num_layers": 2, "attention": attention}
-        return TokenEncoder(SYMBOLS + 1, WIDTH, **sizes, rngs=rngs)
-
-    arm = arm_of(build, _loss)
-    optimizer = optax.adam(optax.linear_schedule(0.0, 1.0, steps // 5), b2=0.98)
-
-    def step(state: Any, number: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        parameters, moments = state
-        batch = draw(_sorted, jax.random.fold_in(rng, number), LENGTH, LENGTH, EXAMPLES)
-        gradient, noted = jax.grad(arm.loss, has_aux=True)(parameters, batch)
-        updates, moments = optimizer.update(gradient, moments)
-        updates = jax.tree.map(lambda update: rate * update, updates)
-        return (optax.apply_updates(parameters, updates), moments), noted
-
-    parameters = arm.init(rng)
-    return jax.lax.scan(step, (parameters, optimizer.init(parameters)), jnp.arange(steps))[1]
-
-
-def _sorted(tokens: jax.Array, length: jax.Array) -> jax.Array:
-    del length
-    return jnp.sort(tokens)
-
-
-def _loss(model: TokenEncoder, batch: Batch) -> Any:
-    logits, layers = model(batch.tokens, statistics=ASKED)
-    loss = cross_entropy(logits, batch.labels)
-    entropies = jnp.stack([jnp.mean(layer.attention["entropy"]) for layer in layers])
-    largest = jnp.stack([jnp.max(layer.attention["largest logit"]) for layer in layers])
-    noted = {
-        "loss": loss,
-        "entropy": jnp.min(entropies) / math.log(LENGTH),
-        "largest logit": jnp.max(largest),
-    }
-    return loss, noted
+    found = {name: watching.sorting(norm, rates, seeds, steps) for name, norm in ARMS.items()}
+    return {"rates": rates, "steps": watching.TOGETHER, **found}
 
 
 def shares(data: Data) -> dict[str, list[float]]:
@@ -124,27 +52,21 @@ def shares(data: Data) -> dict[str, list[float]]:
 
     Of a seed without runs of a kind the share is -1.
     """
-    first, calm, diverged = [], [], {}
-    for name in ARMS:
-        at = _first(np.asarray(data[name]["loss"]) >= DIVERGED)
-        diverged[name] = np.mean(at < np.inf, axis=0).tolist()
-    loss, entropy = (np.asarray(data["plain"][what]) for what in ("loss", "entropy"))
-    at, collapse = _first(loss >= DIVERGED), _first(entropy < COLLAPSED)
+    ends = {name: _first(np.asarray(data[name]["loss"]) >= DIVERGED) for name in ARMS}
+    at, collapse = ends["plain"], _first(np.asarray(data["plain"]["entropy"]) < COLLAPSED)
+    first, calm = [], []
     for seed in range(at.shape[1]):
         diverges = at[:, seed] < np.inf
-        first.append(_share((collapse < at)[:, seed], diverges))
-        calm.append(_share((collapse < np.inf)[:, seed], ~diverges))
-    of_arms = {f"diverged, {name}": values for name, values in diverged.items()}
+        before, ever = (collapse < at)[diverges, seed], (collapse < np.inf)[~diverges, seed]
+        first.append(float(before.mean()) if before.size else -1.0)
+        calm.append(float(ever.mean()) if ever.size else -1.0)
+    of_arms = {f"diverged, {n}": np.mean(end < np.inf, axis=0).tolist() for n, end in ends.items()}
     return {"collapsed first": first, "collapsed, calm": calm, **of_arms}
 
 
 def _first(is_so: np.ndarray) -> np.ndarray:
     """Return the first place on the last axis where it is so, infinity where there is none."""
     return np.where(is_so.any(axis=-1), is_so.argmax(axis=-1), np.inf)
-
-
-def _share(of: np.ndarray, among: np.ndarray) -> float:
-    return float(of[among].mean()) if among.any() else -1.0
 
 
 def verdict(data: Data) -> Verdict:
@@ -175,18 +97,13 @@ def verdict(data: Data) -> Verdict:
 
 
 def _decided(is_so: bool, is_not: bool) -> bool | None:
-    """Return None where the data decide neither."""
-    if is_so:
-        return True
-    return False if is_not else None
+    return is_so if is_so or is_not else None
 
 
 def figure(data: Data):
     """Draw the entropy of the plain runs at every rate."""
-    series: dict[str, Sequence[Any]] = {}
-    for number, rate in enumerate(data["rates"]):
-        entropy = data["plain"]["entropy"][number]
-        series[f"rate {rate:g}"] = list(map(list, zip(*entropy, strict=True)))
+    entropies = dict(zip(data["rates"], data["plain"]["entropy"], strict=True))
+    series = {f"rate {rate:g}": np.transpose(of).tolist() for rate, of in entropies.items()}
     count = len(next(iter(series.values())))
     return lines(
         [data["steps"] * (n + 1) for n in range(count)],
@@ -194,7 +111,6 @@ def figure(data: Data):
         xlabel="step",
         ylabel="least entropy of a layer / log 12",
         marks={"collapse": COLLAPSED},
-        ylim=(0, 1.02),
     )
 
 

@@ -24,22 +24,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from attention_jax import normalizers, statistics
-from attention_jax.nnx import CausalDecoder, MultiHeadAttention
+from experiments.claims import copying
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if, undecided
+from experiments.claims.copying import COPYING, LENGTH, Batch
 from experiments.claims.drawing import lines
 from experiments.claims.evidence import difference, higher, shown
-from experiments.claims.training import Arm, accuracy, arm_of, cross_entropy, merged, train
+from experiments.claims.training import accuracy, train
 from experiments.significance import interval
 
-SYMBOLS, COPYING, LENGTH = 12, 2, 24
-BEGIN, WIDTH, HEADS = SYMBOLS, 32, 2
 SINK = 0.3
 ARMS = {"softmax": normalizers.softmax, "plus one": normalizers.softmax_plus_one}
 ASKED = {
@@ -49,40 +47,15 @@ ASKED = {
 }
 
 
-class Batch(NamedTuple):
-    """Texts [B, T], and the symbol that follows each of their tokens [B, T]."""
-
-    tokens: jax.Array
-    following: jax.Array
-
-
-def batch(rng: jax.Array, data: None = None, num_texts: int = 16) -> Batch:
-    """Draw texts."""
-    del data
-    logits = 2 * jax.random.normal(jax.random.key(7), (SYMBOLS, SYMBOLS))
-
-    def step(state: tuple[jax.Array, jax.Array], rng: jax.Array) -> Any:
-        before, last = state
-        drawn = jax.random.categorical(rng, logits[last])
-        chosen = jnp.where(last < COPYING, before, drawn).astype(jnp.int32)
-        return (last, chosen), chosen
-
-    start = jax.random.randint(jax.random.fold_in(rng, 0), (2, num_texts), COPYING, SYMBOLS)
-    rngs = jax.random.split(jax.random.fold_in(rng, 1), LENGTH - 1)
-    _, rest = jax.lax.scan(step, (start[0], start[1]), rngs)
-    text = jnp.concatenate([jnp.full((1, num_texts), BEGIN), start[1:], rest]).T
-    return Batch(text[:, :-1], text[:, 1:])
-
-
 def measure(setting: Setting, rng: jax.Array) -> Data:
     """Measure weights on the first token, by arm and seed, and how well copies succeed."""
     data: Data = {"first": {}, "total": {}, "copied": {}, "loss": {}, "received": {}}
-    test = batch(jax.random.key(1), None, 128)
+    test = copying.batch(jax.random.key(1), None, 128)
     for name, normalizer in ARMS.items():
-        arm, merge = _arm(normalizer)
+        arm, merge = copying.decoder(normalizer)
         trained = train(
             arm,
-            batch,
+            copying.batch,
             rng,
             rates=setting.pick(tiny=(3e-3,), quick=(3e-3, 1e-2), full=(3e-3, 1e-2)),
             seeds=setting.pick(tiny=2, quick=6, full=8),
@@ -96,21 +69,6 @@ def measure(setting: Setting, rng: jax.Array) -> Data:
         data["loss"][name] = trained.losses
         data["received"][name] = found["received"].T.tolist()
     return data
-
-
-def _arm(normalizer: Callable[..., Any]) -> tuple[Arm, Callable[[Any], Any]]:
-    attention = functools.partial(MultiHeadAttention, normalizer=normalizer)
-    options = {"hidden_features": 2 * WIDTH, "max_length": LENGTH, "attention": attention}
-
-    def build(rngs: nnx.Rngs) -> CausalDecoder:
-        return CausalDecoder(
-            SYMBOLS + 1, WIDTH, num_heads=HEADS, num_layers=1, **options, rngs=rngs
-        )
-
-    def loss(model: CausalDecoder, batch: Batch) -> jax.Array:
-        return cross_entropy(model(batch.tokens), batch.following)
-
-    return arm_of(build, loss), merged(build)
 
 
 def _looked_at(merge: Callable[[Any], Any], batch: Batch, own: Any) -> dict[str, jax.Array]:

@@ -25,22 +25,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from attention_jax import normalizers, statistics
-from attention_jax.nnx import AdditiveAttention
 from attention_jax.statistics import Pairs, Statistic, of_matrix
 from experiments import metrics
 from experiments.claims import translating
 from experiments.claims.claim import Data, Setting, Verdict, fails, holds, holds_only_if, undecided
 from experiments.claims.drawing import bars
 from experiments.claims.evidence import difference, higher, learned, shown, within
-from experiments.claims.training import arm_of, graph_of, merged, train
-from experiments.claims.translating import WIDTH, Material, Model
+from experiments.claims.training import merged, train
+from experiments.claims.translating import Material
 from experiments.data.vocabulary import PAD
 from experiments.significance import interval
-from experiments.translate import decode
-from experiments.translate.model import Translator, token_losses
 
 ARMS = {
     "softmax": normalizers.softmax,
@@ -63,7 +59,7 @@ def measure(setting: Setting, rng: jax.Array) -> Data:
     given = translating.material(setting)
     data: Data = {"zeros": {}, "error": {}, "bleu": {}}
     for name, normalizer in ARMS.items():
-        model = _translator(given, normalizer)
+        model = translating.recurrent(given, "additive", normalizer=normalizer)
         trained = train(
             model.arm,
             translating.batch,
@@ -80,23 +76,6 @@ def measure(setting: Setting, rng: jax.Array) -> Data:
         data["error"][name] = [_error(of, given) for of in np.asarray(keys)]
         data["bleu"][name] = model.bleu(trained.parameters, given)
     return data
-
-
-def _translator(given: Material, normalizer: Callable[..., Any]) -> Model:
-    plain = translating.recurrent(given, "additive")
-
-    def build(rngs: nnx.Rngs) -> Translator:
-        model = plain.build(rngs)
-        options = {"attention_size": WIDTH, "normalizer": normalizer, "rngs": rngs}
-        model.decoder.attention = AdditiveAttention(WIDTH, WIDTH, **options)
-        return model
-
-    def loss(model: Translator, pairs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits, _ = model(*pairs)
-        return jnp.sum(token_losses(logits, pairs[1].T)) / jnp.sum(pairs[1] != PAD)
-
-    greedy = functools.partial(decode.greedy, graph_of(build))
-    return Model(arm_of(build, loss), build, greedy)
 
 
 def _looked_at(merge: Callable[[Any], Any], given: Material, own: Any) -> tuple[Any, Any]:
@@ -147,11 +126,3 @@ def verdict(data: Data) -> Verdict:
 def figure(data: Data):
     """Draw the alignment error rate by normalizer."""
     return bars(data["error"], xlabel="alignment error rate (%)")
-
-
-def table(data: Data) -> list[list[str]]:
-    """Show what was measured, by normalizer."""
-    rows = [["normalizer", "weights that are zero", "alignment error (%)", "BLEU"]]
-    for name in ARMS:
-        rows.append([name, *(shown(data[what][name]) for what in ("zeros", "error", "bleu"))])
-    return rows
