@@ -15,7 +15,12 @@ from attention_jax.head_maps import NO_HALO
 from attention_jax.implementations import cudnn, machine, mixed_choice, temporaries
 from attention_jax.implementations.lifting import Elsewhere
 from attention_jax.implementations.pallas import choosing
-from attention_jax.implementations.tiles import Plan, make_plan, pairs_together
+from attention_jax.implementations.tiles import (
+    Plan,
+    make_plan,
+    pairs_together,
+    plan_of_any_length,
+)
 from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
 from attention_jax.normalizers import Elementwise, LogSum, Ordered
@@ -34,6 +39,9 @@ CANDIDATES = {
 }
 """Queries and keys of a tile to choose from. On CPU a 512 x 512 tile of float32 fills the level-2
 cache."""
+
+TILE_OF_ANY_LENGTH = 256, 256
+"""Queries and keys of a tile where a length is a symbol of `jax.export`."""
 
 MIXED_PAIRS = {"cpu": 2**18, "default": 2**21}
 """Where maps mix heads, a tile of all of them has at most so many pairs."""
@@ -113,16 +121,16 @@ def known_platform(platform: str | None = None) -> str:
 def choose(request: Request, platform: str | None = None) -> str:
     """Return the implementation that runs, whose name is one of IMPLEMENTATIONS.
 
-    None stands for "dense" where all pairs of a head fit in one tile, where a length is a symbol
-    (`jax.export`) or where nothing else is able; "cudnn" comes before "pallas", which is chosen
-    where its kernels are known to be lowered, and that before "tiled".
+    None stands for "dense" where all pairs of a head fit in one tile or nothing else is able;
+    "cudnn" comes before "pallas", which is chosen where its kernels are known to be lowered, and
+    that before "tiled". A length that is a symbol (`jax.export`) may be a long one.
 
     Raises:
       ValueError: an unknown name, or one that cannot do what is asked.
     """
     name = request.implementation
     if name is None:
-        if not _knows_lengths(request) or math.prod(request.pairs) <= DENSE_PAIRS:
+        if _knows_lengths(request) and math.prod(request.pairs) <= DENSE_PAIRS:
             return "dense"
         if lacks("cudnn", request, platform) is None:
             return "cudnn"
@@ -145,11 +153,11 @@ def lacks(name: str, request: Request, platform: str | None = None) -> str | Non
     if name == "dense":
         return None
     request = mixed_choice.of_contexts(request) or request
-    if not _knows_lengths(request):
+    if not _knows_lengths(request) and name != "tiled":
         return (
-            "plans its tiles from the numbers of queries and keys, got [T, S] = "
+            "needs the numbers of queries and keys, got [T, S] = "
             f"[{', '.join(map(str, request.pairs))}]; export for numbers, or use "
-            "implementation='dense'."
+            "implementation='tiled'."
         )
     if name == "cudnn":
         return cudnn.lacks(request, platform or jax.default_backend())
@@ -165,12 +173,23 @@ def lacks(name: str, request: Request, platform: str | None = None) -> str | Non
             f"cannot stream {request.normalizer_name}, which needs a whole row of logits; use "
             "implementation='dense'."
         )
-    if request.mixes and not isinstance(request.streaming, LogSum | Elementwise):
+    is_one_pass = isinstance(request.streaming, LogSum | Elementwise)
+    if not _knows_lengths(request) and (
+        not is_one_pass or request.statistics is not None or request.mixes
+    ):
+        what = "mixed heads" if request.mixes else "statistics"
+        what = what if is_one_pass else request.normalizer_name
+        return (
+            f"computes {what} from the numbers of queries and keys, got [T, S] = "
+            f"[{', '.join(map(str, request.pairs))}]; export for numbers, or use "
+            "implementation='dense'."
+        )
+    if request.mixes and not is_one_pass:
         return (
             f"cannot mix heads under {request.normalizer_name}, which needs more than one pass "
             "over the keys; use implementation='dense'."
         )
-    if name == "pallas" and not isinstance(request.streaming, LogSum | Elementwise):
+    if name == "pallas" and not is_one_pass:
         return (
             f"cannot compute {request.normalizer_name}, which needs more than one pass over the "
             "keys; use implementation='tiled'."
@@ -214,6 +233,8 @@ def plan_for(request: Request, platform: str | None = None, name: str = "tiled")
     platform = platform or jax.default_backend()
     mask, is_static = known_mask(request.mask, request.sizes)
     pairs = max(request.sizes["T"], 1), max(request.sizes["S"], 1)
+    if not _knows_lengths(request):
+        return plan_of_any_length(pairs, request.tile_sizes or TILE_OF_ANY_LENGTH, platform)
     if name == "pallas":
         return make_plan(
             mask, pairs, choosing.kernel_tile(request, platform), is_static, on_grid=True

@@ -422,7 +422,7 @@ def added(i: Any, sums: Array, rows: Array) -> Array:
     As a scatter, whose transposition reads the rows and leaves the sums alone; that of a
     slice that is read, added to and written back would copy all rows at every tile.
     """
-    tiles = sums.reshape(len(sums) // len(rows), *rows.shape)
+    tiles = sums.reshape(sums.shape[0] // rows.shape[0], *rows.shape)
     which = lax.div(i, jnp.int32(rows.shape[0]))
     added = tiles.at[which].add(rows, mode="promise_in_bounds", unique_indices=True)
     return added.reshape(sums.shape)

@@ -145,7 +145,8 @@ def prepared(
     """Clean, pad and gather what the tiles need."""
     query_length, key_length = plan.pairs
     tallest = max((one.height for one in visits), default=plan.tile[0])
-    query = padded(head.query, -query_length % tallest)
+    # What is left over, so written that a symbol of `jax.export` cancels.
+    query = padded(head.query, -(-query_length // tallest) * tallest - query_length)
     key, value = (padded(x, plan.covered - key_length) for x in (head.key, head.value))
     bias_of_pairs, bias = (head.bias, None) if callable(head.bias) else (None, head.bias)
     operands = Operands(
@@ -204,7 +205,7 @@ def padded(x: Array, more: int, axis: int = 0) -> Array:
 
     Written into repeated rows, since XLA's CPU compiler concatenates an element at a time.
     """
-    if not more:
+    if isinstance(more, int) and not more:
         return x
     length = x.shape[axis]
     last = lax.slice_in_dim(x, length - 1, length, axis=axis)
@@ -215,6 +216,6 @@ def padded(x: Array, more: int, axis: int = 0) -> Array:
 def _padded_bias(bias: Array | None, query: Array, key: Array) -> Array | None:
     if bias is None:
         return None
-    for axis, length in enumerate((len(query), len(key))):
+    for axis, length in enumerate((query.shape[0], key.shape[0])):
         bias = bias if bias.shape[axis] == 1 else padded(bias, length - bias.shape[axis], axis)
     return bias

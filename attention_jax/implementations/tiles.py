@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from attention_jax.implementations import machine
 from attention_jax.implementations.covering import cover, live_runs, states_at
 from attention_jax.implementations.progressions import computed
 from attention_jax.masks import FULL, PARTIAL, Lengths, Mask
+from attention_jax.masks.intervals import Unknown
 
 LARGE_PAIRS = 2**18
 """Tiles of this many pairs or more are joined only with those below them of the same keys."""
@@ -142,6 +144,74 @@ class Plan:
 def pairs_together(platform: str) -> int:
     """Return about how many pairs tiles have that are visited together; 0 if none are."""
     return machine.pairs_of_cpu() if platform == "cpu" else 0
+
+
+class AllVisits(NamedTuple):
+    """Every tile of a plane whose sizes may be symbols of `jax.export`, row by row, as `Visits`.
+
+    There are `counts` = [rows, columns] of tiles, each `rows` queries by `width` keys.
+    """
+
+    rows: int
+    width: int
+    counts: tuple[Any, Any]
+    masked = True
+    together = 1
+    lanes = 1
+
+    @property
+    def height(self) -> int:
+        """Queries of a visit."""
+        return self.rows
+
+    @property
+    def places(self) -> tuple[Any, Any]:
+        """The first query [n] and the first key [n, 1] of each."""
+        number = jnp.arange(math.prod(self.counts), dtype=jnp.int32)
+        columns = jnp.asarray(self.counts[1], jnp.int32)
+        return number // columns * self.rows, (number % columns * self.width)[:, None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlanOfAnyLength(Plan):
+    """The tiles of a plane whose sizes are symbols; which of them are EMPTY only run time knows."""
+
+    @property
+    def counts(self) -> tuple[Any, Any]:
+        """Rows and columns of tiles."""
+        return -(-self.pairs[0] // self.tile[0]), -(-self.pairs[1] // self.tile[1])
+
+    @property
+    def visits(self) -> list[Any]:
+        """One group, of all tiles."""
+        return [AllVisits(*self.tile, self.counts)]
+
+    def within(self, mask: Mask) -> Mask:
+        """Return the mask without keys beyond the last."""
+        return mask & Lengths(jnp.asarray(self.pairs[1], jnp.int32))
+
+    def states_of(self, mask: Mask) -> Any:
+        """Return what each tile is, [n]; PARTIAL where that depends on arrays as long as it."""
+        known = jax.tree.map(_unless_of_any_length, mask)
+        states = self.within(known).tiles(self.pairs[0], self.covered, *self.tile)
+        return jnp.broadcast_to(jnp.asarray(states), self.counts).reshape(-1)
+
+
+def _unless_of_any_length(leaf: Any) -> Any:
+    return leaf if all(isinstance(n, int) for n in np.shape(leaf)) else Unknown()
+
+
+def plan_of_any_length(
+    pairs: tuple[Any, Any], tile: tuple[int, int], platform: str
+) -> PlanOfAnyLength:
+    """Plan for lengths of which one at least is a symbol of `jax.export`."""
+    rows, width = (
+        min(size, length) if isinstance(length, int) else size
+        for size, length in zip(tile, pairs, strict=True)
+    )
+    nothing = np.zeros((0, 2), np.int32), np.zeros(0, np.int8)
+    covered = -(-pairs[1] // width) * width
+    return PlanOfAnyLength(pairs, (rows, width), width, *nothing, covered, False, platform)
 
 
 def make_plan(

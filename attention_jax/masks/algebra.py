@@ -204,10 +204,14 @@ class Table(Mask):
         if isinstance(q_idx, intervals.Interval) or isinstance(self.allowed, Unknown):
             return intervals.Truth(np.int8(PARTIAL))
         query_length, key_length = self.allowed.shape
-        q_idx = q_idx if query_length > 1 else 0 * q_idx
-        kv_idx = kv_idx if key_length > 1 else 0 * kv_idx
+        q_idx = 0 * q_idx if _is_at_most_one(query_length) else q_idx
+        kv_idx = 0 * kv_idx if _is_at_most_one(key_length) else kv_idx
         allowed = jnp.asarray(self.allowed)
         return allowed.at[q_idx, kv_idx].get(mode="clip", wrap_negative_indices=False)
+
+
+def _is_at_most_one(length: Any) -> bool:
+    return isinstance(length, int) and length <= 1  # not a symbol of `jax.export`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -308,11 +308,17 @@ def indices(length: int) -> jax.Array:
     return jnp.arange(length, dtype=jnp.int32)
 
 
-def tile_intervals(length: int, size: int, axis: int) -> Interval:
-    """Return the interval of indices of each tile, along axis 0 or 1 of the grid of tiles."""
-    low = np.arange(0, length, size, dtype=np.int32)
+def tile_intervals(length: Any, size: int, axis: int) -> Interval:
+    """Return the interval of indices of each tile, along axis 0 or 1 of the grid of tiles.
+
+    In arrays of JAX where the length is a symbol of `jax.export`.
+    """
     shape = (-1, 1) if axis == 0 else (1, -1)
-    return Interval(low.reshape(shape), np.minimum(low + size, length).reshape(shape) - 1)
+    if isinstance(length, int):
+        low = np.arange(0, length, size, dtype=np.int32)
+        return Interval(low.reshape(shape), np.minimum(low + size, length).reshape(shape) - 1)
+    low = (indices(-(-length // size)) * size).reshape(shape)
+    return Interval(low, jnp.minimum(low + size, jnp.asarray(length, jnp.int32)) - 1)
 
 
 def judge(predicate: Callable[..., Any], q_idx: Any, kv_idx: Any) -> Any:
@@ -346,7 +352,7 @@ def judge_untraced(predicate: Callable[..., Any], q_idx: Any, kv_idx: Any) -> An
 
 def classify(predicate: Callable[..., Any], q_idx: Interval, kv_idx: Interval) -> Any:
     """Return EMPTY, PARTIAL or FULL for each tile of `q_idx [nq, 1]` x `kv_idx [1, nk]`."""
-    grid = np.broadcast_shapes(np.shape(q_idx.low), np.shape(kv_idx.low))
+    grid = jnp.broadcast_shapes(np.shape(q_idx.low), np.shape(kv_idx.low))
     state = judge(predicate, q_idx, kv_idx).state
     return _module(state).broadcast_to(state, grid)
 

@@ -150,7 +150,7 @@ def _in_every_example(flag):
 @_in_every_example.def_vmap
 def _(axis_size, in_batched, flags):
     flag = jnp.all(flags)
-    if axis_size > 1:
+    if not isinstance(axis_size, int) or axis_size > 1:  # or a symbol of `jax.export`
         flag = flag & ~placement.is_spread(flags)
     return _in_every_example(flag), False
 
