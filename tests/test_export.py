@@ -50,7 +50,6 @@ ANY_BATCH = {
     "gradient": jax.grad(lambda x: jnp.sum(attend(x, x, x, mask=masks.Causal(), **TILED) ** 2)),
     "lengths of the batch": lambda x: attend(x, x, x, mask=lengths_of(x), **TILED),
     "linear": lambda x: linear_attention(x, x, x, mask=masks.Causal()),
-    "additive": attended(score=ADDITIVE, **TILED),
 }
 ANY_LENGTH = {
     "tiled": attended(mask=masks.Causal() & masks.Window(6, 0), **TILED),
@@ -69,14 +68,19 @@ ANY_LENGTH = {
     "model": of_tokens,
     "linear": lambda x: linear_attention(x, x, x),
 }
-QUICK = ("tiled",)
+QUICK = ("chosen",)
+DEAR = ("tiled second order", "tiled by arrays")
 
 
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
         pytest.param(
-            function, shape, id=f"{name}-{shape}", marks=[pytest.mark.slow] * (name not in QUICK)
+            function,
+            shape,
+            id=f"{name}-{shape}",
+            marks=[pytest.mark.slow] * (name not in QUICK)
+            + [pytest.mark.exhaustive] * (name in DEAR),
         )
         for cases, shape in ((ANY_BATCH, "b, 12"), (ANY_LENGTH, "b, t"))
         for name, function in cases.items()
