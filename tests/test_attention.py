@@ -164,6 +164,7 @@ def test_scores_and_biases_with_parameters_per_example(implementation):
         is_close(found[b : b + 1], expected)
 
 
+@pytest.mark.slow
 def test_gradients_of_parameters_per_example_are_those_of_each_example(implementation):
     def loss(temperature, examples=slice(None)):
         score = per_example(bind(scores.cosine, temperature=temperature))

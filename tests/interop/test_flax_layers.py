@@ -463,6 +463,7 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_precision_reaches_every_product(name):
     """The backward ones too, which are traced when the call is over."""

@@ -322,6 +322,7 @@ def test_errors_say_what_is_wrong(text):
         dot_product_attention(**operands)
 
 
+@pytest.mark.slow
 def test_the_residual_has_a_gradient():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 3, 1, 4))
 

@@ -47,6 +47,7 @@ def logits_of(api, order, axis):
     return parallel.restore(model.apply(variables, tokens, mask, **call), order)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 @pytest.mark.parametrize("order", [None, ORDER], ids=["in order", "dealt"])
 def test_a_model_gives_what_it_gives_without_the_axis(mesh, api, order):

@@ -180,6 +180,7 @@ def test_what_cannot_be_drawn_or_known_is_explained():
         performer.variance(feature_maps.relu, jnp.ones((1, 4)), jnp.ones((1, 4)))
 
 
+@pytest.mark.slow
 def test_epsilon_is_added_to_the_exponentials():
     x = 3 * normal(5, 4)
     projection = normal(6, 4)
