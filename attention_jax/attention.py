@@ -31,7 +31,8 @@ from attention_jax.implementations.tiled import tiled
 from attention_jax.implementations.tiles import Plan
 from attention_jax.masks import as_mask
 from attention_jax.normalizers import softmax
-from attention_jax.request import Operand, Request, heads, operands
+from attention_jax.operands import Operand, heads, operands
+from attention_jax.request import Request
 from attention_jax.scores import scaled_dot
 from attention_jax.statistics import Statistics
 

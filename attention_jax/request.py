@@ -1,18 +1,16 @@
-"""The arguments of `attend`: one record, checked once, and its operands as arrays of all heads."""
+"""The arguments of `attend`: one record, checked once."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from attention_jax.base import checks
 from attention_jax.base.binding import BiasLike, Sliced, as_pytree, function_of, unbound
@@ -30,11 +28,9 @@ from attention_jax.base.typing import (
 )
 from attention_jax.head_maps import Halo, halo_of
 from attention_jax.masks import Mask, algebra, batch_axes
-from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import LogSum, Streaming, name_of, streaming
-from attention_jax.scores import separate
-from attention_jax.scores.composition import finished, is_positional
-from attention_jax.statistics import Pairs, Statistics, checked
+from attention_jax.scores.composition import is_positional
+from attention_jax.statistics import Statistics, checked
 
 Array = jax.Array
 
@@ -125,7 +121,7 @@ class Request:
         letters = {
             "query": (self.query, "BTNQ"),
             "key": (self.key, "BSKH"),
-            "value": (self.value, _value_letters(self.mixes)),
+            "value": (self.value, value_letters(self.mixes)),
         }
         found = checks.axes("attend", **letters)
         return found | dict(zip("TS", self.lengths or (), strict=False))
@@ -175,43 +171,6 @@ class Request:
     def pairs(self) -> tuple[int, int]:
         """The numbers of queries and keys, [T, S]."""
         return self.sizes["T"], self.sizes["S"]
-
-
-class Operand(NamedTuple):
-    """One operand of `attend` for all heads: its arrays, and the letters of their leading axes.
-
-    `build` makes of the arrays of one head what an implementation is given.
-    """
-
-    leaves: list[Any]
-    axes: list[str]
-    structure: Any
-    finish: Callable[[Any], Any]
-
-    def build(self, leaves: Sequence[Any]) -> Any:
-        """Return the operand of one head, from its arrays."""
-        return self.finish(jax.tree.unflatten(self.structure, leaves))
-
-
-def operands(request: Request, as_given: bool = False) -> dict[str, Operand]:
-    """Return every operand by its name in `Head`, each checked against the others.
-
-    Queries, keys and values are in the dtype to compute in, or `as_given`.
-
-    Raises:
-      ShapeError, TypeError: as `attend`.
-    """
-    of_value = _value_letters(request.mixes)
-    return {
-        "query": _operand(request, request.query, ["BTN"], as_given=as_given),
-        "key": _operand(request, request.key, ["BSK"], as_given=as_given),
-        "value": _operand(request, request.value, [of_value[:3]], as_given=as_given),
-        "score": _score(request),
-        "mask": _operand(request, *batch_axes.of_mask("attend", request.mask, request.sizes)),
-        "bias": _bias(request),
-        "normalizer": _normalizer(request),
-        "dropout": _dropout(request),
-    } | (_head_maps(request) if request.mixes else _statistics(request))
 
 
 def as_bias(bias: Any) -> BiasLike:
@@ -272,13 +231,13 @@ def _as_function(name: str, function: Any) -> Any:
     return dataclasses.replace(function, function=bound) if bare is not function else bound
 
 
-def _value_letters(mixes: bool) -> str:
+def value_letters(mixes: bool) -> str:
     return "BSLV" if mixes else "BSKV"
 
 
 def _check_arrays(query: Any, key: Any, value: Any, mixes: bool) -> None:
     checks.floating("attend", query=query, key=key, value=value)
-    of_value = value, _value_letters(mixes)
+    of_value = value, value_letters(mixes)
     letters = {"query": (query, "BTNQ"), "key": (key, "BSKH"), "value": of_value}
     sizes = checks.axes("attend", **letters)
     checks.at_least("attend", 1, **{"query heads N": sizes["N"]})
@@ -325,157 +284,6 @@ def _is_one_rng(rng: Any) -> bool:
     return rng.dtype == jnp.uint32 and rng.ndim == 1
 
 
-def _operand(
-    request: Request,
-    tree: Any,
-    letters: list[str],
-    finish: Callable[[Any], Any] | None = None,
-    as_given: bool = False,
-) -> Operand:
-    """Cast floating-point leaves, and split axis N into K and G where key heads are shared."""
-    leaves, structure = jax.tree.flatten(tree)
-    leaves = leaves if as_given else [cast(leaf, request.dtype) for leaf in leaves]
-    grouped = [_grouped(request, leaf, axes) for leaf, axes in zip(leaves, letters, strict=True)]
-    axes = [one.replace("N", heads(request)) for one in letters]
-    return Operand(grouped, axes, structure, finish or _as_is)
-
-
-def _function(
-    request: Request, name: str, function: Any, finish: Callable[[Any], Any] | None = None
-) -> Operand:
-    """Return a bound function as an operand: the same for all heads, or one slice for each."""
-    leaves = jax.tree.leaves(function)
-    sizes = request.sizes
-    if name == "normalizer" and request.mixes:
-        sizes = sizes | {"N": request.counts[1]}
-    if not isinstance(function, Sliced):
-        return _operand(request, function, [""] * len(leaves), finish)
-    for leaf in leaves:
-        for axis, (letter, got) in enumerate(
-            itertools.zip_longest(function.axes, jnp.shape(leaf)[: len(function.axes)])
-        ):
-            if got != sizes[letter]:
-                mark = {"B": "per_example", "N": "per_head"}[letter]
-                raise checks.ShapeError(
-                    f"attend: every parameter of a {mark} {name} must have axis {axis} of size "
-                    f"{letter} = {sizes[letter]}, got shape {jnp.shape(leaf)}."
-                )
-    return _operand(request, function.function, [function.axes] * len(leaves), finish)
-
-
-def _score(request: Request) -> Operand:
-    """Ask the score for the shape of its logits, so that its own checks speak first."""
-    bound = _of_first_head(request, request.score)
-    rows = (
-        jax.ShapeDtypeStruct((request.sizes[length], request.sizes[depth]), request.dtype)
-        for length, depth in ("TQ", "SH")
-    )
-    operand = _function(request, "score", request.score, separate)
-    logits = _shape_of(separate(bound) if is_positional(bound) else bound, *rows)
-    if jnp.shape(logits) != request.pairs:
-        raise checks.ShapeError(
-            f"attend: score must return logits [T, S] = {request.pairs}, got shape "
-            f"{jnp.shape(logits)}."
-        )
-    if logits.dtype == request.dtype:
-        return operand
-    return operand._replace(finish=functools.partial(_separate_and_cast, dtype=request.dtype))
-
-
-def _normalizer(request: Request) -> Operand:
-    """Ask a normalizer that is the user's own for the shape of its weights."""
-    operand = _function(request, "normalizer", request.normalizer)
-    if request.streaming is not None:
-        return operand
-    bound = _of_first_head(request, request.normalizer)
-    logits, allowed = (jax.ShapeDtypeStruct(request.pairs, of) for of in (request.dtype, bool))
-    refusal = (
-        f"attend: normalizer must map (logits, allowed), both [T, S] = {request.pairs}, to weights "
-        "[T, S], as normalizers.softmax does"
-    )
-    try:
-        weights = _shape_of(bound, logits, allowed)
-    except TypeError as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise TypeError(f"{refusal}; this one fails: {reason}.") from error
-    if jnp.shape(weights) != request.pairs:
-        raise checks.ShapeError(f"{refusal}; this one returns shape {jnp.shape(weights)}.")
-    return operand
-
-
-def _bias(request: Request) -> Operand:
-    if request.bias is None:
-        return _operand(request, None, [])
-    if not callable(function_of(request.bias)):
-        array, letters = batch_axes.of_array("attend: bias", request.bias, request.sizes)
-        return _operand(request, array, [letters])
-    operand = _function(request, "bias", request.bias)
-    bound = _of_first_head(request, request.bias)
-    for expected in (request.pairs, (1, 1)):  # a bias is to answer for any tile
-        q_idx, kv_idx = (
-            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((expected[0], 1), (1, expected[1]))
-        )
-        shape = jnp.shape(_shape_of(bound, q_idx, kv_idx))
-        padded = (1,) * (2 - len(shape)) + shape
-        if len(shape) > 2 or any(
-            got not in (1, full) for got, full in zip(padded, expected, strict=True)
-        ):
-            raise checks.ShapeError(
-                "attend: bias must return numbers that broadcast to its indices [T, S] = "
-                f"{expected}, got shape {shape}."
-            )
-    return operand
-
-
-def _dropout(request: Request) -> Operand:
-    """Draw the two words of each example and head that decide which of its pairs are kept."""
-    if not request.dropout_rate:
-        return _operand(request, None, [])
-    batch, num_heads = request.sizes["B"], request.counts[2]
-    rng: Any = request.dropout_key
-    first = 0
-    if isinstance(rng, DropoutKey):
-        rng, first = rng
-    numbers = indices(batch * num_heads) + first * num_heads
-    rngs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, numbers)
-    words = jax.vmap(_two_words)(rngs).reshape(batch, num_heads, 2)
-    return _operand(request, words, ["BN"], functools.partial(_with_rate, request.dropout_rate))
-
-
-def _statistics(request: Request) -> dict[str, Operand]:
-    """Return the statistics as an operand: masks as they differ between heads, and the rest alike.
-
-    Raises:
-      ShapeError: sums without the leading axis that they are to have.
-    """
-    if request.statistics is None:
-        return {}
-    parts, structure = jax.tree.flatten(request.statistics, is_leaf=_is_mask)
-    letters: list[str] = []
-    for number, part in enumerate(parts):
-        if _is_mask(part):
-            mask = algebra.with_int32(part)
-            parts[number], found = batch_axes.of_mask("attend: statistics", mask, request.sizes)
-            letters += found
-        else:
-            letters += [""]
-    operand = _operand(request, jax.tree.unflatten(structure, parts), letters)
-    _check_sums(request, operand)
-    return {"statistics": operand}
-
-
-def _head_maps(request: Request) -> dict[str, Operand]:
-    """Return the maps across heads as operands, with None for what is not mapped."""
-    names = ("mix_logits", "mix_weights")
-    maps = {name: getattr(request, name) for name in names}
-    return {
-        name: _operand(request, None, [])
-        if head_map is None
-        else _function(request, name, head_map)
-        for name, head_map in maps.items()
-    }
-
-
 def _heads_after(request: Request, name: str, heads: int) -> int:
     """Ask a map how many heads it makes of so many, for tiles of several shapes.
 
@@ -485,11 +293,11 @@ def _heads_after(request: Request, name: str, heads: int) -> int:
     head_map = getattr(request, name)
     if head_map is None:
         return heads
-    bound = _of_first_head(request, head_map)
+    bound = of_first_head(request, head_map)
     padding = halo_of(bound).padding
     for shape in ((heads, 3, 5), (heads, 1, 1)):
         padded = (size + sum(more) for size, more in zip(shape, padding, strict=True))
-        found = jnp.shape(_shape_of(bound, jax.ShapeDtypeStruct(tuple(padded), request.dtype)))
+        found = jnp.shape(shape_of(bound, jax.ShapeDtypeStruct(tuple(padded), request.dtype)))
         if len(found) != 3 or found[1:] != shape[1:]:
             raise checks.ShapeError(
                 f"attend: {name} must map [M, T, S] = {shape} with its halo around it to [N, T, S] "
@@ -528,83 +336,18 @@ def _check_mixing(request: Request) -> None:
         )
 
 
-def _is_mask(part: Any) -> bool:
-    return isinstance(part, Mask)
-
-
-def _check_sums(request: Request, operand: Operand) -> None:
-    """Require that the sums of a statistic are those of the queries, or of the keys, of a tile."""
-    sizes = {"T": 3, "S": 5}
-    of_head = [
-        jax.ShapeDtypeStruct(jnp.shape(leaf)[len(letters) :], jnp.result_type(leaf))
-        for leaf, letters in zip(operand.leaves, operand.axes, strict=True)
-    ]
-    pairs = jax.eval_shape(functools.partial(Pairs.none, *sizes.values(), request.dtype))
-    sums = _shape_of(functools.partial(_sums_of_tile, operand), of_head, pairs)
-    for name, statistic in (request.statistics or {}).items():
-        leading, axis = ("S", 0) if statistic.of == "key" else ("T", 1)
-        for leaf in jax.tree.leaves(sums[name]):
-            if leaf.shape[:1] != (sizes[leading],):
-                raise checks.ShapeError(
-                    f"attend: statistics[{name!r}] must return sums with the leading axis "
-                    f"{leading}, got shape {leaf.shape} for a tile of {sizes['T']} queries and "
-                    f"{sizes['S']} keys; sum over axis {axis}."
-                )
-
-
-def _sums_of_tile(operand: Operand, leaves: list[Any], pairs: Pairs) -> dict[str, Any]:
-    statistics = operand.build(leaves)
-    return {name: statistic.of_tile(pairs) for name, statistic in statistics.items()}
-
-
-def heads(request: Request) -> str:
-    """Return the letters that stand for the axis N: K, and G where key heads are shared."""
-    if request.mixes:
-        return "N"
-    return "KG" if request.groups > 1 else "K"
-
-
 def cast(leaf: Any, dtype: Any) -> Any:
     """Return floating-point numbers in the dtype to compute in, and others as they are."""
     is_floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return jnp.asarray(leaf, dtype) if is_floating else leaf
 
 
-def _grouped(request: Request, leaf: Any, letters: str) -> Any:
-    if "N" not in letters or request.groups == 1:
-        return leaf
-    axis = letters.index("N")
-    return leaf.reshape(
-        leaf.shape[:axis] + (request.sizes["K"], request.groups) + leaf.shape[axis + 1 :]
-    )
-
-
-def _of_first_head(request: Request, function: Any) -> Any:
+def of_first_head(request: Request, function: Any) -> Any:
     """Return a bound function with the parameters of the first head."""
     bound = function.of_first if isinstance(function, Sliced) else function
     return jax.tree.map(functools.partial(cast, dtype=request.dtype), bound)
 
 
-def _shape_of(function: Callable[..., Any], *examples: Any) -> Any:
+def shape_of(function: Callable[..., Any], *examples: Any) -> Any:
     """Return the shape of a result, without a cache: what the function closes over may change."""
     return jax.eval_shape(lambda *arguments: function(*arguments), *examples)
-
-
-def _as_is(operand: Any) -> Any:
-    return operand
-
-
-def _two_words(rng: Array) -> Array:
-    return jax.random.bits(rng, (2,), jnp.uint32)
-
-
-def _with_rate(rate: float, words: Array) -> tuple[Array, Array]:
-    return words, jnp.float32(rate)
-
-
-def _separate_and_cast(score: Any, dtype: Any) -> Any:
-    return finished(separate(score), Partial(functools.partial(_cast_logits, dtype=dtype)))
-
-
-def _cast_logits(logits: Array, dtype: Any) -> Array:
-    return logits.astype(dtype)

@@ -14,6 +14,7 @@ LAYERS = (
     ("scores",),
     ("positions",),
     ("request",),
+    ("operands",),
     ("implementations",),
     ("attention",),
     ("cache", "linear", "parallel"),
@@ -21,7 +22,7 @@ LAYERS = (
     ("nnx", "linen"),
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
-FLAT = {"__init__", "attention", "request", "cache"}
+FLAT = {"__init__", "attention", "request", "operands", "cache"}
 
 
 def modules(package):

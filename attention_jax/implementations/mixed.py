@@ -19,7 +19,7 @@ from attention_jax.head_maps import halo_of
 from attention_jax.implementations.head import Attended, kept
 from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import LogSum, log_normalizer, streaming
-from attention_jax.request import Operand
+from attention_jax.operands import Operand
 
 Array = jax.Array
 

@@ -23,10 +23,10 @@ from attention_jax.implementations.tile_passes import Functions, Operands, Tiles
 from attention_jax.implementations.tiled import padded, tiled, with_sink
 from attention_jax.implementations.tiles import Plan as HeadPlan
 from attention_jax.implementations.tiles import Visits
+from attention_jax.operands import Operand
 from attention_jax.parallel import chains, rounds
 from attention_jax.parallel.placement import Placement
 from attention_jax.parallel.plan import Plan
-from attention_jax.request import Operand
 from attention_jax.scores.composition import identity
 
 Array = jax.Array

@@ -19,10 +19,11 @@ from attention_jax.implementations import choice, programs
 from attention_jax.implementations.head import SAVED, Attended
 from attention_jax.masks import as_mask
 from attention_jax.normalizers import softmax
+from attention_jax.operands import Operand, heads, operands
 from attention_jax.parallel import methods
 from attention_jax.parallel.parts import Parts
 from attention_jax.parallel.placement import Axis, Order, Placement, orders_of
-from attention_jax.request import Operand, Request, heads, operands
+from attention_jax.request import Request
 from attention_jax.scores import scaled_dot
 
 Array = jax.Array

@@ -23,7 +23,8 @@ from attention_jax.implementations.pallas.replay import in_kernel
 from attention_jax.implementations.pallas.splitting import Split, split
 from attention_jax.masks import Mask
 from attention_jax.normalizers import Exponential, LogSum, name_of, streaming
-from attention_jax.request import Request, operands
+from attention_jax.operands import operands
+from attention_jax.request import Request
 
 Array = jax.Array
 
