@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from attention_jax import attention
 from attention_jax.base.placement import Where, is_on_cpu
@@ -236,7 +236,9 @@ class _Split:
             axis_names={self.axis.name},
             check_vma=False,
         )
-        found = run({name: part.leaves for name, part in given.items()}, orders)
+        over = functools.partial(_over, self.axis.name)
+        leaves = {name: [*map(over, given[name].leaves, specs[name])] for name in given}
+        found = run(leaves, orders)
         return _attended(request, found)
 
     def on_device(self, request: Request, platform: str | None) -> Attended:
@@ -278,6 +280,17 @@ class _Split:
             before = [] if split is None else [None] * split + [self.axis.name]
             found.append(PartitionSpec(*before))
         return found
+
+
+def _over(axis: str, leaf: Any, spec: PartitionSpec) -> Any:
+    """Split an array over an explicit axis that does not split it; automatic axes need no help."""
+    held = jax.typeof(leaf).sharding
+    types = dict(zip(held.mesh.axis_names, held.mesh.axis_types, strict=True))
+    places = [*held.spec, *[None] * (leaf.ndim - len(held.spec))]
+    if axis not in spec or types.get(axis) != AxisType.Explicit or places[spec.index(axis)]:
+        return leaf
+    places[spec.index(axis)] = axis
+    return jax.sharding.reshard(leaf, PartitionSpec(*places))
 
 
 def _has_rows(operand: Operand, leaf: Any, name: str) -> bool:

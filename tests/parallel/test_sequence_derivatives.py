@@ -90,10 +90,17 @@ def test_half_precision():
     np.testing.assert_allclose(got.astype(jnp.float32), whole, atol=2e-2)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_examples_sequence_and_heads_are_split_together(kind):
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [
+        (AxisType.Auto, ("data", "sp", "heads")),
+        (AxisType.Explicit, ("data", "sp", "heads")),
+        (AxisType.Explicit, ("data",)),  # whole sequences are split by the call
+    ],
+)
+def test_examples_sequence_and_heads_are_split_together(kind, axes):
     mesh = mesh_of((2, 2, 2), ("data", "sp", "heads"), kind)
-    place = NamedSharding(mesh, PartitionSpec("data", "sp", "heads"))
+    place = NamedSharding(mesh, PartitionSpec(*axes))
     arrays = qkv(length=LENGTH)
 
     def of(function, *arrays):
