@@ -76,7 +76,7 @@ PAIRS = [
         options,
         transformed,
         id=f"{name}-{how}",
-        marks=[pytest.mark.slow] * (name in LIKE_ANOTHER and how != "jit of grad"),
+        marks=[pytest.mark.exhaustive] * (name in LIKE_ANOTHER and how != "jit of grad"),
     )
     for name, options in CLOSING_OVER_INTEGERS.items()
     for how, transformed in TRANSFORMED.items()

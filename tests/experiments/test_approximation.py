@@ -9,6 +9,7 @@ SMALL = ["--length=32", "--depth=8", "--features=16", "--ranks=8,32", "--scales=
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_error_stands_beside_its_theory_and_the_mean_of_the_values(tmp_path, capsys):
     out = tmp_path / "new" / "table.md"
     assert approximation.main([*SMALL, f"--out={out}"]) == 0

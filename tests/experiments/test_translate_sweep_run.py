@@ -78,6 +78,7 @@ def trained(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_values_added_later_are_trained_alone(sweep, trained, tmp_path, capsys):
     assert sweep("--attention_size=2,4", "--learning_rate=0.01,100", "--seeds=7") == 0
     assert len(trained) == 8

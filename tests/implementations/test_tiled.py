@@ -112,6 +112,9 @@ LIKE_ANOTHER = (
     "bias of keys",
     "bilinear per head",
     "soft-capped",
+    "additive",
+    "packed segments",
+    "learned sink",
 )
 LIKE_ANOTHER_MARKS = [pytest.mark.slow, pytest.mark.exhaustive]
 NAMES = [pytest.param(name, marks=LIKE_ANOTHER_MARKS * (name in LIKE_ANOTHER)) for name in CASES]
@@ -124,6 +127,7 @@ def test_value_gradient_and_hessian_vector_product_are_the_dense_ones(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_so_they_are_where_low_tiles_are_computed_beside_each_other(monkeypatch):
     monkeypatch.setattr(tiles, "LOW_PAIRS", 1)
     case = CASES["dropout"]() | CASES["learned bias function"]()

@@ -89,6 +89,7 @@ def test_decoding_of_stacks():
     chex.assert_trees_all_close(nnx.jit(decode)(module), expected, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_remat_gives_the_same_gradients():
     gradients = []
     for remat in (False, True):
@@ -139,6 +140,7 @@ def test_generation():
     chex.assert_trees_all_close(decoded, full, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_generation_from_a_source():
     sizes = {"features": 8, "num_heads": 2, "num_layers": 1}
     sizes |= {"embedding_options": {"num_types": 2}}
