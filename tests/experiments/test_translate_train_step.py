@@ -60,9 +60,7 @@ def test_products_are_computed_in_bfloat16(sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sizes", [SIZES, pytest.param(TRANSFORMER, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("sizes", [SIZES, pytest.param(TRANSFORMER, marks=pytest.mark.exhaustive)])
 def test_what_is_kept_is_float32_and_near_to_what_float32_gives(sizes):
     found = []
     for dtype in ("bfloat16", "float32"):
