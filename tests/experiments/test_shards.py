@@ -24,7 +24,8 @@ from experiments.leases import Leases
 from experiments.shards import dealt, parse_shard
 folder, shard = Path(sys.argv[1]), parse_shard(sys.argv[2])
 items = {name: folder / name for name in map(str, range(24))}
-leases = Leases(folder / "leases", beat=0.1)
+# Who is killed before it wrote into its file is known by its silence alone.
+leases = Leases(folder / "leases", beat=0.1, patience=5.0)
 for path, lease in dealt(items, shard, leases, Path.exists, print):
     with lease:
         with (folder / "log").open("a") as log:

@@ -319,6 +319,7 @@ def test_what_another_process_trains_is_left_to_it(sweep, trained, tmp_path, cap
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_shard_is_taken_over_and_the_results_are_those_without_shards(
     sweep, tmp_path, capsys
 ):

@@ -115,6 +115,7 @@ LIKE_ANOTHER = (
     "additive",
     "packed segments",
     "learned sink",
+    "ragged lengths",
 )
 LIKE_ANOTHER_MARKS = [pytest.mark.slow, pytest.mark.exhaustive]
 NAMES = [pytest.param(name, marks=LIKE_ANOTHER_MARKS * (name in LIKE_ANOTHER)) for name in CASES]
@@ -290,7 +291,11 @@ def test_half_precision_accumulates_in_float32(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [None, masks.Causal()], ids=["every pair", "causal"])
+@pytest.mark.parametrize(
+    "mask",
+    [pytest.param(None, marks=pytest.mark.exhaustive), masks.Causal()],
+    ids=["every pair", "causal"],
+)
 def test_in_bfloat16_it_is_no_worse_than_jax_nn(mask):
     """Context and gradients, against float64 of the same rounded numbers."""
     keys = jax.random.split(jax.random.key(0), 4)

@@ -121,7 +121,7 @@ def arguments(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=settings().max_examples * 2 // 5)
+@settings(max_examples=settings().max_examples // 5)
 @given(arguments())
 def test_whole_argument_space(arguments):
     agrees_with_jax(QUERY, KEY, VALUE, **arguments)

@@ -68,6 +68,7 @@ def test_stacks_and_their_weights(options):
             np.testing.assert_array_equal(left, weights.cross_attention)
 
 
+@pytest.mark.exhaustive
 def test_decoding_of_stacks():
     module, twin = stacks(memory_features=6)
     variables = parameters(module)

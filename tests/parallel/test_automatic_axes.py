@@ -51,7 +51,7 @@ def test_each_device_does_its_share():
 @pytest.mark.parametrize(
     ("group", "number"),
     [
-        ("masks", 19),
+        pytest.param("masks", 19, marks=pytest.mark.exhaustive),
         ("scores", 17),
         ("options", 10),
         ("dense", 9),
