@@ -708,7 +708,13 @@ LATE_MASKS = {
 LATE_TYPES = [np.int32, np.asarray, jnp.int32]
 
 
-@pytest.mark.parametrize("name", LATE_MASKS)
+QUICK_LATE = ("window", "lengths", "segments", "predicate")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x not in QUICK_LATE)) for x in LATE_MASKS],
+)
 def test_what_a_mask_holds_may_be_traced(name):
     for how in ({}, {"implementation": "tiled", "tile_sizes": (2, 3)}):
 

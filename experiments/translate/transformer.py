@@ -116,7 +116,8 @@ class TransformerTranslator(nnx.Module):
     def look(self, source: Array, target: Array) -> dict[str, Array]:
         """Return the weights [B, L, N, queries, keys] of every attention when pairs are read."""
         self._drop_by(None)
-        mask, weighed = Lengths(_lengths(source)), {"deterministic": True, "return_weights": True}
+        mask = Lengths(_lengths(source))
+        weighed: dict[str, Any] = {"deterministic": True, "return_weights": True}
         _, encoder = self.model.encode(source, mask, **weighed)
         _, decoder = self.model.write(source, _shifted(target), mask, **weighed)
         every = {

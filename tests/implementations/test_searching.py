@@ -210,6 +210,7 @@ def test_tiles_below_the_threshold_are_skipped_from_then_on():
     np.testing.assert_array_equal(search().states.reshape(4, 4), FULL * np.eye(4))
 
 
+@pytest.mark.slow
 def test_no_array_is_as_large_as_the_plane():
     x = jnp.zeros((1, 96, 1, 2))
 

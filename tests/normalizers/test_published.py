@@ -57,6 +57,7 @@ OF_ALPHA = {  # weights and gradient of the first row, and the gradient of alpha
 }
 
 
+@pytest.mark.slow
 def test_sparsemax_and_entmax15(x64):
     logits, allowed = jnp.asarray(LOGITS), jnp.ones(LOGITS.shape, bool)
     np.testing.assert_allclose(normalizers.sparsemax(logits, allowed), SPARSEMAX, atol=1e-14)
@@ -79,6 +80,7 @@ def test_entmax_with_its_gradients(alpha, x64):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.15, 1.5, 1.9])
 def test_entmax_is_what_its_definition_says(alpha, x64):
     """The largest of <w, e> + H(w) on the simplex, with H the Tsallis entropy of order alpha.
