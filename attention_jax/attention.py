@@ -226,11 +226,8 @@ def _attended(request: Request, where: Where, dtype: Any = None) -> Attended:
         return _attended_together(request, name, where)
     given = operands(request, as_given=name in ("tiled", "pallas"))
     of_head: Any = functools.partial(dense, with_logsumexp=request.return_logsumexp)
-    one_head, sequential, elsewhere = (
-        functools.partial(_one_head, (request, dtype), given),
-        "",
-        None,
-    )
+    one_head = functools.partial(_one_head, (request, dtype), given)
+    sequential, elsewhere = "", None
     if name == "tiled":
         of_plan = functools.partial(tiled, products=request.products)
         of_head, other, plan = _tiled(request, where, of_plan)

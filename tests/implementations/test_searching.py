@@ -12,6 +12,7 @@ from attention_jax.base.matmul import PLAIN
 from attention_jax.implementations import searching, tiled, tiles
 from attention_jax.implementations.head import Head
 from attention_jax.masks import FULL
+from tests.implementations.derivatives import of_squares
 from tests.implementations.test_tiled import largest_intermediate
 
 T, S, N, K = 21, 26, 2, 1
@@ -93,12 +94,7 @@ def gradients(options, implementation, arrays, normalizer):
 
 def second_derivatives(options, implementation, arrays, normalizer):
     """The same, and derivatives of the squares of the gradients."""
-
-    def squares(arrays, normalizer):
-        found, context = gradients(options, implementation, arrays, normalizer)
-        return sum(jnp.sum(x**2) for x in jax.tree.leaves(found)), (found, context)
-
-    return jax.grad(squares, (0, 1), has_aux=True)(arrays, normalizer)
+    return of_squares(functools.partial(gradients, options, implementation), arrays, normalizer)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 from attention_jax import attend, explain, masks, normalizers, scores, statistics
 from attention_jax.cache import attend_cached, extend, init
 from attention_jax.scores.prepared import attend_prepared, prepare
+from tests.implementations.derivatives import of_squares
 
 T, S = 11, 14
 KINDS = ["monotonic", "hard_monotonic"]
@@ -88,12 +89,8 @@ def gradients(arrays, offset, kind, implementation):
 
 def second(arrays, offset, kind, implementation):
     """The same, and the gradients of their squares."""
-
-    def squares(arrays, offset):
-        found, context = gradients(arrays, offset, kind, implementation)
-        return sum(jnp.sum(x**2) for x in jax.tree.leaves(found)), (found, context)
-
-    return jax.grad(squares, (0, 1), has_aux=True)(arrays, offset)
+    first = functools.partial(gradients, kind=kind, implementation=implementation)
+    return of_squares(first, arrays, offset)
 
 
 @pytest.mark.slow
