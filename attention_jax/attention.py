@@ -17,6 +17,7 @@ from attention_jax.base.typing import AnyScore, HeadMap, Normalizer
 from attention_jax.implementations import (
     choice,
     cudnn,
+    describing,
     mixed,
     mixed_choice,
     mixed_tiled,
@@ -159,7 +160,7 @@ def explain(
     mix_logits: HeadMap | Sliced | None = None,
     mix_weights: HeadMap | Sliced | None = None,
     platform: str | None = None,
-) -> choice.Choice:
+) -> describing.Choice:
     """Tell what `attend` would run for the same arguments: tiles of each kind, operations, bytes.
 
     Nothing is computed. The arguments are those of `attend`; the arrays [B, T, N, H] may be
@@ -365,9 +366,9 @@ def _in_tiles(
 
 def _explained(
     platform: str, request_of: Any, mask: masks.Mask, query: Array, key: Array, value: Array
-) -> choice.Choice:
+) -> describing.Choice:
     request = request_of(query, key, value, mask=programs.without_constants(mask))
-    found = choice.describe(request, platform)
+    found = describing.describe(request, platform)
     operands(request)  # refuses what does not fit
     return found
 
