@@ -20,8 +20,9 @@ from attention_jax.base.matmul import times_transpose, transpose_times
 from attention_jax.implementations import online
 from attention_jax.implementations.pallas.blocks import Block, Kernel, Live, Sum
 from attention_jax.implementations.pallas.forward import add_states
-from attention_jax.implementations.pallas.parts import Head, Inputs, Pairs, Reader, bias_block
+from attention_jax.implementations.pallas.parts import Head, Pairs, Reader, bias_block
 from attention_jax.implementations.pallas.primitive import call
+from attention_jax.implementations.pallas.slots import Inputs
 from attention_jax.implementations.pallas.splitting import Looked
 from attention_jax.implementations.tiles import Plan
 from attention_jax.normalizers import Elementwise, Exponential

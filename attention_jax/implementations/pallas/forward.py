@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from attention_jax.base.matmul import times
 from attention_jax.implementations import online
 from attention_jax.implementations.pallas.blocks import Block, Kernel, Live, Sum, across
-from attention_jax.implementations.pallas.parts import Head, Inputs, Pairs, Reader
+from attention_jax.implementations.pallas.parts import Head, Pairs, Reader
 from attention_jax.implementations.pallas.primitive import call
+from attention_jax.implementations.pallas.slots import Inputs
 from attention_jax.implementations.tiles import Plan
 from attention_jax.normalizers import LogSum
 

@@ -1,0 +1,76 @@
+"""Where a kernel finds its operands: what is looked up for a tile, stored as it can be read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.implementations.pallas.blocks import Block
+from attention_jax.implementations.pallas.splitting import Looked, Split
+
+Array = jax.Array
+
+
+class Inputs:
+    """The operands of a kernel, as they are collected: whole arrays, and their blocks."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Array] = []
+        self.blocks: list[Block] = []
+
+    def add(self, array: Array, block: Block) -> int:
+        """Add an operand, and return its number."""
+        self.arrays.append(array)
+        self.blocks.append(block)
+        return len(self.arrays) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a kernel finds an array of any rank and dtype, stored as a kernel can read it."""
+
+    number: int
+    shape: tuple[int, ...]
+    is_boolean: bool
+
+    @classmethod
+    def of(cls, inputs: Inputs, array: Array, place: str = ".") -> Slot:
+        """Add an array: all of it, or one entry a tile if `place` is q or k."""
+        shape = array.shape if place == "." else array.shape[1:]
+        is_boolean = array.dtype == jnp.bool_
+        stored = (1,) * (2 - len(shape)) + shape
+        block = Block(stored, "." * len(stored))
+        if place != ".":
+            block = Block((1, *stored), place + block.places)
+            stored = (array.shape[0], *stored)
+        array = array.astype(jnp.int32) if is_boolean else array
+        return cls(inputs.add(array.reshape(stored), block), shape, is_boolean)
+
+    def read(self, values: Sequence[Array]) -> Array:
+        """Return the array, from the blocks of all operands."""
+        array = values[self.number].reshape(self.shape)
+        return array != 0 if self.is_boolean else array
+
+
+class Slots(NamedTuple):
+    """A function of a tile, and where a kernel finds what was looked up for it."""
+
+    function: Split
+    looked: Looked
+
+    @classmethod
+    def of(cls, inputs: Inputs, function: Split, looked: Looked) -> Slots:
+        parts = (
+            [Slot.of(inputs, jnp.asarray(array), place) for array in arrays]
+            for arrays, place in zip(looked, ".qk", strict=True)
+        )
+        return cls(function, Looked(*parts))
+
+    def read(self, values: Sequence[Array]) -> Looked:
+        return jax.tree.map(
+            lambda slot: slot.read(values), self.looked, is_leaf=lambda x: isinstance(x, Slot)
+        )
