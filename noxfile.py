@@ -28,3 +28,10 @@ def reference(session: nox.Session) -> None:
     session.install("-e", ".[reference]", "-c", "constraints.txt")
     session.install("--no-deps", "joeynmt")  # its dependencies contradict ours
     session.run("python", "-m", "pytest", "-m", "", "tests/reference", *session.posargs)
+
+
+@nox.session(python="3.11")
+def aot(session: nox.Session) -> None:
+    """Compile kernels for TPUs that need not be there, and for a GPU where its compiler is."""
+    session.install("-e", ".[aot]", "-c", "constraints.txt")
+    session.run("python", "-m", "pytest", "-m", "aot", *session.posargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from attention_jax import attend, bind, masks, scores
-from experiments.benchmark import compilers
+from experiments.benchmark import compilers, peers
 from experiments.benchmark.compilers import Cost
 from experiments.benchmark.patterns import allowed_share
 
@@ -27,8 +28,11 @@ Array = jax.Array
 TILES = {"tpu": (512, 512), "cuda": (64, 64)}
 HEADS, DEPTH, FEATURES = 8, 128, 64
 COMPILED_FOR = ("v5e", "H100")
-REFUSALS = ValueError, NotImplementedError, jax.errors.JaxRuntimeError
+REFUSALS = ValueError, RuntimeError  # of which those of JAX and NotImplementedError are some
 """What says that a program does not run on a platform, or not in its memory."""
+
+PEERS = ("cudnn", "tokamax")
+"""Libraries for a GPU whose programs are functions of JAX."""
 
 
 class Row(NamedTuple):
@@ -65,7 +69,21 @@ def measure(scale: int, targets: tuple[str, ...] = COMPILED_FOR) -> Iterator[Row
                 try:
                     yield row._replace(cost=compilers.cost(measured, shapes, target))
                 except REFUSALS as error:
-                    yield row._replace(refused=_in_one_line(error))
+                    yield row._replace(refused=_refusal(program, error))
+        if platform == "cuda":
+            yield from _not_tried(target)
+
+
+def _not_tried(target: str) -> Iterator[Row]:
+    """Yield a row for each library that is missing, or has no GPU to run on."""
+    for name in ("tokamax", "FlexAttention"):
+        reason = peers.lacks(name)
+        if reason is not None:
+            yield Row(target, name, "", False, refused=reason)
+
+
+def _refusal(program: str, error: Exception) -> str:
+    return peers.why(program, error) if program in PEERS else in_one_line(error)
 
 
 def timed(scale: int, repeats: int) -> Iterator[Row]:
@@ -89,11 +107,26 @@ def timed(scale: int, repeats: int) -> Iterator[Row]:
             try:
                 seconds = duration(gradient(function) if is_gradient else function, arrays, repeats)
             except REFUSALS as error:
-                yield row._replace(refused=_in_one_line(error))
+                yield row._replace(refused=_refusal(program, error))
                 continue
-            products = 7 if is_gradient else 2  # the backward pass has five
-            operations = products * 2 * HEADS * length**2 * DEPTH * share[mask]
-            yield row._replace(milliseconds=1e3 * seconds, teraflops=operations / seconds / 1e12)
+            yield _with_time(row, seconds, length, share[mask])
+    if platform == "cuda" and peers.lacks("FlexAttention") is None:
+        for mask, is_gradient in itertools.product(("none", "causal"), (False, True)):
+            seconds = peers.flex_seconds(
+                operands(platform, length)[0].shape,
+                is_causal=mask == "causal",
+                is_gradient=is_gradient,
+                repeats=repeats,
+            )
+            row = Row(target, "FlexAttention", mask, is_gradient)
+            yield _with_time(row, seconds, length, share[mask])
+
+
+def _with_time(row: Row, seconds: float, length: int, share: float) -> Row:
+    """Add milliseconds, and TFLOP/s of the products of the pairs that the mask allows."""
+    products = 7 if row.is_gradient else 2  # the backward pass has five
+    operations = products * 2 * HEADS * length**2 * DEPTH * share
+    return row._replace(milliseconds=1e3 * seconds, teraflops=operations / seconds / 1e12)
 
 
 def duration(function: Callable[..., Any], arrays: list[Array], repeats: int) -> float:
@@ -108,7 +141,8 @@ def duration(function: Callable[..., Any], arrays: list[Array], repeats: int) ->
     return statistics.median(seconds)
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """Say what went wrong, without the lines that follow the first."""
     return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
@@ -148,8 +182,8 @@ def _of_cost(cost: Cost | None) -> list[str]:
     return [f"{cost.seconds:.1f}", f"{cost.temporaries / 2**20:.2f}", moved]
 
 
-def report(rows: Sequence[Row], scale: int, machine: str) -> str:
-    """Write the table and what its columns mean, as Markdown."""
+def report(rows: Sequence[Row], scale: int, machine: str, schedules: str) -> str:
+    """Write the table, what its columns mean, and the schedules of a TPU, as Markdown."""
     return f"""\
 # Kernels for TPU and GPU
 
@@ -161,9 +195,14 @@ GPUs, on {machine}.
 {RAN if any(row.milliseconds for row in rows) else COMPILED_ONLY} Seconds are processor time to
 trace, lower and compile; temporaries are those that the compiler reports; traffic is what kernels
 read and write in device memory, every array once a kernel, divided by operands and results of the
-whole program. `flash`, `splash` and `mha` are the kernels of `jax.experimental.pallas.ops`.
+whole program. `flash`, `splash` and `mha` are the kernels of `jax.experimental.pallas.ops`, `cudnn`
+is that of `jax.nn`.
 
 {table(rows)}
+
+## Static schedule
+
+{schedules}
 """
 
 
@@ -209,6 +248,9 @@ def programs(platform: str, length: int) -> dict[tuple[str, str], Callable[..., 
             found["splash", mask] = functools.partial(_splash, is_causal, tile[0])
         else:
             found["mha", mask] = functools.partial(_mha, is_causal)
+            for name in PEERS:
+                if peers.lacks(name) is None:
+                    found[name, mask] = functools.partial(peers.compiled, name, is_causal=is_causal)
     return found
 
 

@@ -10,7 +10,10 @@ from absl import flags
 
 from experiments.command_line import UsageError, check_folder, parse_flags
 
-SUITES = ("attention", "memory", "compile", "additive", "patterns", "translate", "accelerators")
+SUITES = (
+    *("attention", "memory", "compile", "additive", "patterns", "translate", "accelerators"),
+    "matrix",
+)
 
 _HELP = """\
 Measures attend beside jax.nn, the textbook formula and, where it is installed, PyTorch: the
@@ -18,13 +21,14 @@ programs of a case take turns in one process, and a ratio is taken in every turn
 writes JSON and log-log plots against the sequence length. The suite patterns instead sweeps the
 length for every family of masks and tells how time and bytes grow; the suite translate trains
 the recurrent translator, at its default size and at that of Multi30k, beside one in PyTorch; the
-suite accelerators compiles kernels for TPU and GPU beside those of JAX, which needs no device.
+suite accelerators compiles kernels for TPU and GPU beside those of JAX, which needs no device, and
+the suite matrix 360 of ours, for six devices; it goes on where it was stopped.
 
   python -m experiments.benchmark
   python -m experiments.benchmark --suites=memory,compile,additive --repeats=11
 
   --suites=attention   which of attention, memory, compile, additive, patterns, translate,
-                       accelerators to run, or all; --suite is the same
+                       accelerators, matrix to run, or all; --suite is the same
   --data=DIR           Multi30k for translate; without it, synthetic sentences of its size
   --repeats=7          turns that every program of a case takes
   --out=runs/benchmark directory of results; those of the same suite are replaced
@@ -55,7 +59,7 @@ def parse(arguments: Sequence[str]) -> Options:
     >>> parse(["--suites=memroy"])
     Traceback (most recent call last):
     experiments.command_line.UsageError: --suites: no suite 'memroy'; there are
-    attention, memory, compile, additive, patterns, translate, accelerators, and all.
+    attention, memory, compile, additive, patterns, translate, accelerators, matrix, and all.
     """
     values = flags.FlagValues()
     flags.DEFINE_list("suites", ["attention"], "", flag_values=values)

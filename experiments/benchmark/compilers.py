@@ -58,6 +58,8 @@ class Cost(NamedTuple):
       operands, results, temporaries: bytes.
       traffic: bytes of device memory that its kernels read and write, every array once a kernel;
         None where it has loops.
+      copied: bytes of arrays that are only brought into another layout, copies and transpositions
+        of LEAST_COPY and more.
     """
 
     seconds: float
@@ -65,6 +67,7 @@ class Cost(NamedTuple):
     results: int
     temporaries: int
     traffic: int | None
+    copied: int = 0
 
 
 def cost(function: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStruct], name: str) -> Cost:
@@ -84,6 +87,7 @@ def cost(function: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStruct], n
         memory.output_size_in_bytes,
         memory.temp_size_in_bytes,
         traffic(program),
+        copied(program),
     )
 
 
@@ -145,6 +149,33 @@ def traffic(program: str) -> int | None:
         if operation != "copy-start":  # whose type lists both sides
             total += sum(_size(types.get(operand, "")) for operand in operands)
     return total
+
+
+LEAST_COPY = 2**16
+"""Bytes; smaller arrays, such as lists of tiles, may have any layout."""
+
+
+def copied(program: str) -> int:
+    """Return the bytes that an optimized program only brings into another layout; see `Cost`.
+
+    A fusion counts by its name: compilers name it by what it computes.
+
+    >>> copied('''
+    ... ENTRY %main (x: f32[256,128]) -> f32[128,256] {
+    ...   %x = f32[256,128]{1,0} parameter(0)
+    ...   ROOT %wrapped_transpose = f32[128,256]{1,0} fusion(%x), kind=kInput, calls=%fused
+    ... }''')
+    131072
+    """
+    return sum(
+        size
+        for name, kind, operation, _ in _instructions(program)
+        if operation in ("copy", "transpose") or (operation == "fusion" and _COPIES.search(name))
+        if (size := _size(kind)) >= LEAST_COPY
+    )
+
+
+_COPIES = re.compile("transpose|copy")
 
 
 def _instructions(program: str) -> Iterator[tuple[str, str, str, list[str]]]:

@@ -52,6 +52,16 @@ def run(options: Options) -> None:
         if name == "accelerators":
             _run_accelerators(options, surroundings, scale, console)
             continue
+        if name == "matrix":
+            # It loads the kernels of JAX, which other suites do not wait for.
+            from experiments.benchmark import matrix
+
+            console.print(
+                matrix.run(options.out, most=6 if options.quick else None),
+                soft_wrap=True,
+                markup=False,
+            )
+            continue
         suite = _suite(name, options)
         measured = [_measure(group, options.repeats) for group in suite.groups(scale)]
         console.print(_table(name, [row for group in measured for row in group["rows"]]))
@@ -75,15 +85,17 @@ def _run_accelerators(
 ) -> None:
     """Compile kernels for accelerators, run them where one is; writes JSON and a table."""
     # It loads the kernels of JAX, which other suites do not wait for.
-    from experiments.benchmark import accelerators
+    from experiments.benchmark import accelerators, schedule
 
     rows = [*accelerators.measure(scale), *accelerators.timed(scale, options.repeats)]
     on = f"{surroundings['device']}, jax {surroundings['jax']}"
-    report = accelerators.report(rows, scale, on)
+    schedules = schedule.report(scale)
+    report = accelerators.report(rows, scale, on, schedules)
     (options.out / "accelerators.md").write_text(report, encoding="utf-8")
     found = [row._asdict() | {"cost": row.cost and row.cost._asdict()} for row in rows]
     _write(options.out / "accelerators.json", {"machine": surroundings, "rows": found})
-    console.print(accelerators.table(rows), soft_wrap=True, markup=False)
+    tables = f"{accelerators.table(rows)}\n\n{schedules}"
+    console.print(tables, soft_wrap=True, markup=False)
 
 
 def _run_patterns(

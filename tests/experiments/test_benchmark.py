@@ -1,6 +1,8 @@
 """The sweep over families of masks: shares of pairs, and the table of exponents."""
 
 import json
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,17 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from attention_jax import masks
-from experiments.benchmark import accelerators, command_line, compilers, measure, patterns, programs
+from experiments.benchmark import (
+    accelerators,
+    command_line,
+    compilers,
+    matrix,
+    measure,
+    patterns,
+    peers,
+    programs,
+    schedule,
+)
 from experiments.benchmark.patterns import Point
 from experiments.benchmark.run import run
 
@@ -108,6 +120,74 @@ def test_accelerators_without_compilers_say_what_to_install(tmp_path, monkeypatc
         assert f"compiling for {target} needs a compiler" in report
     assert "run on none" in report
     assert len(json.loads((tmp_path / "accelerators.json").read_text())["rows"]) == 2
+    assert report.endswith("## Static schedule\n\nNot read: compiling for v5e needs a compiler.\n")
+
+
+def test_the_matrix_without_compilers_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compilers, "lacks", lambda name: f"compiling for {name} needs a compiler")
+    run(command_line.parse(["--suite=matrix", "--quick", f"--out={tmp_path}"]))
+    said = "0 of 360 programs were compiled, and none was run. compiling for v4 needs a compiler."
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "matrix.md").read_text(encoding="utf-8")
+
+
+def test_a_matrix_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    asked = []
+    cost = compilers.Cost(1.0, 100, 100, 10, traffic=190, copied=0)
+    monkeypatch.setattr(matrix, "measure", lambda cell: asked.append(cell) or cost)
+    first, second, *_ = matrix.cells()
+    file = tmp_path / "matrix.jsonl"
+    assert list(matrix.resumed(file, [first])) == [(first, cost)]
+    assert list(matrix.resumed(file, [first, second])) == [(first, cost), (second, cost)]
+    assert asked == [first, second]
+
+
+def test_what_is_beyond_its_bounds_is_said_with_its_figure():
+    cell = matrix.Cell("v5e", "scaled dot", "none", True)
+    cost = compilers.Cost(21.0, 100, 100, 10**9, traffic=320, copied=7)
+    assert matrix.beyond(cell, cost) == [
+        "compiled in 21 of at most 20 s",
+        "traffic 1.6 of at most 1.3 times operands",
+        "copies of layouts 7 of at most 0 bytes",
+    ]
+    assert matrix.beyond(cell._replace(is_gradient=False), cost)[-1].startswith("temporaries 1e+09")
+    assert "| v5e | scaled dot | gradients | none | 21.0 |" in matrix.table([(cell, cost)])
+
+
+def test_libraries_that_are_missing_or_have_no_gpu_are_a_sentence(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert [peers.lacks(name) for name in ("cudnn", "tokamax", "FlexAttention")] == [
+        None,
+        "not installed: pip install tokamax",
+        "not installed: pip install torch",
+    ]
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert peers.lacks("FlexAttention") == "not run: no GPU"
+    said = peers.why("tokamax", NotImplementedError("Not supported on cpu."))
+    assert said == (
+        'not compiled: tokamax needs the device in this process and says "Not supported on cpu."'
+    )
+
+
+SCHEDULE = """\
+     0   :  { %a = start } /* entry bundle: %x = custom-call(%y) */
+   0x1 LB: > { %b = step } /* Start region 1 */
+   0x2   : > { sbr.rel (%p1) target = $region2 }
+{tile}
+   0x9   : > { %c = next } /* Start/End empty region 2 */
+   0xa   : > { sbr.rel (!%p2) target = $region1 }
+"""
+
+
+def test_a_schedule_counts_blocks_as_often_as_they_are_executed():
+    tile = "\n".join(f"   0x3   : > {{ %t{n} = work }}" for n in range(700))
+    text = SCHEDULE.replace("{tile}", tile)
+    trips = schedule.Trips(steps=5, rows=2, masked=2, unmasked=1)
+    assert schedule.bundles(text, trips) == 701 * 3 + 2 * 5
+    with pytest.raises(ValueError, match="1 to 3 blocks that compute tiles, got 0"):
+        schedule.bundles(SCHEDULE.replace("{tile}", ""), trips)
 
 
 def test_a_compiler_that_is_missing_is_named(monkeypatch):
