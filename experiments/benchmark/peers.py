@@ -73,13 +73,17 @@ def flex_seconds(
         live = flex_attention.create_block_mask(_is_causal, None, None, length, length)
     attended = torch.compile(functools.partial(flex_attention.flex_attention, block_mask=live))
 
-    def run() -> None:
-        result = attended(*arrays)
-        if is_gradient:
-            torch.autograd.grad(result.float().sum(), arrays)
-        torch.cuda.synchronize()
+    return _median_seconds(functools.partial(_run, attended, arrays, is_gradient), repeats)
 
-    return _median_seconds(run, repeats)
+
+def _run(attended: Callable[..., Any], arrays: list[Any], is_gradient: bool) -> None:
+    """Attend, and compute the gradients if asked for; return when the GPU is done."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    result = attended(*arrays)
+    if is_gradient:
+        torch.autograd.grad(result.float().sum(), arrays)
+    torch.cuda.synchronize()
 
 
 def _is_causal(batch: Any, head: Any, query: Any, key: Any) -> Any:

@@ -36,7 +36,7 @@ def as_parameter(cell):
     return pytest.param(cell, marks=marks, id=cell.name)
 
 
-@pytest.mark.parametrize("cell", map(as_parameter, matrix.cells()))
+@pytest.mark.parametrize("cell", [as_parameter(cell) for cell in matrix.cells()])
 def test_every_score_and_mask_compiles_for_every_accelerator_within_its_bounds(cell):
     skip_without(cell.target)
     assert matrix.beyond(cell, matrix.measure(cell)) == []
