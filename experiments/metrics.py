@@ -17,7 +17,7 @@ import regex
 from attention_jax.diagnostics import AlignmentQuality, quality_of_counts
 from experiments.data.alignments import pharaoh
 from experiments.data.corpus import Links, Pair
-from experiments.data.text import detokenize
+from experiments.data.text import UNSPACED, detokenize
 
 __all__ = [
     "CLASSES",
@@ -44,7 +44,7 @@ _LETTER = regex.compile(r"\p{L}")
 _SCRIPTS = {
     "kana": regex.compile(r"[\p{Hiragana}\p{Katakana}]"),
     "han": regex.compile(r"\p{Han}"),
-    "unspaced": regex.compile(r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"),
+    "unspaced": regex.compile(rf"[{UNSPACED}]"),
 }
 # What sacrebleu's tokenizer of Japanese imports.
 _MECAB = ("MeCab", "ipadic")

@@ -12,34 +12,48 @@ import regex
 
 from experiments.data.corpus import DataError
 
-# Letters, digits and the marks of all scripts, by Unicode's categories; a sign that precedes a
-# number belongs to it. What is no word is one grapheme cluster: a flag, or a person with a colour
-# of skin.
-_LETTER = r"[\p{L}\p{N}_]"
-_PART = r"[\p{L}\p{N}\p{M}_\u200c\u200d]"
+# Letters, digits and the marks of all scripts, by Unicode's categories and its boundaries of words
+# (UAX 29), which take signs such as Hebrew's geresh for letters; a sign that precedes a number
+# belongs to it. What is no word is one grapheme cluster: a flag, or a person with a colour of skin.
+_ALPHABETIC = r"[\p{WB=ALetter}\p{WB=Hebrew_Letter}]"
+_LETTER = rf"[\p{{L}}\p{{N}}_{_ALPHABETIC[1:]}"
+_PART = r"[\p{L}\p{N}\p{M}_\p{WB=ALetter}\u180e\u200c\u200d]"
 _LETTERS = rf"(?:\p{{GCB=Prepend}}*{_LETTER}{_PART}*)"
 _SUFFIX = rf"['’](?:s|re|ve|ll|d|m|n|ne)(?!{_PART})"
+# Also those of Armenian and Hebrew, and the one where no line breaks.
+_HYPHEN = r"[-\u058a\u05be\u2010\u2011]"
+# Signs inside of words: Catalan's col·lecció, Hebrew's acronyms.
+_INSIDE = rf"(?<=[{_ALPHABETIC[1:-1]}\p{{M}}])[\u00b7\u05f4\u2027](?={_ALPHABETIC})"
 _TOKEN = regex.compile(
     rf"""
-      \p{{Nd}}+(?:[.,:]\p{{Nd}}+)+(?!\p{{M}})               # 3.5  1,000  10:30
+      (?:(?:https?|ftp)://|www\.)\S*[^\s\p{{P}}]/?          # https://example.org/a?b=c
+    | [\w.+-]{{1,64}}+(?<=\w)@\w+(?:[.-]\w+)*\.\w+          # name@example.org
+    | \p{{Nd}}+(?:[.,:٫٬]\p{{Nd}}+)+(?!\p{{M}})             # 3.5  1,000  10:30
     | (?<!{_PART})(?:\p{{L}}\p{{M}}*\.){{2,}}                 # z.B.  U.S.
     | {_LETTERS}?(?=n['’]t(?!{_PART})) | n['’]t(?!{_PART})    # do n't
     | (?<={_PART}){_SUFFIX}                                   # it 's   geht 's
-    | {_LETTERS}(?:(?:(?!{_SUFFIX})['’]|-){_LETTERS})*(?:-(?=\s))?   # o'clock  T-Shirt  Vor-
+    | {_LETTERS}(?:(?:(?!{_SUFFIX})['’]|{_HYPHEN}|{_INSIDE}){_LETTERS})*
+      (?:{_HYPHEN}(?=\s))?                                    # o'clock  T-Shirt  Vor-
     | \.{{2,}} | -{{2,}} | (?!\s)\X
     """,
     regex.VERBOSE | regex.IGNORECASE,
 )
-_INVISIBLE = re.compile("[\u00ad\u200e\u200f\u2060\ufeff]")
+_INVISIBLE = regex.compile(r"[\p{Bidi_Control}\u00ad\u2060-\u2064\ufeff]")
 _BLANK = re.compile("[\x00-\x1f\x7f-\x9f\u200b]")
 
-_CLOSING = regex.compile(r"[.,;:!?%)\]}…”’]+|n['’]t|" + _SUFFIX, regex.IGNORECASE)
-# Scripts without spaces between words, and their punctuation.
-_UNSPACED = regex.compile(
-    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_CLOSING = regex.compile(
+    r"(?:[.,;:!?%)\]}…”’]|\p{Terminal_Punctuation}|\p{Pe})+|n['’]t|" + _SUFFIX, regex.IGNORECASE
+)
+# Scripts without spaces between words.
+UNSPACED = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Javanese}\p{Balinese}\p{LB=SA}"
+# The same, and those of Chinese and Japanese, with their punctuation.
+_UNSPACED = (
+    rf"[\p{{Han}}\p{{Hiragana}}\p{{Katakana}}\p{{Bopomofo}}{UNSPACED}"
     r"\u3001-\u303f\u30fb\u30fc\uff01-\uffef]"
 )
-_OPENING = frozenset("([{„‚¿¡$£€#")
+_BEGINS_UNSPACED = regex.compile(_UNSPACED)
+_ENDS_UNSPACED = regex.compile(rf"{_UNSPACED}\p{{M}}*\Z")
+_OPENS = regex.compile(r"[\p{Ps}‚¿¡$£€#]")
 _TOGGLING = {'"': '"', "'": "'", "«": "«»", "»": "«»"}
 _AMBIGUOUS = {"“": "„", "‘": "‚"}  # they open in English, and close what these opened in German
 
@@ -168,7 +182,7 @@ def _joined(tokens: Iterable[str]) -> Iterator[tuple[str, bool]]:
     for token in tokens:
         kind = _TOGGLING.get(token)
         closes = bool(_CLOSING.fullmatch(token)) or token == "/"
-        opens = token in _OPENING or token == "/"
+        opens = bool(_OPENS.fullmatch(token)) or token == "/"
         if token in _AMBIGUOUS:
             closes, opens = _AMBIGUOUS[token] in opened, _AMBIGUOUS[token] not in opened
             opened.discard(_AMBIGUOUS[token])
@@ -177,9 +191,6 @@ def _joined(tokens: Iterable[str]) -> Iterator[tuple[str, bool]]:
             opened ^= {kind}
         elif opens:
             opened.add(token)
-        yield token, glued or closes or (_is_unspaced(before) and _is_unspaced(token[:1]))
-        before, glued = token[-1:], opens
-
-
-def _is_unspaced(character: str) -> bool:
-    return bool(_UNSPACED.fullmatch(character))
+        unspaced = _ENDS_UNSPACED.search(before) and _BEGINS_UNSPACED.match(token)
+        yield token, glued or closes or bool(unspaced)
+        before, glued = token, opens

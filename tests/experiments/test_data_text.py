@@ -40,6 +40,12 @@ from experiments.translate.data import Tokenizer
         ("ၶႅပ်ႉတႆး", "ၶႅပ်ႉတႆး"),
         ("👍🏽🇩🇪🇫🇷 ok", "👍🏽 🇩🇪 🇫🇷 ok"),
         ("👩🏽‍🚀, 🏴󠁧󠁢󠁥󠁮󠁧󠁿 1️⃣", "👩🏽‍🚀 , 🏴󠁧󠁢󠁥󠁮󠁧󠁿 1️⃣"),
+        ("צה״ל, ג׳ורג׳ בית־ספר", "צה״ל , ג׳ורג׳ בית־ספר"),
+        ("col·lecció T\u2011Shirt Հայաստա՞ն ma˥˩", "col·lecció T\u2011Shirt Հայաստա՞ն ma˥˩"),
+        ("\u2067שלום\u2069 \u061cمرحبا\u202c!", "שלום مرحبا !"),
+        ("٣٫١٤ ١٬٠٠٠ ۱۲:۳۰", "٣٫١٤ ١٬٠٠٠ ۱۲:۳۰"),
+        ("(https://a.de/b_c?d=e&f, www.x.org).", "( https://a.de/b_c?d=e&f , www.x.org ) ."),
+        ("an me.you+x@mail.x.org.", "an me.you+x@mail.x.org ."),
         ("", ""),
         (" \t ", ""),
     ],
@@ -68,6 +74,9 @@ def test_lowercase():
         "“Yes,” they said, ‘no’.",
         "Vor- und Nachteile: 3.5% von 1,000 (z.B. a/b)!",
         "»So«, «oui».",
+        "བོད་སྐད་ནི། ꯃꯩꯇꯩ꯫ አማርኛ።",
+        "か\u309a、葛\U000e0100飾、東京。",
+        "https://a.de/b_c?d=e, me@mail.x.org",
     ],
 )
 def test_detokenize_gives_the_text_back(text):
