@@ -20,6 +20,9 @@ from rich.text import Text
 
 Options = TypeVar("Options")
 
+# A word of a message, such as a path, that is longer is repeated by its beginning and its end.
+_LONG_WORD = re.compile(r"(\S{80})\S{900,}(\S{20})")
+
 # The width where the output is no terminal, enough for all tables.
 _WIDTH = 140
 
@@ -58,6 +61,9 @@ def parse_flags(
         near = difflib.get_close_matches(error.flagname, names, n=1)
         hint = f"did you mean --{near[0]}?" if near else "--help lists all flags."
         raise UsageError(f"unknown flag --{error.flagname}; {hint}") from None
+    except RecursionError:  # absl looks for similar names letter by letter
+        longest = shortened_words(max(arguments, key=len))
+        raise UsageError(f"unknown flag {longest}; --help lists all flags.") from None
     except UnicodeDecodeError as error:
         raise UsageError(
             f"--flagfile: text in {error.encoding} is needed, but the file has the byte "
@@ -138,15 +144,24 @@ def run(
     """
     try:
         with _no_backend(), _short_warnings(program):
-            return do(parse(sys.argv[1:] if arguments is None else arguments)) or 0
-    except HelpRequested as help:
-        show(help)
-        return 0
+            return _done(sys.argv[1:] if arguments is None else arguments, parse, do)
     except UsageError as error:
         return complain(program, error, 2)
     except OSError as error:
         drop_output()
         return complain(program, f"{reason(error)}; put that right, and try again.", 1)
+
+
+def _done(
+    arguments: Sequence[str],
+    parse: Callable[[Sequence[str]], Options],
+    do: Callable[[Options], int | None],
+) -> int:
+    try:
+        return do(parse(arguments)) or 0
+    except HelpRequested as help:
+        show(help)
+        return 0
 
 
 def drop_output() -> None:
@@ -155,6 +170,15 @@ def drop_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shortened_words(sentence: str) -> str:
+    """Return a sentence whose words of at least 1000 characters are cut out in their middle.
+
+    >>> len(shortened_words("there is no " + 20_000 * "x"))
+    115
+    """
+    return _LONG_WORD.sub(r"\1...\2", sentence)
 
 
 @contextlib.contextmanager
@@ -177,7 +201,7 @@ def _short_warnings(program: str) -> Iterator[None]:
     """Print a warning as one line, without the line of code that it comes from."""
 
     def short(message: Warning | str, *_: Any, **__: Any) -> str:
-        return f"{program}: {' '.join(str(message).split())}\n"
+        return f"{program}: {shortened_words(' '.join(str(message).split()))}\n"
 
     before, warnings.formatwarning = warnings.formatwarning, short
     try:
@@ -193,8 +217,9 @@ def reason(error: OSError) -> str:
 
 
 def complain(program: str, sentence: object, code: int) -> int:
-    """Print an error message, and return the exit code."""
-    print(f"{program}: {sentence}", file=sys.stderr)
+    """Print an error message, and return the exit code, also where nobody can read the message."""
+    with contextlib.suppress(OSError):
+        print(f"{program}: {shortened_words(str(sentence))}", file=sys.stderr, flush=True)
     return code
 
 

@@ -15,7 +15,9 @@ from experiments.data.corpus import DataError, Links, Pair, shortened
 
 _LINK = re.compile(r"(\d+)([-?p])(\d+)", re.ASCII)
 _ALIGNMENT = re.compile(r"\d+(?:[-?p]\d+)?(?: \d+(?:[-?p]\d+)?)*", re.ASCII)
-_NAACL = re.compile(r"(\d+)\s+(\d+)\s+(\d+)(?:\s+([SP]))?(?:\s+\d*\.?\d+)?", re.ASCII)
+# More digits than the position of a word in any sentence has.
+_DIGITS = 9
+_NAACL = re.compile(r"(\d{1,9})\s+(\d{1,9})\s+(\d{1,9})(?:\s+([SP]))?(?:\s+\d*\.?\d+)?", re.ASCII)
 
 # The number of a row, and its source, its target and perhaps its links.
 Row = tuple[int, list[str]]
@@ -58,7 +60,7 @@ def parse_alignment(
                 f"has {len(fields)} positions for {target_length} target tokens and the end symbol"
             )
         entries = fields[:target_length]
-        sure = {(int(field) - first, position) for position, field in enumerate(entries)}
+        sure = {(_position(field, first), position) for position, field in enumerate(entries)}
         possible: set[tuple[int, int]] = set()
     else:
         sure, possible = set(), set()
@@ -69,7 +71,7 @@ def parse_alignment(
                     f"has the entry {shortened(field)!r}, which is neither i-j nor i?j or ipj"
                 )
             links = sure if match[2] == "-" else possible
-            links.add((int(match[1]) - first, int(match[3]) - first))
+            links.add((_position(match[1], first), _position(match[3], first)))
     for i, j in sorted(sure | possible):
         if not (0 <= i < source_length and 0 <= j < target_length):
             raise ValueError(
@@ -77,6 +79,12 @@ def parse_alignment(
                 f"{target_length} target tokens counted from {first}"
             )
     return frozenset(sure), frozenset(sure | possible)
+
+
+def _position(digits: str, first: int) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"has the position {shortened(digits)}, which is in no sentence")
+    return int(digits) - first
 
 
 def pharaoh(sure: Links, possible: Links | None = None) -> str:
@@ -169,12 +177,12 @@ def all_aligned(
             raise
         sentence = str(error).removesuffix(".")
         raise DataError(
-            f"{sentence}; counted from {other} all links fit: set links_from={other}."
+            f"{sentence}; counted from {other} all links fit: set --links_from={other}."
         ) from None
     if other == 1 and _fits(where, rows, other):
         tell(
             f"{where.removesuffix(' line')}: no link is of position 0, and all would fit counted "
-            "from 1 too; if they count so, set links_from=1."
+            "from 1 too; if they count so, set --links_from=1."
         )
     return pairs
 

@@ -27,6 +27,9 @@ _COLUMN_NAMES = frozenset(("1", "2", "source", "target", "src", "tgt", "trg", *_
 )
 
 
+BARS = "|||"
+"""Between the sentences of a line, as in the files of fast_align; a tab is the other separator."""
+
 # A line as the shared tasks on word alignment number it.
 _NUMBERED = re.compile(r'<s snum="?(\d+)"?>(.*)</s>', re.ASCII)
 
@@ -233,12 +236,10 @@ class Reader:
     def _rows(self, path: Path) -> list[list[str]]:
         """The columns of each line, between tabs or, in a file without them, between ``|||``."""
         lines = self._lines(path)
-        begins = next((line for line in lines if line.strip()), "")
-        bars = "|||" in begins and not any("\t" in line for line in lines)
-        separator = "|||" if bars else "\t"
+        separator = separator_of(lines)
         rows = [line.split(separator) if line.strip() else ["", ""] for line in lines]
         for number, row in enumerate(rows, 1):
-            if len(row) < 2 and bars:
+            if len(row) < 2 and separator == BARS:
                 raise DataError(
                     f"{path} line {number} has no |||, but source ||| target was expected, as in "
                     "the lines before; put ||| between the two sentences."
@@ -339,6 +340,16 @@ class Reader:
                 f"line {empty[0]}."
             )
         return kept
+
+
+def separator_of(lines: Sequence[str]) -> str:
+    """Return what is between the sentences of a line: a tab, or bars where no line has a tab.
+
+    >>> separator_of(["ein Hund ||| a dog"])
+    '|||'
+    """
+    begins = next((line for line in lines if line.strip()), "")
+    return BARS if BARS in begins and not any("\t" in line for line in lines) else "\t"
 
 
 def _lengths(pair: Pair) -> tuple[int, int]:

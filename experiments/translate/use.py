@@ -19,7 +19,7 @@ from experiments import metrics
 from experiments.command_line import UsageError, check_folder, show, terminal
 from experiments.data.alignments import all_aligned, is_alignment
 from experiments.data.corpus import DataError, Pair
-from experiments.data.files import Reader
+from experiments.data.files import BARS, Reader, separator_of
 from experiments.data.text import lines_of, read_lines
 from experiments.translate import results, table, workdir
 from experiments.translate.config import Config
@@ -172,13 +172,15 @@ def _translate(config: Config) -> None:
 def _score(config: Config) -> None:
     translators = _chosen(config)
     where = f"{config.input or _STDIN} line"
-    rows = [line.split("\t") for line in _lines(config)]
+    given = _lines(config)
+    separator = separator_of(given)
+    rows = [line.split(separator) for line in given]
     lines = []
     for number, row in enumerate(rows, 1):
         sides = [translators.tokenizer.parts(cell) for cell in [*row, ""][:2]]
         source, target = (tuple(itertools.chain.from_iterable(side)) for side in sides)
         line = Line(Pair(source, target), *(tuple(map(len, side)) for side in sides))
-        _check_full(f"{where} {number}", line.pair, len(row) > 1)
+        _check_full(f"{where} {number}", line.pair, row, separator)
         lines.append(line)
     gold = _gold(where, rows, config.links_from)
     _tell_unknown(translators.tokenizer, [(line.pair.source, line.pair.target) for line in lines])
@@ -204,14 +206,15 @@ def _gold(where: str, rows: Sequence[list[str]], first: int) -> list[Pair]:
     return []
 
 
-def _check_full(where: str, pair: Pair, has_tab: bool) -> None:
+def _check_full(where: str, pair: Pair, row: list[str], separator: str) -> None:
     """Refuse a line with one sentence; one without any is a blank line."""
-    if bool(pair.source) == bool(pair.target) and (has_tab or not pair.source):
+    if bool(pair.source) == bool(pair.target) and (len(row) > 1 or not pair.source):
         return
-    what = "has no tab between two sentences"
-    if has_tab:
-        what = f"has nothing {'before' if pair.target else 'behind'} its tab"
-    raise UsageError(f"{where} {what}, but source<TAB>target is needed, or a blank line.")
+    name, form = ("|||",) * 2 if separator == BARS else ("tab", "<TAB>")
+    what = f"has no {name} between two sentences"
+    if len(row) > 1:
+        what = f"has nothing {'before' if pair.target else 'behind'} its {name}"
+    raise UsageError(f"{where} {what}, but source{form}target is needed, or a blank line.")
 
 
 def _lines(config: Config) -> list[str]:

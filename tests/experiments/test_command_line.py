@@ -1,5 +1,6 @@
 """Arguments of all programs: each gives a value, or one sentence that refuses it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,6 +20,20 @@ def values():
     flags.DEFINE_integer("seeds", 3, "", flag_values=found)
     flags.DEFINE_string("flagfile", "", "", flag_values=found)
     return found
+
+
+def in_process(call, **files):
+    """Run a call in a process of its own, whose output goes to files."""
+    code = (
+        "import sys; from absl.flags import FlagValues\n"
+        "from experiments.command_line import complain, parse_flags, run, show, terminal\n"
+        f"sys.exit({call})"
+    )
+    with contextlib.ExitStack() as stack:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        opened = {name: stack.enter_context(open(path, "w")) for name, path in files.items()}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=ROOT, text=True, **(pipes | opened))
 
 
 def refusal(*arguments):
@@ -43,6 +58,26 @@ def refusal(*arguments):
 )
 def test_a_value_of_another_type_gets_one_sentence(argument, sentence):
     assert refusal(argument) == sentence
+
+
+def test_long_words_are_not_repeated_whole(capsys):
+    long = 20_000 * "x"
+    assert refusal(f"--{long}") == (
+        f"unknown flag --{78 * 'x'}...{20 * 'x'}; --help lists all flags."
+    )
+
+    def refuse(options):
+        raise UsageError(f"{long} is no file.")
+
+    def opened(options):
+        os.stat(long)
+
+    assert run("program", [], list, refuse) == 2
+    assert run("program", [], list, opened) == 1
+    assert capsys.readouterr().err == (
+        f"program: {80 * 'x'}...{20 * 'x'} is no file.\n"
+        f"program: {80 * 'x'}...{19 * 'x'}: File name too long; put that right, and try again.\n"
+    )
 
 
 def test_a_file_of_flags_that_is_no_text_is_refused(tmp_path):
@@ -97,19 +132,25 @@ def test_a_warning_is_one_line():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
-def test_an_output_that_is_full_gets_one_sentence():
-    code = (
-        "import sys; from experiments.command_line import run, show, terminal\n"
-        "sys.exit(run('program', [], list, lambda _: terminal().print('a') or show('b')))"
-    )
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
-        )
+@pytest.mark.parametrize(
+    "call",
+    [
+        "run('program', [], list, lambda _: terminal().print('a') or show('b'))",
+        "run('program', ['--help'], lambda _: parse_flags('', FlagValues(), _, lambda: 'a'), id)",
+    ],
+)
+def test_an_output_that_is_full_gets_one_sentence(call):
+    done = in_process(call, stdout="/dev/full")
     assert (done.returncode, done.stderr) == (
         1,
         "program: No space left on device; put that right, and try again.\n",
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_a_refusal_that_nobody_can_read_has_its_exit_code():
+    done = in_process("complain('program', 'No.', 2)", stderr="/dev/full")
+    assert done.returncode == 2
 
 
 @pytest.mark.slow
@@ -150,7 +191,7 @@ def test_every_program_runs_by_the_function_that_all_share():
 
 
 def test_a_file_that_the_system_refuses_gets_one_sentence(tmp_path, capsys):
-    path = tmp_path / ("n" * 300)
+    path = tmp_path / ("n" * 280)
 
     def write(_):
         path.write_text("")

@@ -13,7 +13,7 @@ from experiments.translate.data import load_task, load_tokenizer, save_tokenizer
 SURE = [{(0, 0), (2, 1)}, {(1, 1)}]
 POSSIBLE = [{(0, 0), (2, 1), (1, 2)}, {(1, 1)}]
 SENTENCES = [("A b .", "X Y Z"), ("c d", "V W")]
-HINT = "; counted from {} all links fit: set links_from={}."
+HINT = "; counted from {} all links fit: set --links_from={}."
 
 
 def read(folder, table=None, **given):
@@ -142,7 +142,7 @@ def test_counted_otherwise_than_was_said(tmp_path):
 def test_links_that_would_fit_counted_from_1_are_told(tmp_path):
     told = (
         f"{tmp_path}/a.tsv: no link is of position 0, and all would fit counted from 1 too; if "
-        "they count so, set links_from=1."
+        "they count so, set --links_from=1."
     )
     pairs, notices = read(tmp_path, "a b c\tx y\t1-1\nb c\tx y\t1p1\n")
     assert told in notices and set(pairs[0].sure or ()) == {(1, 1)}

@@ -158,6 +158,10 @@ def test_alignment_notations():
         ("0-0 1:1", "has the entry '1:1', which is neither i-j nor i?j or ipj"),
         ("0 1 2 3 4", "has 5 positions for 3 target tokens and the end symbol"),
         ("0-0 2-1", "links 2 to 1, outside of 2 source and 3 target tokens counted from 0"),
+        (
+            f"0-{5_000 * '1'}",
+            f"has the position {40 * '1'}... (5,000 characters), which is in no sentence",
+        ),
         ("0-3", "links 0 to 3, outside of 2 source and 3 target tokens counted from 0"),
         ("0 2 1", "links 2 to 1, outside of 2 source and 3 target tokens counted from 0"),
     ],

@@ -90,7 +90,7 @@ def test_a_third_column_with_a_fault_is_refused_before_anything_is_written(ask, 
         ask("score", "dog\tdog\n\ndog dog\tdog\t2-1\n")
     assert str(error.value) == (
         f"{tmp_path}/lines line 3: the alignment links 2 to 1, outside of 2 source and 1 target "
-        "tokens counted from 0; counted from 1 all links fit: set links_from=1."
+        "tokens counted from 0; counted from 1 all links fit: set --links_from=1."
     )
     assert capsys.readouterr() == ("", "") and not (tmp_path / "links").exists()
 

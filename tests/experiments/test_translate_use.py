@@ -130,6 +130,12 @@ def test_a_blank_line_is_scored_by_a_blank_line(ask, tmp_path):
     code, alone, _ = ask("score", stdin=b"two\ttwo")
     assert alone == f"{third}\n"
     assert ask("score", stdin=b"\n\n") == (0, "\n\n", "")
+    assert ask("score", stdin=b"two ||| two") == (0, alone, "")
+    code, _, err = ask("score", stdin=b"two ||| two\nthree\n")
+    assert code == 2 and err == (
+        "translate: standard input line 2 has no ||| between two sentences, but source|||target is "
+        "needed, or a blank line.\n"
+    )
 
 
 @pytest.mark.slow
