@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.test_util import check_grads
 
 from attention_jax import (
     ShapeError,
@@ -143,6 +144,11 @@ def test_every_map_is_the_formula_where_all_weights_are_held():
         around = np.pad(pairs, head_maps.halo_of(example.head_map).padding)
         found = example.head_map(jnp.asarray(around))
         np.testing.assert_allclose(found, example.of_pairs(pairs), rtol=1e-12)
+
+
+def test_the_convolution_transposes_itself_over_strips_of_queries_that_do_not_divide():
+    pairs, kernel = jnp.asarray(sample(2, 1 + 19, 2 + 4)), jnp.asarray(sample(2, 2, 3))
+    check_grads(head_maps.neighbours, (pairs, kernel), order=2, modes=("fwd", "rev"))
 
 
 def everything(implementation, query, key, value, parameters):
