@@ -1,23 +1,47 @@
 """Tables of integers that a program computes from a few numbers, instead of holding them.
 
 The places of tiles run in progressions: along a row of tiles the first key grows by the same, and
-from row to row the number of tiles does. A table is cut into pieces in which each column is a
-quadratic of the row's number, and the table of these pieces is cut again, as long as that makes it
-shorter. What has no such order is held as it is.
+from row to row the number of tiles does. So a table is cut into runs with one step from each row to
+the next, and the table of where these runs begin is cut into pieces in which each column is a
+quadratic of the row's number. However long the table is, this is one program: of a causal mask or a
+window the text has the same length for every length of the sequence. What has no such order is held
+as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-SHORT = 1024
+SHORT = 64
 """A table of so many numbers is held as it is: to compute it takes as long a program."""
 
+SAMPLE = 4096
+"""The most frequent step is looked for among so many."""
 
 PERIODS = (1, 2, 3, 4, 5, 6)
 """Rows that take turns are in order if so many are taken together, as the tiles of each row are."""
+
+_WITHIN: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+_SORTED: dict[str, Any] = {**_WITHIN, "unique_indices": True, "indices_are_sorted": True}
+
+
+class _Way(Protocol):
+    """A way to compute a table."""
+
+    @property
+    def held(self) -> int:
+        """How long its program is, as the number of integers that make as long a text."""
+        ...
+
+    def __call__(self) -> jax.Array | np.ndarray:
+        """Return the table [n, c]."""
+        ...
 
 
 def computed(table: np.ndarray) -> jax.Array | np.ndarray:
@@ -27,52 +51,136 @@ def computed(table: np.ndarray) -> jax.Array | np.ndarray:
     >>> jax.eval_shape(lambda: computed(table)).shape
     (2000, 1)
     """
-    found = [_pieces(_folded(table, period)) for period in PERIODS] if table.size > SHORT else []
-    sizes = [table.size if pieces is None else pieces.size for pieces in found]
-    if not sizes or min(sizes) == table.size:
-        return table
-    best = int(np.argmin(sizes))
-    folded, pieces = _folded(table, PERIODS[best]), found[best]
-    assert pieces is not None  # it is the shortest
-    of_pieces = _evaluated(pieces, *folded.shape).reshape(-1, table.shape[1])
-    rest = table[len(of_pieces) :]
-    return jnp.concatenate([of_pieces, rest]) if len(rest) else of_pieces
+    ways: list[_Way] = (
+        [*_without_runs(table), *_runs(table)] if table.size > SHORT else [_AsItIs(table)]
+    )
+    return _shortest(ways)()
 
 
-def _folded(table: np.ndarray, period: int) -> np.ndarray:
-    """Put so many rows side by side, as many as there are whole periods."""
-    whole = len(table) // period
-    return table[: whole * period].reshape(whole, period * table.shape[1])
+def _shortest(ways: Sequence[_Way]) -> _Way:
+    return min(ways, key=lambda way: way.held)
 
 
-def _evaluated(pieces: np.ndarray, length: int, columns: int) -> jax.Array:
-    """Return the table [length, columns] of its pieces."""
-    held = computed(pieces)
-    place = jnp.arange(length, dtype=jnp.int32)
-    piece = jnp.searchsorted(jnp.asarray(held[:, 0]), place, side="right") - 1
-    at = jnp.asarray(held)[piece]
-    past = (place - at[:, 0])[:, None]
-    # past (past - 1) / 2, whose product may not fit where the half of it does
-    triangle = past // 2 * (past - 1 + past % 2)
-    value, slope, curve = (at[:, 1 + n * columns : 1 + (n + 1) * columns] for n in range(3))
-    return value + slope * past + curve * triangle
+class _AsItIs(NamedTuple):
+    """The table, as a constant of the program."""
+
+    table: np.ndarray
+
+    @property
+    def held(self) -> int:
+        return self.table.size
+
+    def __call__(self) -> np.ndarray:
+        return self.table
 
 
-def _pieces(table: np.ndarray) -> np.ndarray | None:
-    """Return a row for each piece: its first place, and values, first and second differences there.
+class _Pieces(NamedTuple):
+    """Pieces of rows in which each column is a quadratic; `period` rows are taken as one.
 
-    None if there is nothing, or the pieces are too many to be worth it.
+    `begin [p]` is the first row of a piece; `value`, `slope` and `curve` [p, c] are the numbers
+    there, and their first and second differences. `rest` is what follows the last whole period.
     """
-    length, columns = table.shape
+
+    begin: np.ndarray
+    value: np.ndarray
+    slope: np.ndarray
+    curve: np.ndarray
+    length: int
+    columns: int
+    rest: np.ndarray
+
+    @property
+    def held(self) -> int:
+        many = len(self.begin)
+        return SHORT * (1 if many == 1 else 3) + many + 3 * self.value.size + self.rest.size
+
+    def __call__(self) -> jax.Array:
+        place = jnp.arange(self.length, dtype=jnp.int32)
+        parts = [self.value, self.slope, self.curve]
+        if len(self.begin) == 1:
+            past, at = place[:, None], [part if part.any() else None for part in parts]
+        else:
+            table = np.concatenate([self.begin[:, None], *parts], axis=1).astype(np.int32)
+            found = jnp.asarray(table).at[_piece_of(self.begin, self.length)].get(**_WITHIN)
+            past, at = (place - found[:, 0])[:, None], jnp.split(found[:, 1:], 3, axis=1)
+        value, slope, curve = at
+        terms = [
+            value,
+            None if slope is None else slope * past,
+            # past (past - 1) / 2, whose product may not fit where the half of it does
+            None if curve is None else curve * ((past >> 1) * (past - 1 + (past & 1))),
+        ]
+        total = jnp.zeros((self.length, self.value.shape[1]), jnp.int32)
+        for term in terms:
+            total = total if term is None else total + term
+        whole = total.reshape(-1, self.columns)
+        return jnp.concatenate([whole, self.rest]) if len(self.rest) else whole
+
+
+class _Runs(NamedTuple):
+    """Runs of rows that grow by the same `step` [c].
+
+    `starts [r, 1 + c]` has, of each run but the first, the place of its first row and how far this
+    row is from the one before it. `first [c]` is the first row of all.
+    """
+
+    first: np.ndarray
+    starts: np.ndarray
+    step: np.ndarray
+    length: int
+
+    @property
+    def inner(self) -> _Way:
+        """How the starts are computed."""
+        return _shortest(_without_runs(self.starts))
+
+    @property
+    def held(self) -> int:
+        return 2 * SHORT + self.inner.held
+
+    def __call__(self) -> jax.Array:
+        starts = jnp.asarray(self.inner())
+        steps = jnp.broadcast_to(self.step, (self.length, len(self.step)))
+        steps = steps.at[starts[:, 0]].set(starts[:, 1:], **_SORTED)
+        return lax.cumsum(steps) + (self.first - self.step)[None, :]
+
+
+def _piece_of(begin: np.ndarray, length: int) -> jax.Array:
+    """Return for each of `length` places the number of the piece that it lies in."""
+    marks = jnp.zeros(length, jnp.int32).at[begin].set(1, **_SORTED)
+    return lax.cumsum(marks) - 1
+
+
+def _runs(table: np.ndarray) -> list[_Runs]:
+    """Return the runs of the most frequent step, if there are few."""
+    steps = np.diff(table, axis=0)
+    middle = max(0, (len(steps) - SAMPLE) // 2)
+    found, many = np.unique(steps[middle : middle + SAMPLE], axis=0, return_counts=True)
+    step = found[np.argmax(many)]
+    before = np.flatnonzero((steps != step).any(axis=1))
+    if 2 * len(before) * (1 + table.shape[1]) > table.size:
+        return []
+    starts = np.concatenate([before[:, None] + 1, steps[before]], axis=1).astype(np.int32)
+    return [_Runs(table[0], starts, step, len(table))]
+
+
+def _without_runs(table: np.ndarray) -> list[_Way]:
+    """Return the table as it is, and the pieces that are found with each period."""
+    return [_AsItIs(table), *(way for period in PERIODS for way in _pieces(table, period))]
+
+
+def _pieces(table: np.ndarray, period: int) -> list[_Pieces]:
+    """Return the pieces of quadratics of so many rows at a time, if there are few."""
+    length = len(table) // period
+    values = table[: length * period].reshape(length, period * table.shape[1]).astype(np.int64)
     if not length:
-        return None
-    values = table.astype(np.int64)
+        return []
     breaks = np.flatnonzero(np.diff(values, 3, axis=0).any(axis=1)) + 3
     starts, start = [], 0
     while start < length:
         starts.append(start)
-        if 2 * (1 + 3 * columns) * len(starts) > values.size:
-            return None
+        if 2 * len(starts) * (1 + 3 * values.shape[1]) > table.size:
+            return []
         # Three rows are a quadratic whatever they are; the next one that is not begins a piece.
         following = np.searchsorted(breaks, start + 3)
         start = int(breaks[following]) if following < len(breaks) else length
@@ -81,4 +189,6 @@ def _pieces(table: np.ndarray) -> np.ndarray | None:
     one, two = (values[np.minimum(begin + n, length - 1)] for n in (1, 2))
     slope = np.where(past[:, None] > 1, one - values[begin], 0)
     curve = np.where(past[:, None] > 2, two - 2 * one + values[begin], 0)
-    return np.concatenate([begin[:, None], values[begin], slope, curve], axis=1).astype(np.int32)
+    parts = {"begin": begin, "value": values[begin], "slope": slope, "curve": curve}
+    parts = {name: part.astype(np.int32) for name, part in parts.items()}
+    return [_Pieces(**parts, length=length, columns=table.shape[1], rest=table[length * period :])]

@@ -138,13 +138,13 @@ def text_of(length, mask):
 @pytest.mark.parametrize(
     ("mask", "lengths"),
     [
-        (masks.Causal(), (2**16, 2**18)),
-        pytest.param(masks.Causal() & masks.Window(700, 0), (2**20, 2**21), marks=pytest.mark.slow),
+        (masks.Causal(), (2**15, 2**18)),
+        pytest.param(masks.Causal() & masks.Window(700, 0), (2**15, 2**18), marks=pytest.mark.slow),
     ],
     ids=["causal", "window"],
 )
 def test_a_program_is_as_long_whatever_the_sequence(mask, lengths):
-    """There are 8256 live tiles of the causal mask, and 131328 of four times the sequence."""
+    """There are 2080 live tiles of the causal mask, and 131328 of eight times the sequence."""
     short, long = (len(text_of(length, mask)) for length in lengths)
-    assert long < 2 * short
+    assert abs(long - short) < 0.05 * short
     assert long < 75_000
