@@ -102,7 +102,7 @@ def test_translation_goes_line_by_line(ask, samples, tmp_path):
 
 
 @pytest.mark.slow
-def test_scores_are_the_losses_of_an_evaluation(done, ask, samples, tmp_path):
+def test_scores_are_the_losses_of_an_evaluation(ask, samples, tmp_path):
     table = "".join(f"{s['source']}\t{s['target']}\t0-0\n" for s in samples)
     (tmp_path / "pairs.tsv").write_text(table, "utf-8")
     code, out, err = ask("score", f"--input={tmp_path}/pairs.tsv")
@@ -111,9 +111,9 @@ def test_scores_are_the_losses_of_an_evaluation(done, ask, samples, tmp_path):
     assert re.fullmatch(f"translate: {told}\n", err)
     scores = [float(line) for line in out.splitlines()]
     assert len(scores) == len(samples) and max(scores) <= 0
-    assert ask("evaluate", f"--input={tmp_path}/pairs.tsv")[0] == 0
-    (path,) = (done[1] / "evaluations").glob("input-pairs-*.json")
-    found = json.loads(path.read_text("utf-8"))
+    code, out, _ = ask("evaluate", f"--input={tmp_path}/pairs.tsv")
+    assert code == 0
+    found = json.loads(Path(out.splitlines()[-1]).read_text("utf-8"))
     tokens = sum(len(s["target"].split()) + 1 for s in samples)
     np.testing.assert_allclose(found["scores"][0]["loss"]["mean"], -sum(scores) / tokens, rtol=1e-3)
 
