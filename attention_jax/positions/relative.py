@@ -136,7 +136,10 @@ def t5_bucket(
     ]
     distance = as_int32("t5_bucket: distance", distance)
     size = jnp.abs(distance) if bidirectional else jnp.maximum(-distance, 0)
-    bucket = jnp.searchsorted(np.asarray(bounds, np.int32), size, side="right").astype(jnp.int32)
+    # Every whole number up to `exact` is a bound; a sum of comparisons runs in kernels, too.
+    bucket = jnp.minimum(size, exact)
+    for bound in bounds[exact:]:
+        bucket = bucket + (size >= bound).astype(jnp.int32)
     return bucket + jnp.where(distance > 0, buckets, 0) if bidirectional else bucket
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from attention_jax import attend, bind, explain, masks, normalizers, per_head, scores
+from attention_jax import attend, bind, explain, masks, normalizers, per_head, positions, scores
 from attention_jax.implementations import interpreted
 from attention_jax.normalizers import streaming
 from tests import oracle
@@ -400,3 +400,51 @@ def test_it_explains_itself_and_is_not_chosen_for_a_cpu():
     found = explain(x, x, x, mask=masks.Causal(), implementation="pallas", tile_sizes=(512, 512))
     assert (found.implementation, found.empty, found.partial, found.full) == ("pallas", 28, 8, 28)
     assert explain(x, x, x).implementation == "tiled"
+
+
+def of_blocks(q_idx, kv_idx, table):
+    return table[q_idx // 2, kv_idx // 2]
+
+
+def of_pairs(q_idx, kv_idx, table):
+    return table[q_idx, kv_idx]
+
+
+def of_distances(q_idx, kv_idx, table):
+    return jnp.take(table, kv_idx - q_idx + T)
+
+
+TABLES = {
+    "T5": lambda: {"bias": per_head(bind(positions.t5_bias, table=normal(N, 32)))},
+    "grid": lambda: {"bias": bind(positions.grid_bias, table=normal(3, 5), width=3)},
+    "relative keys": lambda: {"score": bind(positions.relative_key, table=normal(5, H))},
+    "blocks": lambda: {"bias": bind(of_blocks, table=normal(3, 4))},
+    "pairs": lambda: {"bias": bind(of_pairs, table=normal(T, S))},
+    "distances": lambda: {"bias": bind(of_distances, table=normal(T + S))},
+    "mask": lambda: {"mask": masks.Table(normal(T, S) > 0.0)},
+}
+"""Functions that read a table by query and key at once."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("platform", "name"),
+    list(zip(itertools.cycle(("tpu", "gpu")), TABLES, strict=False)),
+    indirect=["platform"],
+)
+def test_tables_by_query_and_key_and_their_gradients(name):
+    same_as_dense(TABLES[name]())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_THERE)
+@pytest.mark.parametrize("table", ["T5", "blocks", "pairs", "mask"])
+def test_tables_lower_with_gradients(name, table):
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+    options = TABLES[table]()
+
+    def total(x, functions):
+        return jnp.sum(attend(x, x, x, implementation="pallas", **{**options, **functions}))
+
+    gradient = jax.jit(jax.grad(total, (0, 1)))
+    assert gradient.trace(x, functions_of(options)).lower(lowering_platforms=(name,)).as_text()

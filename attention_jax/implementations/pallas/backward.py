@@ -144,7 +144,13 @@ def _targets(head: Head) -> list[Target]:
     if head.shares_keys:
         key, value = (target._replace(dtype=jnp.float32) for target in (key, value))
     bias = [_of_bias(array, head.tile) for array in moving.bias]
-    return [query, key, value, *bias, *(x for looked in moving[4:] for x in _of_looked(looked))]
+    return [
+        query,
+        key,
+        value,
+        *bias,
+        *(x for looked in moving[4:] for x in _of_looked(looked, head.tile)),
+    ]
 
 
 def _of_bias(array: Array, tile: tuple[int, int]) -> Target:
@@ -155,11 +161,14 @@ def _of_bias(array: Array, tile: tuple[int, int]) -> Target:
     return Target(by, block, array.shape, is_of_pairs=block.places == "qk")
 
 
-def _of_looked(looked: Looked) -> list[Target]:
+def _of_looked(looked: Looked, tile: tuple[int, int]) -> list[Target]:
     whole = [_for_each("q", array.shape, array.shape, True) for array in looked.whole]
     of_query = [_for_each("q", array.shape[1:], array.shape) for array in looked.of_query]
     of_key = [_for_each("k", array.shape[1:], array.shape) for array in looked.of_key]
-    return [*whole, *of_query, *of_key]
+    of_pair = [
+        Target("q", Block(tile, "qk"), array.shape, is_of_pairs=True) for array in looked.of_pair
+    ]
+    return [*whole, *of_query, *of_key, *of_pair]
 
 
 def _for_each(

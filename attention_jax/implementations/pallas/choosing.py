@@ -91,7 +91,9 @@ def _of_tile(request: Request, platform: str, tile: tuple[int, int]) -> str | No
         for leaf, letters in zip(operand.leaves, operand.axes, strict=True)
     ]
     traced: list[Jaxpr] = []
-    jax.eval_shape(functools.partial(_trace, given, tile, traced), *shapes)
+    jax.eval_shape(
+        functools.partial(_trace, given, tile, math.prod(request.pairs), traced), *shapes
+    )
     for jaxpr in traced:
         reason = _refused(jaxpr, platform)
         if reason is not None:
@@ -104,7 +106,9 @@ def _of_one_head(leaf: Any, letters: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf)[mapped:], jnp.result_type(leaf))
 
 
-def _trace(given: Any, tile: tuple[int, int], traced: list[Jaxpr], *leaves: Any) -> None:
+def _trace(
+    given: Any, tile: tuple[int, int], pairs: int, traced: list[Jaxpr], *leaves: Any
+) -> None:
     """Trace the functions of one head on a tile, with the derivative of the logits."""
     rest = iter(leaves)
     built = {name: part.build([next(rest) for _ in part.leaves]) for name, part in given.items()}
@@ -116,17 +120,16 @@ def _trace(given: Any, tile: tuple[int, int], traced: list[Jaxpr], *leaves: Any)
         )
     ]
     functions, structure = jax.tree.flatten((score, bias if callable(bias) else None))
-    logits = split(functools.partial(_logits, structure), rows, tile, functions)
+    logits = split(functools.partial(_logits, structure), rows, tile, functions, pairs)
     traced += _parts(logits, rows, functions, tile, is_differentiated=True)
     how = streaming(normalizer)
     if not isinstance(how, Exponential):
         numbers, structure = jax.tree.flatten(normalizer)
-        pairs = jax.ShapeDtypeStruct(tile, jnp.float32)
-        data = [pairs, pairs]
-        weights = split(functools.partial(_weights, structure), data, tile, numbers)
+        data = [jax.ShapeDtypeStruct(tile, jnp.float32)] * 2
+        weights = split(functools.partial(_weights, structure), data, tile, numbers, pairs)
         traced += _parts(weights, data, numbers, tile, is_differentiated=True)
     fields, structure = jax.tree.flatten(mask)
-    allowed = split(functools.partial(_allowed, structure), [], tile, fields)
+    allowed = split(functools.partial(_allowed, structure), [], tile, fields, pairs)
     traced += _parts(allowed, [], fields, tile)
 
 

@@ -94,17 +94,19 @@ class Head:
         logits = functools.partial(_logits, tiles.logits[rows], structure)
         how = one_pass(operands.functions.normalizer)
         pairs = jax.ShapeDtypeStruct(tile, here.value.dtype)
-        exponents = allowed = keep = None
+        lengths = operands.query.shape[0], operands.key.shape[0]
+        number, exponents, allowed, keep = math.prod(lengths), None, None, None
         if isinstance(how, LogSum):
-            exponents = split(functools.partial(_exponents, structure), [pairs], tile, leaves)
+            exponents = split(
+                functools.partial(_exponents, structure), [pairs], tile, leaves, number
+            )
         if rows in tiles.allowed:
             of_mask = given.mask, given.captured[rows]
             mask, mask_structure = jax.tree.flatten(of_mask)
             may = functools.partial(_allowed, tiles.allowed[rows], mask_structure)
-            allowed = split(may, [], tile, mask)
+            allowed = split(may, [], tile, mask, number)
         if given.dropout is not None:
-            keep = split(threefry.function, [], tile, _dropout(given))
-        lengths = operands.query.shape[0], operands.key.shape[0]
+            keep = split(threefry.function, [], tile, _dropout(given), number)
         counts = lengths[0] // rows, lengths[1] // tile[1]
         return cls(
             tile,
@@ -114,8 +116,8 @@ class Head:
             given,
             how,
             leaves,
-            split(logits, data, tile, leaves),
-            split(functools.partial(_weights, structure), [pairs, pairs], tile, leaves),
+            split(logits, data, tile, leaves, number),
+            split(functools.partial(_weights, structure), [pairs, pairs], tile, leaves, number),
             exponents,
             allowed,
             keep,
@@ -183,13 +185,13 @@ class Reader:
         )
         _, _, _, _, logits, weights = head.moving
         mask = jax.tree.leaves((given.mask, given.captured.get(rows)))
-        slots = functools.partial(_slots, inputs, head.indices)
+        slots = functools.partial(_slots, inputs, head)
         return cls(
             head,
             data,
             (of_query, of_key),
-            Slots.of(inputs, head.logits, logits),
-            Slots.of(inputs, head.weights, weights),
+            Slots.of(inputs, head.logits, logits, head.tile),
+            Slots.of(inputs, head.weights, weights, head.tile),
             slots(head.exponents, head.leaves),
             slots(head.allowed, mask),
             slots(head.keep, [] if head.keep is None else _dropout(given)),
@@ -310,12 +312,10 @@ CHAINS = 8
 """Additions that wait for each other leave most of the units of a TPU idle."""
 
 
-def _slots(
-    inputs: Inputs, first: tuple[Array, Array], function: Split | None, leaves: list[Any]
-) -> Slots | None:
+def _slots(inputs: Inputs, head: Head, function: Split | None, leaves: list[Any]) -> Slots | None:
     if function is None:
         return None
-    return Slots.of(inputs, function, function.looked_up(leaves, first))
+    return Slots.of(inputs, function, function.looked_up(leaves, head.indices), head.tile)
 
 
 def _bias(operands: Operands) -> list[Array]:

@@ -50,9 +50,17 @@ class Slot:
         array = array.astype(jnp.int32) if is_boolean else array
         return cls(inputs.add(array.reshape(stored), block), shape, is_boolean)
 
+    @classmethod
+    def of_pairs(cls, inputs: Inputs, array: Array, tile: tuple[int, int]) -> Slot:
+        """Add an array [T, S] that is cut in tiles."""
+        is_boolean = array.dtype == jnp.bool_
+        array = array.astype(jnp.int8) if is_boolean else array
+        return cls(inputs.add(array, Block(tile, "qk")), tile, is_boolean)
+
     def read(self, values: Sequence[Array]) -> Array:
         """Return the array, from the blocks of all operands."""
         array = values[self.number].reshape(self.shape)
+        array = array.astype(jnp.int32) if self.is_boolean else array
         return array != 0 if self.is_boolean else array
 
 
@@ -63,12 +71,13 @@ class Slots(NamedTuple):
     looked: Looked
 
     @classmethod
-    def of(cls, inputs: Inputs, function: Split, looked: Looked) -> Slots:
+    def of(cls, inputs: Inputs, function: Split, looked: Looked, tile: tuple[int, int]) -> Slots:
         parts = (
             [Slot.of(inputs, jnp.asarray(array), place) for array in arrays]
-            for arrays, place in zip(looked, ".qk", strict=True)
+            for arrays, place in zip(looked[:3], ".qk", strict=True)
         )
-        return cls(function, Looked(*parts))
+        of_pair = [Slot.of_pairs(inputs, array, tile) for array in looked.of_pair]
+        return cls(function, Looked(*parts, of_pair))
 
     def read(self, values: Sequence[Array]) -> Looked:
         return jax.tree.map(

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import ad
 
+from attention_jax.implementations.pallas.tables import Known, look_up, table_of_pairs
+
 Array = jax.Array
 
 SHARED, OF_QUERY, OF_KEY, OF_PAIR = frozenset(), frozenset("q"), frozenset("k"), frozenset("qk")
@@ -40,12 +42,14 @@ class Looked(NamedTuple):
     """What a kernel is given of the leaves of a function: as whole arrays, or of each tile.
 
     `whole` are leaves, or computed from leaves alone; `of_query [tiles, ...]` and `of_key` are
-    what each tile of queries or keys needs, computed from its indices.
+    what each tile of queries or keys needs, computed from its indices; `of_pair [T, S]` has a
+    number for each pair.
     """
 
     whole: list[Any]
     of_query: list[Any]
     of_key: list[Any]
+    of_pair: list[Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,12 +58,14 @@ class Split:
 
     `shared(*leaves)`, `of_query(q_idx, *leaves)` and `of_key(kv_idx, *leaves)` are computed
     outside of the kernel, and `pairs(*data, q_idx, kv_idx, *leaves that it reads, *shared,
-    *of_query, *of_key)` inside. The leaves that it reads have the numbers `reads`.
+    *of_query, *of_key, *of_pair)` inside. The leaves that it reads have the numbers `reads`.
+    `of_pair` returns tables, and rows and columns of them, as three such functions.
     """
 
     shared: Callable[..., list[Array]]
     of_query: Callable[..., list[Array]]
     of_key: Callable[..., list[Array]]
+    of_pair: tuple[Callable[..., list[Array]], ...]
     pairs: Callable[..., list[Array]]
     reads: tuple[int, ...]
     constants: list[Any]
@@ -73,24 +79,44 @@ class Split:
             jax.vmap(functools.partial(_with_leaves, part, leaves))(indices)
             for part, indices in zip((self.of_query, self.of_key), first, strict=True)
         )
-        return Looked(whole, of_query, of_key)
+        tables, rows, columns = self.of_pair
+        of_pair = [
+            jnp.take(jnp.take(table, row.ravel(), axis=0), column.ravel(), axis=1)
+            for table, row, column in zip(
+                tables(*leaves),
+                jax.vmap(functools.partial(_with_leaves, rows, leaves))(first[0]),
+                jax.vmap(functools.partial(_with_leaves, columns, leaves))(first[1]),
+                strict=True,
+            )
+        ]
+        return Looked(whole, of_query, of_key, of_pair)
 
     def __call__(self, data: Sequence[Any], q_idx: Array, kv_idx: Array, looked: Looked) -> Any:
         """Compute a tile inside a kernel, from what was looked up for it."""
-        given = (*looked.whole, *looked.of_query, *looked.of_key)
+        given = itertools.chain(*looked)
         return jax.tree.unflatten(self.result, self.pairs(*data, q_idx, kv_idx, *given))
 
 
 def split(
-    function: Callable[..., Any], data: Sequence[Any], tile: tuple[int, int], leaves: Sequence[Any]
+    function: Callable[..., Any],
+    data: Sequence[Any],
+    tile: tuple[int, int],
+    leaves: Sequence[Any],
+    pairs: int,
 ) -> Split:
-    """Trace a function of (data, q_idx [bt, 1], kv_idx [1, bk], leaves) and split it."""
+    """Trace a function of (data, q_idx [bt, 1], kv_idx [1, bk], leaves) and split it.
+
+    There are so many `pairs` in all.
+    """
     rows, columns = tile
     indices = jax.ShapeDtypeStruct((rows, 1), "int32"), jax.ShapeDtypeStruct((1, columns), "int32")
     flat = functools.partial(_flat, function, len(data))
     closed, shape = jax.make_jaxpr(flat, return_shape=True)(*data, *indices, *leaves)
     inlined = functools.partial(_inlined, closed)
     closed = jax.make_jaxpr(inlined)(*data, *indices, *leaves)
+    if any(equation.primitive.name == "gather" for equation in closed.jaxpr.eqns):
+        looking_up = functools.partial(_looking_up, closed, len(data), pairs)
+        closed = jax.make_jaxpr(looking_up)(*data, *indices, *leaves)
     jaxpr = closed.jaxpr
     leaves = [*jaxpr.invars[len(data) + 2 :], *jaxpr.constvars]
     return _split(jaxpr, len(data), leaves, closed.consts, jax.tree.structure(shape))
@@ -118,6 +144,37 @@ def _inlined(closed: ClosedJaxpr, *arguments: Any) -> list[Any]:
         else:
             values |= evaluated(equation, read)
     return [read(atom) for atom in closed.jaxpr.outvars]
+
+
+def _looking_up(closed: ClosedJaxpr, number: int, pairs: int, *arguments: Any) -> list[Any]:
+    """Evaluate a jaxpr, gathers by query and key as kernels can, as far as they can."""
+    jaxpr = closed.jaxpr
+    sides = _sides(jaxpr, number, [*jaxpr.invars[number + 2 :], *jaxpr.constvars])
+    made_by = {variable: equation for equation in jaxpr.eqns for variable in equation.outvars}
+    known = Known(sides, made_by, pairs)
+    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values |= zip(jaxpr.invars, arguments, strict=True)
+    read = functools.partial(value_of, values)
+    for equation in jaxpr.eqns:
+        found = None
+        if equation.primitive.name == "gather" and sides[equation.outvars[0]] == OF_PAIR:
+            found = look_up(known, equation, read)
+        if found is None:
+            values |= evaluated(equation, read)
+        else:
+            values[equation.outvars[0]] = found
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _sides(jaxpr: Jaxpr, number: int, leaves: list[Any]) -> dict[Any, frozenset[str]]:
+    """Return what each variable depends on, given the number of arrays of data."""
+    q_idx, kv_idx = jaxpr.invars[number : number + 2]
+    sides: dict[Any, frozenset[str]] = dict.fromkeys(leaves, SHARED)
+    sides |= dict.fromkeys(jaxpr.invars[:number], OF_PAIR) | {q_idx: OF_QUERY, kv_idx: OF_KEY}
+    for equation in jaxpr.eqns:
+        side = SHARED.union(*(sides[atom] for atom in _variables(equation.invars)))
+        sides |= dict.fromkeys(equation.outvars, side)
+    return sides
 
 
 def value_of(values: dict[Any, Any], atom: Any) -> Any:
@@ -194,21 +251,26 @@ def _split(
     jaxpr: Jaxpr, number: int, leaves: list[Any], constants: list[Any], result: Any
 ) -> Split:
     q_idx, kv_idx = jaxpr.invars[number : number + 2]
-    sides: dict[Any, frozenset[str]] = dict.fromkeys(leaves, SHARED)
-    sides |= dict.fromkeys(jaxpr.invars[:number], OF_PAIR) | {q_idx: OF_QUERY, kv_idx: OF_KEY}
-    outside: set[Any] = set()
+    sides = _sides(jaxpr, number, leaves)
+    looked_up = [e for e in jaxpr.eqns if e.primitive is table_of_pairs]
+    outside: set[Any] = {e.outvars[0] for e in looked_up}
     for equation in jaxpr.eqns:
-        side = SHARED.union(*(sides[atom] for atom in _variables(equation.invars)))
-        sides |= dict.fromkeys(equation.outvars, side)
-        if side != OF_PAIR and _is_done_outside(equation, outside):
+        is_of_pair = any(sides[variable] == OF_PAIR for variable in equation.outvars)
+        if not is_of_pair and _is_done_outside(equation, outside):
             outside |= set(equation.outvars)
     inside = [e for e in jaxpr.eqns if not outside & set(e.outvars)]
     inside = _needed(inside, jaxpr.outvars)
     read = dict.fromkeys(_variables([*(x for e in inside for x in e.invars), *jaxpr.outvars]))
     fronts = {
         side: [variable for variable in read if variable in outside and sides[variable] == side]
-        for side in (SHARED, OF_QUERY, OF_KEY)
+        for side in (SHARED, OF_QUERY, OF_KEY, OF_PAIR)
     }
+    looked_up = {e.outvars[0]: e.invars for e in looked_up}
+    tables, rows, columns = (
+        zip(*(looked_up[variable] for variable in fronts[OF_PAIR]), strict=True)
+        if fronts[OF_PAIR]
+        else ((), (), ())
+    )
     reads = tuple(n for n, leaf in enumerate(leaves) if leaf in read)
     inputs = [
         *jaxpr.invars[: number + 2],
@@ -219,6 +281,11 @@ def _split(
         _part(jaxpr.eqns, leaves, fronts[SHARED]),
         _part(jaxpr.eqns, [q_idx, *leaves], fronts[OF_QUERY]),
         _part(jaxpr.eqns, [kv_idx, *leaves], fronts[OF_KEY]),
+        (
+            _part(jaxpr.eqns, leaves, tables),
+            _part(jaxpr.eqns, [q_idx, *leaves], rows),
+            _part(jaxpr.eqns, [kv_idx, *leaves], columns),
+        ),
         _part(inside, inputs, jaxpr.outvars, in_kernel=True),
         reads,
         constants,
