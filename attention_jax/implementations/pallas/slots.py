@@ -72,12 +72,12 @@ class Slots(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs, function: Split, looked: Looked, tile: tuple[int, int]) -> Slots:
-        parts = (
+        whole, of_query, of_key = (
             [Slot.of(inputs, jnp.asarray(array), place) for array in arrays]
             for arrays, place in zip(looked[:3], ".qk", strict=True)
         )
         of_pair = [Slot.of_pairs(inputs, array, tile) for array in looked.of_pair]
-        return cls(function, Looked(*parts, of_pair))
+        return cls(function, Looked(whole, of_query, of_key, of_pair))
 
     def read(self, values: Sequence[Array]) -> Looked:
         return jax.tree.map(

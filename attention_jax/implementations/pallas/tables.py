@@ -156,7 +156,9 @@ def _columns(known: Known, index: Any, read: Callable[[Any], Any]) -> list[Any] 
     if isinstance(index, Literal) or len(index.aval.shape) != 3:
         return None
     made = known.made_by.get(index)
-    name = made.primitive.name if made is not None else None
+    if made is None:
+        return None
+    name = made.primitive.name
     if name == "concatenate" and made.params["dimension"] == 2:
         parts = [_columns(known, atom, read) for atom in made.invars]
         return None if None in parts else [one for part in parts if part for one in part]
@@ -190,9 +192,11 @@ def _narrow(known: Known, atom: Any, read: Callable[[Any], Any]) -> tuple[Any, A
 
 def _of_rows(numbers: Any, table: Array, where: list[Array]) -> Array | None:
     """Return entries of a table that has its own numbers for each query, or each key."""
-    (batch,) = numbers.operand_batching_dims or (None,)
-    (of_tile,) = numbers.start_indices_batching_dims or (None,)
-    if table.ndim != 2 or table.shape[1 - batch] > MOST_ENTRIES or len(where) != 1:
+    batches, of_tiles = numbers.operand_batching_dims, numbers.start_indices_batching_dims
+    if table.ndim != 2 or len(batches) != 1 or len(where) != 1:
+        return None
+    (batch,), (of_tile,) = batches, of_tiles
+    if table.shape[1 - batch] > MOST_ENTRIES:
         return None
     table = table if batch == of_tile else table.T
     return entry(1 - of_tile, table, where[0])
@@ -217,7 +221,7 @@ def _separate(
         return table_of_pairs.bind(table, row, column)
     if table.shape[1] > MOST_ENTRIES:
         return None
-    return entry(1, jnp.take(table, row[:, 0], axis=0, mode="clip"), column)
+    return entry(1, jnp.take(_padded(table), row[:, 0], axis=0, mode="clip"), column)
 
 
 def _combined(where: Sequence[Array], shape: Sequence[int]) -> Array:
@@ -232,6 +236,11 @@ def _flat(table: Array, axes: Sequence[int], where: list[Array]) -> Array | None
         return None
     table = table.transpose(axes)
     index = _combined(where, [table.shape[axis] for axis in axes])
-    size = 1 << (table.size - 1).bit_length()  # the sizes that a GPU's kernel knows
-    flat = lax.pad(table.reshape(-1), jnp.zeros((), table.dtype), [(0, size - table.size, 0)])
-    return entry(1, flat.reshape(1, -1), index)
+    return entry(1, _padded(table.reshape(1, -1)), index)
+
+
+def _padded(table: Array) -> Array:
+    """Return a table with as many columns as a GPU's kernel can read, a power of two."""
+    size = table.shape[1]
+    more = (1 << (size - 1).bit_length()) - size
+    return lax.pad(table, jnp.zeros((), table.dtype), [(0, 0, 0), (0, more, 0)])
