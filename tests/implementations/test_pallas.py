@@ -374,7 +374,7 @@ def lowered(platform, **options):
 
 @pytest.mark.parametrize("name", NOT_THERE)
 def test_it_lowers_for_a_platform_that_is_not_there_or_names_the_primitive(name):
-    lowered(name, mask=masks.Segment(jnp.zeros(256, jnp.int32)))
+    lowered(name, mask=masks.Segment(jnp.zeros(256, jnp.int32)) & masks.Chunked(32))
     platform = {"tpu": "TPU", "cuda": "GPU"}[name]
     message = (
         f"^attend: implementation 'pallas' makes no kernel for {platform} of this: the score, "
@@ -438,7 +438,7 @@ def test_tables_by_query_and_key_and_their_gradients(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOT_THERE)
-@pytest.mark.parametrize("table", ["T5", "blocks", "pairs"])
+@pytest.mark.parametrize("table", ["T5", "grid", "blocks", "pairs"])
 def test_tables_lower_with_gradients(name, table):
     x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
     options = TABLES[table]()

@@ -136,6 +136,14 @@ def _is_finite(params: dict[str, Any], x: Array) -> list[Any]:
     return [jnp.abs(x) <= jnp.finfo(x.dtype).max]
 
 
+def _sign(params: dict[str, Any], x: Array) -> list[Any]:
+    """Return the sign, whose own lowering asks which TPU is there; that of NaN and 0 is itself."""
+    if not isinstance(x, Tracer):
+        return [np.sign(np.asarray(x))]
+    one = jnp.full(x.shape, 1, x.dtype)
+    return [jnp.where(x > 0, one, jnp.where(x < 0, -one, x))]
+
+
 def _placement(params: dict[str, Any], near: Any) -> list[Any]:
     """Answer as on a TPU, and that nothing is spread: on a GPU that is right, too."""
     del near
@@ -197,6 +205,7 @@ RULES: dict[str, Callable[..., list[Any]]] = {
     "reduce_and": _all,
     "reduce_or": _any,
     "is_finite": _is_finite,
+    "sign": _sign,
     "constant_of_placement": _placement,
     "platform_index": _platform,
     "empty": _empty,
