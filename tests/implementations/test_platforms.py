@@ -245,7 +245,14 @@ def test_derivatives_of_what_none_chooses_are_kernels_too():
             {"score": lambda query, key: jnp.tanh(query[:, None] + key[None]).sum(-1)},
             "no kernels: a tile would hold 128 MiB at once",
         ),
-        ({"mask": jnp.ones((4096, 4096), bool)}, "no kernels: the primitive "),
+        (
+            {"mask": jnp.ones((4096, 4096), bool)},
+            "kernels of score scaled_dot, mask Table(allowed=bool[4096,4096]",
+        ),
+        (
+            {"bias": lambda q_idx, kv_idx: jnp.zeros(8191)[q_idx - kv_idx + 4095]},
+            "no kernels: the primitive gather is not known to be one of kernels",
+        ),
         (
             {"statistics": {"entropy": statistics.entropy}},
             "no kernels: computes no statistics of the weights; use implementation='tiled'",
