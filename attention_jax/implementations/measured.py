@@ -137,7 +137,7 @@ class Measured(NamedTuple):
 
 def one_by_one(plan: Plan) -> list[Visits]:
     """Return visits of single tiles: those of several at once may sum over the same queries."""
-    if not plan.is_static:
+    if plan.looks_up:
         return plan.visits
     is_full = plan.states == FULL
     return [

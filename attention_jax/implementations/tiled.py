@@ -101,7 +101,7 @@ def _over_tiles(head: Head, plan: Plan, products: Products, apart: bool) -> tupl
 
 def _row_by_row(head: Head, plan: Plan, products: Products) -> Attended:
     """Attend where a normalizer goes over a row of tiles, each visited alone."""
-    apart = dataclasses.replace(plan, is_static=False)
+    apart = dataclasses.replace(plan, apart=True)
     if not apart.visits:
         dtype = at_least_float32(head.value.dtype)
         context = jnp.zeros((plan.pairs[0], head.value.shape[1]), dtype)
@@ -160,7 +160,7 @@ def prepared(
     given = Given(
         mask=plan.within(head.mask),
         captured={},
-        states=None if plan.is_static else jnp.asarray(plan.states_of(head.mask)),
+        states=jnp.asarray(plan.states_of(head.mask)) if plan.looks_up else None,
         dropout=head.dropout,
         query_poison=_poison(query),
         key_poison=_poison(key) + _poison(value),

@@ -85,9 +85,10 @@ class Plan:
       starts: [n, 2], the first query and the first key of every tile that may be live, by row.
       states: [n], what each tile is, as far as that is known while tracing.
       covered: the tiles reach up to this key, beyond the last where S is no multiple of `unit`.
-      is_static: whether `states` is the whole truth; if not, `states_of` asks the mask at run time.
+      is_static: whether `states` is the whole truth; if not, the mask is asked at run time.
       platform: the one that the visits are for; None for that of the process.
       heads: a tile is of so many heads, which maps mix.
+      apart: whether every tile is a visit of its own, for what goes over the tiles of a row.
     """
 
     pairs: tuple[int, int]
@@ -99,26 +100,34 @@ class Plan:
     is_static: bool
     platform: str | None = None
     heads: int = 1
+    apart: bool = False
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether a visit looks up what its tile is, because it cannot say so of all its tiles."""
+        return self.apart or not self.is_static
 
     def within(self, mask: Mask) -> Mask:
         """Return the mask without keys beyond the last."""
         return mask & Lengths(self.pairs[1]) if self.covered > self.pairs[1] else mask
 
     def states_of(self, mask: Mask) -> Any:
-        """Return what each tile is, [n], for a mask that is known at run time."""
+        """Return what each tile is, [n], as arrays where the program has to look it up."""
+        if self.is_static:
+            return computed(self.states[:, None].astype(np.int32))[:, 0].astype(self.states.dtype)
         rows, units = computed(self.starts // np.array([self.tile[0], self.unit], np.int32)).T
         per_tile = self.tile[1] // self.unit
         grid = self.pairs[0], self.covered, self.tile[0]
         if not (self.starts[:, 1] % self.tile[1]).any():
-            states = self.within(mask).tiles(*grid, self.tile[1])
+            states = jnp.asarray(self.within(mask).tiles(*grid, self.tile[1]))
             return states[rows, units // per_tile]
-        states = self.within(mask).tiles(*grid, self.unit)
+        states = jnp.asarray(self.within(mask).tiles(*grid, self.unit))
         return joined(states, rows, units, per_tile)
 
     @functools.cached_property
     def visits(self) -> list[Visits]:
         """The groups in which the tiles are visited."""
-        if not self.is_static:
+        if self.looks_up:
             visits = Visits(True, self.tile[0], 1, self.starts[:, 0], self.starts[:, 1:])
             return [visits] if len(self.starts) else []
         pairs = self.heads * self.tile[0] * self.tile[1]

@@ -231,3 +231,16 @@ def test_alpha_out_of_range_is_refused(alpha):
     message = rf"^entmax: alpha must be above 1 and at most 2, got {alpha}\.$"
     with pytest.raises(ValueError, match=message):
         attend(*inputs(), normalizer=bind(normalizers.entmax, alpha=alpha))
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.sparsemax, normalizers.stick_breaking])
+def test_a_row_of_many_tiles_is_one_program(normalizer):
+    x = normal(1, 96, 1, 2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def of(implementation, x):
+        tile = (8, 8) if implementation == "tiled" else None
+        how = {"implementation": implementation, "tile_sizes": tile}
+        return attend(x, x, x, normalizer=normalizer, mask=masks.Causal(-1), **how)
+
+    np.testing.assert_allclose(of("tiled", x), of("dense", x), rtol=1e-12, atol=1e-12)
