@@ -28,16 +28,8 @@ from attention_jax.head_maps import halo_of
 from attention_jax.implementations import online
 from attention_jax.implementations.head import SAVED, Attended
 from attention_jax.implementations.mixed import Heads, OfHeads, repeated
-from attention_jax.implementations.mixed_passes import (
-    Contexts,
-    Forward,
-    Given,
-    MixedContexts,
-    MixedTiles,
-    Operands,
-    Sums,
-    widened,
-)
+from attention_jax.implementations.mixed_passes import Contexts, Forward, MixedContexts, Sums
+from attention_jax.implementations.mixed_tiles import Given, MixedTiles, Operands, widened
 from attention_jax.implementations.tile_passes import one_pass, tangents_of
 from attention_jax.implementations.tiled import mapped, padded, with_sink
 from attention_jax.implementations.tiles import Plan
