@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from experiments.translate.workdir import is_first, write_text
 from experiments.worker import told, wait
 
 _KEPT = 2
+# Seconds for the threads of Orbax to end after an error, and between two looks.
+_PATIENCE, _PAUSE = 5, 0.2
 # Orbax cannot read a checkpoint without this file.
 _MANIFEST = "manifest.ocdbt"
 # How TensorStore ends a message of a system error.
@@ -119,10 +124,19 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _delete_parts(self, step: int) -> None:
-        """Delete a checkpoint, also what Orbax names otherwise until it is complete."""
-        for unfinished in self.folder.glob(f"{self._path(step).name}*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.unlink(missing_ok=True)
+        """Delete a checkpoint, also what Orbax names otherwise until it is complete.
+
+        Its threads may still be writing some of the files; until they have ended, more appear.
+        """
+        end = time.monotonic() + _PATIENCE
+        while found := list(self.folder.glob(f"{self._path(step).name}*")):
+            for unfinished in found:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    unfinished.unlink(missing_ok=True)
+            if time.monotonic() > end:
+                break
+            time.sleep(_PAUSE)
 
     def _delete(self, step: int) -> None:
         self._seal(step).unlink(missing_ok=True)
@@ -134,10 +148,20 @@ def _silent_orbax() -> Iterator[None]:
     """Print none of the tracebacks of Orbax's threads, whose error `save` raises as well."""
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
+    report = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_unless_late, report)
     try:
         yield
+        # After an error it stays: files that are still being written report when they are done.
+        sys.unraisablehook = report
     finally:
         logger.disabled = before
+
+
+def _unless_late(report: Callable[[Any], Any], error: Any) -> None:
+    """Report an error that nobody catches, unless it says that nobody waits for a file any more."""
+    if str(error.exc_value) != "Event loop is closed":
+        report(error)
 
 
 def _reason(error: OSError | ValueError) -> tuple[int, str]:

@@ -136,7 +136,8 @@ def save(folder):
     # As on a full disk, writing fails in the middle of a file, in the threads of Orbax too.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    checkpoints.save(2, {"matrix": np.random.default_rng(0).random((500, 500)), "b": np.ones(2)})
+    random = np.random.default_rng(0)
+    checkpoints.save(2, {str(n): random.random((400 + n, 500)) for n in range(20)})
 
 sys.exit(run("save", None, lambda arguments: Path(arguments[0]), save))
 """
