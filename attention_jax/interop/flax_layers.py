@@ -114,6 +114,9 @@ class FlaxAttention:
     ) -> Array:
         """Attend, with the keywords of Flax.
 
+        Complex numbers have a softmax of Flax, but no order: where nothing is bound, they are left
+        to Flax's own function. Else they are refused.
+
         Args:
           query: [*batch, T, N, Hq].
           key: [*batch, S, K, Hk].
@@ -140,8 +143,21 @@ class FlaxAttention:
             attn_weights_value_einsum=attn_weights_value_einsum,
             input_positions=input_positions,
         )
-        layout = Layout.of(query, key, value)
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        if jnp.issubdtype(dtype, jnp.complexfloating) and self._is_flaxs_own:
+            of_flax: Any = nnx if is_causal or isinstance(module, nnx.Module) else linen
+            return of_flax.dot_product_attention(
+                *(query, key, value, bias, mask),
+                broadcast_dropout=broadcast_dropout,
+                dropout_rng=dropout_rng,
+                dropout_rate=dropout_rate,
+                deterministic=deterministic,
+                dtype=dtype,
+                precision=precision,
+                module=module,
+                **({"is_causal": True} if is_causal else {}),
+            )
+        layout = Layout.of(query, key, value)
         operands = [layout.joined(x.astype(dtype)) for x in (query, key, value)]
         position = self._position(layout, mask, is_causal)
         attend_with = functools.partial(
@@ -161,6 +177,13 @@ class FlaxAttention:
                 sown = at_least_float32(dtype) if force_fp32_for_softmax else dtype
                 _sow(module, layout.split(weights.astype(sown)))
             return layout.split(attend_with(**dropout))
+
+    @property
+    def _is_flaxs_own(self) -> bool:
+        """Whether this is what Flax's function computes: nothing is bound."""
+        bound = (self.mask, self.bias, self.implementation)
+        is_softmax = self.score is scaled_dot and self.normalizer is softmax
+        return is_softmax and all(part is None for part in bound)
 
     def _position(self, layout: Layout, mask: MaskLike, is_causal: bool) -> Array | None:
         """Return the position of a single query of a layer that decodes; None where it is 0."""

@@ -164,6 +164,25 @@ def test_dtype_argument():
     is_close(context, compiled(attend, *rounded), 0.0)
 
 
+def test_complex_numbers_are_left_to_flax():
+    operands = [jax.lax.complex(x, x[::-1]) for x in (QUERY, KEY, VALUE)]
+    with jax.numpy_dtype_promotion("standard"):  # Flax's masks need it
+        expected = linen.dot_product_attention(*operands, mask=ALLOWED)
+        np.testing.assert_array_equal(attention_fn()(*operands, mask=ALLOWED), expected)
+
+
+def test_a_complex_layer_equals_flax():
+    layers = [
+        linen.MultiHeadDotProductAttention(
+            N, dtype=jnp.complex64, param_dtype=jnp.complex64, **options
+        )
+        for options in ({}, {"attention_fn": attention_fn()})
+    ]
+    x = jnp.asarray(X, jnp.complex64)
+    expected, found = (layer.init_with_output(jax.random.key(0), x)[0] for layer in layers)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_empty_rows_are_zeros():
     mask = np.ones((1, 1, T, S), bool)
     mask[0, 0, 2] = False
@@ -407,7 +426,10 @@ ERRORS = {
         ({}, {"precision": ("high", "TF32_TF32_F32")})
     ],
     "query must be real, got complex64; attend to real and imaginary parts as features": [
-        ({}, {x: jnp.zeros((B, T, N, H), jnp.complex64) for x in ("query", "key", "value")})
+        (
+            {"score": scores.dot},
+            {x: jnp.zeros((B, T, N, H), jnp.complex64) for x in ("query", "key", "value")},
+        )
     ],
     "qk_attn_weights_einsum is not honoured; the products of tiles are not einsums": [
         ({}, {"qk_attn_weights_einsum": jnp.einsum})
