@@ -115,13 +115,14 @@ def cover(runs: Runs, width: int) -> tuple[np.ndarray, np.ndarray]:
     ends = runs.row * wide + runs.end
     run = np.flatnonzero(np.diff(runs.row, prepend=-1))  # where every row is now
     begin = runs.begin[run]
+    row_of_run = np.append(runs.row, -1)  # that of no run, after the last
     found = [np.zeros((3, 0), int)]
     while len(run):
         row, many = runs.row[run], -(-(runs.end[run] - begin) // width)
         found.append(np.stack([row, begin, many]))
         past = begin + many * width
         run = np.searchsorted(ends, row * wide + past, side="right")
-        goes_on = np.append(runs.row, -1)[run] == row
+        goes_on = row_of_run[run] == row
         run, past = run[goes_on], past[goes_on]
         begin = np.maximum(past, runs.begin[run])
     row, begin, many = np.concatenate(found, axis=1)
