@@ -13,7 +13,7 @@ from jax import lax
 
 from attention_jax.normalizers.protocol import Streaming
 
-__all__ = ["MOST_PASSES", "Level", "Searched", "Threshold", "over_row"]
+__all__ = ["MOST_PASSES", "Level", "OverThreshold", "Searched", "Threshold", "over_row"]
 
 Array = jax.Array
 
@@ -87,36 +87,45 @@ class Bracket(NamedTuple):
 
 
 PROBES = 6
-"""At how many thresholds a pass tries the sum of a row, if that is cheap."""
+"""At how many thresholds a pass tries the sum of a row."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Threshold(Searched):
+class OverThreshold(Searched):
     """Weights w = function(e - t), whose threshold t makes each row sum to one.
+
+    The tangent of t follows from sum_j function'(e_j - t) (e'_j - t') = 0.
+
+    Attributes:
+      function: from [bt, bk] to weights: zero up to 0, then rising; NaN of NaN.
+      reach: function(reach) = 1, so that t is at most this far below the largest logit.
+    """
+
+    function: Callable[[Array], Array]
+    reach: Any = 1.0
+
+    def weight(self, logits: Array, statistics: Level) -> Array:
+        return self.function(logits - statistics.largest[:, None] - statistics.level[:, None])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Threshold(OverThreshold):
+    """The threshold of a function that is cheap, looked for at several places in each pass.
 
     A pass tries thresholds from one end of a bracket to the other. The sum to the power of
     1 / power is convex and falls with t, so a line through two of its points is above it between
-    them and below it elsewhere: where lines reach one are the ends of the next bracket. The tangent
-    of t follows from sum_j function'(e_j - t) (e'_j - t') = 0.
+    them and below it elsewhere: where lines reach one are the ends of the next bracket.
 
     Attributes:
-      function: from [bt, bk] to weights: zero up to 0, then rising and convex; NaN of NaN.
-      reach: function(reach) = 1, so that t is at most this far below the largest logit.
+      function, reach: those of `OverThreshold`; the function is convex above 0.
       power: function grows like this power, at least 1.
-      probes: how many thresholds a pass tries, at least 3.
 
     >>> sparsemax = Threshold(jax.nn.relu)
     >>> sparsemax.weight(jnp.array([[1.0, 0.5]]), Level(jnp.array([-0.25]), jnp.array([1.0])))
     Array([[0.25, 0.  ]], dtype=float32)
     """
 
-    function: Callable[[Array], Array]
-    reach: Any = 1.0
     power: Any = 1.0
-    probes: int = PROBES
-
-    def weight(self, logits: Array, statistics: Level) -> Array:
-        return self.function(logits - statistics.largest[:, None] - statistics.level[:, None])
 
     def level(self, state: Bracket) -> Array:
         return state.high
@@ -126,15 +135,15 @@ class Threshold(Searched):
         return Bracket(low, jnp.zeros_like(low), jnp.zeros(low.shape, bool))
 
     def contribution(self, relative: Array, state: Bracket) -> Array:
-        """Return the sum of the weights at each probe, [bt, probes]."""
+        """Return the sum of the weights at each probe, [bt, PROBES]."""
         over = relative[:, None, :] - self.thresholds(state)[:, :, None]
         return jnp.sum(self.function(over), axis=2)
 
     def update(self, state: Bracket, sums: Array) -> Bracket:
         at, power = self.thresholds(state), jnp.asarray(self.power, sums.dtype)
         over = sums ** (1.0 / power) - 1.0
-        before = jnp.clip(jnp.sum(over >= 0.0, axis=1) - 1, 0, self.probes - 2)
-        around = jnp.clip(before[:, None] + jnp.arange(-1, 3)[None, :], 0, self.probes - 1)
+        before = jnp.clip(jnp.sum(over >= 0.0, axis=1) - 1, 0, PROBES - 2)
+        around = jnp.clip(before[:, None] + jnp.arange(-1, 3)[None, :], 0, PROBES - 1)
         points, values = (jnp.take_along_axis(x, around, axis=1) for x in (at, over))
         # Where the lines through the 1st and 2nd, 2nd and 3rd, 3rd and 4th point reach zero.
         roots = _roots(points, values)
@@ -147,8 +156,8 @@ class Threshold(Searched):
         return jax.tree.map(lambda old, new: jnp.where(state.is_found, old, new), state, new)
 
     def thresholds(self, state: Bracket) -> Array:
-        """Return the thresholds to try, [T, probes]."""
-        share = jnp.arange(self.probes).astype(state.low.dtype) / (self.probes - 1)
+        """Return the thresholds to try, [T, PROBES]."""
+        share = jnp.arange(PROBES).astype(state.low.dtype) / (PROBES - 1)
         return state.low[:, None] + (state.high - state.low)[:, None] * share[None, :]
 
     def is_done(self, state: Bracket) -> Array:
@@ -165,7 +174,7 @@ def _roots(points: Array, values: Array) -> Array:
     return jnp.where(fall > 0.0, points[:, :-1] + step, -jnp.inf)
 
 
-def over_row(how: Threshold, logits: Array, allowed: Array) -> Array:
+def over_row(how: OverThreshold, logits: Array, allowed: Array) -> Array:
     """Return the weights [T, S] of whole rows: what a normalizer is that streams by a threshold.
 
     Args:
@@ -192,14 +201,14 @@ def over_row(how: Threshold, logits: Array, allowed: Array) -> Array:
     return jnp.where(shown, how.function(relative - level[:, None]), 0.0)
 
 
-def _end(how: Threshold, relative: Array) -> Bracket:
+def _end(how: OverThreshold, relative: Array) -> Any:
     """Return the state at the end of a search over whole rows."""
 
-    def one_pass(carry: tuple[Array, Bracket]) -> tuple[Array, Bracket]:
+    def one_pass(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         number, state = carry
         return number + 1, how.update(state, how.contribution(relative, state))
 
-    def goes_on(carry: tuple[Array, Bracket]) -> Array:
+    def goes_on(carry: tuple[Array, Any]) -> Array:
         number, state = carry
         return (number < MOST_PASSES) & ~jnp.all(how.is_done(state))
 

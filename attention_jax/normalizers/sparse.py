@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from attention_jax.base.binding import bind, rule
+from attention_jax.base.binding import rule
 from attention_jax.base.parameters import Parameter
+from attention_jax.normalizers.powers import PowerThreshold
 from attention_jax.normalizers.searched import Threshold, over_row
 
 __all__ = ["entmax", "entmax15", "sparsemax"]
@@ -106,24 +107,15 @@ def _(query_depth: Any, key_depth: Any, attention_size: Any) -> dict[str, Parame
 
 
 @rule(entmax, "streaming")
-def _(alpha: Any) -> Threshold:
+def _(alpha: Any) -> PowerThreshold:
     return _of_alpha(alpha)
 
 
-def _of_alpha(alpha: Any) -> Threshold:
+def _of_alpha(alpha: Any) -> PowerThreshold:
     if isinstance(alpha, int | float) and not 1.0 < alpha <= 2.0:
         raise ValueError(f"entmax: alpha must be above 1 and at most 2, got {alpha}.")
     power = 1.0 / (alpha - 1.0)
-    # A power costs more than further passes.
-    return Threshold(bind(_to_the_power, power=power), reach=power, power=power, probes=3)
-
-
-def _to_the_power(over: Array, power: Any) -> Array:
-    """Return (over / power)^power above zero."""
-    is_below = over <= 0.0  # NaN is not
-    power = jnp.asarray(power, over.dtype)
-    logarithm = jnp.log(jnp.where(is_below, 1.0, over / power))
-    return jnp.where(is_below, 0.0, jnp.exp(power * logarithm))
+    return PowerThreshold.of(power)
 
 
 @rule(sparsemax, "streaming")
