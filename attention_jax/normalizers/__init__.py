@@ -16,6 +16,7 @@ from attention_jax.normalizers.common import (
 )
 from attention_jax.normalizers.monotonic import hard_monotonic, monotonic
 from attention_jax.normalizers.ordered import Carried, Ordered, stick_breaking, whole_sequences
+from attention_jax.normalizers.powers import PowerThreshold
 from attention_jax.normalizers.protocol import (
     Elementwise,
     Exponential,
@@ -24,7 +25,14 @@ from attention_jax.normalizers.protocol import (
     name_of,
     streaming,
 )
-from attention_jax.normalizers.searched import MOST_PASSES, Level, Searched, Threshold, over_row
+from attention_jax.normalizers.searched import (
+    MOST_PASSES,
+    Level,
+    OverThreshold,
+    Searched,
+    Threshold,
+    over_row,
+)
 from attention_jax.normalizers.selected import Selected, Selection, hard, over_kept, top_k, top_p
 from attention_jax.normalizers.signed import odd_power, signed_softmax
 from attention_jax.normalizers.sparse import entmax, entmax15, sparsemax
@@ -37,6 +45,8 @@ __all__ = [
     "Level",
     "LogSum",
     "Ordered",
+    "OverThreshold",
+    "PowerThreshold",
     "Searched",
     "Selected",
     "Selection",

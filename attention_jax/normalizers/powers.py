@@ -15,7 +15,7 @@ from jax import lax
 from attention_jax.base.binding import bind
 from attention_jax.normalizers.searched import OverThreshold
 
-__all__ = ["PowerThreshold", "power_above_zero"]
+__all__ = ["PowerThreshold"]
 
 Array = jax.Array
 
@@ -58,7 +58,7 @@ class PowerThreshold(OverThreshold):
     passes go over a sample of the keys.
 
     Attributes:
-      function: `power_above_zero` at the power p.
+      function: (max(x, 0) / p)^p.
       reach: p; function(p) = 1.
     """
 
@@ -69,7 +69,7 @@ class PowerThreshold(OverThreshold):
         >>> PowerThreshold.of(2.0).function(jnp.array([-1.0, 4.0]))
         Array([0., 4.], dtype=float32)
         """
-        return cls(bind(power_above_zero, power=power), power)
+        return cls(bind(_power_above_zero, power=power), power)
 
     def start(self, largest: Array) -> Root:
         low = jnp.broadcast_to(-self.power(largest), largest.shape)
@@ -206,7 +206,7 @@ def _polynomial(coefficients: list[float], x: Array) -> Array:
     return result
 
 
-def power_above_zero(over: Array, power: Any) -> Array:
+def _power_above_zero(over: Array, power: Any) -> Array:
     """Return (over / power)^power above zero, zero below; NaN of NaN."""
     is_below = over <= 0.0  # NaN is not
     power = jnp.asarray(power, over.dtype)

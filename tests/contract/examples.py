@@ -403,6 +403,8 @@ NOT_NORMALIZERS = {
     "LogSum",
     "MOST_PASSES",
     "Ordered",
+    "OverThreshold",
+    "PowerThreshold",
     "Searched",
     "Selected",
     "Selection",
