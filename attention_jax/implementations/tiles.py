@@ -20,8 +20,8 @@ import numpy as np
 from attention_jax.implementations import machine
 from attention_jax.implementations.covering import cover, live_runs, states_at
 from attention_jax.implementations.progressions import computed
-from attention_jax.masks import FULL, PARTIAL, Lengths, Mask
-from attention_jax.masks.intervals import Unknown
+from attention_jax.masks import FULL, PARTIAL, Lengths, Mask, algebra
+from attention_jax.masks.intervals import Unknown, classify, tile_intervals
 
 LARGE_PAIRS = 2**18
 """Tiles of this many pairs or more are joined only with those below them of the same keys."""
@@ -115,13 +115,19 @@ class Plan:
         """Return what each tile is, [n], as arrays where the program has to look it up."""
         if self.is_static:
             return computed(self.states[:, None].astype(np.int32))[:, 0].astype(self.states.dtype)
-        rows, units = computed(self.starts // np.array([self.tile[0], self.unit], np.int32)).T
         per_tile = self.tile[1] // self.unit
-        grid = self.pairs[0], self.covered, self.tile[0]
-        if not (self.starts[:, 1] % self.tile[1]).any():
-            states = jnp.asarray(self.within(mask).tiles(*grid, self.tile[1]))
+        on_grid = not (self.starts[:, 1] % self.tile[1]).any()
+        width = self.tile[1] if on_grid else self.unit
+        states = classify(
+            algebra.with_int32(self.within(mask)),
+            tile_intervals(self.pairs[0], self.tile[0], axis=0, computed=True),
+            tile_intervals(self.covered, width, axis=1, computed=True),
+        )
+        states = jnp.asarray(states)
+        places = self.starts // np.array([self.tile[0], self.unit], np.int32)
+        rows, units = jnp.asarray(computed(places)).T
+        if on_grid:
             return states[rows, units // per_tile]
-        states = jnp.asarray(self.within(mask).tiles(*grid, self.unit))
         return joined(states, rows, units, per_tile)
 
     @functools.cached_property

@@ -101,13 +101,8 @@ def _defers_to_unknown(operator: Callable[..., Any]) -> Callable[..., Any]:
     return deferring
 
 
-def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Unknown where bounds could be rounded or wrap around.
-
-    Fractions of an index are rounded, sums and products beyond int32 wrap around: the smallest
-    and the largest index then need not give the smallest and the largest result. Traced values are
-    assumed to fit.
-    """
+def _no_larger(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Unknown where bounds could be rounded; no result is larger than the operands."""
 
     @_defers_to_unknown
     @functools.wraps(operator)
@@ -118,6 +113,28 @@ def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
         if not is_known or _is_fractional(self):
             return operator(self, other)
         return _narrow(operator(_wide(self), _wide(other)))
+
+    return guarded
+
+
+def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Unknown where bounds could be rounded or wrap around.
+
+    Fractions of an index are rounded, sums and products beyond int32 wrap around: the smallest
+    and the largest index then need not give the smallest and the largest result.
+    """
+
+    @_defers_to_unknown
+    @functools.wraps(operator)
+    def guarded(self: Interval, other: Any) -> Any:
+        if _is_fractional(other) and not _is_fractional(self):
+            return Unknown()
+        is_known = _module(*bounds(self), *bounds(other)) is np
+        if _is_fractional(self):
+            return operator(self, other)
+        if is_known:
+            return _narrow(operator(_wide(self), _wide(other)))
+        return _unless_wrapped(operator(self, other), operator(_rounded(self), _rounded(other)))
 
     return guarded
 
@@ -140,6 +157,25 @@ def _narrow(found: Interval) -> Any:
     if np.any(found.low < int32.min) or np.any(found.high > int32.max):
         return Unknown()
     return Interval(np.int32(found.low), np.int32(found.high))
+
+
+_LARGEST = np.iinfo(np.int32).max
+_SURELY_FITS = float(2**31 - 2**10)  # though float32 rounds operands and result
+
+
+def _rounded(value: Any) -> Any:
+    """Turn integers to float32, which do not wrap around."""
+    low, high = (jnp.asarray(bound).astype(jnp.float32) for bound in bounds(value))
+    return Interval(low, high)
+
+
+def _unless_wrapped(found: Interval, rounded: Interval) -> Interval:
+    """Return bounds, or those of all integers where they do not fit in int32, at run time."""
+    wrapped = (rounded.low <= -_SURELY_FITS) | (rounded.high >= _SURELY_FITS)
+    low, high = (jnp.asarray(bound, jnp.int32) for bound in (found.low, found.high))
+    return Interval(
+        jnp.where(wrapped, jnp.int32(-_LARGEST), low), jnp.where(wrapped, jnp.int32(_LARGEST), high)
+    )
 
 
 class Interval:
@@ -176,12 +212,12 @@ class Interval:
             low, high = module.minimum(low, corner), module.maximum(high, corner)
         return Interval(low, high)
 
-    @_exact
+    @_no_larger
     def __floordiv__(self, divisor: Any) -> Interval:
         _check_divisor("//", divisor)
         return Interval(self.low // divisor, self.high // divisor)
 
-    @_exact
+    @_no_larger
     def __mod__(self, divisor: Any) -> Interval:
         _check_divisor("%", divisor)
         same_period = self.low // divisor == self.high // divisor
@@ -308,13 +344,14 @@ def indices(length: int) -> jax.Array:
     return jnp.arange(length, dtype=jnp.int32)
 
 
-def tile_intervals(length: Any, size: int, axis: int) -> Interval:
+def tile_intervals(length: Any, size: int, axis: int, computed: bool = False) -> Interval:
     """Return the interval of indices of each tile, along axis 0 or 1 of the grid of tiles.
 
-    In arrays of JAX where the length is a symbol of `jax.export`.
+    In arrays of JAX where the program computes them, as it must if the length is a symbol of
+    `jax.export`: it then holds no table of the grid.
     """
     shape = (-1, 1) if axis == 0 else (1, -1)
-    if isinstance(length, int):
+    if isinstance(length, int) and not computed:
         low = np.arange(0, length, size, dtype=np.int32)
         return Interval(low.reshape(shape), np.minimum(low + size, length).reshape(shape) - 1)
     low = (indices(-(-length // size)) * size).reshape(shape)

@@ -26,6 +26,7 @@ from attention_jax.masks import (
     algebra,
     as_mask,
     draw,
+    intervals,
 )
 from tests.oracle import assert_sound, states_of
 
@@ -127,6 +128,41 @@ def test_tiles_are_sound_inside_jit(problem):
     assert_sound(states, dense, *sizes)
     assert isinstance(possible[0], np.ndarray), "what is known while tracing needs no JAX"
     assert_sound(possible[0], dense, *sizes)
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(problems())
+def test_tiles_that_the_program_computes_are_sound(problem):
+    mask, (query_length, key_length, *sizes) = problem
+    states = jax.jit(functools.partial(computed_tiles, mask, query_length, key_length, *sizes))()
+    assert_sound(states, mask.to_dense(query_length, key_length), *sizes)
+
+
+def computed_tiles(mask, query_length, key_length, query_size, key_size):
+    where = [
+        intervals.tile_intervals(length, size, axis, computed=True)
+        for axis, (length, size) in enumerate(((query_length, query_size), (key_length, key_size)))
+    ]
+    return intervals.classify(algebra.with_int32(mask), *where)
+
+
+def grows_fast(q_idx, kv_idx):
+    return (q_idx * 60_000 * kv_idx + 2**30) * 3 - kv_idx * 2**25 >= 0
+
+
+@pytest.mark.parametrize(
+    "predicate", [grows_fast, lambda q_idx, kv_idx: ~grows_fast(q_idx, kv_idx)]
+)
+def test_integers_that_wrap_around_decide_no_tile_wrongly(predicate):
+    mask = masks.Predicate(predicate)
+    dense = mask.to_dense(129, 127)
+    assert dense.any() and not dense.all()
+    for size in ((1, 1), (7, 3), (64, 32)):
+        assert_sound(mask.tiles(129, 127, *size), dense, *size)
+        assert_sound(
+            jax.jit(lambda size=size: computed_tiles(mask, 129, 127, *size))(), dense, *size
+        )
 
 
 @pytest.mark.slow
