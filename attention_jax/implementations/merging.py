@@ -19,7 +19,8 @@ def merge(*parts: Attended) -> Attended:
 
     Args:
       *parts: for each block what `attend` returns with `return_logsumexp=True`: the context
-        [B, T, N, V] and the log-sum-exp [B, T, N]; the same leading axes, whatever they are.
+        [B, T, N, V] and the log-sum-exp [B, T, N]; the same leading axes, whatever they are. Where
+        a normalizer has a sink, each part counts it: give it to one part, and softmax to the rest.
 
     Returns:
       Context and log-sum-exp over all keys; zeros and -inf where every block was empty.
