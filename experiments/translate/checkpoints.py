@@ -1,7 +1,7 @@
 """Atomic checkpoints: saved by Orbax, sealed by checksums, verified on load.
 
 Orbax detects a missing file but not a flipped bit. The seal of a checkpoint has the SHA-256 of
-its files and is written last: a checkpoint without a seal is unfinished.
+its files and the mark of its run, and is written last: a checkpoint without a seal is unfinished.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _KEPT = 2
 _PATIENCE, _PAUSE = 5, 0.2
 # Orbax cannot read a checkpoint without this file.
 _MANIFEST = "manifest.ocdbt"
+_DAMAGED = "is damaged"
 # How TensorStore ends a message of a system error.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
@@ -41,16 +42,22 @@ class Checkpoints:
     """The checkpoints of one mechanism; the last two are kept.
 
     Several processes save and restore together, and the first one seals, verifies and deletes.
+
+    Args:
+      folder: of the checkpoints.
+      run: the mark of the run, as `mark_of` returns it; the checkpoints of others are skipped.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, run: str | None = None):
         self.folder = folder.absolute()
+        self.run = run
         self.damaged: list[str] = []
 
     @property
     def steps(self) -> list[int]:
         """The steps of all sealed checkpoints, the last one first."""
-        return sorted((int(seal.stem) for seal in self.folder.glob("*.seal")), reverse=True)
+        names = (seal.stem for seal in self.folder.glob("*.seal"))
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def save(self, step: int, state: Any) -> None:
         """Save a pytree of arrays, and delete all but the last checkpoints up to this step.
@@ -89,19 +96,30 @@ class Checkpoints:
             self._delete_unsealed()
         for step in told(self.steps):
             path = self._path(step)
-            if told(is_first() and path.is_dir() and _checksums(path) == self._sealed(step)):
+            fault = told(self._fault(step) if is_first() else None)
+            if fault is None:
                 # It may have another structure, or be from another version of Orbax.
                 with contextlib.suppress(KeyError, OSError, TypeError, ValueError):
                     return step, _loaded(path, like)
-            self.damaged.append(f"checkpoint {step} in {self.folder} is damaged: skipped.")
+                fault = _DAMAGED
+            self.damaged.append(f"checkpoint {step} in {self.folder} {fault}: skipped.")
         return None
+
+    def _fault(self, step: int) -> str | None:
+        """Return what is wrong with a checkpoint, None if it is as it was sealed in this run."""
+        path, sealed = self._path(step), self._sealed(step)
+        if not isinstance(sealed, dict) or not path.is_dir():
+            return _DAMAGED
+        if sealed.get("run") != self.run:
+            return "was written by another run"
+        return None if sealed.get("files") == _checksums(path) else _DAMAGED
 
     def _finish(self, step: int) -> None:
         """Seal a checkpoint that is written, and delete those before the one before it."""
         path = self._path(step)
         if not (path / _MANIFEST).is_file():
             raise ValueError(f"Orbax left it without its {_MANIFEST}")
-        write_text(self._seal(step), json.dumps(_checksums(path)))
+        write_text(self._seal(step), json.dumps({"run": self.run, "files": _checksums(path)}))
         kept = [kept for kept in self.steps if kept <= step][:_KEPT]
         for other in set(self.steps) - set(kept):
             self._delete(other)

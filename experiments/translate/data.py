@@ -31,7 +31,7 @@ from experiments.data.text import cut, detokenize, spaced
 from experiments.data.vocabulary import PAD, Vocabulary
 from experiments.translate import guided
 from experiments.translate.config import Config
-from experiments.translate.workdir import read_json, write_json, write_sealed
+from experiments.translate.workdir import mark_of, read_json, unsealed, write_sealed
 
 Array = jax.Array
 
@@ -254,7 +254,7 @@ def save_tokenizer(folder: Path, corpus: Corpus, longest: int, config: Config) -
     path = folder / _VOCABULARIES
     # A run that began without hashes may have begun with other data: add none later.
     if corpus.files and not path.exists() and not (folder / _HASHES).exists():
-        write_json(folder / _HASHES, dict(corpus.files))
+        write_sealed(folder / _HASHES, {"run": mark_of(folder), "files": dict(corpus.files)})
     tokenizer = Tokenizer(
         source=corpus.source_vocabulary,
         target=corpus.target_vocabulary,
@@ -267,7 +267,7 @@ def save_tokenizer(folder: Path, corpus: Corpus, longest: int, config: Config) -
     except UsageError:
         vocabularies = {side: getattr(tokenizer, side).to_json() for side in ("source", "target")}
         words = {side: json.loads(text) for side, text in vocabularies.items()}
-        write_sealed(path, {**vars(tokenizer), **words})
+        write_sealed(path, {"run": mark_of(folder), **vars(tokenizer), **words})
         return
     if held != tokenizer:
         raise UsageError(
@@ -286,15 +286,21 @@ def check_data(folder: Path, corpus: Corpus) -> None:
     if not path.exists():
         return
     try:
-        held = dict(json.loads(path.read_text(encoding="utf-8")))
+        record = unsealed(json.loads(path.read_text(encoding="utf-8")))
+        run, held = record["run"], dict(record["files"])
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read: {error.strerror}; give another --workdir."
         ) from None
-    except (ValueError, TypeError):
+    except (KeyError, ValueError, TypeError):
         raise UsageError(
             f"{path} is damaged; delete it if the data are those that the run began with."
         ) from None
+    if run != mark_of(folder):
+        raise UsageError(
+            f"{path} was written by another run; restore the one of this run from a copy, or "
+            "delete it if the data are those that the run began with."
+        )
     for name in {**held, **corpus.files}:
         if held.get(name) != corpus.files.get(name):
             what = "is new" if name not in held else "has changed"
@@ -309,9 +315,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a run from its folder.
 
     Raises:
-      UsageError: its file is missing or damaged.
+      UsageError: its file is missing, damaged or that of another run.
     """
     record = read_json(folder / _VOCABULARIES, folder, _WRITTEN_ANEW)
+    if record.pop("run", None) != mark_of(folder):
+        raise UsageError(f"{folder / _VOCABULARIES} was written by another run; {_WRITTEN_ANEW}")
     try:
         sides = {side: vocabulary_of(record[side]) for side in ("source", "target")}
         return Tokenizer(**{**record, **sides})

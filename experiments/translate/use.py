@@ -18,7 +18,7 @@ from typing import Any
 from experiments import metrics
 from experiments.command_line import UsageError, check_folder, show, terminal
 from experiments.data.alignments import all_aligned, is_alignment
-from experiments.data.corpus import DataError, Pair
+from experiments.data.corpus import DataError, Pair, shortened
 from experiments.data.files import BARS, Reader, separator_of
 from experiments.data.text import lines_of, read_lines
 from experiments.translate import results, table, workdir
@@ -192,17 +192,21 @@ def _score(config: Config) -> None:
 
 
 def _gold(where: str, rows: Sequence[list[str]], first: int) -> list[Pair]:
-    """Return the pairs with the gold alignments of a third column; none where it has no such.
+    """Return the pairs with the gold alignments of a third column; none where it is empty.
 
     Raises:
       DataError: an alignment cannot be read.
+      UsageError: the column has something else.
     """
     third = [row[2] for row in rows if len(row) > 2 and row[2].strip()]
     if any(map(is_alignment, third)):
         numbered = [(number, [*row, ""]) for number, row in enumerate(rows, 1)]
         return all_aligned(where, numbered, tell, first=first)
     if third:
-        tell(f"{where.removesuffix(' line')}: its third column is no alignment: ignored.")
+        raise UsageError(
+            f"{where.removesuffix(' line')}: its third column is no alignment, such as 0-0 1-2; "
+            f"{shortened(third[0])!r} is there. Leave the column out."
+        )
     return []
 
 

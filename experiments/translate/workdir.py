@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -218,7 +219,19 @@ def run_languages(folder: Path) -> tuple[str, str]:
 
 def has_checkpoint(folder: Path, score: str) -> bool:
     """Whether a score of the run in a folder has a checkpoint."""
-    return any((folder / "checkpoints" / score).glob("*.seal"))
+    seals = (folder / "checkpoints" / score).glob("*.seal")
+    return any(seal.stem.isdecimal() for seal in seals)
+
+
+def mark_of(folder: Path) -> str | None:
+    """Return what the files of the run in a folder are marked with; None if it holds no run.
+
+    Two runs differ in it, also if they have the same configuration.
+    """
+    try:
+        return unsealed(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("run")
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _stored_config(folder: Path) -> dict[str, Any]:
@@ -367,7 +380,7 @@ def _refused(folder: Path) -> Iterator[None]:
 
 
 def _configuration(owner: Owner) -> Record:
-    return {"config": owner.identity, "environment": environment()}
+    return {"config": owner.identity, "environment": environment(), "run": uuid.uuid4().hex}
 
 
 def shown(value: Any) -> str:

@@ -67,7 +67,9 @@ def seal_half(folder):
     """As an earlier version did where Orbax left a checkpoint unfinished."""
     path = folder / "00000010"
     (path / "manifest.ocdbt").unlink()
-    (folder / "00000010.seal").write_text(json.dumps(checkpoints._checksums(path)))
+    (folder / "00000010.seal").write_text(
+        json.dumps({"run": None, "files": checkpoints._checksums(path)})
+    )
 
 
 def scribble(folder):
@@ -163,6 +165,22 @@ def test_what_orbax_leaves_unfinished_is_not_sealed(tmp_path, monkeypatch):
         given.save(3, state(3))
     assert given.steps == []
     assert not (given.folder / "00000003").exists()
+
+
+def test_the_checkpoints_of_another_run_are_passed_over(saved):
+    other = Checkpoints(saved.folder, "another mark")
+    assert other.restore(state(0)) is None
+    assert other.damaged == [
+        f"checkpoint {step} in {saved.folder} was written by another run: skipped."
+        for step in (10, 5)
+    ]
+
+
+def test_a_seal_that_no_step_names_is_left_alone(saved):
+    (saved.folder / "x.seal").write_text("{}")
+    assert saved.steps == [10, 5]
+    assert_is(restored(saved.folder)[1], 10)
+    assert (saved.folder / "x.seal").exists()
 
 
 def test_a_checkpoint_of_another_state_is_passed_over(saved):

@@ -186,6 +186,21 @@ def test_a_damaged_record_of_the_data(begun):
     )
 
 
+def test_files_of_another_run_are_not_taken_for_those_of_this_one(begun):
+    run, _, go_on = begun
+    write_sealed(run / "config.json", {"run": "another mark"})
+    assert sentence(lambda: load_tokenizer(run)) == (
+        f"{run}/vocabularies.json was written by another run; the run's command writes it anew."
+    )
+    assert sentence(go_on) == (
+        f"{run}/data.json was written by another run; restore the one of this run from a copy, or "
+        "delete it if the data are those that the run began with."
+    )
+    (run / "data.json").unlink()
+    go_on()
+    load_tokenizer(run)
+
+
 def test_generated_data_need_no_record(tmp_path):
     corpus = load("copy", sizes=Sizes(train=9, valid=1, test=1))
     save_tokenizer(tmp_path, corpus, 9, Config(data="copy"))

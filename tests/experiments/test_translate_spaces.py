@@ -73,11 +73,16 @@ def test_a_third_column_is_compared(ask):
     assert "lines: no link is of position 0, and all would fit" in ask("score", text)[1]
 
 
-def test_a_third_column_that_cannot_be_used_is_told(ask, tmp_path):
-    text = "dog\tdog\tCC-BY\n"
-    assert ask("score", text)[1] == (
-        f"translate: {tmp_path}/lines: its third column is no alignment: ignored.\n"
+def test_a_third_column_that_is_no_alignment_is_refused(ask, tmp_path):
+    with pytest.raises(UsageError) as error:
+        ask("score", "dog\tdog\tCC-BY\n")
+    assert str(error.value) == (
+        f"{tmp_path}/lines: its third column is no alignment, such as 0-0 1-2; 'CC-BY' is there. "
+        "Leave the column out."
     )
+
+
+def test_a_third_column_of_a_score_without_alignment_is_told(ask):
     _, told, _ = ask("score", "dog\tdog\t0-0\n", "none")
     assert told == (
         "translate: none does not attend, so the gold alignments of the third column are not "

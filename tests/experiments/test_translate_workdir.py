@@ -12,7 +12,7 @@ import pytest
 from experiments.command_line import UsageError
 from experiments.translate.config import Config
 from experiments.translate.log import Log
-from experiments.translate.workdir import check, write_text
+from experiments.translate.workdir import check, write_sealed, write_text
 
 
 def sentence(call):
@@ -43,8 +43,9 @@ def copied(done, tmp_path, translate, capsys):
 def test_changed_data_are_not_evaluated_on(copied, done):
     folder, command = copied
     held = json.loads((folder / "data.json").read_text("utf-8"))
-    ((path, _),) = held.items()
-    (folder / "data.json").write_text(json.dumps({path: "other"}))
+    (path,) = held["files"]
+    changed = {"run": held["run"], "files": {path: "other"}}
+    write_sealed(folder / "data.json", changed)
     before = content(folder)
     said = (
         f"{path} has changed since the run in {folder} began; restore the data as they were or "
