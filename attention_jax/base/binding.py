@@ -12,11 +12,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from attention_jax.base.equality import ByValue
@@ -130,7 +130,13 @@ class Sliced(ByValue):
     @property
     def of_first(self) -> Any:
         """The function with the parameters of the first example and head."""
-        return jax.tree.map(operator.itemgetter((0,) * len(self.axes)), self.function)
+        return jax.tree.map(functools.partial(_first, len(self.axes)), self.function)
+
+
+def _first(axes: int, leaf: Any) -> Any:
+    """Return the first entry along so many leading axes; zeros where there is none."""
+    is_empty = 0 in leaf.shape[:axes]
+    return jnp.zeros(leaf.shape[axes:], leaf.dtype) if is_empty else leaf[(0,) * axes]
 
 
 def function_of(function: Any) -> Any:

@@ -448,3 +448,35 @@ def test_tables_lower_with_gradients(name, table):
 
     gradient = jax.jit(jax.grad(total, (0, 1)))
     assert gradient.trace(x, functions_of(options)).lower(lowering_platforms=(name,)).as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_THERE)
+def test_relative_keys_lower_whatever_the_number_of_distances(name):
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+
+    def total(x, table):
+        score = bind(positions.relative_key, table=table)
+        return jnp.sum(attend(x, x, x, score=score, implementation="pallas"))
+
+    for distances in (5, 33):
+        gradient = jax.jit(jax.grad(total, (0, 1))).trace(x, normal(distances, 64))
+        assert gradient.lower(lowering_platforms=(name,)).as_text()
+
+
+@pytest.mark.parametrize("name", NOT_THERE)
+def test_a_lookup_in_a_table_too_large_is_refused_by_the_number_of_entries(name):
+    score = bind(positions.relative_key, table=normal(1025, 64))
+    reason = (
+        "a table of 1,025 entries is read by query and key at once, and kernels read at most "
+        "1,024, or one for each pair"
+    )
+    with pytest.raises(ValueError) as refused:
+        lowered(name, score=score)
+    assert str(refused.value) == (
+        f"attend: implementation 'pallas' makes no kernel of this: {reason}; use "
+        "implementation='tiled'."
+    )
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.float32)
+    platform = {"tpu": "tpu", "cuda": "gpu"}[name]
+    assert reason in str(explain(x, x, x, score=score, platform=platform))

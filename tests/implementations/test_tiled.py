@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from attention_jax import attend, bind, explain, masks, normalizers, per_head, scores
-from attention_jax.implementations import tiles
+from attention_jax import (
+    attend,
+    bind,
+    explain,
+    masks,
+    normalizers,
+    per_example,
+    per_head,
+    scores,
+)
+from attention_jax.implementations import interpreted, tiles
 
 B, T, S, N, K, H, V = 2, 37, 29, 4, 2, 6, 5
 TILE = (8, 16)
@@ -173,15 +182,27 @@ def test_odd_lengths(query_length, key_length):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
-def test_nothing_to_attend(shape):
+@pytest.mark.parametrize("name", ["dense", "tiled", "pallas"])
+def test_nothing_to_attend_whatever_the_implementation(name, shape):
     batch, query_length, key_length = shape
-    query, key = jnp.ones((batch, query_length, N, H)), jnp.ones((batch, key_length, K, H))
-    context, _, logsumexp, _ = attend(
-        query, key, key, implementation="tiled", return_logsumexp=True
-    )
+    query = jnp.ones((batch, query_length, N, H), jnp.float32)
+    key = jnp.ones((batch, key_length, K, H), jnp.float32)
+
+    def attending(query, key, weight, **options):
+        score = per_example(bind(scores.bilinear, weight=weight))
+        return attend(query, key, key, score=score, implementation=name, **options)
+
+    weight = jnp.ones((batch, H, H), jnp.float32)
+    with interpreted():
+        context, _, logsumexp, _ = attending(query, key, weight, return_logsumexp=True)
+        loss = jax.grad(lambda *given: jnp.sum(attending(*given)), (0, 1, 2))
+        gradients = loss(query, key, weight)
     assert context.shape == query.shape
-    np.testing.assert_array_equal(context, 0.0)
-    np.testing.assert_array_equal(logsumexp, -jnp.inf if key_length == 0 else logsumexp)
+    assert logsumexp.shape == query.shape[:3]
+    if key_length == 0:
+        np.testing.assert_array_equal(context, 0.0)
+        np.testing.assert_array_equal(logsumexp, -jnp.inf)
+    assert [x.shape for x in gradients] == [query.shape, key.shape, weight.shape]
 
 
 @pytest.mark.slow

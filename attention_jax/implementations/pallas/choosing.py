@@ -21,6 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 from attention_jax.base.binding import function_of
 from attention_jax.implementations.pallas.replay import in_kernel
 from attention_jax.implementations.pallas.splitting import Split, split
+from attention_jax.implementations.pallas.tables import TooManyEntriesError
 from attention_jax.masks import Mask
 from attention_jax.normalizers import Exponential, LogSum, name_of, streaming
 from attention_jax.operands import operands
@@ -91,9 +92,11 @@ def _of_tile(request: Request, platform: str, tile: tuple[int, int]) -> str | No
         for leaf, letters in zip(operand.leaves, operand.axes, strict=True)
     ]
     traced: list[Jaxpr] = []
-    jax.eval_shape(
-        functools.partial(_trace, given, tile, math.prod(request.pairs), traced), *shapes
-    )
+    trace = functools.partial(_trace, given, tile, math.prod(request.pairs), traced)
+    try:
+        jax.eval_shape(trace, *shapes)
+    except TooManyEntriesError as error:
+        return error.reason
     for jaxpr in traced:
         reason = _refused(jaxpr, platform)
         if reason is not None:

@@ -17,7 +17,7 @@ from jax.interpreters import batching, mlir
 
 from attention_jax.base.trees import varying_like
 from attention_jax.implementations.pallas import mosaic, triton
-from attention_jax.implementations.pallas.blocks import Kernel, Level
+from attention_jax.implementations.pallas.blocks import Kernel, Level, sizes_of
 
 Array = jax.Array
 
@@ -65,6 +65,8 @@ def _on(
     interpret: bool = False,
 ) -> list[Array]:
     """Run a kernel as on a platform."""
+    if 0 in sizes_of(levels, arrays):  # no grid can be that small
+        return _zeros(kernel.shapes(levels, *arrays), *arrays)
     if kernel.only_on not in (None, platform):
         return _never(kernel, levels, *arrays)
     return _RUN[platform](kernel, interpret, levels, *arrays)
@@ -72,6 +74,8 @@ def _on(
 
 def _on_cpu(*arrays: Array, kernel: Kernel, levels: tuple[Level, ...]) -> list[Array]:
     platform = _INTERPRETED.get()
+    if 0 in sizes_of(levels, arrays):
+        return _zeros(kernel.shapes(levels, *arrays), *arrays)
     if kernel.only_on not in (None, platform):
         return _never(kernel, levels, *arrays)
     if platform is None:

@@ -26,6 +26,25 @@ MOST_ENTRIES = 1024
 """Of more entries a table is not read one by one."""
 
 
+class TooManyEntriesError(ValueError):
+    """A table is read by query and key at once that is too large for kernels."""
+
+    def __init__(self, entries: int) -> None:
+        self.reason = (
+            f"a table of {entries:,} entries is read by query and key at once, and kernels read "
+            f"at most {MOST_ENTRIES:,}, or one for each pair"
+        )
+        super().__init__(
+            f"attend: implementation 'pallas' makes no kernel of this: {self.reason}; use "
+            "implementation='tiled'."
+        )
+
+
+def _require_few(entries: int) -> None:
+    if entries > MOST_ENTRIES:
+        raise TooManyEntriesError(entries)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def entry(axis: int, table: Array, index: Array) -> Array:
     """Return the entries of a table at indices within it, as a kernel can.
@@ -106,7 +125,11 @@ class Known(NamedTuple):
 
 
 def look_up(known: Known, equation: Any, read: Callable[[Any], Any]) -> Any:
-    """Evaluate a gather by query and key as a kernel can, or return None if it cannot."""
+    """Evaluate a gather by query and key as a kernel can, or return None if it cannot.
+
+    Raises:
+      TooManyEntriesError: it could, but for the size of the table.
+    """
     table, index = equation.invars
     numbers, parameters = equation.params["dimension_numbers"], equation.params
     columns = _columns(known, index, read)
@@ -118,7 +141,8 @@ def look_up(known: Known, equation: Any, read: Callable[[Any], Any]) -> Any:
     inside = [(x >= 0) & (x < n) for (_, x), n in zip(columns, lengths, strict=True)]
     where = [jnp.clip(x, 0, n - 1) for (_, x), n in zip(columns, lengths, strict=True)]
     if numbers.operand_batching_dims:
-        found = _of_rows(numbers, values, where)
+        wide = functools.partial(_product_with_more_columns, known, table, read)
+        found = _of_rows(numbers, values, wide, where)
     elif _side(known, table):
         return None
     elif all(len(side) < 2 for side in sides):
@@ -190,16 +214,32 @@ def _narrow(known: Known, atom: Any, read: Callable[[Any], Any]) -> tuple[Any, A
     return _side(known, atom), value.reshape((1, 1)) if value.ndim == 0 else value
 
 
-def _of_rows(numbers: Any, table: Array, where: list[Array]) -> Array | None:
+def _of_rows(
+    numbers: Any, table: Array, wide: Callable[[], Array], where: list[Array]
+) -> Array | None:
     """Return entries of a table that has its own numbers for each query, or each key."""
     batches, of_tiles = numbers.operand_batching_dims, numbers.start_indices_batching_dims
     if table.ndim != 2 or len(batches) != 1 or len(where) != 1:
         return None
     (batch,), (of_tile,) = batches, of_tiles
-    if table.shape[1 - batch] > MOST_ENTRIES:
-        return None
+    _require_few(table.shape[1 - batch])
+    table = wide() if batch == 0 else table
     table = table if batch == of_tile else table.T
     return entry(1 - of_tile, table, where[0])
+
+
+def _product_with_more_columns(known: Known, table: Any, read: Callable[[Any], Any]) -> Array:
+    """Return a table as it is, or a product with columns of zeros that a GPU's kernel asks for.
+
+    What is multiplied by must be known before the kernel, where it can be of any size.
+    """
+    made = known.made_by.get(table)
+    if made is None or made.primitive.name != "dot_general":
+        return read(table)
+    left, right = made.invars
+    if _side(known, right) or made.params["dimension_numbers"] != (((1,), (0,)), ((), ())):
+        return read(table)
+    return made.primitive.bind(read(left), _padded(read(right), LEAST_COLUMNS), **made.params)
 
 
 def _separate(
@@ -219,8 +259,7 @@ def _separate(
     table = table.reshape(*map(math.prod, shapes))
     if table.size >= pairs:
         return table_of_pairs.bind(table, row, column)
-    if table.shape[1] > MOST_ENTRIES:
-        return None
+    _require_few(table.shape[1])
     return entry(1, jnp.take(_padded(table), row[:, 0], axis=0, mode="clip"), column)
 
 
@@ -232,15 +271,20 @@ def _combined(where: Sequence[Array], shape: Sequence[int]) -> Array:
 
 def _flat(table: Array, axes: Sequence[int], where: list[Array]) -> Array | None:
     """Return entries of a table that is read by any index."""
-    if table.size > MOST_ENTRIES or len(axes) != table.ndim:
+    if len(axes) != table.ndim:
         return None
+    _require_few(table.size)
     table = table.transpose(axes)
     index = _combined(where, [table.shape[axis] for axis in axes])
     return entry(1, _padded(table.reshape(1, -1)), index)
 
 
-def _padded(table: Array) -> Array:
+LEAST_COLUMNS = 16
+"""Of fewer a GPU's kernel makes no product."""
+
+
+def _padded(table: Array, least: int = 1) -> Array:
     """Return a table with as many columns as a GPU's kernel can read, a power of two."""
     size = table.shape[1]
-    more = (1 << (size - 1).bit_length()) - size
+    more = max(least, 1 << (size - 1).bit_length()) - size
     return lax.pad(table, jnp.zeros((), table.dtype), [(0, 0, 0), (0, more, 0)])
