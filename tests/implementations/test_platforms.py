@@ -251,7 +251,8 @@ def test_derivatives_of_what_none_chooses_are_kernels_too():
         ),
         (
             {"bias": lambda q_idx, kv_idx: jnp.zeros(8191)[q_idx - kv_idx + 4095]},
-            "no kernels: the primitive gather is not known to be one of kernels",
+            "no kernels: a table of 8,191 entries is read by query and key at once, and kernels "
+            "read at most 1,024, or one for each pair",
         ),
         (
             {"statistics": {"entropy": statistics.entropy}},
