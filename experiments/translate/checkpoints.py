@@ -25,7 +25,13 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from experiments.translate.workdir import is_first, write_text
+from experiments.translate.marks import mark_of
+from experiments.translate.workdir import (
+    checkpoints_of,
+    is_first,
+    sealed_steps,
+    write_text,
+)
 from experiments.worker import told, wait
 
 _KEPT = 2
@@ -53,11 +59,15 @@ class Checkpoints:
         self.run = run
         self.damaged: list[str] = []
 
+    @classmethod
+    def of_run(cls, folder: Path, score: str) -> Checkpoints:
+        """Return those of a score of the run in a folder."""
+        return cls(checkpoints_of(folder, score), mark_of(folder))
+
     @property
     def steps(self) -> list[int]:
         """The steps of all sealed checkpoints, the last one first."""
-        names = (seal.stem for seal in self.folder.glob("*.seal"))
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        return sealed_steps(self.folder)
 
     def save(self, step: int, state: Any) -> None:
         """Save a pytree of arrays, and delete all but the last checkpoints up to this step.

@@ -31,7 +31,7 @@ from experiments.data.text import cut, detokenize, spaced
 from experiments.data.vocabulary import PAD, Vocabulary
 from experiments.translate import guided
 from experiments.translate.config import Config
-from experiments.translate.workdir import mark_of, read_json, unsealed, write_sealed
+from experiments.translate.marks import read_marked, write_marked
 
 Array = jax.Array
 
@@ -254,7 +254,7 @@ def save_tokenizer(folder: Path, corpus: Corpus, longest: int, config: Config) -
     path = folder / _VOCABULARIES
     # A run that began without hashes may have begun with other data: add none later.
     if corpus.files and not path.exists() and not (folder / _HASHES).exists():
-        write_sealed(folder / _HASHES, {"run": mark_of(folder), "files": dict(corpus.files)})
+        write_marked(folder / _HASHES, folder, {"files": dict(corpus.files)})
     tokenizer = Tokenizer(
         source=corpus.source_vocabulary,
         target=corpus.target_vocabulary,
@@ -267,7 +267,7 @@ def save_tokenizer(folder: Path, corpus: Corpus, longest: int, config: Config) -
     except UsageError:
         vocabularies = {side: getattr(tokenizer, side).to_json() for side in ("source", "target")}
         words = {side: json.loads(text) for side, text in vocabularies.items()}
-        write_sealed(path, {"run": mark_of(folder), **vars(tokenizer), **words})
+        write_marked(path, folder, {**vars(tokenizer), **words})
         return
     if held != tokenizer:
         raise UsageError(
@@ -285,22 +285,11 @@ def check_data(folder: Path, corpus: Corpus) -> None:
     path = folder / _HASHES
     if not path.exists():
         return
-    try:
-        record = unsealed(json.loads(path.read_text(encoding="utf-8")))
-        run, held = record["run"], dict(record["files"])
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read: {error.strerror}; give another --workdir."
-        ) from None
-    except (KeyError, ValueError, TypeError):
-        raise UsageError(
-            f"{path} is damaged; delete it if the data are those that the run began with."
-        ) from None
-    if run != mark_of(folder):
-        raise UsageError(
-            f"{path} was written by another run; restore the one of this run from a copy, or "
-            "delete it if the data are those that the run began with."
-        )
+    deleted = "delete it if the data are those that the run began with."
+    restored = f"restore the one of this run from a copy, or {deleted}"
+    held = read_marked(path, folder, deleted, of_another=restored).get("files")
+    if not isinstance(held, dict):
+        raise UsageError(f"{path} is damaged; {deleted}")
     for name in {**held, **corpus.files}:
         if held.get(name) != corpus.files.get(name):
             what = "is new" if name not in held else "has changed"
@@ -317,11 +306,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
       UsageError: its file is missing, damaged or that of another run.
     """
-    record = read_json(folder / _VOCABULARIES, folder, _WRITTEN_ANEW)
-    if record.pop("run", None) != mark_of(folder):
-        raise UsageError(f"{folder / _VOCABULARIES} was written by another run; {_WRITTEN_ANEW}")
+    path = folder / _VOCABULARIES
+    record = read_marked(path, folder, _WRITTEN_ANEW, of_another=_WRITTEN_ANEW)
     try:
         sides = {side: vocabulary_of(record[side]) for side in ("source", "target")}
         return Tokenizer(**{**record, **sides})
     except (KeyError, TypeError, ValueError):
-        raise UsageError(f"{folder / _VOCABULARIES} is damaged; {_WRITTEN_ANEW}") from None
+        raise UsageError(f"{path} is damaged; {_WRITTEN_ANEW}") from None

@@ -22,7 +22,6 @@ from experiments.translate.data import Task, load_task
 from experiments.translate.log import Log
 from experiments.translate.model import Sizes
 from experiments.translate.train_step import count_parameters, graph_of
-from experiments.translate.workdir import mark_of
 
 # Relative difference of parameter counts that is accepted without changing the layers.
 _TOLERANCE = 0.01
@@ -63,7 +62,7 @@ class Run:
 
     def checkpoints(self, score: str) -> Checkpoints:
         """Return the checkpoints of the translators of a score."""
-        return Checkpoints(self.folder / "checkpoints" / score, mark_of(self.folder))
+        return Checkpoints.of_run(self.folder, score)
 
     def outcome(self, score: str) -> Path:
         """Return the file with what was measured of a score after training."""

@@ -145,7 +145,7 @@ def load(score: str, config: Config) -> Translators:
     every = dataclasses.replace(config, scores=workdir.run_scores(folder))
     sizes = sizes_of(every, len(tokenizer.source), len(tokenizer.target))[score]
     graph, _ = graph_of(score, sizes)
-    checkpoints = Checkpoints(folder / "checkpoints" / score, workdir.mark_of(folder))
+    checkpoints = Checkpoints.of_run(folder, score)
     like = abstract_state(score, sizes, config)
     restored = checkpoints.restore(like, tidy=False)
     for sentence in checkpoints.damaged:

@@ -36,6 +36,9 @@ _FREE = ("Decoding", "Output", "After training")
 # The field of a record with its SHA-256.
 _SEAL = "sha256"
 
+# The field with the mark of a run.
+MARK = "run"
+
 # Seconds after which a file that one host wrote is seen by the others.
 _SHARED_WITHIN = 10.0
 
@@ -219,19 +222,18 @@ def run_languages(folder: Path) -> tuple[str, str]:
 
 def has_checkpoint(folder: Path, score: str) -> bool:
     """Whether a score of the run in a folder has a checkpoint."""
-    seals = (folder / "checkpoints" / score).glob("*.seal")
-    return any(seal.stem.isdecimal() for seal in seals)
+    return bool(sealed_steps(checkpoints_of(folder, score)))
 
 
-def mark_of(folder: Path) -> str | None:
-    """Return what the files of the run in a folder are marked with; None if it holds no run.
+def checkpoints_of(folder: Path, score: str) -> Path:
+    """Return where the checkpoints of a score of the run in a folder are."""
+    return folder / "checkpoints" / score
 
-    Two runs differ in it, also if they have the same configuration.
-    """
-    try:
-        return unsealed(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("run")
-    except (OSError, ValueError, TypeError):
-        return None
+
+def sealed_steps(checkpoints: Path) -> list[int]:
+    """Return the steps of all sealed checkpoints, the last one first."""
+    names = (seal.stem for seal in checkpoints.glob("*.seal"))
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def _stored_config(folder: Path) -> dict[str, Any]:
@@ -380,7 +382,7 @@ def _refused(folder: Path) -> Iterator[None]:
 
 
 def _configuration(owner: Owner) -> Record:
-    return {"config": owner.identity, "environment": environment(), "run": uuid.uuid4().hex}
+    return {"config": owner.identity, "environment": environment(), MARK: uuid.uuid4().hex}
 
 
 def shown(value: Any) -> str:

@@ -17,7 +17,6 @@ import pytest
 from experiments.translate import train
 from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.log import Log
-from experiments.translate.workdir import mark_of
 from tests.experiments.kills import killed, unfinished, wait_for
 
 pytestmark = pytest.mark.slow
@@ -126,7 +125,7 @@ def test_what_is_no_number_stops_the_run_and_the_last_checkpoint_is_kept(
         for name, array in parameters(uninterrupted, STEPS).items()
     }
     shutil.rmtree(folder / "checkpoints")
-    checkpoints = Checkpoints(folder / "checkpoints" / "dot", mark_of(folder))
+    checkpoints = Checkpoints.of_run(folder, "dot")
     checkpoints.save(2000, grown)
     reason = "the loss of step 2001 is (nan|inf)"
     if what == "parameters":
