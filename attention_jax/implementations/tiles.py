@@ -118,12 +118,9 @@ class Plan:
         per_tile = self.tile[1] // self.unit
         on_grid = not (self.starts[:, 1] % self.tile[1]).any()
         width = self.tile[1] if on_grid else self.unit
-        states = classify(
-            algebra.with_int32(self.within(mask)),
-            tile_intervals(self.pairs[0], self.tile[0], axis=0, computed=True),
-            tile_intervals(self.covered, width, axis=1, computed=True),
-        )
-        states = jnp.asarray(states)
+        queries = tile_intervals(self.pairs[0], self.tile[0], axis=0, computed=True)
+        keys = tile_intervals(self.covered, width, axis=1, computed=True)
+        states = jnp.asarray(classify(algebra.with_int32(self.within(mask)), queries, keys))
         places = self.starts // np.array([self.tile[0], self.unit], np.int32)
         rows, units = jnp.asarray(computed(places)).T
         if on_grid:

@@ -101,23 +101,7 @@ def _defers_to_unknown(operator: Callable[..., Any]) -> Callable[..., Any]:
     return deferring
 
 
-def _no_larger(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Unknown where bounds could be rounded; no result is larger than the operands."""
-
-    @_defers_to_unknown
-    @functools.wraps(operator)
-    def guarded(self: Interval, other: Any) -> Any:
-        if _is_fractional(other) and not _is_fractional(self):
-            return Unknown()
-        is_known = _module(*bounds(self), *bounds(other)) is np
-        if not is_known or _is_fractional(self):
-            return operator(self, other)
-        return _narrow(operator(_wide(self), _wide(other)))
-
-    return guarded
-
-
-def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
+def _exact(operator: Callable[..., Any], *, may_wrap: bool = True) -> Callable[..., Any]:
     """Return Unknown where bounds could be rounded or wrap around.
 
     Fractions of an index are rounded, sums and products beyond int32 wrap around: the smallest
@@ -129,12 +113,14 @@ def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(self: Interval, other: Any) -> Any:
         if _is_fractional(other) and not _is_fractional(self):
             return Unknown()
-        is_known = _module(*bounds(self), *bounds(other)) is np
         if _is_fractional(self):
             return operator(self, other)
-        if is_known:
+        if _module(*bounds(self), *bounds(other)) is np:
             return _narrow(operator(_wide(self), _wide(other)))
-        return _unless_wrapped(operator(self, other), operator(_rounded(self), _rounded(other)))
+        found = operator(self, other)
+        if not may_wrap:
+            return found
+        return _unless_wrapped(found, operator(_rounded(self), _rounded(other)))
 
     return guarded
 
@@ -212,12 +198,12 @@ class Interval:
             low, high = module.minimum(low, corner), module.maximum(high, corner)
         return Interval(low, high)
 
-    @_no_larger
+    @functools.partial(_exact, may_wrap=False)
     def __floordiv__(self, divisor: Any) -> Interval:
         _check_divisor("//", divisor)
         return Interval(self.low // divisor, self.high // divisor)
 
-    @_no_larger
+    @functools.partial(_exact, may_wrap=False)
     def __mod__(self, divisor: Any) -> Interval:
         _check_divisor("%", divisor)
         same_period = self.low // divisor == self.high // divisor
