@@ -122,7 +122,7 @@ def _prepared(heads: Heads, plan: Plan, products: Products) -> tuple[MixedTiles,
     given = Given(
         mask=heads.mask.then(plan.within),
         captured={},
-        states=None if plan.is_static else _states(heads.mask, plan, tiles.has_halo),
+        states=_states(heads.mask, plan, tiles.has_halo) if plan.looks_up else None,
         dropout=heads.dropout,
         query_poison=_poison(heads.query, queries),
         key_poison=_poison(heads.key, keys),

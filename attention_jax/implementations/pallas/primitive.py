@@ -58,23 +58,14 @@ def call(kernel: Kernel, *arrays: Array) -> list[Array]:
 
 
 def _on(
-    platform: str,
+    platform: str | None,
     *arrays: Array,
     kernel: Kernel,
     levels: tuple[Level, ...],
     interpret: bool = False,
 ) -> list[Array]:
-    """Run a kernel as on a platform."""
+    """Run a kernel as on a platform; None is a CPU that interprets none."""
     if 0 in sizes_of(levels, arrays):  # no grid can be that small
-        return _zeros(kernel.shapes(levels, *arrays), *arrays)
-    if kernel.only_on not in (None, platform):
-        return _never(kernel, levels, *arrays)
-    return _RUN[platform](kernel, interpret, levels, *arrays)
-
-
-def _on_cpu(*arrays: Array, kernel: Kernel, levels: tuple[Level, ...]) -> list[Array]:
-    platform = _INTERPRETED.get()
-    if 0 in sizes_of(levels, arrays):
         return _zeros(kernel.shapes(levels, *arrays), *arrays)
     if kernel.only_on not in (None, platform):
         return _never(kernel, levels, *arrays)
@@ -84,7 +75,11 @@ def _on_cpu(*arrays: Array, kernel: Kernel, levels: tuple[Level, ...]) -> list[A
             "a CPU; use implementation='tiled', or to test a kernel, run within "
             "implementations.interpreted()."
         )
-    return _on(platform, *arrays, kernel=kernel, levels=levels, interpret=True)
+    return _RUN[platform](kernel, interpret, levels, *arrays)
+
+
+def _on_cpu(*arrays: Array, kernel: Kernel, levels: tuple[Level, ...]) -> list[Array]:
+    return _on(_INTERPRETED.get(), *arrays, kernel=kernel, levels=levels, interpret=True)
 
 
 def _never(kernel: Kernel, levels: tuple[Level, ...], *arrays: Array) -> list[Array]:
