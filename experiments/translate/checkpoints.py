@@ -118,11 +118,11 @@ class Checkpoints:
     def _fault(self, step: int) -> str | None:
         """Return what is wrong with a checkpoint, None if it is as it was sealed in this run."""
         path, sealed = self._path(step), self._sealed(step)
-        if not isinstance(sealed, dict) or not path.is_dir():
+        if not isinstance(sealed, dict) or sealed.keys() != {"run", "files"} or not path.is_dir():
             return _DAMAGED
-        if sealed.get("run") != self.run:
+        if sealed["run"] != self.run:
             return "was written by another run"
-        return None if sealed.get("files") == _checksums(path) else _DAMAGED
+        return None if sealed["files"] == _checksums(path) else _DAMAGED
 
     def _finish(self, step: int) -> None:
         """Seal a checkpoint that is written, and delete those before the one before it."""
