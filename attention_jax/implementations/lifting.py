@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from attention_jax.base import placement
+from attention_jax.base import placement, sharded
 from attention_jax.base.placement import Where
-from attention_jax.base.transposition import linear_call
+from attention_jax.implementations import places
 
 Array = jax.Array
 
@@ -126,10 +124,10 @@ class _Lifted:
             return self.without_constants(arguments, given)(*rest)
         sizes = self.sizes(arguments)
         spread = placement.known(*arguments) if self.where.spread is None else self.where.spread
-        alike = aligned(arguments, self.axes, self.order)
+        alike = sharded.aligned(arguments, self.axes, self.order)
         if spread or any(sizes[letter] == 0 for letter in self.order):  # no loop could be traced
             return self.way(self.when_spread, {})(*alike)
-        free = [x for x in self.order if not _is_sharded(x, self.axes, arguments)]
+        free = [x for x in self.order if not sharded.is_sharded(x, self.axes, arguments)]
         on_cpu = {letter: 1 for letter in free if letter in self.sequential}
         is_one = math.prod(sizes[letter] for letter in on_cpu) == 1
         if self.elsewhere is None:
@@ -246,9 +244,9 @@ class _Lifted:
             function = jax.vmap(function, mapped, jax.tree.map(position, self.result_axes))
         if not single:
             return function
-        places = functools.partial(_places, single, looped)
-        arguments = [places(letters) for letters in self.axes]
-        return functools.partial(_without_single, function, arguments, places, self.result_axes)
+        lost = functools.partial(_lost, single, looped)
+        arguments = [lost(letters) for letters in self.axes]
+        return functools.partial(_without_single, function, arguments, lost, self.result_axes)
 
     def in_groups(
         self, function: Callable[..., Any], at_once: dict[str, int], *arguments: Any
@@ -283,29 +281,15 @@ class _Lifted:
         at = functools.partial(_at, one, pairs[:number], self.axes[number:])
         # Traced once, although it is also asked for the shapes it returns.
         at = jax.jit(jax.checkpoint(at, policy=self.policy, prevent_cse=False))
-        heads = _each_head(counts)
+        heads = places.each_place(counts)
         replaced = [*arguments[number:]]
         shapes = jax.eval_shape(at, jax.tree.map(lambda index: index[0], heads), replaced)
         letters = jax.tree.broadcast(self.result_axes, shapes)
         if replaced:
             results = jax.tree.unflatten(jax.tree.structure(shapes), replaced)
         else:
-            results = jax.tree.map(functools.partial(_zeros, sizes=counts), shapes, letters)
+            results = jax.tree.map(functools.partial(places.zeros, sizes=counts), shapes, letters)
         return lax.scan(functools.partial(_step, at, letters, self.replaced), results, heads)[0]
-
-
-def _each_head(counts: dict[str, int]) -> dict[str, Any]:
-    """Return the place of each head along every axis, [heads], the last axis varying fastest."""
-    if all(isinstance(count, int) for count in counts.values()):
-        places = np.indices(tuple(counts.values()), np.int32)
-        return {letter: of.ravel() for letter, of in zip(counts, places, strict=True)}
-    # A size is a symbol where the program is exported for all of them.
-    rest = jnp.arange(math.prod(counts.values()), dtype=jnp.int32)
-    found = {}
-    for letter, count in reversed(counts.items()):
-        count = jnp.asarray(count, jnp.int32)
-        found[letter], rest = rest % count, rest // count
-    return {letter: found[letter] for letter in counts}
 
 
 def _with_constants(
@@ -360,62 +344,27 @@ def _at(
 ) -> Any:
     """Apply a function to the parts of its arguments at one place; the last are replaced."""
     pairs = [*arguments, *zip(replaced, axes, strict=True)]
-    return function(*(_read(argument, letters, where) for argument, letters in pairs))
+    return function(*(places.read(argument, letters, where) for argument, letters in pairs))
 
 
 def _step(
     at: Callable[..., Any], letters: Any, number: int, results: Any, where: dict[str, Any]
 ) -> tuple[Any, None]:
     computed = at(where, jax.tree.leaves(results) if number else [])
-    write = functools.partial(_write, where=where)
+    write = functools.partial(places.write, where=where)
     return jax.tree.map(write, results, computed, letters), None
 
 
-def aligned(arguments: Sequence[Any], axes: Sequence[str], order: str) -> list[Any]:
-    """Reshard arguments along the axes in `order` to match the sharded ones, as `vmap` requires.
-
-    Only an explicit mesh shards; without one the arguments are returned as they are.
-    """
-    split: dict[str, Any] = {}
-    for letters, argument in zip(axes, arguments, strict=True):
-        for letter, part in zip(letters, _parts(argument), strict=False):
-            if letter in order and part is not None:
-                split.setdefault(letter, part)
-    return [_resharded(*pair, split) for pair in zip(arguments, axes, strict=True)]
-
-
-def _resharded(argument: Any, letters: str, split: dict[str, Any]) -> Any:
-    parts = _parts(argument)
-    wanted = [
-        part if part is not None else split.get(letter)
-        for letter, part in zip(letters.ljust(len(parts)), parts, strict=False)
-    ]
-    return jax.reshard(argument, PartitionSpec(*wanted)) if wanted != parts else argument
-
-
-def _is_sharded(letter: str, axes: Sequence[str], arguments: Sequence[Any]) -> bool:
-    """Tell whether an explicit mesh axis splits this one: then no part of it can be taken out."""
-    return any(
-        letter in letters and _parts(argument)[letters.index(letter)] is not None
-        for letters, argument in zip(axes, arguments, strict=True)
-    )
-
-
-def _parts(argument: Any) -> list[Any]:
-    """Return for each axis the axes of an explicit mesh that split it, or None."""
-    return list(jax.typeof(argument).sharding.spec)
-
-
-def _places(single: Collection[str], looped: Collection[str], letters: str) -> list[int]:
+def _lost(single: Collection[str], looped: Collection[str], letters: str) -> list[int]:
     left = [one for one in letters if one not in looped]
     return [place for place, letter in enumerate(left) if letter in single]
 
 
 def _without_single(
-    function: Callable[..., Any], places: Any, of: Any, result_axes: Any, *arguments: Any
+    function: Callable[..., Any], lost: Any, of: Any, result_axes: Any, *arguments: Any
 ) -> Any:
-    """Call a function of arguments without the axes of one entry at `places`, and put them back."""
-    pairs = zip(arguments, places, strict=True)
+    """Call a function of arguments without the axes of one entry at `lost`, and put them back."""
+    pairs = zip(arguments, lost, strict=True)
     results = function(*(lax.squeeze(x, where) if where else x for x, where in pairs))
     letters = jax.tree.broadcast(result_axes, results)
     return jax.tree.map(lambda x, axes: lax.expand_dims(x, of(axes)), results, letters)
@@ -424,48 +373,3 @@ def _without_single(
 def _position(letter: str, letters: str, gone: set[str]) -> int | None:
     left = [one for one in letters if one not in gone]
     return left.index(letter) if letter in left else None
-
-
-def _read(whole: Any, letters: str, where: dict[str, Any]) -> Any:
-    mapped = [axis for axis, letter in enumerate(letters) if letter in where]
-    if not mapped:
-        return whole
-    starts = [where.get(letter, np.int32(0)) for letter in letters.ljust(whole.ndim)]
-    sizes = [1 if axis in mapped else size for axis, size in enumerate(whole.shape)]
-    part = lax.dynamic_slice(whole, starts, sizes, allow_negative_indices=False)
-    return lax.squeeze(part, mapped)
-
-
-def _write(whole: Array, part: Array, letters: str, where: dict[str, Any]) -> Array:
-    """Write a part of a result, where there are zeros, or what is not differentiated.
-
-    That is to add it, so the cotangent of the whole stays what it is. Transposed as JAX would do,
-    it had zeros written into it for each head, into a copy of all heads.
-    """
-    mapped = [axis for axis, letter in enumerate(letters) if letter in where]
-    starts = [where.get(letter, np.int32(0)) for letter in letters.ljust(whole.ndim)]
-    part = lax.expand_dims(part, mapped)
-    if not jnp.issubdtype(whole.dtype, jnp.floating):
-        return _put(starts, (whole, part))
-    return linear_call(_put, functools.partial(_taken, part.shape), starts, (whole, part))
-
-
-def _put(starts: Any, arrays: tuple[Array, Array]) -> Array:
-    return lax.dynamic_update_slice(*arrays, starts, allow_negative_indices=False)
-
-
-def _taken(sizes: tuple[int, ...], starts: Any, whole: Array) -> tuple[Array, Array]:
-    return whole, lax.dynamic_slice(whole, starts, sizes, allow_negative_indices=False)
-
-
-def _zeros(part: Any, letters: str, sizes: dict[str, int]) -> Array:
-    """Return zeros for all heads, which vary over a mesh and are sharded as the parts are."""
-    rest = iter(part.shape)
-    front = [sizes[letter] if letter in sizes else next(rest) for letter in letters]
-    zeros = jnp.zeros_like(part, shape=(*front, *rest))
-    split = [] if part.sharding is None else list(part.sharding.spec)
-    if not any(split):
-        return zeros
-    for place in [axis for axis, letter in enumerate(letters) if letter in sizes]:
-        split.insert(place, None)
-    return jax.reshard(zeros, PartitionSpec(*split))

@@ -16,9 +16,9 @@ from jax import lax
 
 from attention_jax.base.binding import Sliced, as_pytree
 from attention_jax.base.finite import finite_rows
+from attention_jax.base.sharded import aligned
 from attention_jax.base.trees import varying_like
 from attention_jax.base.typing import FeatureMap
-from attention_jax.implementations.lifting import aligned
 from attention_jax.implementations.online import finite_or_zero
 from attention_jax.linear.feature_maps import split_scale
 from attention_jax.masks.intervals import indices
