@@ -30,6 +30,8 @@ from attention_jax.masks.patterns import (
     GlobalTokens,
     Heads,
     Strided,
+)
+from attention_jax.masks.published import (
     bigbird,
     longformer,
     random_blocks,
