@@ -28,6 +28,7 @@ from attention_jax.implementations.dense import dense
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.lifting import lift
 from attention_jax.implementations.pallas.attending import pallas
+from attention_jax.implementations.pallas.choosing import can_lower_for_gpu
 from attention_jax.implementations.tiled import tiled
 from attention_jax.implementations.tiles import Plan
 from attention_jax.masks import as_mask
@@ -293,7 +294,8 @@ def _with_kernels(request: Request, where: Where, name: str) -> list[str]:
     """Return the accelerators whose kernels are chosen, of those the program may be lowered for."""
     if where.platform is not None:
         return [where.platform] if name == "pallas" else []
-    return [of for of in ("tpu", "gpu") if choice.kernels_lack(request, of) is None]
+    able = [of for of in ("tpu", "gpu") if of != "gpu" or can_lower_for_gpu()]
+    return [of for of in able if choice.kernels_lack(request, of) is None]
 
 
 def _by_kernels(

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from attention_jax import attention
+from attention_jax.implementations import machine
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -38,3 +39,12 @@ def implementation(request):
 def fresh_trace_counter():
     """Count the traces of `chex.assert_max_traces` for each test by itself."""
     chex.clear_trace_counter()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_tiles_on_every_machine():
+    """Visit tiles as on two cores with level-2 caches of a MiB, whatever runs the tests."""
+    pairs = machine.pairs_of(cores=2, cache=2**20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "pairs_of_cpu", lambda: pairs)
+        yield

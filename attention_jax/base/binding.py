@@ -103,8 +103,9 @@ def taken_apart(function: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Return the function inside nested partial applications, and all arguments they give it.
 
     >>> import functools
-    >>> taken_apart(functools.partial(bind(max, key=abs), 3))[1:]
-    ((3,), {'key': BoundFunction(<built-in function abs>)})
+    >>> function, arguments, keywords = taken_apart(functools.partial(bind(max, key=abs), 3))
+    >>> function, arguments, list(keywords)
+    (<built-in function max>, (3,), ['key'])
     """
     arguments, keywords = (), {}
     while hasattr(function, "func") and hasattr(function, "keywords"):

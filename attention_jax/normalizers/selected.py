@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.binding import bind, rule
+from attention_jax.base.binding import rule
 from attention_jax.base.checks import at_least
 from attention_jax.base.typing import Normalizer
 from attention_jax.normalizers.common import softmax
@@ -92,7 +92,7 @@ class Selected(Searched):
     the kept keys do not change any more, or where all between two thresholds are equal.
     """
 
-    of_kept: ClassVar[Normalizer] = bind(softmax)
+    of_kept: ClassVar[Normalizer] = staticmethod(softmax)
     """What the weights of those keys are."""
 
     @abc.abstractmethod

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as gpu_attention
 from jax.experimental.pallas.ops.tpu import flash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
@@ -315,5 +314,8 @@ def _splash(is_causal: bool, block: int, query: Array, key: Array, value: Array)
 
 
 def _mha(is_causal: bool, query: Array, key: Array, value: Array) -> Any:
+    # Deprecated from jax 0.11 on, it is imported only to be measured.
+    from jax.experimental.pallas.ops.gpu import attention as gpu_attention
+
     scale = query.shape[-1] ** -0.5
     return gpu_attention.mha(query, key, value, None, sm_scale=scale, causal=is_causal)

@@ -14,6 +14,7 @@ from attention_jax import attend, bind, explain, masks, scores, statistics
 from attention_jax.base.placement import Where
 from attention_jax.implementations import cudnn, temporaries
 from attention_jax.implementations.lifting import Elsewhere, lift
+from attention_jax.implementations.pallas import choosing
 from experiments.benchmark import compilers
 
 RNG = np.random.default_rng(0)
@@ -209,7 +210,14 @@ def counted(function):
 
 
 def test_none_chooses_kernels_where_they_are_lowered_and_nowhere_else():
-    assert counted(functools.partial(attend, score=user_score)) == [0, 1, 1]
+    found = counted(functools.partial(attend, score=user_score))
+    assert found == [0, 1, int(choosing.can_lower_for_gpu())]
+
+
+def test_a_program_for_a_gpu_has_tiles_where_pallas_must_know_which_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    assert counted(functools.partial(attend, score=user_score)) == [0, 1, 0]
+    assert "kernels of" in str(explain(*halves(640), score=user_score, platform="gpu"))
 
 
 @pytest.mark.slow
@@ -227,7 +235,7 @@ def test_derivatives_of_what_none_chooses_are_kernels_too():
         context = attend(*arrays, mask=masks.Causal(), score=user_score)
         return jnp.sum(context.astype(jnp.float32))
 
-    assert counted(jax.grad(total, (0, 1, 2))) == [0, 3, 3]
+    assert counted(jax.grad(total, (0, 1, 2))) == [0, 3, 3 * choosing.can_lower_for_gpu()]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,20 @@ def lacks(request: Request, platform: str, tile: tuple[int, int]) -> str | None:
     return _of_tile(request, platform, tile)
 
 
+def can_lower_for_gpu() -> bool:
+    """Tell whether kernels for a GPU can be lowered in this process.
+
+    From jax 0.11 on, Pallas asks for which GPU: the default device, or the mesh's abstract one.
+    """
+    if jax.__version_info__ < (0, 11):
+        return True
+    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
+    default = jax.config.jax_default_device or jax.devices()[0]
+    platforms = {default if isinstance(default, str) else default.platform}
+    platforms |= set() if of_mesh is None else {of_mesh.platform}
+    return not platforms.isdisjoint({"gpu", "cuda", "rocm"})
+
+
 def _of_tile(request: Request, platform: str, tile: tuple[int, int]) -> str | None:
     """Say what of the functions of a tile is not known to be a kernel on a platform."""
     given = operands(request, as_given=True)
