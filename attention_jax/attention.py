@@ -27,6 +27,7 @@ from attention_jax.implementations.choice import IMPLEMENTATIONS
 from attention_jax.implementations.dense import dense
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.lifting import lift
+from attention_jax.implementations.mixed_heads import Heads
 from attention_jax.implementations.pallas.attending import pallas
 from attention_jax.implementations.pallas.choosing import can_lower_for_gpu
 from attention_jax.implementations.tiled import tiled
@@ -401,7 +402,7 @@ def _one_example(
     request: Request, given: dict[str, Operand], of_heads: Any, *leaves: Any
 ) -> Attended:
     """Run an implementation on the arrays of all heads of an example."""
-    return _wanted(request, request.value.dtype, of_heads(mixed.Heads.of(given, leaves)))
+    return _wanted(request, request.value.dtype, of_heads(Heads.of(given, leaves)))
 
 
 def _wanted(request: Request, dtype: Any, found: Attended) -> Attended:

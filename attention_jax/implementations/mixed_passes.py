@@ -18,7 +18,7 @@ from attention_jax.base.matmul import Products, times
 from attention_jax.base.trees import Rest, merge_floats, split_floats, varying_like
 from attention_jax.base.typing import at_least_float32
 from attention_jax.implementations import online
-from attention_jax.implementations.mixed import kept_of, repeated
+from attention_jax.implementations.mixed_heads import kept_of, repeated
 from attention_jax.implementations.mixed_tiles import Given, MixedTiles, Operands, widened
 from attention_jax.implementations.passes import Pass, over_visits, tangent_of_tile
 from attention_jax.implementations.tile_passes import one_pass, rows_from

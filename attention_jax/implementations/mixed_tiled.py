@@ -27,7 +27,7 @@ from attention_jax.base.typing import at_least_float32
 from attention_jax.head_maps import halo_of
 from attention_jax.implementations import online
 from attention_jax.implementations.head import SAVED, Attended
-from attention_jax.implementations.mixed import Heads, OfHeads, repeated
+from attention_jax.implementations.mixed_heads import Heads, OfHeads, repeated
 from attention_jax.implementations.mixed_passes import Contexts, Forward, MixedContexts, Sums
 from attention_jax.implementations.mixed_tiles import Given, MixedTiles, Operands, widened
 from attention_jax.implementations.tile_passes import one_pass, tangents_of

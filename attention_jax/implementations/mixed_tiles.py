@@ -15,9 +15,10 @@ from attention_jax.base.trees import hoisted
 from attention_jax.base.typing import at_least_float32
 from attention_jax.head_maps import Halo
 from attention_jax.implementations import online
-from attention_jax.implementations.mixed import (
+from attention_jax.implementations.mixed_heads import (
     OfHeads,
     allowed_of,
+    attendable_of,
     bias_of,
     kept_of,
     repeated,
@@ -202,7 +203,7 @@ class MixedTiles:
         if allowed is None:
             weights = weights + poison
         else:
-            attendable = jnp.any(allowed, axis=0, keepdims=True)
+            attendable = attendable_of(allowed, here.mix_weights, len(weights))
             weights = jnp.where(attendable, weights + poison, 0.0)
         if given.dropout is None:
             return weights

@@ -195,6 +195,30 @@ def test_all_derivatives_are_the_dense_ones_with_everything_else_and_nan_behind_
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
+GROUPS_OF_ONE = bind(head_maps.grouped, weight=np.ones((2, 1, 1)))
+HEARING = {
+    "each itself": ({"mix_logits": bind(head_maps.talking, weight=np.eye(2))}, [0, 1]),
+    "each itself after": ({"mix_weights": GROUPS_OF_ONE}, [0, 1]),
+    "each other": ({"mix_weights": bind(head_maps.talking, weight=np.ones((2, 2)))}, [1, 1]),
+}
+
+
+@pytest.mark.parametrize("hearing", HEARING)
+@pytest.mark.parametrize("implementation", ["dense", pytest.param("tiled", marks=pytest.mark.slow)])
+def test_nan_in_a_value_reaches_the_heads_that_may_attend_to_it_alone(hearing, implementation):
+    maps, expected = HEARING[hearing]
+    query, key, value = map(jnp.asarray, qkv(2, 2, 2))
+    value = value.at[0, 3].set(jnp.nan)
+    allowed = np.ones((1, 2, T, S), bool)
+    allowed[:, 0, :, 3] = False
+    context = attend(
+        query, key, value, mask=jnp.asarray(allowed), implementation=implementation, **maps
+    )
+    found = np.isnan(context)
+    np.testing.assert_array_equal(found[0].any(axis=(0, 2)), expected)
+    assert not found[1].any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_half_precision_and_huge_logits(dtype):
