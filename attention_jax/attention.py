@@ -251,9 +251,7 @@ def _attended(request: Request, where: Where, dtype: Any = None) -> Attended:
         )
     one_head = functools.partial(one_head, of_head)
     axes = [letters for operand in given.values() for letters in operand.axes]
-    of_each = {name: f"B{each.axis}N" for name, each in (request.statistics or {}).items()}
-    letters = Attended("BTN", "BN", "BTN", of_each or None)  # type: ignore[arg-type]
-    letters = jax.tree.map(lambda x: x.replace("N", heads(request)), letters)
+    letters = jax.tree.map(lambda x: x.replace("N", heads(request)), _letters(request))
     lifted = lift(
         one_head, axes, letters, f"B{heads(request)}", sequential, SAVED, where, elsewhere
     )
@@ -281,7 +279,7 @@ def _attended_together(request: Request, name: str, where: Where) -> Attended:
     lifted = lift(
         functools.partial(of_example, of_heads),
         axes,
-        Attended("BTN", "BN", "BTN"),  # type: ignore[arg-type]
+        _letters(request),
         "B",
         sequential,
         SAVED,
@@ -289,6 +287,12 @@ def _attended_together(request: Request, name: str, where: Where) -> Attended:
         elsewhere,
     )
     return lifted(*(leaf for operand in given.values() for leaf in operand.leaves))
+
+
+def _letters(request: Request) -> Attended:
+    """Return the letters of the axes of each result."""
+    of_each = {name: f"B{each.axis}N" for name, each in (request.statistics or {}).items()}
+    return Attended("BTN", "BN", "BTN", of_each or None)  # type: ignore[arg-type]
 
 
 def _with_kernels(request: Request, where: Where, name: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from attention_jax.base import checks
@@ -26,6 +27,7 @@ from attention_jax.request import (
 from attention_jax.scores import separate
 from attention_jax.scores.composition import finished, is_positional
 from attention_jax.statistics import Pairs
+from attention_jax.statistics.protocol import reads
 
 Array = jax.Array
 
@@ -44,6 +46,17 @@ class Operand(NamedTuple):
     def build(self, leaves: Sequence[Any]) -> Any:
         """Return the operand of one head, from its arrays."""
         return self.finish(jax.tree.unflatten(self.structure, leaves))
+
+    def entries(self) -> dict[str, Operand]:
+        """Return each entry of an operand that is a dict."""
+        pairs = iter(zip(self.leaves, self.axes, strict=True))
+        found = {}
+        names = self.structure.node_data()[1]
+        for name, structure in zip(names, self.structure.children(), strict=True):
+            part = list(itertools.islice(pairs, structure.num_leaves))
+            leaves, axes = ([each[n] for each in part] for n in (0, 1))
+            found[name] = Operand(leaves, axes, structure, self.finish)
+        return found
 
 
 def operands(request: Request, as_given: bool = False) -> dict[str, Operand]:
@@ -64,7 +77,9 @@ def operands(request: Request, as_given: bool = False) -> dict[str, Operand]:
         "bias": _bias(request),
         "normalizer": _normalizer(request),
         "dropout": _dropout(request),
-    } | (_head_maps(request) if request.mixes else _statistics(request))
+        **_head_maps(request),
+        **_statistics(request),
+    }
 
 
 def _operand(
@@ -189,25 +204,30 @@ def _statistics(request: Request) -> dict[str, Operand]:
 
     Raises:
       ShapeError: sums without the leading axis that they are to have.
+      ValueError: logits that are of other heads than the weights.
     """
     if request.statistics is None:
         return {}
+    sizes = request.sizes | {"N": request.counts[2]}
     parts, structure = jax.tree.flatten(request.statistics, is_leaf=_is_mask)
     letters: list[str] = []
     for number, part in enumerate(parts):
         if _is_mask(part):
             mask = algebra.with_int32(part)
-            parts[number], found = batch_axes.of_mask("attend: statistics", mask, request.sizes)
+            parts[number], found = batch_axes.of_mask("attend: statistics", mask, sizes)
             letters += found
         else:
             letters += [""]
     operand = _operand(request, jax.tree.unflatten(structure, parts), letters)
     _check_sums(request, operand)
+    _check_heads(request, operand)
     return {"statistics": operand}
 
 
 def _head_maps(request: Request) -> dict[str, Operand]:
-    """Return the maps across heads as operands, with None for what is not mapped."""
+    """Return the maps across heads as operands, with None for the one that is not given."""
+    if not request.mixes:
+        return {}
     names = ("mix_logits", "mix_weights")
     maps = {name: getattr(request, name) for name in names}
     return {
@@ -240,6 +260,30 @@ def _check_sums(request: Request, operand: Operand) -> None:
                     f"{leading}, got shape {leaf.shape} for a tile of {sizes['T']} queries and "
                     f"{sizes['S']} keys; sum over axis {axis}."
                 )
+
+
+def _check_heads(request: Request, operand: Operand) -> None:
+    """Require of a statistic that what it reads belongs to the same heads.
+
+    Logits are of the heads that are normalized, weights of those of the context.
+    """
+    _, between, after = request.counts
+    if between == after:
+        return
+    for name, part in operand.entries().items():
+        like_one = [
+            np.zeros(jnp.shape(leaf)[len(letters) :], jnp.result_type(leaf))
+            for leaf, letters in zip(part.leaves, part.axes, strict=True)
+        ]
+        reads_logits, reads_weights = reads(part.build(like_one), request.dtype)
+        differs = any("N" in letters for letters in part.axes)
+        if reads_logits and (reads_weights or differs):
+            what = "weights" if reads_weights else "a mask that differs between heads"
+            raise ValueError(
+                f"attend: statistics[{name!r}] reads logits, of {between} heads, and {what}, of "
+                f"{after} heads after mix_weights; give two statistics, or a map that keeps the "
+                "number of heads."
+            )
 
 
 def _sums_of_tile(operand: Operand, leaves: list[Any], pairs: Pairs) -> dict[str, Any]:

@@ -324,11 +324,6 @@ def _check_mixing(request: Request) -> None:
             f"attend: a mask that differs between heads cannot follow mix_logits from {heads} to "
             f"{between} heads; give a mask for all heads, or a map that keeps their number."
         )
-    if request.statistics is not None:
-        raise ValueError(
-            "attend: statistics are of heads that stand alone, and mix_logits or mix_weights mixes "
-            "them; leave statistics out, or compute them from return_weights=True."
-        )
     if request.return_logsumexp and request.mix_weights is not None:
         raise ValueError(
             "attend: return_logsumexp would belong to the heads before mix_weights, and the "

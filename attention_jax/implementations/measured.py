@@ -119,11 +119,7 @@ class Measured(NamedTuple):
         base = jax.tree.map(lambda x: jnp.pad(x, (0, more)), base)
         how = *how, self.plan.pairs[0]
         sums = _with_final_weights(how, *split_floats(operands), given, asked, base)
-        found = {}
-        for name, each in statistics.items():
-            length = self.plan.pairs[each.of == "key"]
-            found[name] = jax.tree.map(functools.partial(_first, length), sums[name])
-        return found
+        return without_padding(statistics, sums, self.plan.pairs)
 
     def traced(
         self, visits: list[Visits], statistics: dict[str, Statistic]
@@ -131,7 +127,8 @@ class Measured(NamedTuple):
         """Trace the functions of a tile and those of statistics, for these visits."""
         tiles, operands, given = self.prepare(visits)
         dtype = at_least_float32(operands.value.dtype)
-        measures, asked = Measures.traced(statistics, tiles, dtype)
+        none = functools.partial(Pairs.none, dtype=dtype)
+        measures, asked = Measures.traced(statistics, tiles, none)
         return (tiles, measures), operands, given, asked
 
 
@@ -172,7 +169,7 @@ def _with_context_jvp(how: tuple[Tiles, Measures], primals: Any, tangents: Any) 
     if isinstance(normalizer, LogSum):
         with_base = changes_with_base(asked.statistics, sums, changes[1])
         moved = jax.tree.map(jnp.add, moved, with_base)
-    return (context, logsumexp, sums), (*changes, _with_integers(moved, sums))
+    return (context, logsumexp, sums), (*changes, with_integers(moved, sums))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,14 +207,7 @@ class Final(Pass):
 
     def write(self, sums: Any, i: Any, computed: Any) -> Any:
         j, added = computed
-        before = part_of(self.asked, sums, i, j, added)
-        after = merged(self.asked.statistics, before, added)
-        return {
-            name: jax.tree.map(
-                functools.partial(_put, start=j if each.of == "key" else i), sums[name], after[name]
-            )
-            for name, each in self.asked.statistics.items()
-        }
+        return joined(self.asked, sums, added, i, j)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -270,12 +260,7 @@ class FinalTangent(Tangent):
 
     def write(self, sums: Any, i: Any, computed: Any) -> Any:
         j, added = computed
-        starts = [
-            j if self.asked.statistics[name].of == "key" else i
-            for name in sorted(self.merged)
-            for _ in split_floats(self.merged[name])[0]
-        ]
-        return [_added(*each) for each in zip(sums, added, starts, strict=True)]
+        return moved_by(self.asked, self.merged, (sums, added), i, j)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -305,7 +290,40 @@ def _with_final_weights_jvp(how: tuple[Tiles, Measures, int], primals: Any, tang
     moved = FinalTangent(
         tiles, both, given, base, moves, base_change, measures, asked, sums, queries
     )()
-    return sums, _with_integers(moved, sums)
+    return sums, with_integers(moved, sums)
+
+
+def without_padding(
+    statistics: dict[str, Statistic], sums: Any, pairs: tuple[int, int]
+) -> dict[str, Any]:
+    """Return the sums of so many queries or keys."""
+    found = {}
+    for name, each in statistics.items():
+        length = pairs[each.of == "key"]
+        found[name] = jax.tree.map(functools.partial(_first, length), sums[name])
+    return found
+
+
+def joined(asked: Asked, sums: Any, added: Any, i: Any, j: Any) -> Any:
+    """Join what a tile adds to the sums from query i, or from key j, on."""
+    before = part_of(asked, sums, i, j, added)
+    after, found = merged(asked.statistics, before, added), {}
+    for name, each in asked.statistics.items():
+        put = functools.partial(_put, start=j if each.of == "key" else i)
+        found[name] = jax.tree.map(put, sums[name], after[name])
+    return found
+
+
+def moved_by(
+    asked: Asked, like: Any, both: tuple[list[Array], list[Array]], i: Any, j: Any
+) -> list[Array]:
+    """Add to the tangents of the floating-point sums those of a tile; the sums are `like` these."""
+    starts = [
+        j if asked.statistics[name].of == "key" else i
+        for name in sorted(like)
+        for _ in split_floats(like[name])[0]
+    ]
+    return [_added(*each) for each in zip(*both, starts, strict=True)]
 
 
 def part_of(asked: Asked, sums: Any, i: Any, j: Any, like: Any) -> Any:
@@ -337,7 +355,7 @@ def _added(x: Array, rows: Array, start: Any) -> Array:
     )
 
 
-def _with_integers(moved: list[Array], sums: Any) -> Any:
+def with_integers(moved: list[Array], sums: Any) -> Any:
     """Return tangents of all sums, those of integers among them."""
     rest = iter(moved)
     return jax.tree.map(

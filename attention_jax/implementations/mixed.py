@@ -22,6 +22,7 @@ from attention_jax.implementations.mixed_heads import (
     kept_of,
     repeated,
 )
+from attention_jax.implementations.mixed_statistics import MixedPairs, of_pairs
 from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import LogSum, log_normalizer, streaming
 
@@ -56,9 +57,13 @@ def dense(heads: Heads, with_logsumexp: bool = True) -> Attended:
     if heads.dropout is not None:
         used = used * kept_of(heads.dropout, *pair, used.dtype)
 
+    statistics = None
+    if heads.statistics:
+        pairs = MixedPairs.of(used, logits, may, attendable, pair)
+        statistics = of_pairs(heads.statistics, pairs)
     logsumexp = heads.normalizer.map(_logsumexp, logits, may) if with_logsumexp else None
     context = jnp.einsum("nts,nsv->tnv", used, repeated(value, shared))
-    return Attended(context, used, logsumexp if logsumexp is None else logsumexp.T)
+    return Attended(context, used, logsumexp if logsumexp is None else logsumexp.T, statistics)
 
 
 def _call(function: Any, *arguments: Any) -> Any:

@@ -22,10 +22,11 @@ def mixes_contexts(request: Request) -> bool:
     """Tell whether the map of weights is applied to contexts instead.
 
     That is the same where it is linear, pairs stand alone, all heads of a group attend to the same
-    values, and no weight is dropped after it; and it is cheaper unless it maps many heads to few.
+    values, and no weight is dropped after it nor looked at; and it is cheaper unless it maps many
+    heads to few.
     """
     group = group_of(request.mix_weights)
-    if request.mix_weights is None or group is None or request.dropout_rate:
+    if request.mix_weights is None or group is None or request.dropout_rate or request.statistics:
         return False
     sizes, (heads, between, after) = request.sizes, request.counts
     if between % sizes["L"] or between // sizes["L"] % group or request.halos[1] != NO_HALO:
@@ -62,6 +63,8 @@ def mixed_contexts(head_map: Any, context: jax.Array) -> jax.Array:
 
 def passes(request: Request) -> str:
     """Say how the tiles are passed over, in words."""
+    if request.statistics:
+        return "two passes over tiles of all heads: the sums of rows, then weights and statistics"
     if request.mix_weights is None:
         return "one pass over tiles of all heads"
     if mixes_contexts(request):
@@ -75,7 +78,8 @@ def operations(request: Request, name: str, tile: tuple[int, int]) -> tuple[int,
     depth, sizes = request.sizes["V"], request.sizes
     of_logits, of_weights = request.halos
     by_context = name == "tiled" and mixes_contexts(request)
-    is_twice = name == "tiled" and request.mix_weights is not None and not by_context
+    has_weights = request.mix_weights is not None or bool(request.statistics)
+    is_twice = name == "tiled" and has_weights and not by_context
     visits = 1 + is_twice
     larger = _larger(of_logits + of_weights, tile)
     logits = visits * _of_map(request, request.mix_logits, heads, of_logits)

@@ -37,6 +37,14 @@ class OfHeads:
         axes = tuple(0 if "N" in letters else None for letters in operand.axes)
         return cls(list(leaves), axes, functools.partial(_built, operand.structure, operand.finish))
 
+    @classmethod
+    def of_each(cls, operand: Operand, leaves: Sequence[Any]) -> dict[str, OfHeads]:
+        """Return each entry of an operand that is a dict, whose arrays are `leaves`."""
+        parts, rest = operand.entries(), iter(leaves)
+        return {
+            name: cls.of(part, [next(rest) for _ in part.leaves]) for name, part in parts.items()
+        }
+
     @property
     def differs(self) -> bool:
         """Whether heads have arrays of their own."""
@@ -63,7 +71,7 @@ class Heads(NamedTuple):
 
     query [N, T, Hq], key [K, S, Hk], value [L, S, V]. `bias` is None, an array that broadcasts to
     [N, T, S], or a function of each head; `dropout` is None, or the words of each head and the
-    rate. The two maps are bound functions, or None.
+    rate. The two maps are bound functions, or None. `statistics` are those that are asked for.
     """
 
     query: Array
@@ -76,12 +84,13 @@ class Heads(NamedTuple):
     dropout: OfHeads | None
     mix_logits: Any
     mix_weights: Any
+    statistics: dict[str, OfHeads]
 
     @classmethod
     def of(cls, given: dict[str, Operand], leaves: Sequence[Any]) -> Heads:
         """Return the operands of an example, whose arrays are `leaves`, rows before heads."""
-        rest = iter(leaves)
-        arrays = {name: [next(rest) for _ in operand.leaves] for name, operand in given.items()}
+        those = iter(leaves)
+        arrays = {name: [next(those) for _ in operand.leaves] for name, operand in given.items()}
         built = {name: OfHeads.of(operand, arrays[name]) for name, operand in given.items()}
         rows = {name: jnp.moveaxis(arrays[name][0], 1, 0) for name in ("query", "key", "value")}
         maps = {name: built[name].build(arrays[name]) for name in ("mix_logits", "mix_weights")}
@@ -92,7 +101,11 @@ class Heads(NamedTuple):
             (array,) = arrays["bias"]
             bias = array if bias.differs else array[None]
         dropout = built["dropout"] if arrays["dropout"] else None
-        return cls(**{**built, **rows, **maps, "bias": bias, "dropout": dropout})
+        statistics = {}
+        if "statistics" in given:
+            statistics = OfHeads.of_each(given["statistics"], arrays["statistics"])
+        rest = {"bias": bias, "dropout": dropout, "statistics": statistics}
+        return cls(**{**built, **rows, **maps, **rest})
 
 
 def repeated(rows: Array, times: int) -> Array:

@@ -94,7 +94,7 @@ class MixedContexts:
 
     def of_tile(self, masked: bool, here: Operands, given: Given, i: Any, j: Any) -> tuple[Array]:
         """Return what a tile adds to the contexts [N, bt, V]."""
-        weights = self.tiles.weights(here, given, i, j, masked)
+        weights, *_ = self.tiles.weighed(here, given, i, j, masked)
         value = repeated(here.value, len(weights) // len(here.value))
         products = self.tiles.products.of_derivatives
         return (jax.vmap(functools.partial(times, products=products))(weights, value),)
@@ -197,7 +197,7 @@ class Sums(Pass):
         return tile[-3]
 
     def write(self, sums: Any, i: Any, computed: Any) -> Any:
-        return jax.tree.map(functools.partial(_added, i), sums, computed)
+        return jax.tree.map(functools.partial(added, i), sums, computed)
 
 
 def _accumulate(products: Products, normalizer: Any, tile: Tile, sums: Any) -> online.RunningSums:
@@ -222,7 +222,7 @@ def _put(i: Any, sums: Array, rows: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(sums, rows, i, 1, allow_negative_indices=False)
 
 
-def _added(i: Any, sums: Array, rows: Array) -> Array:
+def added(i: Any, sums: Array, rows: Array) -> Array:
     """Add to the rows from query i on, of all heads; see `tile_passes.added`."""
     size = rows.shape[1]
     tiles = sums.reshape(len(sums), sums.shape[1] // size, *rows.shape[1:])

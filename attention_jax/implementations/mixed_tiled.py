@@ -6,6 +6,7 @@ of weights is applied in one of two ways, whichever multiplies less:
 - to the contexts, where it is linear and the heads that it mixes attend to the same values, as
   those of a differential pair do: sum_m P_mn (w_m v) = (sum_m P_mn w_m) v. One pass.
 - to the weights of each tile in a second pass, once the first has found each row's log-sum-exp.
+  Statistics are of these weights, and so are computed in the second pass whatever the maps.
 
 Both passes are sums over tiles given the statistics of the rows, so their tangents are linear and
 recompute each tile; JAX transposes them into the backward pass.
@@ -25,14 +26,15 @@ from attention_jax.base.matmul import Products
 from attention_jax.base.trees import Rest, merge_floats, split_floats
 from attention_jax.base.typing import at_least_float32
 from attention_jax.head_maps import halo_of
-from attention_jax.implementations import online
+from attention_jax.implementations import mixed_measured, online
 from attention_jax.implementations.head import SAVED, Attended
+from attention_jax.implementations.measured import one_by_one
 from attention_jax.implementations.mixed_heads import Heads, OfHeads, repeated
 from attention_jax.implementations.mixed_passes import Contexts, Forward, MixedContexts, Sums
 from attention_jax.implementations.mixed_tiles import Given, MixedTiles, Operands, widened
 from attention_jax.implementations.tile_passes import one_pass, tangents_of
 from attention_jax.implementations.tiled import mapped, padded, with_sink
-from attention_jax.implementations.tiles import Plan
+from attention_jax.implementations.tiles import Plan, Visits
 from attention_jax.masks import PARTIAL
 from attention_jax.normalizers import Elementwise
 from attention_jax.scores import Separated
@@ -51,18 +53,24 @@ def tiled(
     length = plan.pairs[0]
     if 0 in (heads.query.shape[1], heads.key.shape[1]):
         return _of_nothing(heads, counts)
-    tiles, operands, given = _prepared(heads, plan, products)
-    contexts = Contexts(tiles, heads.mix_weights is None or by_context)
+    visits = one_by_one(plan) if heads.statistics else plan.visits
+    tiles, operands, given = _prepared(heads, plan, visits, products)
+    is_twice = bool(heads.statistics) or not (heads.mix_weights is None or by_context)
+    contexts = Contexts(tiles, with_values=not is_twice)
     context, logsumexp = _contexts(contexts, counts[1], operands, given)
-    if heads.mix_weights is not None and by_context:
-        context = heads.mix_weights(context)
-    elif heads.mix_weights is not None:
+    statistics = None
+    if is_twice:
         around = ((0, 0), tiles.halos[1].queries)
         rows = jnp.pad(online.finite_or_zero(logsumexp), around, mode="edge")
-        floats, rest = split_floats(operands._replace(rows=rows))
-        context = _mix(MixedContexts(tiles), counts[2], floats, rest, given)
+        operands = operands._replace(rows=rows)
+        if heads.statistics:
+            context, statistics = mixed_measured.measure(tiles, operands, given, heads, counts)
+        else:
+            context = _mix(MixedContexts(tiles), counts[2], *split_floats(operands), given)
+    elif heads.mix_weights is not None:
+        context = heads.mix_weights(context)
     context = jnp.moveaxis(context[:, :length], 0, 1)
-    return Attended(context, logsumexp=logsumexp[:, :length].T)
+    return Attended(context, logsumexp=logsumexp[:, :length].T, statistics=statistics)
 
 
 def _contexts(
@@ -88,14 +96,20 @@ def _of_nothing(heads: Heads, counts: tuple[int, int, int]) -> Attended:
     attended = heads.normalizer.map(with_sink, none, jnp.full(none.shape[:2], -jnp.inf, dtype))
     context = jnp.zeros((length, counts[2], heads.value.shape[2]), dtype)
     logsumexp = attended.logsumexp
-    return Attended(context, logsumexp=None if logsumexp is None else logsumexp.T)
+    return Attended(
+        context,
+        logsumexp=None if logsumexp is None else logsumexp.T,
+        statistics=mixed_measured.of_no_pairs(heads, counts),
+    )
 
 
-def _prepared(heads: Heads, plan: Plan, products: Products) -> tuple[MixedTiles, Operands, Given]:
+def _prepared(
+    heads: Heads, plan: Plan, visits: list[Visits], products: Products
+) -> tuple[MixedTiles, Operands, Given]:
     """Clean, map, pad and gather what the tiles need."""
     halos = halo_of(heads.mix_logits), halo_of(heads.mix_weights)
     queries, keys = halos[0] + halos[1]
-    visits, (query_length, key_length) = plan.visits, plan.pairs
+    query_length, key_length = plan.pairs
     tallest = max((one.height for one in visits), default=plan.tile[0])
     queries = queries[0], queries[1] + -query_length % tallest
     rest = plan.covered - key_length

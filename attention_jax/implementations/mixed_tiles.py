@@ -186,8 +186,14 @@ class MixedTiles:
         halo = self.halos[0]
         return Logits(mixed, None if allowed is None else allowed[halo.inside(allowed.shape)])
 
-    def weights(self, here: Operands, given: Given, i: Any, j: Any, masked: bool) -> Array:
-        """Return the mixed weights of a tile after dropout, [N, bt, bk], from those of its rows."""
+    def weighed(
+        self, here: Operands, given: Given, i: Any, j: Any, masked: bool
+    ) -> tuple[Array, Logits, Array | None]:
+        """Return the final weights of a tile, [N, bt, bk], given the statistics of its rows.
+
+        That is, mixed and after dropout; with the logits behind them, and what each head may attend
+        to, [1 or N, bt, bk], None for all.
+        """
         rows = here.query.shape[1] - sum(self.halo.queries)
         logits = self.logits(here, given, i, j, masked)
         numbers, allowed = logits
@@ -199,16 +205,16 @@ class MixedTiles:
             weights = self.functions[rows]["mix_weights"](here.mix_weights, weights, *captured)
         poison = rows_from(given.value_poison, j, self.key_size, axis=1)
         poison = repeated(poison, len(weights) // len(poison))[:, None, :]
-        allowed = logits.within(self.halos[1]).allowed
-        if allowed is None:
+        logits, attendable = logits.within(self.halos[1]), None
+        if logits.allowed is None:
             weights = weights + poison
         else:
-            attendable = attendable_of(allowed, here.mix_weights, len(weights))
+            attendable = attendable_of(logits.allowed, here.mix_weights, len(weights))
             weights = jnp.where(attendable, weights + poison, 0.0)
-        if given.dropout is None:
-            return weights
-        pair = (i + indices(rows))[:, None], (j + indices(self.key_size))[None, :]
-        return weights * kept_of(given.dropout, *pair, weights.dtype)
+        if given.dropout is not None:
+            pair = (i + indices(rows))[:, None], (j + indices(self.key_size))[None, :]
+            weights = weights * kept_of(given.dropout, *pair, weights.dtype)
+        return weights, logits, attendable
 
 
 def widened(operands: Operands) -> Operands:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from attention_jax.base.trees import hoisted, split_floats, varying_like
+from attention_jax.base.typing import at_least_float32
 from attention_jax.implementations import online
 from attention_jax.implementations.passes import over_visits
 from attention_jax.implementations.tile_passes import (
@@ -30,6 +31,7 @@ from attention_jax.implementations.tile_passes import (
     rows_from,
     streamed,
 )
+from attention_jax.implementations.tiles import Visits
 from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import LogSum, Streaming
 from attention_jax.statistics import Pairs, Statistic
@@ -54,22 +56,23 @@ class Asked(NamedTuple):
 class Measures:
     """How statistics are computed from a tile; holds only what is known while tracing.
 
+    `none(queries, keys)` are pairs of which none may attend.
     `of_tile[shape](statistics, pairs, *captured)` are the sums of a tile of this shape, and
     `moved[shape](statistics, pairs, merged, *captured)` those that have their derivative.
     """
 
-    dtype: Any
+    none: Callable[[int, int], Any]
     of_tile: dict[Shape, Callable[..., Any]]
     moved: dict[Shape, Callable[..., Any]]
 
     @classmethod
     def traced(
-        cls, statistics: dict[str, Statistic], tiles: Tiles, dtype: Any
+        cls, statistics: dict[str, Statistic], tiles: AnyTiles, none: Callable[[int, int], Any]
     ) -> tuple[Measures, Asked]:
         """Trace the functions for each shape of a tile, and take out what they close over."""
         of_tile, moved, captured, of_moved = {}, {}, {}, {}
         for shape in {ONE_PAIR, *((visits.rows, tiles.key_size) for visits in tiles.visits)}:
-            pairs = jax.eval_shape(functools.partial(Pairs.none, *shape, dtype))
+            pairs = jax.eval_shape(functools.partial(none, *shape))
             of_tile[shape], captured[shape] = hoisted(
                 functools.partial(_of_tile), statistics, pairs
             )
@@ -77,26 +80,36 @@ class Measures:
             moved[shape], of_moved[shape] = hoisted(
                 functools.partial(_moved), statistics, pairs, merged
             )
-        return cls(dtype, of_tile, moved), Asked(statistics, captured, of_moved)
+        return cls(none, of_tile, moved), Asked(statistics, captured, of_moved)
 
     def of_no_pairs(self, asked: Asked, queries: int, keys: int) -> Any:
         """Return sums over no pairs, the neutral elements: that of one query or key, repeated."""
-        of_one = self.of_pairs(asked, Pairs.none(*ONE_PAIR, self.dtype))
+        of_one = self.of_pairs(asked, self.none(*ONE_PAIR))
         found = {}
         for name, statistic in asked.statistics.items():
             length = keys if statistic.of == "key" else queries
             found[name] = jax.tree.map(functools.partial(_repeated, length), of_one[name])
         return found
 
-    def of_pairs(self, asked: Asked, pairs: Pairs) -> Any:
+    def of_pairs(self, asked: Asked, pairs: Any) -> Any:
         """Return the sums of a tile, by name."""
-        shape = pairs.weights.shape
+        shape = _shape(pairs)
         return self.of_tile[shape](asked.statistics, pairs, *asked.of_tile[shape])
 
-    def moving(self, asked: Asked, pairs: Pairs, merged: Any) -> list[Array]:
+    def moving(self, asked: Asked, pairs: Any, merged: Any) -> list[Array]:
         """Return what a tile adds to the derivatives of the floating-point sums."""
-        shape = pairs.weights.shape
+        shape = _shape(pairs)
         return self.moved[shape](asked.statistics, pairs, merged, *asked.moved[shape])
+
+
+class AnyTiles(Protocol):
+    """Tiles of one head, or of all heads together."""
+
+    @property
+    def visits(self) -> list[Visits]: ...
+
+    @property
+    def key_size(self) -> int: ...
 
 
 class Sums(NamedTuple):
@@ -117,7 +130,7 @@ class MeasuredForward(Forward):
         """Return context [T, V], log-sum-exp [T] as `online.finished_finite` has it, and sums."""
         (operands,) = self.operands
         length, depth = operands.query.shape[0], operands.value.shape[1]
-        dtype = self.measures.dtype
+        dtype = at_least_float32(operands.value.dtype)
         start = Sums(
             online.RunningSums.start(length, depth, dtype),
             self.measures.of_no_pairs(self.asked, length, 1),
@@ -308,6 +321,11 @@ def _pairs(tile: online.Tile, weighed: tuple[Array, Array], where: tuple[Array, 
         where[1][None, :],
         row_maximum(tile.hidden(masked=-jnp.inf)) + tile.row_poison(),
     )
+
+
+def _shape(pairs: Any) -> Shape:
+    """Return the numbers of queries and keys."""
+    return len(pairs.q_idx), pairs.kv_idx.shape[1]
 
 
 def _repeated(length: int, sums: Array) -> Array:

@@ -133,7 +133,7 @@ def mass_by_distance(edges: Sequence[int]) -> Statistic:
     r"""Return the statistic of a head's share of weight by distance |i - j|.
 
     Bucket b holds the distances from edges[b] up to, not including, edges[b + 1]; the last all
-    from edges[-1] on.
+    from edges[-1] on. A weight counts by its magnitude.
 
     Args:
       edges: increasing distances; those less than the first are in no bucket.
@@ -166,7 +166,7 @@ def saturated_rows(threshold: float = 0.95) -> Statistic:
       threshold: of the largest weight.
 
     Returns:
-      A statistic of a head, [B, N], over the queries that attend to something; 0 where none does.
+      A statistic of a head, [B, N], over the queries with a positive weight; 0 where none has one.
 
     >>> from attention_jax import attend
     >>> x = jnp.array([9.0, 0.0]).reshape(1, 2, 1, 1)
@@ -205,12 +205,12 @@ def _mean(sums: _Mass) -> Array:
 def _by_distance(pairs: Pairs, edges: Array) -> tuple[Array, Array]:
     distance = distances(pairs)
     beyond = jnp.iinfo(jnp.int32).max
-    masses = []
+    magnitudes, masses = jnp.abs(pairs.weights), []
     for number in range(len(edges)):
         least, end = edges[number], edges[number + 1] if number + 1 < len(edges) else beyond
         is_in = (distance >= least) & (distance < end)
-        masses.append(over_keys(jnp.where(is_in, pairs.weights, 0.0)))
-    return jnp.stack(masses, axis=1), jnp.sum(pairs.weights, axis=1)
+        masses.append(over_keys(jnp.where(is_in, magnitudes, 0.0)))
+    return jnp.stack(masses, axis=1), jnp.sum(magnitudes, axis=1)
 
 
 def _shares(sums: tuple[Array, Array]) -> Array:

@@ -21,11 +21,24 @@ from attention_jax.base.equality import ByValue
 from attention_jax.base.typing import require_callable
 from attention_jax.masks.intervals import indices
 
-__all__ = ["Pairs", "Statistic", "Statistics", "checked", "of_matrix", "over_queries", "scaled"]
+__all__ = [
+    "Pairs",
+    "Statistic",
+    "Statistics",
+    "checked",
+    "fields_read",
+    "of_matrix",
+    "over_queries",
+    "scaled",
+]
 
 Array = jax.Array
 AXES = {"query": "T", "key": "S", "head": ""}
 """For each kind of statistic the letter of the axis that its result has, for one head."""
+
+OF_LOGITS = "logits", "largest_logit"
+OF_WEIGHTS = "weights", "log_weights"
+"""Fields of `Pairs` that need not be of the same heads, where maps mix these."""
 
 
 class Pairs(NamedTuple):
@@ -208,6 +221,36 @@ class Statistic(ByValue):
     def of_pairs(self, pairs: Pairs) -> Any:
         """Return the statistic of all pairs of a head, with final weights."""
         return self.finish(self.of_tile(pairs))
+
+
+def fields_read(statistic: Statistic, dtype: Any = jnp.float32) -> frozenset[str]:
+    """Return the names of the fields of `Pairs` whose numbers a statistic reads.
+
+    Args:
+      statistic: any, with the parameters of one head.
+      dtype: that of weights and logits.
+
+    >>> from attention_jax import statistics
+    >>> sorted(fields_read(statistics.largest_logit))
+    ['kv_idx', 'largest_logit']
+    >>> sorted(fields_read(statistics.expected_distance))
+    ['kv_idx', 'q_idx', 'weights']
+    """
+    pairs = jax.eval_shape(functools.partial(Pairs.none, 3, 5, dtype))
+    sums = jax.eval_shape(statistic.of_tile, pairs)
+    found: frozenset[str] = frozenset()
+    for function, given in ((statistic.of_tile, (pairs,)), (statistic.moved, (pairs, sums))):
+        program = jax.make_jaxpr(functools.partial(function))(*given).jaxpr
+        used = [x for equation in program.eqns for x in equation.invars] + program.outvars
+        names = zip(Pairs._fields, program.invars, strict=False)
+        found |= {name for name, variable in names if any(variable is x for x in used)}
+    return found
+
+
+def reads(statistic: Statistic, dtype: Any) -> tuple[bool, bool]:
+    """Tell whether a statistic of one head reads logits, and whether it reads weights."""
+    fields = fields_read(statistic, dtype)
+    return not fields.isdisjoint(OF_LOGITS), not fields.isdisjoint(OF_WEIGHTS)
 
 
 Statistics = Mapping[str, Statistic]

@@ -112,14 +112,15 @@ def _mass(pairs: Pairs, mask: Any) -> Array:
 
 
 class _Surprise(NamedTuple):
-    """Sums of w ln w and of w."""
+    """Sums of |w| ln |w| and of |w|."""
 
     surprise: Array
     total: Array
 
 
 def _surprise(pairs: Pairs) -> _Surprise:
-    return _Surprise(over_keys(pairs.weights * pairs.log_weights), jnp.sum(pairs.weights, axis=1))
+    magnitudes = jnp.abs(pairs.weights)
+    return _Surprise(over_keys(magnitudes * pairs.log_weights), jnp.sum(magnitudes, axis=1))
 
 
 def _rescaled_surprise(sums: _Surprise, log_factor: Array) -> _Surprise:
@@ -201,7 +202,7 @@ def _trace(sums: tuple[Array, Array]) -> Array:
 
 
 class _Moments(NamedTuple):
-    """Sum of weights, mean distance, and weighted sum of squared distances from the mean.
+    """Sum of magnitudes, mean distance, and weighted sum of squared distances from the mean.
 
     Joined as Chan, Golub and LeVeque 1983 do, so that no large squares are subtracted.
     """
@@ -213,9 +214,10 @@ class _Moments(NamedTuple):
 
 def _moments(pairs: Pairs) -> _Moments:
     distance = distances(pairs).astype(pairs.weights.dtype)
-    total = jnp.sum(pairs.weights, axis=1)
-    mean = _ratio(over_keys(pairs.weights * distance), total)
-    return _Moments(total, mean, over_keys(pairs.weights * (distance - mean[:, None]) ** 2))
+    magnitudes = jnp.abs(pairs.weights)
+    total = jnp.sum(magnitudes, axis=1)
+    mean = _ratio(over_keys(magnitudes * distance), total)
+    return _Moments(total, mean, over_keys(magnitudes * (distance - mean[:, None]) ** 2))
 
 
 def _joined_moments(first: _Moments, second: _Moments) -> _Moments:
@@ -237,10 +239,9 @@ def _rescaled_moments(sums: _Moments, log_factor: Array) -> _Moments:
 def _moments_again(pairs: Pairs, merged: _Moments) -> _Moments:
     """Return the sums around the mean of all keys."""
     distance = distances(pairs).astype(pairs.weights.dtype) - merged.mean[:, None]
-    mean = _ratio(jnp.sum(pairs.weights * distance, axis=1), merged.total)
-    return _Moments(
-        jnp.sum(pairs.weights, axis=1), mean, jnp.sum(pairs.weights * distance**2, axis=1)
-    )
+    magnitudes = jnp.abs(pairs.weights)
+    mean = _ratio(jnp.sum(magnitudes * distance, axis=1), merged.total)
+    return _Moments(jnp.sum(magnitudes, axis=1), mean, jnp.sum(magnitudes * distance**2, axis=1))
 
 
 def _spread(sums: _Moments) -> Array:
@@ -251,7 +252,8 @@ def _spread(sums: _Moments) -> Array:
 
 def _distance(pairs: Pairs) -> tuple[Array, Array]:
     distance = distances(pairs).astype(pairs.weights.dtype)
-    return over_keys(pairs.weights * distance), jnp.sum(pairs.weights, axis=1)
+    magnitudes = jnp.abs(pairs.weights)
+    return over_keys(magnitudes * distance), jnp.sum(magnitudes, axis=1)
 
 
 def _mean_distance(sums: tuple[Array, Array]) -> Array:
@@ -297,10 +299,11 @@ def _heaviest_again(pairs: Pairs, merged: Heaviest) -> Heaviest:
 
 
 entropy = Statistic(_surprise, _entropy, _rescaled_surprise)
-r"""Entropy of each query in nats, [B, T, N]: H_i = -sum_j p_ij ln p_ij, p_ij = w_ij / sum_k w_ik.
+r"""Entropy of each query in nats, [B, T, N]: H_i = -sum_j p_ij ln p_ij.
 
-Between 0 (one key) and the logarithm of the number of allowed keys; 0 where a query attends to
-nothing. Shannon 1948, section 6; Zhai et al. 2023, section 3 (its collapse precedes divergence).
+With p_ij = |w_ij| / sum_k |w_ik|, so that weights may be negative. Between 0 (one key) and the
+logarithm of the number of allowed keys; 0 where a query attends to nothing. Shannon 1948, section
+6; Zhai et al. 2023, section 3 (its collapse precedes divergence).
 """
 
 effective_support = Statistic(_surprise, _support, _rescaled_surprise)
@@ -329,7 +332,7 @@ largest_weight = Statistic(
     _larger,
     functools.partial(_largest_again, _largest_weight),
 )
-r"""The largest weight of each query, [B, T, N]; 0 where it attends to nothing.
+r"""The largest weight of each query, [B, T, N]; 0 where none is positive.
 
 Where several are the largest, the derivative is that of the first of them.
 """
@@ -343,12 +346,12 @@ What is left of the gradient to the logits: 0 where one key has all weight.
 expected_distance = Statistic(_distance, _mean_distance)
 r"""Mean distance of the keys from the query, [B, T, N]: sum_j p_ij |i - j|.
 
-With p_ij = w_ij / sum_k w_ik; 0 where a query attends to nothing.
+With p_ij = |w_ij| / sum_k |w_ik|; 0 where a query attends to nothing.
 """
 
 distance_spread = Statistic(_moments, _spread, _rescaled_moments, _joined_moments, _moments_again)
 r"""Standard deviation of the distance of the keys from the query, [B, T, N].
 
-The root of sum_j p_ij (|i - j| - mean_i)^2; 0 where a query attends to one key or to nothing, where
-its derivative is 0 as well.
+The root of sum_j p_ij (|i - j| - mean_i)^2, with p_ij = |w_ij| / sum_k |w_ik|; 0 where a query
+attends to one key or to nothing, where its derivative is 0 as well.
 """

@@ -302,11 +302,38 @@ def talk(heads=2):
     return bind(head_maps.talking, weight=jnp.eye(heads))
 
 
+def both_read():
+    """Return a statistic that reads logits and weights."""
+    return statistics.Statistic(lambda pairs: jnp.sum(pairs.weights * pairs.logits, axis=1))
+
+
+def masked_logits():
+    """Return a statistic of the logits where a mask of 4 heads is true."""
+    where = masks.as_mask(jnp.ones((1, 4, T, S), bool))
+
+    def of_tile(pairs, where):
+        return jnp.sum(jnp.where(where(pairs.q_idx, pairs.kv_idx), pairs.logits, 0.0), axis=1)
+
+    return statistics.Statistic(bind(of_tile, where=where), rescale=None)
+
+
 REFUSED = {
-    "statistics": (
-        lambda: {"mix_logits": talk(), "statistics": {"entropy": statistics.entropy}},
-        "attend: statistics are of heads that stand alone, and mix_logits or mix_weights mixes "
-        "them; leave statistics out, or compute them from return_weights=True.",
+    "a statistic of logits and weights of different heads": (
+        lambda: {
+            "mix_weights": bind(head_maps.talking, weight=jnp.ones((2, 4))),
+            "statistics": {"own": both_read()},
+        },
+        "attend: statistics['own'] reads logits, of 2 heads, and weights, of 4 heads after "
+        "mix_weights; give two statistics, or a map that keeps the number of heads.",
+    ),
+    "a statistic of logits with a mask of other heads": (
+        lambda: {
+            "mix_weights": bind(head_maps.talking, weight=jnp.ones((2, 4))),
+            "statistics": {"own": masked_logits()},
+        },
+        "attend: statistics['own'] reads logits, of 2 heads, and a mask that differs between "
+        "heads, of 4 heads after mix_weights; give two statistics, or a map that keeps the number "
+        "of heads.",
     ),
     "log-sum-exp": (
         lambda: {"mix_weights": talk(), "return_logsumexp": True},

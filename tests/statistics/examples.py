@@ -128,6 +128,7 @@ NOT_STATISTICS = {
     "Statistic",
     "Statistics",
     "checked",
+    "fields_read",
     "diagonal",
     "of_matrix",
     "over_queries",
