@@ -76,7 +76,7 @@ class MixedPairs(NamedTuple):
         if of_logits:  # which reads no weights
             weights, allowed = jnp.zeros_like(logits), self.allowed
         elif len(logits) != len(weights):  # which reads no logits
-            logits, largest = jnp.zeros_like(weights), jnp.zeros_like(weights[:, :, 0])
+            logits, largest = (jnp.zeros(weights.shape[:axes], weights.dtype) for axes in (3, 2))
         log_weights = jnp.log(jnp.where(weights != 0, jnp.abs(weights), 1.0))
         return Pairs(weights, log_weights, logits, allowed, self.q_idx, self.kv_idx, largest)
 

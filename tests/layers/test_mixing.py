@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax import ShapeError, attend, head_maps, linen, masks
+from attention_jax import ShapeError, attend, head_maps, linen, masks, statistics
 from attention_jax import nnx as attention_nnx
 from attention_jax.layers import differential, multi_token
 
@@ -50,6 +50,15 @@ def test_twins_and_what_they_compute(kind):
     }
     context = attend(*layer.heads(x()), mask=masks.Causal(), **maps, implementation="tiled")
     np.testing.assert_allclose(layer.join(context), output, atol=1e-5)
+
+    asked = {"statistics": {"entropy": statistics.entropy, "logit": statistics.head_largest_logit}}
+    call = {"mask": masks.Causal(), **asked}
+    _, found = layer(x(), **call)
+    _, of_twin = twin.apply({"params": tree}, x(), **call)
+    wanted = attend(*layer.heads(x()), **call, **maps, implementation="tiled").statistics
+    for name, expected in wanted.items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-5)
+        np.testing.assert_allclose(of_twin[name], expected, atol=1e-5)
 
 
 @pytest.mark.slow

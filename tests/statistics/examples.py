@@ -23,8 +23,8 @@ class StatisticExample(NamedTuple):
 
 
 def shares(weights):
-    total = weights.sum(axis=1, keepdims=True)
-    return weights / np.where(total > 0, total, 1)
+    total = abs(weights).sum(axis=1, keepdims=True)
+    return abs(weights) / np.where(total > 0, total, 1)
 
 
 def entropy(weights, *_):
@@ -52,7 +52,7 @@ def largest_logit(weights, logits, allowed):
 
 def heaviest(weights, *_):
     order = np.argsort(-weights, axis=1, kind="stable")[:, :3]
-    found = np.take_along_axis(weights, order, axis=1)
+    found = np.maximum(np.take_along_axis(weights, order, axis=1), 0)
     return np.where(found > 0, order, -1), found
 
 
@@ -72,12 +72,13 @@ def mean_mass(rule):
 
 def by_distance(weights, *_):
     near = distances(weights)
+    weights = abs(weights)
     masses = [weights[near == 0], weights[(near > 0) & (near < 4)], weights[near >= 4]]
     return np.array([mass.sum() for mass in masses]) / max(weights.sum(), 1e-300)
 
 
 def saturated(weights, *_):
-    rows = weights.any(axis=1)
+    rows = (weights > 0).any(axis=1)
     return (weights.max(axis=1) > 0.5)[rows].sum() / max(rows.sum(), 1)
 
 
@@ -93,7 +94,7 @@ STATISTICS = {
     ),
     "largest_logit": StatisticExample(statistics.largest_logit, largest_logit),
     "largest_weight": StatisticExample(
-        statistics.largest_weight, lambda weights, *_: weights.max(axis=1)
+        statistics.largest_weight, lambda weights, *_: np.maximum(weights.max(axis=1), 0)
     ),
     "jacobian_trace": StatisticExample(
         statistics.jacobian_trace, lambda weights, *_: (weights - weights**2).sum(axis=1)
