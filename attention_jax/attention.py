@@ -99,7 +99,8 @@ def attend(
       return_logsumexp: also return the log of the softmax normalizer, [B, T, N], in float32 or
         better; -inf for a query that may attend to nothing.
       statistics: also return statistics (`attention_jax.statistics`) by these names, such as
-        {"entropy": statistics.entropy}: of weights that need not be held, in float32 or better.
+        {"entropy": statistics.entropy}: of weights that need not be held, in float32 or better;
+        of mixed logits [.., M] and mixed weights [.., O] where maps mix heads.
       mix_logits: a map across heads (`attention_jax.head_maps`), [N, T, S] -> [M, T, S], of the
         logits before the normalizer; what the mask leaves out counts as zero.
       mix_weights: a map across heads of the weights after it, [M, T, S] -> [O, T, S]; values then

@@ -3,6 +3,9 @@
 Each takes the numbers of all heads at pairs of queries and keys, [M, T, S], and returns those of N
 heads, [N, T, S]: `attend(..., mix_logits=..., mix_weights=...)`. One that looks at neighbouring
 pairs carries a rule `halo` that says at how many.
+
+Statistics of mixed heads (`attend(..., statistics=...)`) are those of the mixed logits and of the
+mixed weights, which may be negative; see `attention_jax.statistics`.
 """
 
 from attention_jax.head_maps.common import difference, differential, grouped, talking

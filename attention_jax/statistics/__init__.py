@@ -9,6 +9,15 @@ that the context is. A query that may attend to nothing has the values that each
 and derivatives of zero; NaN or Inf in a key or value makes NaN of the statistics of the queries
 that attend to it, and of the keys that these attend to.
 
+Weights may be negative: those of some normalizers, or of heads that `mix_weights` mixes. Entropy,
+distances and shares by distance count a weight by its magnitude; masses and sums of squares keep
+its sign; the largest and the heaviest weights are those above zero.
+
+Where maps mix heads, statistics of logits belong to the heads that are normalized, after
+`mix_logits`, and all others to the heads of the context, after `mix_weights`. Their weights are
+final ones, computed in a second pass over tiles of all heads. NaN or Inf in a value makes NaN of
+the weights of its own pairs there, and of the statistics that read them.
+
 Your own is a `Statistic`: what a tile adds, how sums are rescaled, and how it ends.
 """
 

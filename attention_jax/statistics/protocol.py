@@ -54,6 +54,9 @@ class Pairs(NamedTuple):
       q_idx: [T, 1], positions of the queries.
       kv_idx: [1, S], positions of the keys.
       largest_logit: [T], over the allowed keys; the smallest number where there are none.
+
+    Where maps mix heads and change their number, logits and weights are of different heads, and a
+    statistic reads one of the two (`fields_read`).
     """
 
     weights: Array
