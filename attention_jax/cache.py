@@ -29,7 +29,7 @@ from attention_jax.base.typing import AnyScore
 from attention_jax.head_maps import NO_HALO, halo_of
 from attention_jax.masks import MaskLike, batch_axes
 from attention_jax.masks.intervals import Lookup, indices, judge
-from attention_jax.normalizers import softmax, whole_sequences
+from attention_jax.normalizers import in_any_order, softmax, whole_sequences
 from attention_jax.positions.shifting import Rows, shifted_bias, shifted_score
 from attention_jax.request import DropoutKey, as_bias
 
@@ -250,7 +250,8 @@ def attend_cached(
         one call, and for a memory (`view_of`).
       **options: the others of `attend`. A `positional` score and a bias are given positions in
         the whole sequence. Which pairs dropout_rate drops depends on dropout_key, example, head,
-        query among the new tokens and slot: give every step a key of its own.
+        query among the new tokens and slot, or where the order of keys counts their order: give
+        every step a key of its own. Where it counts, a window costs a copy of keys and values.
 
     Returns:
       What `attend` returns; zeros for padding.
@@ -377,11 +378,15 @@ def _attend(
     **rest: Any,
 ) -> Any:
     """Attend where all examples are at the same positions."""
+    normalizer = rest.get("normalizer", softmax)
+    slots = None if in_any_order(normalizer) else jnp.argsort(view.positions)
+    if slots is not None:
+        view = _in_order(view, slots)
     rows = Rows(view.start, view.positions)
     if score is not None:
         rest["score"] = shifted_score(score, rows)
     query = jnp.where(view.overflow, jnp.nan, query)
-    return attend(
+    attended = attend(
         query,
         view.key.astype(query.dtype),
         view.value.astype(query.dtype),
@@ -389,6 +394,16 @@ def _attend(
         bias=shifted_bias(bias, rows, query.shape[1]),
         **rest,
     )
+    if slots is None or not rest.get("return_weights"):
+        return attended
+    weights = jnp.take(attended.weights, jnp.argsort(slots), axis=3)
+    return attended._replace(weights=weights)
+
+
+def _in_order(view: View, slots: Array) -> View:
+    """Return a view whose keys are those of the slots [C], one after the other."""
+    key, value = (jnp.take(x, slots, axis=1) for x in (view.key, view.value))
+    return view._replace(key=key, value=value, positions=view.positions[slots])
 
 
 def _write(slots_of_cache: Array, new: Array, slots: Array) -> Array:

@@ -15,7 +15,13 @@ from attention_jax.normalizers.common import (
     stable_logsumexp,
 )
 from attention_jax.normalizers.monotonic import hard_monotonic, monotonic
-from attention_jax.normalizers.ordered import Carried, Ordered, stick_breaking, whole_sequences
+from attention_jax.normalizers.ordered import (
+    Carried,
+    Ordered,
+    in_any_order,
+    stick_breaking,
+    whole_sequences,
+)
 from attention_jax.normalizers.powers import PowerThreshold
 from attention_jax.normalizers.protocol import (
     Elementwise,
@@ -56,6 +62,7 @@ __all__ = [
     "entmax15",
     "hard",
     "hard_monotonic",
+    "in_any_order",
     "log_normalizer",
     "monotonic",
     "name_of",

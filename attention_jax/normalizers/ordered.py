@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.binding import function_of, rule
+from attention_jax.base.binding import Sliced, function_of, rule
 from attention_jax.base.typing import Normalizer
 from attention_jax.normalizers.protocol import Streaming, name_of, streaming
 
-__all__ = ["Carried", "Ordered", "stick_breaking", "whole_sequences"]
+__all__ = ["Carried", "Ordered", "in_any_order", "stick_breaking", "whole_sequences"]
 
 Array = jax.Array
 
@@ -91,6 +91,17 @@ def whole_sequences(operation: str, normalizer: Normalizer) -> None:
             f"{operation}: {name_of(function)} goes on from the weights of the query before, which "
             "are not known here; give all queries of a sequence to attend at once."
         )
+
+
+def in_any_order(normalizer: Normalizer | Sliced) -> bool:
+    """Tell whether keys may change places; False where the normalizer does not say.
+
+    >>> from attention_jax.normalizers import softmax
+    >>> in_any_order(softmax), in_any_order(stick_breaking)
+    (True, False)
+    """
+    how = streaming(function_of(normalizer))
+    return how is not None and how.any_order
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

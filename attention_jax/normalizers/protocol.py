@@ -30,6 +30,9 @@ class Streaming(ByValue, abc.ABC):
     merges: ClassVar[bool] = False
     """Whether results over disjoint parts of the keys join to the result over all of them."""
 
+    any_order: ClassVar[bool] = False
+    """Whether every key keeps its weight when keys change places, those of equal logits too."""
+
     passes: ClassVar[str] = "one pass"
     """How it goes over the tiles, in the words of `explain`."""
 
@@ -54,6 +57,7 @@ class LogSum(Streaming):
 
     sink: Any = None
     merges = True
+    any_order = True
     signed: ClassVar[bool] = True
 
     @abc.abstractmethod
@@ -88,6 +92,7 @@ class Elementwise(Streaming):
 
     function: Callable[[Array], Array]
     merges = True
+    any_order = True
 
     def weight(self, logits: Array, statistics: Any) -> Array:
         return self.function(logits)

@@ -103,6 +103,7 @@ class OverThreshold(Searched):
 
     function: Callable[[Array], Array]
     reach: Any = 1.0
+    any_order = True
 
     def weight(self, logits: Array, statistics: Level) -> Array:
         return self.function(logits - statistics.largest[:, None] - statistics.level[:, None])

@@ -411,6 +411,7 @@ NOT_NORMALIZERS = {
     "Streaming",
     "Threshold",
     "hard_monotonic",  # no function of one row: tests/normalizers/test_monotonic.py
+    "in_any_order",
     "log_normalizer",
     "monotonic",
     "name_of",
