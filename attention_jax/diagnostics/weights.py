@@ -197,6 +197,7 @@ def linear_cka(features: Array, rows: Array | None = None) -> Array:
     r"""How alike heads represent the queries: CKA(X, Y) = |Y^T X|^2 / (|X^T X| |Y^T Y|), centred.
 
     Unchanged by rotation and scale of a head's features, which may be its contexts or its weights.
+    Memory is N^2 V^2, and nothing of T x T, unless V exceeds T; then N T^2.
 
     Args:
       features: [..., N, T, V], of contexts [B, T, N, V] `jnp.swapaxes(contexts, -3, -2)`; or
@@ -224,14 +225,22 @@ def linear_cka(features: Array, rows: Array | None = None) -> Array:
     mean = jnp.sum(x, axis=-2, keepdims=True) / jnp.maximum(number, 1.0)
     centred = jnp.where(counted, x - mean, 0.0)
 
-    pairs = jnp.einsum("...tv,...uv->...tu", centred, centred)
-    product = jnp.einsum("...ntu,...mtu->...nm", pairs, pairs)
+    product = _squared_products(centred)
     own = jnp.diagonal(product, axis1=-2, axis2=-1)
     # Rounding leaves a small difference between equal rows; it counts as none.
     rounding = (8 * jnp.finfo(x.dtype).eps) ** 4 * jnp.sum(x**2, axis=(-2, -1)) ** 2
     differs = own > rounding
     scale = jnp.where(differs, jax.lax.rsqrt(jnp.where(differs, own, 1.0)), 0.0)
     return product * scale[..., :, None] * scale[..., None, :]
+
+
+def _squared_products(x: Array) -> Array:
+    """Return |X_n^T X_m|^2 for every pair of heads, [..., N, N], by the smaller of two matrices."""
+    if x.shape[-1] <= x.shape[-2]:
+        products = jnp.einsum("...ntv,...mtw->...nmvw", x, x)
+        return jnp.sum(products**2, axis=(-2, -1))
+    pairs = jnp.einsum("...tv,...uv->...tu", x, x)
+    return jnp.einsum("...ntu,...mtu->...nm", pairs, pairs)
 
 
 def uniform(weights: Array) -> Array:

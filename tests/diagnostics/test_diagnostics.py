@@ -110,6 +110,14 @@ def test_linear_cka_by_its_definition_with_feature_covariances():
     np.testing.assert_allclose(linear_cka(padded, rows), cka, atol=1e-5)
     batch = linear_cka(jnp.stack([padded, padded]), jnp.stack([rows, ~rows & False]))
     np.testing.assert_allclose(batch, jnp.stack([cka, jnp.zeros((4, 4))]), atol=1e-5)
+    wide = jnp.concatenate([heads, heads, heads], axis=2)
+    np.testing.assert_allclose(linear_cka(wide), cka, atol=1e-5)
+
+
+def test_linear_cka_of_contexts_holds_no_pairs_of_queries():
+    contexts = jax.ShapeDtypeStruct((2, 65536, 16), "float32")
+    compiled = jax.jit(diagnostics.linear_cka).lower(contexts).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
 
 
 @pytest.mark.slow
