@@ -165,13 +165,16 @@ def _unless_wrapped(found: Interval, rounded: Interval) -> Interval:
 
 
 class Interval:
-    """All integers from `low` to `high`, both included; one interval per tile."""
+    """All integers from `low` to `high`, both included; one interval per tile.
+
+    `cut` is (length, size) where they are all the tiles of a sequence, in order.
+    """
 
     __hash__ = None  # type: ignore[assignment]
     __array_ufunc__ = None  # numpy scalars on the left defer to the operators here
 
-    def __init__(self, low: Any, high: Any):
-        self.low, self.high = low, high
+    def __init__(self, low: Any, high: Any, cut: tuple[int, int] | None = None):
+        self.low, self.high, self.cut = low, high, cut
 
     @_exact
     def __add__(self, other: Any) -> Interval:
@@ -291,8 +294,9 @@ class Unknown:
 class Lookup:
     """A table of numbers, indexed by positions or by intervals of positions.
 
-    On intervals the answer is the range of the table between the bounds, found in constant
-    time from the minima and maxima over all runs of 2^k entries: O(S log S) numbers.
+    On intervals the answer is the range of the table between the bounds. That of the tiles of a
+    sequence is reduced tile by tile; any other is found in constant time from the minima and maxima
+    over all runs of 2^k entries: O(S log S) numbers.
     """
 
     def __init__(self, table: Any):
@@ -309,6 +313,8 @@ class Lookup:
     def _extreme(self, index: Interval, name: str) -> Any:
         module = _module(self.table, index.low, index.high)
         select = getattr(module, name)
+        if index.cut is not None:
+            return select.reduce(self._tiles(module, *index.cut), axis=1).reshape(index.low.shape)
         last = self.table.shape[0] - 1
         bounds = _module(index.low, index.high)
         low, high = bounds.clip(index.low, 0, last), bounds.clip(index.high, 0, last)
@@ -321,8 +327,15 @@ class Lookup:
                 runs.append(run)
             shifted = module.concatenate([run[2**k :], run[-1:].repeat(2**k)])
             run = select(run, shifted[: last + 1])
-        stacked, kept = module.stack(runs), bounds.searchsorted(levels, level)
+        stacked = module.stack(runs)
+        kept = np.searchsorted(levels, level) if bounds is np else level
         return select(stacked[kept, low], stacked[kept, high - 2**level + 1])
+
+    def _tiles(self, module: ModuleType, length: int, size: int) -> Any:
+        """Return the entries of each tile, [tiles, size]; what is missing is the last entry."""
+        entries = module.asarray(self.table)[:length]
+        missing = -(-length // size) * size - len(entries)
+        return module.concatenate([entries, entries[-1:].repeat(missing)]).reshape(-1, size)
 
 
 def indices(length: int) -> jax.Array:
@@ -338,10 +351,11 @@ def tile_intervals(length: Any, size: int, axis: int, computed: bool = False) ->
     """
     shape = (-1, 1) if axis == 0 else (1, -1)
     if isinstance(length, int) and not computed:
-        low = np.arange(0, length, size, dtype=np.int32)
-        return Interval(low.reshape(shape), np.minimum(low + size, length).reshape(shape) - 1)
+        low = np.arange(0, length, size, dtype=np.int32).reshape(shape)
+        return Interval(low, np.minimum(low + size, length) - 1, (length, size))
     low = (indices(-(-length // size)) * size).reshape(shape)
-    return Interval(low, jnp.minimum(low + size, jnp.asarray(length, jnp.int32)) - 1)
+    high = jnp.minimum(low + size, jnp.asarray(length, jnp.int32)) - 1
+    return Interval(low, high, (length, size) if isinstance(length, int) else None)
 
 
 def judge(predicate: Callable[..., Any], q_idx: Any, kv_idx: Any) -> Any:

@@ -211,6 +211,18 @@ def test_lookup_inside_jit_equals_outside():
     np.testing.assert_array_equal(outside.low, [1, 1, 9])
 
 
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("entries", [1, 6, 7, 20])
+@pytest.mark.parametrize(("length", "size"), [(7, 7), (7, 3), (7, 20), (129, 8)])
+def test_lookup_gives_the_range_of_each_tile_of_a_sequence(length, size, entries, computed):
+    table = np.random.default_rng(0).integers(-9, 9, entries, np.int32)
+    tiles = intervals.tile_intervals(length, size, axis=1, computed=computed)
+    found, expected = (Lookup(table)[x] for x in (tiles, Interval(tiles.low, tiles.high)))
+    np.testing.assert_array_equal(found.low, expected.low)
+    np.testing.assert_array_equal(found.high, expected.high)
+    np.testing.assert_array_equal(tiles.low.shape, found.low.shape)
+
+
 @pytest.mark.parametrize("length", [1, 7, 8, 127, 129])
 @pytest.mark.parametrize("size", [1, 8, 128, 500])
 def test_tile_intervals_cover_the_sequence_without_overlap(length, size):
