@@ -65,13 +65,18 @@ class Separated(NamedTuple):
         """Whether pairs are sums over features that no product of matrices computes."""
         return taken_apart(self.pairs)[0] in (tanh_pairs, activation_pairs)
 
+    @property
+    def is_product(self) -> bool:
+        """Whether the pairwise part is a product of rows, marked `multiplies`."""
+        return hasattr(taken_apart(self.pairs)[0], "__multiplies__")
+
     def multiplied(self, products: Products) -> Separated:
         """Return the score with the product of its rows computed so, if it is marked `multiplies`.
 
         What else a score computes is left as it is written.
         """
         function, _, keywords = taken_apart(self.pairs)
-        if not hasattr(function, "__multiplies__"):
+        if not self.is_product:
             return self
         return self._replace(pairs=bind(function, **keywords | {"products": products}))
 

@@ -235,10 +235,15 @@ def test_reverse_over_reverse_and_forward_mode():
 
 
 @pytest.mark.slow
-def test_nan_behind_the_mask_reaches_nothing_and_before_it_only_its_reader():
+@pytest.mark.parametrize(
+    ("platform", "score"),
+    [("tpu", scores.scaled_dot), ("gpu", bind(scores.cosine, temperature=0.1))],
+    indirect=["platform"],
+)
+def test_nan_behind_the_mask_reaches_nothing_and_before_it_only_its_reader(score):
     query, key, value = qkv(8, 8)
     key, value = key.at[:, 5].set(jnp.nan), value.at[:, 5].set(jnp.inf)
-    attending = functools.partial(attend, implementation="pallas", tile_sizes=TILE)
+    attending = functools.partial(attend, score=score, implementation="pallas", tile_sizes=TILE)
 
     @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
     def masked(*arrays):
@@ -246,7 +251,8 @@ def test_nan_behind_the_mask_reaches_nothing_and_before_it_only_its_reader():
         return jnp.sum(context**2), (context, attending(*arrays, mask=masks.Causal()))
 
     (_, (context, causal)), gradients = compiled(masked)(query, key, value)
-    close(context, attend(query, key[:, :5], value[:, :5], implementation="dense"))
+    dense = attend(query, key[:, :5], value[:, :5], score=score, implementation="dense")
+    close(context, dense)
     assert bool(jnp.all(jnp.isnan(causal[:, 5:])))
     assert bool(jnp.all(jnp.isfinite(causal[:, :5])))
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in gradients)

@@ -23,6 +23,7 @@ from attention_jax.base.typing import at_least_float32
 from attention_jax.implementations import online
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.pallas import backward, forward, parts
+from attention_jax.implementations.pallas.rows import with_rows_mapped
 from attention_jax.implementations.pallas.splitting import Looked, Split
 from attention_jax.implementations.tile_passes import (
     Given,
@@ -51,6 +52,7 @@ def pallas(
     program this is.
     """
     dtype = at_least_float32(head.value.dtype)
+    head = with_rows_mapped(head, products)
     if not (len(head.query) and len(head.key) and len(plan.starts)):
         context = jnp.zeros((len(head.query), head.value.shape[1]), head.value.dtype)
         logsumexp = jnp.full(len(head.query), -jnp.inf, dtype)

@@ -257,14 +257,14 @@ class Backward:
 
     def of_finite(self, n: int, cotangent: Array, values: Sequence[Array]) -> Array:
         """Return the cotangent of rows, zero for the NaN and Inf among them."""
-        if n >= len(ROWS) or not self.reader.as_given(ROWS[n]):
+        if n >= ROWS:
             return cotangent
         rows = values[self.reader.data[n]].astype(jnp.float32)
         return jnp.where(jnp.isfinite(rows), cotangent, 0.0)
 
 
-ROWS = ("query", "key", "value")
-"""The first leaves of `Moving`."""
+ROWS = 3
+"""Query, key and value are the first leaves of `Moving`."""
 
 VALUE = 2
 """The number of the values among them."""

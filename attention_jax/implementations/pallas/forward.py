@@ -25,7 +25,7 @@ Array = jax.Array
 def attend(head: Head, plan: Plan) -> tuple[Array, Array]:
     """Return context [T, V] and log-sum-exp [T], as `online.finished_finite` has it."""
     inputs = Inputs()
-    forward = Forward(Reader.of(inputs, head, with_poison=True))
+    forward = Forward(Reader.of(inputs, head))
     live = Live.of(plan, head.counts, "q")
     rows, depth = head.tile[0], head.operands.value.shape[1]
     dtype = head.operands.value.dtype

@@ -28,7 +28,6 @@ from attention_jax.implementations.tile_passes import (
 )
 from attention_jax.masks.intervals import indices
 from attention_jax.normalizers import Exponential, LogSum
-from attention_jax.scores.composition import identity
 
 Array = jax.Array
 
@@ -150,14 +149,10 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reader:
-    """Where a kernel of a head finds its operands; `poison` of queries and keys is None if unread.
-
-    A map of rows leaves no trace of NaN and Inf: then their poison is an operand, [1, T] or [1, S].
-    """
+    """Where a kernel of a head finds its operands."""
 
     head: Head
     data: list[int]
-    poison: tuple[int | None, int | None]
     logits: Slots
     weights: Slots
     exponents: Slots | None
@@ -165,7 +160,7 @@ class Reader:
     keep: Slots | None
 
     @classmethod
-    def of(cls, inputs: Inputs, head: Head, with_poison: bool = False) -> Reader:
+    def of(cls, inputs: Inputs, head: Head) -> Reader:
         """Add the operands of a head to those of a kernel."""
         operands, given, (rows, columns) = head.operands, head.given, head.tile
         data = [
@@ -174,22 +169,12 @@ class Reader:
             inputs.add(operands.value, Block((columns, operands.value.shape[1]), "k.")),
             *(inputs.add(bias, bias_block(bias, head.tile)) for bias in _bias(operands)),
         ]
-        maps = operands.functions.score.query_map, operands.functions.score.key_map
-        blocks = Block((1, rows), ".q"), Block((1, columns), ".k")
-        poisons = given.query_poison, given.key_poison
-        of_query, of_key = (
-            inputs.add(array[None, :], block)
-            if with_poison and of_row.func is not identity.func
-            else None
-            for of_row, array, block in zip(maps, poisons, blocks, strict=True)
-        )
         _, _, _, _, logits, weights = head.moving
         mask = jax.tree.leaves((given.mask, given.captured.get(rows)))
         slots = functools.partial(_slots, inputs, head)
         return cls(
             head,
             data,
-            (of_query, of_key),
             Slots.of(inputs, head.logits, logits, head.tile),
             Slots.of(inputs, head.weights, weights, head.tile),
             slots(head.exponents, head.leaves),
@@ -210,9 +195,6 @@ class Reader:
 
     def query_poison(self, values: Sequence[Array]) -> Array:
         """Return NaN for each query that holds NaN or Inf, else 0, [bt, 1]."""
-        number = self.poison[0]
-        if number is not None:
-            return values[number].reshape(-1, 1)
         query = values[self.data[0]].astype(jnp.float32)
         return jnp.sum(jnp.where(jnp.isfinite(query), 0.0, jnp.nan), axis=1, keepdims=True)
 
@@ -221,9 +203,6 @@ class Reader:
 
         They are counted by a product, which gives what is cheap to add to the columns of a tile.
         """
-        number = self.poison[1]
-        if number is not None:
-            return values[number]
         count = jnp.zeros((1, self.head.tile[1]), jnp.float32)
         for rows in (values[n].astype(jnp.float32) for n in self.data[1:3]):
             bad = jnp.where(jnp.isfinite(rows), 0.0, 1.0)
@@ -236,10 +215,7 @@ class Reader:
 
         Then their sum is neither finite; that of large numbers may not be either.
         """
-        of_query, of_key = self.poison
-        asked = [self.data[1], self.data[2]] if of_key is None else [of_key]
-        if with_query:
-            asked.append(self.data[0] if of_query is None else of_query)
+        asked = self.data[:3] if with_query else self.data[1:3]
         sums = (_total(values[n].astype(jnp.float32)) for n in asked)
         return ~jnp.isfinite(functools.reduce(jnp.add, sums))
 
@@ -249,17 +225,11 @@ class Reader:
         NaN and Inf are replaced; unless `poisoned`, keys and values hold none.
         """
         query, key, value, *bias = (values[n].astype(jnp.float32) for n in self.data)
-        query = finite(query) if self.as_given("query") else query
         if poisoned:
-            key = finite(key) if self.as_given("key") else key
-            value = finite(value)
-        return Moving(query, key, value, bias, self.logits.read(values), self.weights.read(values))
-
-    def as_given(self, side: str) -> bool:
-        """Tell whether rows are those that were given; else a map of rows has replaced NaN."""
-        score = self.head.operands.functions.score
-        of_rows = {"query": score.query_map, "key": score.key_map}
-        return side == "value" or of_rows[side].func is identity.func
+            key, value = finite(key), finite(value)
+        return Moving(
+            finite(query), key, value, bias, self.logits.read(values), self.weights.read(values)
+        )
 
     def logits_of(self, moving: Moving, pairs: Pairs) -> Array:
         """Return the logits of a tile."""
