@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from attention_jax.base.matmul import times_transpose, transpose_times
 from attention_jax.implementations import online
-from attention_jax.implementations.pallas.blocks import Block, Kernel, Live, Sum
+from attention_jax.implementations.pallas.blocks import Block, Kernel, Live, Part, Sum
 from attention_jax.implementations.pallas.forward import add_states
 from attention_jax.implementations.pallas.parts import Head, Pairs, Reader, bias_block
 from attention_jax.implementations.pallas.primitive import call
@@ -61,54 +62,115 @@ class Target(NamedTuple):
     is_partial: bool = False
     dtype: Any = jnp.float32
 
+    @property
+    def is_of_side(self) -> bool:
+        """Whether it has rows of its own for the tiles of its side."""
+        return not (self.is_of_pairs or self.is_partial)
+
+    def seen_by(self, by: str) -> Target:
+        """Return the same where the rows of tiles are those of another side."""
+        if not self.is_partial:
+            return self
+        return self._replace(by=by, block=Block(self.block.shape, by + self.block.places[1:]))
+
 
 def pull_back(head: Head, plan: Plan, rows: Rows, moves: list[bool]) -> list[Array | None]:
-    """Return the cotangent of each leaf of `head.moving` that moves, None of the others."""
+    """Return the cotangent of each leaf of `head.moving` that moves, None of the others.
+
+    Those of queries and of keys are two kernels. Where vector memory may hold the sums of all
+    queries, one kernel computes both, and the weights of each tile once.
+    """
     targets = _targets(head)
     found: list[Array | None] = [None] * len(targets)
-    for by in "qk":
-        wanted = [
-            n
-            for n, (target, moving) in enumerate(zip(targets, moves, strict=True))
-            if moving and target.by == by
-        ]
-        if not wanted:
-            continue
-        wanted.sort(key=lambda n: targets[n].is_of_pairs)
-        results = _run(head, plan, rows, wanted, by)
-        for n, result in zip(wanted, results, strict=True):
+    moving = [n for n, is_moving in enumerate(moves) if is_moving]
+    of_queries, of_keys = ([n for n in moving if targets[n].by == by] for by in "qk")
+    maker = _Maker.of(head, plan, rows, targets)
+    if of_queries and of_keys and maker.kept_bytes(of_queries) <= MOST_KEPT:
+        calls = [maker.at_once(of_queries, of_keys)]
+    else:
+        sides = zip((of_queries, of_keys), "qk", strict=True)
+        calls = [maker.kernel(wanted, by) for wanted, by in sides if wanted]
+    for wanted, kernel, arrays in calls:
+        for n, result in zip(wanted, call(kernel, *arrays), strict=True):
             found[n] = _whole(head, plan, targets[n], result)
     return found
 
 
-def _run(head: Head, plan: Plan, rows: Rows, wanted: list[int], by: str) -> list[Array]:
-    """Run the kernel whose rows are those of queries, or those of keys."""
-    inputs = Inputs()
-    reader = Reader.of(inputs, head)
-    length, depth = head.tile[0], head.operands.value.shape[1]
-    of_rows = Rows(
-        inputs.add(rows.base[None, :], Block((1, length), ".q")),
-        inputs.add(rows.total[None, :], Block((1, length), ".q")),
-        inputs.add(rows.context, Block((length, depth), "q.")),
-    )
-    targets = _targets(head)
-    targets = [targets[n] for n in wanted]
-    backward = Backward(reader, of_rows, wanted, targets)
-    live = Live.of(plan, head.counts, by)
-    kernel = Kernel(
-        by=by,
-        live=live,
-        blocks=inputs.blocks,
-        results=[(target.block, target.dtype) for target in targets],
-        counts=head.counts,
-        tile=head.tile,
-        sums=[Sum(_at_least_2d(t.block.shape), 0.0) for t in targets if not t.is_of_pairs],
-        step=backward.step,
-        finish=backward.finish,
-        states=add_states(inputs, live, head),
-        only_on=head.only_on,
-    )
-    return call(kernel, *inputs.arrays)
+MOST_KEPT = 2**22
+"""Bytes of vector memory that the sums of all queries of a head, and their results, may take."""
+
+
+class _Made(NamedTuple):
+    """A kernel, the numbers of the leaves whose cotangents it returns, and its operands."""
+
+    wanted: list[int]
+    kernel: Kernel
+    arrays: list[Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Maker:
+    """Makes kernels of one head, which all have `inputs` for their first operands."""
+
+    head: Head
+    plan: Plan
+    targets: list[Target]
+    inputs: Inputs
+    reader: Reader
+    rows: Rows
+
+    @classmethod
+    def of(cls, head: Head, plan: Plan, rows: Rows, targets: list[Target]) -> _Maker:
+        inputs = Inputs()
+        reader = Reader.of(inputs, head)
+        length, depth = head.tile[0], head.operands.value.shape[1]
+        of_rows = Rows(
+            inputs.add(rows.base[None, :], Block((1, length), ".q")),
+            inputs.add(rows.total[None, :], Block((1, length), ".q")),
+            inputs.add(rows.context, Block((length, depth), "q.")),
+        )
+        return cls(head, plan, targets, inputs, reader, of_rows)
+
+    def kept_bytes(self, wanted: list[int]) -> int:
+        """Return what is kept for columns: sums, and results, of which a copy is on its way out."""
+        kept = [self.targets[n] for n in wanted if self.targets[n].is_of_side]
+        return sum(math.prod(x.shape) * (4 + 2 * jnp.dtype(x.dtype).itemsize) for x in kept)
+
+    def kernel(self, wanted: list[int], by: str) -> _Made:
+        """Return a kernel whose rows are those of queries, or those of keys."""
+        head, targets = self.head, {n: self.targets[n].seen_by(by) for n in wanted}
+        kept = [n for n in wanted if targets[n].is_of_side and targets[n].by != by]
+        pairs = [n for n in wanted if targets[n].is_of_pairs]
+        own = [n for n in wanted if n not in (*kept, *pairs)]
+        backward = Backward(self.reader, self.rows, targets)
+        inputs, live = self.inputs.copy(), Live.of(self.plan, head.counts, by, bool(kept))
+        kernel = Kernel(
+            by=by,
+            live=live,
+            blocks=inputs.blocks,
+            results=[(targets[n].block, targets[n].dtype) for n in (*own, *kept, *pairs)],
+            counts=head.counts,
+            tile=head.tile,
+            sums=[Sum(_at_least_2d(targets[n].block.shape), 0.0) for n in (*own, *kept)],
+            step=functools.partial(backward.step, [*own, *kept], pairs),
+            finish=functools.partial(backward.finish, own),
+            states=add_states(inputs, live, head),
+            only_on=head.only_on,
+            of_columns=len(kept),
+            finish_column=functools.partial(backward.finish, kept),
+        )
+        return _Made([*own, *kept, *pairs], kernel, inputs.arrays)
+
+    def at_once(self, of_queries: list[int], of_keys: list[int]) -> _Made:
+        """Return one kernel whose rows are those of keys, made of two where none can be kept."""
+        wanted, kernel, arrays = self.kernel([*of_keys, *of_queries], "k")
+        parts, common = [], len(self.inputs.arrays)
+        for of_part, part, operands in (self.kernel(of_queries, "q"), self.kernel(of_keys, "k")):
+            of_its_own = operands[common:]
+            numbers = [*range(common), *range(len(arrays), len(arrays) + len(of_its_own))]
+            parts.append(Part(part, numbers, [wanted.index(n) for n in of_part]))
+            arrays = [*arrays, *of_its_own]
+        return _Made(wanted, dataclasses.replace(kernel, apart=parts), arrays)
 
 
 def _whole(head: Head, plan: Plan, target: Target, result: Array) -> Array:
@@ -184,15 +246,16 @@ def _at_least_2d(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backward:
-    """The cotangents that one kernel adds up: of some leaves of `Moving`, by their numbers."""
+    """The cotangents that one kernel adds up: of leaves of `Moving`, by their numbers."""
 
     reader: Reader
     rows: Rows
-    wanted: list[int]
-    targets: list[Target]
+    targets: dict[int, Target]
 
     def step(
         self,
+        added: list[int],
+        of_pairs: list[int],
         masked: bool,
         poisoned: bool,
         sums: list[Array],
@@ -207,7 +270,7 @@ class Backward:
         products = self.reader.head.products.of_derivatives
         here = self.reader.read(values)
         leaves, structure = jax.tree.flatten(here)
-        moving = [n for n in self.wanted if n != VALUE]
+        moving = [n for n in self.targets if n != VALUE]
         allowed = self.reader.may(masked, values, pairs)
         weigh = functools.partial(self.weigh, (leaves, structure), moving, (pairs, allowed, base))
         weights, pull = jax.vjp(weigh, [leaves[n] for n in moving])
@@ -216,14 +279,11 @@ class Backward:
         total = online.magnitude_change(self.reader.head.how, weights, total)
         change = total + (change if keep is None else change * keep)
         found = dict(zip(moving, *pull(change), strict=True))
-        if VALUE in self.wanted:
+        if VALUE in self.targets:
             used = weights if keep is None else weights * keep
             found[VALUE] = transpose_times(used, context, products)
-        pairs_alone, added = [], []
-        for n, target in zip(self.wanted, self.targets, strict=True):
-            (pairs_alone if target.is_of_pairs else added).append(found[n])
-        sums = [x + more.reshape(x.shape) for x, more in zip(sums, added, strict=True)]
-        return sums, pairs_alone
+        sums = [x + found[n].reshape(x.shape) for x, n in zip(sums, added, strict=True)]
+        return sums, [found[n] for n in of_pairs]
 
     def weigh(self, here: Any, moving: list[int], given: Any, chosen: list[Array]) -> Array:
         """Return the weights of a tile, as a function of the leaves that move."""
@@ -244,15 +304,10 @@ class Backward:
         weights = self.reader.weights_of(logits, base, tile, pairs)
         return weights if allowed is None else jnp.where(allowed, weights, 0.0)
 
-    def finish(self, sums: list[Array], values: Sequence[Array]) -> list[Array]:
-        added = [
-            (n, target)
-            for n, target in zip(self.wanted, self.targets, strict=True)
-            if not target.is_of_pairs
-        ]
+    def finish(self, wanted: list[int], sums: list[Array], values: Sequence[Array]) -> list[Array]:
         return [
-            self.of_finite(n, x, values).reshape(target.block.shape)
-            for x, (n, target) in zip(sums, added, strict=True)
+            self.of_finite(n, x, values).reshape(self.targets[n].block.shape)
+            for n, x in zip(wanted, sums, strict=True)
         ]
 
     def of_finite(self, n: int, cotangent: Array, values: Sequence[Array]) -> Array:

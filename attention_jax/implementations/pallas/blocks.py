@@ -64,25 +64,35 @@ def layout(axes: Sequence[Any], positions: Sequence[int | None]) -> list[Any]:
 class Live(NamedTuple):
     """The tiles to visit, row by row of tiles of one side; every row has one at least, [n] each.
 
-    `first` and `last` are 1 where a row begins and ends. `number` is that of the tile in the plan,
-    -1 for a row that has none. `state` says what it is, as far as that is known while tracing.
+    `first` and `last` are 1 where a row begins and ends, `opens` and `closes` where a column does.
+    `number` is that of the tile in the plan, -1 where a row, or a column, has none. `state` says
+    what it is, as far as that is known while tracing.
     """
 
     row: np.ndarray
     column: np.ndarray
     first: np.ndarray
     last: np.ndarray
+    opens: np.ndarray
+    closes: np.ndarray
     state: np.ndarray
     number: np.ndarray
 
     @classmethod
-    def of(cls, plan: Plan, counts: tuple[int, int], by: str) -> Live:
-        """Order the tiles of a plan by the rows of queries, or by those of keys."""
+    def of(cls, plan: Plan, counts: tuple[int, int], by: str, columns: bool = False) -> Live:
+        """Order the tiles of a plan by the rows of queries, or by those of keys.
+
+        With `columns`, every column has a tile too.
+        """
         side = "qk".index(by)
         places = plan.starts // plan.tile
-        missing = np.setdiff1d(np.arange(counts[side]), places[:, side])
-        row = np.concatenate([places[:, side], missing])
-        column = np.concatenate([places[:, 1 - side], np.zeros_like(missing)])
+        missing = np.zeros((0, 2), np.int32)
+        for axis in (side, 1 - side) if columns else (side,):
+            absent = np.setdiff1d(np.arange(counts[axis]), [*places[:, axis], *missing[:, axis]])
+            added = np.zeros((len(absent), 2), np.int32)
+            added[:, axis] = absent
+            missing = np.concatenate([missing, added])
+        row, column = np.concatenate([places, missing])[:, [side, 1 - side]].T
         number = np.concatenate([np.arange(len(places)), np.full(len(missing), -1)])
         state = np.concatenate([plan.states, np.full(len(missing), EMPTY)])
         order = np.lexsort((column, row))
@@ -90,8 +100,13 @@ class Live(NamedTuple):
             x[order].astype(np.int32) for x in (row, column, number, state)
         )
         changes = row[1:] != row[:-1]
-        first, last = np.append(True, changes), np.append(changes, True)
-        return cls(row, column, first.astype(np.int32), last.astype(np.int32), state, number)
+        opens, closes = np.zeros_like(row), np.zeros_like(row)
+        opens[np.unique(column, return_index=True)[1]] = 1
+        closes[len(row) - 1 - np.unique(column[::-1], return_index=True)[1]] = 1
+        first, last = (
+            ends.astype(np.int32) for ends in (np.append(True, changes), np.append(changes, True))
+        )
+        return cls(row, column, first, last, opens, closes, state, number)
 
 
 class Sum(NamedTuple):
@@ -126,18 +141,23 @@ class Kernel:
       by: "q" if the tiles of a row of queries follow each other, "k" if those of keys.
       live: the tiles.
       blocks: of each operand.
-      results: block and dtype of each result; those cut along both sides come last.
+      results: block and dtype of each result: of rows, of columns, and last those of pairs, which
+        are cut along both sides.
       counts: how many tiles there are along queries and along keys.
-      sums: float32 numbers that are kept from tile to tile of a row.
+      sums: float32 numbers that are kept from tile to tile of a row; the last `of_columns` of them
+        are kept for each column from its first tile to its last, in whatever row.
       step: (masked, poisoned, sums, blocks of the operands, i, j) -> (sums, results of the pairs),
         where i is the first query of the tile and j its first key; it is `masked` where the mask
         has to be read, and `poisoned` where operands may hold NaN or Inf.
       finish: (sums, blocks of the operands) -> results of the row; of operands cut along the other
         side it must read nothing.
+      finish_column: the same of a column.
       states: the number of the operand [1, n] that says what each tile is, where only run time
         knows.
-      is_poisoned: blocks of the operands -> whether NaN or Inf is among them; None if it makes no
-        difference.
+      is_poisoned: blocks of the operands -> whether NaN or Inf is among those of a column; None if
+        it makes no difference.
+      is_row_poisoned: the same of a row; None if it makes none.
+      apart: kernels that compute the same one after the other, where a platform keeps no columns.
       only_on: the platform whose branch of a program the kernel is in; None if it is in no branch.
     """
 
@@ -152,7 +172,11 @@ class Kernel:
     finish: Callable[..., list[Array]]
     states: int | None = None
     is_poisoned: Callable[..., Array] | None = None
+    is_row_poisoned: Callable[..., Array] | None = None
     only_on: str | None = None
+    of_columns: int = 0
+    finish_column: Callable[..., list[Array]] | None = None
+    apart: Sequence[Part] = ()
 
     def shapes(self, levels: Sequence[Level], *arrays: Any) -> list[jax.ShapeDtypeStruct]:
         """Return the results as whole arrays, given the operands."""
@@ -181,3 +205,15 @@ class Kernel:
     def is_of_pairs(self, block: Block) -> bool:
         """Tell whether a block is cut along both sides."""
         return "q" in block.places and "k" in block.places
+
+    def is_of_column(self, block: Block) -> bool:
+        """Tell whether a block is cut along the columns alone."""
+        return self.by not in block.places and block.places.strip(".") != ""
+
+
+class Part(NamedTuple):
+    """A kernel that computes some results of another, by their numbers, of some of its operands."""
+
+    kernel: Kernel
+    operands: Sequence[int]
+    results: Sequence[int]

@@ -40,7 +40,8 @@ def attend(head: Head, plan: Plan) -> tuple[Array, Array]:
         step=forward.step,
         finish=forward.finish,
         states=add_states(inputs, live, head),
-        is_poisoned=forward.is_poisoned,
+        is_poisoned=forward.reader.is_poisoned,
+        is_row_poisoned=None if isinstance(head.how, LogSum) else forward.reader.is_row_poisoned,
         only_on=head.only_on,
     )
     context, logsumexp = call(kernel, *inputs.arrays)
@@ -136,9 +137,6 @@ class Forward:
         """
         of_key = self.reader.key_poison(values)
         return of_key if isinstance(self.how, LogSum) else of_key + self.reader.query_poison(values)
-
-    def is_poisoned(self, values: Sequence[Array]) -> Array:
-        return self.reader.is_poisoned(values, with_query=not isinstance(self.how, LogSum))
 
     def finish(self, sums: list[Array], values: Sequence[Array]) -> list[Array]:
         maximum, total, context = sums

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.base.trees import varying_like
-from attention_jax.implementations.pallas.blocks import Block, Kernel, Level, Sum
+from attention_jax.implementations.pallas.blocks import Block, Kernel, Level
 from attention_jax.implementations.pallas.replay import in_kernel
 from attention_jax.masks import EMPTY, FULL, PARTIAL
 
@@ -46,7 +46,7 @@ def _batched(function: Callable[..., list[Array]], level: Level, *arrays: Array)
 
 def _run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
     live = kernel.live
-    prefetched = live.row, live.column, live.first, live.last, live.state
+    prefetched = live.row, live.column, _flags(kernel)
     places = functools.partial(_spec, kernel)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(prefetched),
@@ -55,8 +55,14 @@ def _run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
             pl.BlockSpec(memory_space=pltpu.SMEM) if n == kernel.states else places(block)
             for n, block in enumerate(kernel.blocks)
         ],
-        out_specs=[places(block) for block, _ in kernel.results],
-        scratch_shapes=[pltpu.VMEM(_stored(kernel, one), jnp.float32) for one in kernel.sums],
+        out_specs=[
+            _whole_of(kernel, block) if kernel.is_of_column(block) else places(block)
+            for block, _ in kernel.results
+        ],
+        scratch_shapes=[
+            *(pltpu.VMEM(shape, jnp.float32) for shape in _stored(kernel)),
+            pltpu.SMEM((1 + _columns(kernel),), jnp.int32),
+        ],
     )
     return pl.pallas_call(
         functools.partial(_body, kernel),
@@ -67,19 +73,47 @@ def _run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
     )(*varying_like([*map(jnp.asarray, prefetched), *arrays], *arrays))
 
 
+def _flags(kernel: Kernel) -> np.ndarray:
+    """Return what each step begins and ends, and what its tile is, as bits of one number."""
+    live = kernel.live
+    bits = np.stack([live.first, live.last, live.opens, live.closes, live.state])
+    return (bits.astype(np.int32) << np.arange(len(bits))[:, None]).sum(axis=0, dtype=np.int32)
+
+
+FIRST, LAST, OPENS, CLOSES, STATE = range(5)
+
+
+def _columns(kernel: Kernel) -> int:
+    return kernel.counts["kq".index(kernel.by)]
+
+
 LANES = 128
 """Numbers side by side in a register: one for each row is cheapest where all of them are equal."""
 
 
-def _stored(kernel: Kernel, one: Sum) -> tuple[int, ...]:
-    """Return the shape that a sum has in vector memory."""
+def _stored(kernel: Kernel) -> list[tuple[int, ...]]:
+    """Return the shapes that the sums have in vector memory."""
     widths = [kernel.tile[1], *(sum_.shape[1] for sum_ in kernel.sums if not sum_.is_of_rows)]
     fits = all(width % LANES == 0 for width in widths)
-    return (one.shape[0], LANES) if one.is_of_rows and fits else one.shape
+    shapes = [
+        (one.shape[0], LANES) if one.is_of_rows and fits else one.shape for one in kernel.sums
+    ]
+    own = len(shapes) - kernel.of_columns
+    return [*shapes[:own], *((_columns(kernel), *shape) for shape in shapes[own:])]
 
 
 def _spec(kernel: Kernel, block: Block) -> pl.BlockSpec:
     return pl.BlockSpec(block.shape, functools.partial(_place, kernel.by, block.places))
+
+
+def _whole_of(kernel: Kernel, block: Block) -> pl.BlockSpec:
+    """Keep all columns of a result in vector memory, until the last of them is written."""
+    shape = kernel.whole(block)
+    return pl.BlockSpec(shape, functools.partial(_nowhere, len(shape)))
+
+
+def _nowhere(rank: int, *_: Any) -> tuple[Any, ...]:
+    return (np.int32(0),) * rank
 
 
 def _place(by: str, places: str, step: Any, rows: Any, columns: Any, *_: Any) -> tuple[Any, ...]:
@@ -91,30 +125,54 @@ def _place(by: str, places: str, step: Any, rows: Any, columns: Any, *_: Any) ->
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
-    """One step of the grid: the references of a tile."""
+    """One step of the grid: the references of a tile, which has the given row and column."""
 
     kernel: Kernel
     operands: Sequence[Any]
     results: Sequence[Any]
     sums: Sequence[Any]
-    i: Any
-    j: Any
+    poisoned: Any
+    row: Any
+    column: Any
+
+    @property
+    def own(self) -> int:
+        """The number of sums of a row."""
+        return len(self.sums) - self.kernel.of_columns
 
     def begin(self) -> None:
-        for reference, start in zip(self.sums, self.kernel.sums, strict=True):
+        for reference, start in zip(self.sums[: self.own], self.kernel.sums, strict=False):
             reference[...] = jnp.full(reference.shape, start.start, jnp.float32)
+        self.look(0, self.kernel.is_row_poisoned)
+
+    def open(self) -> None:
+        for reference in self.sums[self.own :]:
+            reference[self.column] = jnp.zeros(reference.shape[1:], jnp.float32)
+        self.look(1 + self.column, self.kernel.is_poisoned)
+
+    def look(self, place: Any, is_poisoned: Callable[..., Array] | None) -> None:
+        """Note whether NaN or Inf is among the operands of a row or column, which takes a while."""
+        if is_poisoned is not None:
+            self.poisoned[place] = in_kernel(is_poisoned, self.values()).astype(jnp.int32)
 
     def is_poisoned(self) -> Any:
         """Tell whether a tile is computed with care for NaN and Inf, which costs a lot."""
         if self.kernel.is_poisoned is None:
             return None
-        return in_kernel(self.kernel.is_poisoned, self.values())
+        found = self.poisoned[1 + self.column]
+        if self.kernel.is_row_poisoned is not None:
+            found = found + self.poisoned[0]
+        return found > 0
 
     def visit(self, masked: bool, poisoned: bool) -> None:
         step = functools.partial(self.kernel.step, masked, poisoned)
-        values = self.values()
-        sums, pairs = in_kernel(step, [x[...] for x in self.sums], values, self.i, self.j)
-        _write(self.sums, sums)
+        i, j = (self.row, self.column) if self.kernel.by == "q" else (self.column, self.row)
+        i, j = (place * size for place, size in zip((i, j), self.kernel.tile, strict=True))
+        places = [...] * self.own + [self.column] * self.kernel.of_columns
+        before = [x[place] for x, place in zip(self.sums, places, strict=True)]
+        sums, pairs = in_kernel(step, before, self.values(), i, j)
+        for reference, place, value in zip(self.sums, places, sums, strict=True):
+            reference[place] = value
         _write(self.results[len(self.results) - len(pairs) :], pairs)
 
     def skip(self) -> None:
@@ -123,8 +181,25 @@ class _Step:
                 reference[...] = jnp.zeros(reference.shape, reference.dtype)
 
     def end(self) -> None:
-        values = self.values()
-        _write(self.results, in_kernel(self.kernel.finish, [x[...] for x in self.sums], values))
+        sums = [x[...] for x in self.sums[: self.own]]
+        _write(self.results, in_kernel(self.kernel.finish, sums, self.values()))
+
+    def close(self) -> None:
+        kernel = self.kernel
+        assert kernel.finish_column is not None
+        sums = [x[self.column] for x in self.sums[self.own :]]
+        results = [
+            (reference, block)
+            for reference, (block, _) in zip(self.results, kernel.results, strict=True)
+            if kernel.is_of_column(block)
+        ]
+        found = in_kernel(kernel.finish_column, sums, self.values())
+        for (reference, block), value in zip(results, found, strict=True):
+            place = tuple(
+                slice(None) if letter == "." else pl.ds(self.column * size, size)
+                for size, letter in zip(block.shape, block.places, strict=True)
+            )
+            reference[place] = value.astype(reference.dtype)
 
     def values(self) -> list[Any]:
         states = self.kernel.states
@@ -136,24 +211,30 @@ def _write(references: Sequence[Any], values: Sequence[Array]) -> None:
         reference[...] = value.astype(reference.dtype)
 
 
-def _body(kernel: Kernel, rows: Any, columns: Any, first: Any, last: Any, state: Any, *rest: Any):
+def _body(kernel: Kernel, rows: Any, columns: Any, flags: Any, *rest: Any):
     now = pl.program_id(0)
     operands, rest = rest[: len(kernel.blocks)], rest[len(kernel.blocks) :]
-    results, sums = rest[: len(kernel.results)], rest[len(kernel.results) :]
-    here = {kernel.by: rows[now], "qk".replace(kernel.by, ""): columns[now]}
-    step = _Step(
-        kernel, operands, results, sums, here["q"] * kernel.tile[0], here["k"] * kernel.tile[1]
-    )
-    pl.when(first[now] == 1)(step.begin)
+    results, (*sums, poisoned) = rest[: len(kernel.results)], rest[len(kernel.results) :]
+    step = _Step(kernel, operands, results, sums, poisoned, rows[now], columns[now])
+    is_now = functools.partial(_bit, flags[now])
+    pl.when(is_now(FIRST))(step.begin)
+    if kernel.of_columns or kernel.is_poisoned is not None:
+        pl.when(is_now(OPENS))(step.open)
     states = kernel.states
-    this = state[now] if states is None else operands[states][0, now]
-    poisoned = step.is_poisoned()
+    this = flags[now] >> STATE if states is None else operands[states][0, now]
+    careful = step.is_poisoned()
     for kind, visit in _cases(kernel, step).items():
         is_kind = this == kind
-        pl.when(is_kind if poisoned is None else is_kind & ~poisoned)(visit)
-    if poisoned is not None:
-        pl.when((this != EMPTY) & poisoned)(functools.partial(step.visit, True, True))
-    pl.when(last[now] == 1)(step.end)
+        pl.when(is_kind if careful is None else is_kind & ~careful)(visit)
+    if careful is not None:
+        pl.when((this != EMPTY) & careful)(functools.partial(step.visit, True, True))
+    if kernel.of_columns:
+        pl.when(is_now(CLOSES))(step.close)
+    pl.when(is_now(LAST))(step.end)
+
+
+def _bit(flags: Any, number: int) -> Any:
+    return (flags >> number) & 1 == 1
 
 
 def _cases(kernel: Kernel, step: _Step) -> dict[int, Callable[[], None]]:

@@ -210,14 +210,16 @@ class Reader:
             count = count + jnp.max(counts, axis=0, keepdims=True)
         return jnp.where(count > 0.0, jnp.nan, 0.0)
 
-    def is_poisoned(self, values: Sequence[Array], with_query: bool) -> Array:
-        """Tell whether NaN or Inf may be among the keys and values of a tile, or also its queries.
+    def is_poisoned(self, values: Sequence[Array]) -> Array:
+        """Tell whether NaN or Inf may be among the keys and values of a tile.
 
         Then their sum is neither finite; that of large numbers may not be either.
         """
-        asked = self.data[:3] if with_query else self.data[1:3]
-        sums = (_total(values[n].astype(jnp.float32)) for n in asked)
-        return ~jnp.isfinite(functools.reduce(jnp.add, sums))
+        return ~jnp.isfinite(sum(_total(values[n].astype(jnp.float32)) for n in self.data[1:3]))
+
+    def is_row_poisoned(self, values: Sequence[Array]) -> Array:
+        """Tell the same of the queries of a tile."""
+        return ~jnp.isfinite(_total(values[self.data[0]].astype(jnp.float32)))
 
     def read(self, values: Sequence[Array], poisoned: bool = True) -> Moving:
         """Return the blocks of a tile that derivatives are taken of, in float32.

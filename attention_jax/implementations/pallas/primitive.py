@@ -17,7 +17,7 @@ from jax.interpreters import batching, mlir
 
 from attention_jax.base.trees import varying_like
 from attention_jax.implementations.pallas import mosaic, triton
-from attention_jax.implementations.pallas.blocks import Kernel, Level, sizes_of
+from attention_jax.implementations.pallas.blocks import Kernel, Level, Part, sizes_of
 
 Array = jax.Array
 
@@ -53,7 +53,7 @@ def interpreted(platform: str = "tpu") -> Iterator[None]:
 
 
 def call(kernel: Kernel, *arrays: Array) -> list[Array]:
-    """Run a kernel over whole arrays, whatever the platform."""
+    """Run a kernel over whole arrays, whatever the platform; the last ones may be of its parts."""
     return _kernel.bind(*arrays, kernel=kernel, levels=())
 
 
@@ -75,7 +75,20 @@ def _on(
             "a CPU; use implementation='tiled', or to test a kernel, run within "
             "implementations.interpreted()."
         )
-    return _RUN[platform](kernel, interpret, levels, *arrays)
+    parts = kernel.apart if platform != "tpu" else ()
+    parts = parts or [Part(kernel, range(len(kernel.blocks)), range(len(kernel.results)))]
+    found = {}
+    for part, operands, results in parts:
+        of_part = [
+            Level(
+                tuple(level.operands[n] for n in operands),
+                tuple(level.results[n] for n in results),
+            )
+            for level in levels
+        ]
+        given = [arrays[n] for n in operands]
+        found |= zip(results, _RUN[platform](part, interpret, of_part, *given), strict=True)
+    return [found[n] for n in range(len(kernel.results))]
 
 
 def _on_cpu(*arrays: Array, kernel: Kernel, levels: tuple[Level, ...]) -> list[Array]:
@@ -106,7 +119,7 @@ def _batch(operands: Any, dims: Any, *, kernel: Kernel, levels: tuple[Level, ...
         next(
             (
                 axis
-                for of_operand, axis in zip(kernel.blocks, dims, strict=True)
+                for of_operand, axis in zip(kernel.blocks, dims, strict=False)
                 if of_operand.places == block.places and axis is not None
             ),
             0,

@@ -28,6 +28,12 @@ class Inputs:
         self.blocks.append(block)
         return len(self.arrays) - 1
 
+    def copy(self) -> Inputs:
+        """Return the same operands, to add others to."""
+        copied = Inputs()
+        copied.arrays, copied.blocks = [*self.arrays], [*self.blocks]
+        return copied
+
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
