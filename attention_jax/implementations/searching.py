@@ -47,6 +47,12 @@ from attention_jax.normalizers import MOST_PASSES, Level, Searched, Streaming
 
 Array = jax.Array
 
+FEWER = 8
+"""A search begins with one of so many logits, the largest of them."""
+
+FEW = 4
+"""Passes go over all rows of a tile until one of so many is left, and then over these alone."""
+
 
 class Found(NamedTuple):
     """What a search found: context [T, V], statistics of each row [T], and what tiles are now."""
@@ -59,18 +65,47 @@ class Found(NamedTuple):
 class Row(NamedTuple):
     """A row of tiles: the first query, which visits, and the logits of each, [tiles, bt, bk].
 
-    A hidden logit is -inf. `poison` [bt] is NaN where a row attends to NaN or Inf.
+    A hidden logit is -inf. `tops` [tiles, bt] are the largest logits of each tile, `peaks` [bt, n]
+    those of the row with at most one of some keys each, and `largest` [bt] is that of the row.
+    `poison` [bt] is NaN where a row attends to NaN or Inf.
     """
 
     i: Array
     visits: tuple[Array, Array]
     logits: Array
+    tops: Array
+    peaks: Array
     largest: Array
     poison: Array
 
     def relative(self, n: Array) -> Array:
         """Return the logits of a visit less the largest of their row, [bt, bk]."""
         return self.logits[n - self.visits[0]] - self.largest[:, None]
+
+    def relative_top(self, n: Array) -> Array:
+        """Return the largest logits of a visit less the largest of their row, [bt, 1]."""
+        return (self.tops[n - self.visits[0]] - self.largest)[:, None]
+
+    @property
+    def levels(self) -> list[Array]:
+        """Return fewer and then more of the largest logits, less the largest, [bt, n] each."""
+        lowest = jnp.finfo(self.peaks.dtype).min
+        shown = jnp.where(self.peaks == lowest, -jnp.inf, self.peaks - self.largest[:, None])
+        rows, number = shown.shape[0], shown.shape[1] // FEWER
+        if not number:
+            return [shown]
+        folded = shown[:, : FEWER * number].reshape(rows, FEWER, number)
+        return [jnp.max(folded, axis=1), shown]
+
+    def at(self, which: Array) -> Row:
+        """Return some of the rows."""
+        return self._replace(
+            logits=self.logits[:, which],
+            tops=self.tops[:, which],
+            peaks=self.peaks[which],
+            largest=self.largest[which],
+            poison=self.poison[which],
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,17 +172,30 @@ class Search:
     def computed(self, states: Array, i: Array, visits: tuple[Array, Array], most: int) -> Row:
         """Compute the logits of a row of tiles."""
         rows, columns = self.tiles.visits[0].rows, self.tiles.key_size
-        lowest = jnp.full(rows, jnp.finfo(self.dtype).min, self.dtype)
-        logits = jnp.zeros((most, rows, columns), self.dtype)
-        row = Row(i, visits, logits, lowest, jnp.zeros(rows, self.dtype))
+        lowest, many = jnp.finfo(self.dtype).min, max(1, most // FEWER)
+        row = Row(
+            i,
+            visits,
+            logits=jnp.zeros((most, rows, columns), self.dtype),
+            tops=jnp.full((most, rows), lowest, self.dtype),
+            peaks=jnp.full((rows, many * columns), lowest, self.dtype),
+            largest=jnp.full(rows, lowest, self.dtype),
+            poison=jnp.zeros(rows, self.dtype),
+        )
         row = varying_like(row, self.operands, self.given, states)
 
         def body(n: Array, row: Row) -> Row:
             kinds = [functools.partial(self.of_tile, masked) for masked in (None, True, False)]
             logits, poison = lax.switch(states[n], kinds, n, row.i)
+            m, top = n - row.visits[0], jnp.max(logits, axis=1)
+            start = m % many * columns
+            peaks = lax.dynamic_slice_in_dim(row.peaks, start, columns, 1)
+            peaks = jnp.maximum(peaks, logits)
             return row._replace(
-                logits=lax.dynamic_update_index_in_dim(row.logits, logits, n - row.visits[0], 0),
-                largest=jnp.maximum(row.largest, jnp.max(logits, axis=1)),
+                logits=lax.dynamic_update_index_in_dim(row.logits, logits, m, 0),
+                tops=lax.dynamic_update_index_in_dim(row.tops, top, m, 0),
+                peaks=lax.dynamic_update_slice_in_dim(row.peaks, peaks, start, 1),
+                largest=jnp.maximum(row.largest, top),
                 poison=row.poison + poison,
             )
 
@@ -175,33 +223,52 @@ class Search:
     def searched(self, row: Row, states: Array) -> tuple[Any, Array]:
         """Return the last state of the rows, and what tiles are: EMPTY those that do not matter."""
         state = varying_like(self.how.start(row.largest), row)
-        carry = jnp.int32(0), state, states
-        goes_on = functools.partial(_goes_on, self.how)
-        _, state, states = lax.while_loop(goes_on, functools.partial(self.one_pass, row), carry)
-        return state, states
+        if self.how.resumes:
+            for level in row.levels:
+                state = self.how.resumed(self.how.settled(level, state))
+        rows = len(row.largest)
+        few = -(-rows // FEW)
+        states = self.marked(row, state, states)
+        number, state = self.passes(row, states, (jnp.int32(0), state), few)
+        if few < rows:
+            which = jnp.argsort(self.how.is_done(state))[:few]
+            of_few = jax.tree.map(lambda x: x[which], state)
+            _, of_few = self.passes(row.at(which), states, (number, of_few), 0)
+            state = jax.tree.map(lambda x, new: x.at[which].set(new), state, of_few)
+        return state, self.marked(row, state, states)
 
-    def one_pass(self, row: Row, carry: Any) -> Any:
+    def passes(self, row: Row, states: Array, carry: tuple[Array, Any], few: int) -> Any:
+        """Make passes over the tiles of a row until no more than a few rows are left."""
+
+        def goes_on(carry: tuple[Array, Any]) -> Array:
+            number, state = carry
+            left = jnp.sum(~self.how.is_done(state), dtype=jnp.int32)
+            return (number < MOST_PASSES) & (left > few)
+
+        return lax.while_loop(goes_on, functools.partial(self.one_pass, row, states), carry)
+
+    def marked(self, row: Row, state: Any, states: Array) -> Array:
+        """Return what the tiles are, EMPTY those that do not matter."""
+
+        def mark(n: Array, states: Array) -> Array:
+            top = row.relative_top(n)
+            matters = self.how.matters(top, state, self.how.contribution(top, state))
+            return states.at[n].set(jnp.where(jnp.any(matters), states[n], EMPTY))
+
+        return lax.fori_loop(*row.visits, mark, varying_like(states, row, state))
+
+    def one_pass(self, row: Row, states: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         """Sum over the tiles of a row that matter, and update the state."""
-        number, state, states = carry
+        number, state = carry
         shapes = jax.eval_shape(self.how.contribution, row.logits[0], state)
         sums = self.how.nothing(shapes)
-        add = functools.partial(self.add, row, state)
-        sums, states = lax.fori_loop(*row.visits, add, varying_like((sums, states), row, states))
-        return number + 1, self.how.update(state, sums), states
+        add = functools.partial(unless_empty, functools.partial(self.add, row, state), states)
+        sums = lax.fori_loop(*row.visits, add, varying_like(sums, row, states))
+        return number + 1, self.how.update(state, sums)
 
-    def add(self, row: Row, state: Any, n: Array, carry: Any) -> Any:
-        """Add what a tile contributes, if it matters."""
-        return lax.cond(
-            carry[1][n] == EMPTY, _as_is, functools.partial(self.added, row, state, n), carry
-        )
-
-    def added(self, row: Row, state: Any, n: Array, carry: Any) -> Any:
-        sums, states = carry
-        relative = row.relative(n)
-        found = self.how.contribution(relative, state)
-        matters = jnp.any(self.how.matters(relative, state, found))
-        states = states.at[n].set(jnp.where(matters, states[n], EMPTY))
-        return self.how.joined(sums, found), states
+    def add(self, row: Row, state: Any, n: Array, sums: Any) -> Any:
+        """Add what a tile contributes."""
+        return self.how.joined(sums, self.how.contribution(row.relative(n), state))
 
     def attended(self, row: Row, states: Array, statistics: Level) -> Array:
         """Return the context of a row of tiles."""
@@ -214,11 +281,6 @@ class Search:
         tile, logits = self.tile(n, row.i, False), row.logits[n - row.visits[0]]
         weights = jnp.where(logits == -jnp.inf, 0.0, self.how.weight(logits, statistics))
         return context + tile.weighted(weights, tile.products)
-
-
-def _goes_on(how: Searched, carry: Any) -> Array:
-    number, state, _ = carry
-    return (number < MOST_PASSES) & ~jnp.all(how.is_done(state))
 
 
 def unless_empty(add: Callable[..., Any], states: Array, n: Array, sums: Any) -> Any:

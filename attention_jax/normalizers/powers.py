@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.base.binding import bind
 from attention_jax.normalizers.searched import OverThreshold
@@ -19,23 +20,19 @@ __all__ = ["PowerThreshold"]
 
 Array = jax.Array
 
-SAMPLE = 8
-"""The first passes go over one of so many keys of each tile."""
-
-SAMPLED_PASSES = 3
-"""How many passes that are."""
+ROUNDING = 32.0
+"""Of a threshold found among some keys, so many units of rounding may be wrong."""
 
 
 class Root(NamedTuple):
     """The root of a row is from `low` to `high`, and `at` where it `is_found`; [T] each.
 
-    `at` is what the next pass tries, and `passes` how many there were.
+    `at` is what the next pass tries.
     """
 
     at: Array
     low: Array
     high: Array
-    passes: Array
     is_found: Array
 
 
@@ -54,8 +51,7 @@ class PowerThreshold(OverThreshold):
     A power is dear, so a pass tries one threshold and takes from it all it can: with f the sum of
     the weights, g = f^(1/p) is convex where p >= 1 and nearly straight. Newton's step on g = 1 ends
     at or below the root from wherever it starts; with the curvature it is Halley's, whose error
-    shrinks as a cube. A step out of the bracket is replaced by half of the bracket. The first
-    passes go over a sample of the keys.
+    shrinks as a cube. A step out of the bracket is replaced by half of the bracket.
 
     Attributes:
       function: (max(x, 0) / p)^p.
@@ -71,10 +67,19 @@ class PowerThreshold(OverThreshold):
         """
         return cls(bind(_power_above_zero, power=power), power)
 
+    resumes = True
+
     def start(self, largest: Array) -> Root:
         low = jnp.broadcast_to(-self.power(largest), largest.shape)
         zeros = jnp.zeros_like(low)
-        return Root(low, low, zeros, zeros.astype(jnp.int32), zeros > 0.0)
+        return Root(low, low, zeros, zeros > 0.0)
+
+    def resumed(self, state: Root) -> Root:
+        # More keys make the sum larger, and so the threshold higher.
+        epsilon = ROUNDING * jnp.finfo(state.at.dtype).eps
+        low = state.at - epsilon * self.power(state.at)
+        zeros = jnp.zeros_like(low)
+        return Root(state.at, low, zeros, zeros > 0.0)
 
     def power(self, like: Array) -> Array:
         """Return p in the dtype of an array; a search is not differentiated."""
@@ -84,22 +89,8 @@ class PowerThreshold(OverThreshold):
         return state.at
 
     def contribution(self, relative: Array, state: Root) -> Sums:
-        if relative.shape[1] < SAMPLE:
-            return self.sums(relative, state.at)
-        is_sampled = jnp.any(_is_sampled(state))
-        return lax.cond(is_sampled, self.of_sample, self.sums, relative, state.at)
-
-    def of_sample(self, relative: Array, at: Array) -> Sums:
-        """Return about the sums of all keys, from some of them."""
-        columns = relative.shape[1]
-        number = columns // SAMPLE
-        sums = self.sums(relative[:, :number], at)
-        return jax.tree.map(functools.partial(jnp.multiply, columns / number), sums)
-
-    def sums(self, relative: Array, at: Array) -> Sums:
-        """Return the sums of all keys at the thresholds."""
         power = self.power(relative)
-        over = relative - at[:, None]
+        over = relative - state.at[:, None]
         share = jnp.where(over <= 0.0, 0.0, over / power)  # NaN stays
         # Written down, since XLA would compute the power again for each sum.
         slopes = lax.optimization_barrier(_power(share, power - 1.0))
@@ -124,37 +115,21 @@ class PowerThreshold(OverThreshold):
         size = jnp.abs(at - state.at) / power
         order = jnp.clip(power, 1.0, 3.0)  # how much a step shortens the next, as a power
         epsilon = 4.0 * jnp.finfo(at.dtype).eps / jnp.maximum(power - 1.0, 1.0)
-        is_found = ~_is_sampled(state) & ~(size**order > epsilon)
-        new = new._replace(at=at, passes=state.passes + 1, is_found=is_found)
+        new = new._replace(at=at, is_found=~(size**order > epsilon))
         return jax.tree.map(functools.partial(jnp.where, state.is_found), state, new)
 
     def bracket(self, state: Root, newton: Array, is_below: Array, power: Array) -> Root:
-        """Return the bracket after a pass over all keys; a sample tells nothing for certain."""
+        """Return the bracket after a pass."""
         low = jnp.where(is_below, state.at, state.low)
         high = jnp.where(is_below, state.high, state.at)
         low = jnp.where(power >= 1.0, jnp.clip(newton, low, high), low)
-        new = state._replace(low=low, high=high)
-        is_sampled = _is_sampled(state)
-        return jax.tree.map(functools.partial(jnp.where, is_sampled), state, new)
+        return state._replace(low=low, high=high)
 
     def is_done(self, state: Root) -> Array:
         return state.is_found
 
     def matters(self, relative: Array, state: Root, found: Sums) -> Array:
-        is_sampled = jnp.any(_is_sampled(state))
-        return lax.cond(is_sampled, _all, _above, relative, state.low)
-
-
-def _is_sampled(state: Root) -> Array:
-    return state.passes < SAMPLED_PASSES
-
-
-def _all(relative: Array, low: Array) -> Array:
-    return jnp.ones_like(low, bool)
-
-
-def _above(relative: Array, low: Array) -> Array:
-    return ~(jnp.max(relative, axis=1) <= low)
+        return ~(jnp.max(relative, axis=1) <= state.low)
 
 
 def _power(share: Array, power: Array) -> Array:
@@ -200,15 +175,34 @@ ROOT_OF_HALF, FRACTION = 0x3F3504F3, 23
 
 
 def _polynomial(coefficients: list[float], x: Array) -> Array:
-    result = jnp.full_like(x, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        result = result * x + coefficient
-    return result
+    """Return the polynomial, lowest coefficient first; by pairs, for a short chain of operations.
+
+    Estrin 1960.
+    """
+    terms = [jnp.full_like(x, coefficient) for coefficient in coefficients]
+    while len(terms) > 1:
+        pairs = zip(terms[::2], terms[1::2], strict=False)
+        odd = terms[-1:] if len(terms) % 2 else []
+        terms = [low + x * high for low, high in pairs] + odd
+        x = x * x
+    return terms[0]
 
 
+@jax.custom_jvp
 def _power_above_zero(over: Array, power: Any) -> Array:
     """Return (over / power)^power above zero, zero below; NaN of NaN."""
-    is_below = over <= 0.0  # NaN is not
     power = jnp.asarray(power, over.dtype)
-    logarithm = jnp.log(jnp.where(is_below, 1.0, over / power))
-    return jnp.where(is_below, 0.0, jnp.exp(power * logarithm))
+    return _power(jnp.where(over <= 0.0, 0.0, over / power), power)  # NaN stays
+
+
+@functools.partial(_power_above_zero.defjvp, symbolic_zeros=True)
+def _power_above_zero_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    over, power = primals[0], jnp.asarray(primals[1], primals[0].dtype)
+    weights = _power_above_zero(over, power)
+    above = jnp.where(over <= 0.0, 1.0, over)
+    change = jnp.zeros_like(weights)
+    if not isinstance(tangents[0], SymbolicZero):
+        change = change + weights * (power / above) * tangents[0]
+    if not isinstance(tangents[1], SymbolicZero):
+        change = change + weights * (jnp.log(above / power) - 1.0) * tangents[1]
+    return weights, change

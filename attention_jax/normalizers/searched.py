@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ class Searched(Streaming):
     """
 
     passes = "several passes over the held logits of a row of tiles"
+    resumes: ClassVar[bool] = False
+    """Whether a search over the largest of all keys first makes that over all keys shorter."""
 
     @abc.abstractmethod
     def start(self, largest: Array) -> Any:
@@ -69,6 +71,23 @@ class Searched(Streaming):
     @abc.abstractmethod
     def level(self, state: Any) -> Array:
         """Return what the weights of a row are functions of, [T], given the state in the end."""
+
+    def resumed(self, state: Any) -> Any:
+        """Return the state to go on from with more keys, where a search over some has ended."""
+        raise NotImplementedError
+
+    def settled(self, relative: Array, state: Any) -> Any:
+        """Return the state at the end of a search over the keys of one tile alone."""
+
+        def one_pass(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            number, state = carry
+            return number + 1, self.update(state, self.contribution(relative, state))
+
+        def goes_on(carry: tuple[Array, Any]) -> Array:
+            number, state = carry
+            return (number < MOST_PASSES) & ~jnp.all(self.is_done(state))
+
+        return lax.while_loop(goes_on, one_pass, (jnp.int32(0), state))[1]
 
     @abc.abstractmethod
     def matters(self, relative: Array, state: Any, found: Any) -> Array:
@@ -127,6 +146,12 @@ class Threshold(OverThreshold):
     """
 
     power: Any = 1.0
+    resumes = True
+
+    def resumed(self, state: Bracket) -> Bracket:
+        # More keys make the sum larger, and so the threshold higher.
+        zeros = jnp.zeros_like(state.low)
+        return Bracket(state.low, zeros, zeros > 0.0)
 
     def level(self, state: Bracket) -> Array:
         return state.high
@@ -193,25 +218,12 @@ def over_row(how: OverThreshold, logits: Array, allowed: Array) -> Array:
     # Far enough below the threshold to have no weight, and no derivative.
     below = -2.0 * lax.stop_gradient(jnp.asarray(how.reach, logits.dtype))
     relative = jnp.where(shown, logits - largest, below)
-    level = lax.stop_gradient(how.level(_end(how, lax.stop_gradient(relative))))
+    fixed = lax.stop_gradient(relative)
+    state = how.settled(fixed, how.start(jnp.max(fixed, axis=1, initial=0.0)))
+    level = lax.stop_gradient(how.level(state))
     for _ in range(2):  # at its root, two steps of Newton's are right up to third derivatives
         over = relative - level[:, None]
         weights, slope = jax.jvp(how.function, (over,), (jnp.ones_like(over),))
         fall = jnp.sum(slope, axis=1)
         level = level + (jnp.sum(weights, axis=1) - 1.0) / jnp.where(fall == 0.0, 1.0, fall)
     return jnp.where(shown, how.function(relative - level[:, None]), 0.0)
-
-
-def _end(how: OverThreshold, relative: Array) -> Any:
-    """Return the state at the end of a search over whole rows."""
-
-    def one_pass(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        number, state = carry
-        return number + 1, how.update(state, how.contribution(relative, state))
-
-    def goes_on(carry: tuple[Array, Any]) -> Array:
-        number, state = carry
-        return (number < MOST_PASSES) & ~jnp.all(how.is_done(state))
-
-    start = jnp.int32(0), how.start(jnp.max(relative, axis=1, initial=0.0))
-    return lax.while_loop(goes_on, one_pass, start)[1]
