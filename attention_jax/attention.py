@@ -389,9 +389,16 @@ def _tiled(request: Request, where: Where, of_plan: Any) -> tuple[Any, Any, Plan
     if where.platform is not None:
         plan = choice.plan_for(request, where.platform)
         return functools.partial(of_plan, plan=plan), None, plan
-    on_cpu, other = (choice.plan_for(request, platform) for platform in ("cpu", "tpu"))
-    here, there = (functools.partial(of_plan, plan=plan) for plan in (on_cpu, other))
-    return (here, None, on_cpu) if other.tile == on_cpu.tile else (here, there, other)
+    sized = {
+        platform: dataclasses.replace(request, tile_sizes=choice.tile_for(request, platform))
+        for platform in ("cpu", "tpu")
+    }
+    on_cpu = choice.plan_for(sized["cpu"], "cpu")
+    here = functools.partial(of_plan, plan=on_cpu)
+    if sized["tpu"].tile_sizes == sized["cpu"].tile_sizes:
+        return here, None, on_cpu
+    other = choice.plan_for(sized["tpu"], "tpu")
+    return here, functools.partial(of_plan, plan=other), other
 
 
 def _one_head(

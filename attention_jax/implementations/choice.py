@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +12,11 @@ import numpy as np
 
 from attention_jax.head_maps import NO_HALO
 from attention_jax.implementations import cudnn, machine, mixed_choice
+from attention_jax.implementations.cheapest import cheapest_tile, clipped
 from attention_jax.implementations.lifting import Elsewhere
 from attention_jax.implementations.pallas import choosing
-from attention_jax.implementations.tiles import (
-    Plan,
-    make_plan,
-    pairs_together,
-    plan_of_any_length,
-)
-from attention_jax.masks import FULL, PARTIAL, Mask, batch_axes
+from attention_jax.implementations.tiles import Plan, make_plan, plan_of_any_length
+from attention_jax.masks import PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
 from attention_jax.normalizers import Elementwise, LogSum, Ordered
 from attention_jax.request import Request
@@ -33,24 +28,8 @@ IMPLEMENTATIONS = ("dense", "tiled", "pallas", "cudnn")
 DENSE_PAIRS = 256 * 256
 """At and below this many pairs T x S of a head, None picks "dense": the whole plane is one tile."""
 
-CANDIDATES = {
-    "cpu": ((128, 256, 512), (128, 256, 384, 512)),
-    "default": ((256, 512, 1024), (256, 512, 1024)),
-}
-"""Queries and keys of a tile to choose from. On CPU a 512 x 512 tile of float32 fills the level-2
-cache."""
-
 TILE_OF_ANY_LENGTH = 256, 256
 """Queries and keys of a tile where a length is a symbol of `jax.export`."""
-
-MIXED_PAIRS = {"cpu": 2**18, "default": 2**21}
-"""Where maps mix heads, a tile of all of them has at most so many pairs."""
-
-VISIT_PAIRS = 95_000
-"""The cost of visiting a tile beyond that of its pairs, in pairs (fitted on a 2-core CPU)."""
-
-MOST_TILES = 2**15
-"""Once there is a plan, none is tried that has surely more tiles: to plan them takes too long."""
 
 
 def known_platform(platform: str | None = None) -> str:
@@ -188,66 +167,28 @@ def plan_for(request: Request, platform: str | None = None, name: str = "tiled")
         return make_plan(
             mask, pairs, choosing.kernel_tile(request, platform), is_static, on_grid=True
         )
-    heads = max(request.counts) if request.mixes else 1
-    if request.tile_sizes is not None:
-        plan = make_plan(mask, pairs, clipped(request.tile_sizes, pairs), is_static)
-        plan = dataclasses.replace(plan, platform=platform)
-    else:
-        plan = _cheapest_plan(mask, pairs, is_static, platform, heads)
-    if request.mixes:
-        plan = dataclasses.replace(plan, heads=heads)
+    tile = tile_for(request, platform)
+    assert tile is not None  # that of lengths which are known
+    plan = make_plan(mask, pairs, clipped(tile, pairs), is_static)
+    plan = dataclasses.replace(plan, platform=platform, heads=_together(request))
     if request.mixes and any(halo != NO_HALO for halo in request.halos):
         # Where all pairs of a tile may attend, their neighbours may not.
         plan = dataclasses.replace(plan, states=np.minimum(plan.states, PARTIAL))
     return plan
 
 
-def _candidates(platform: str, heads: int) -> list[tuple[int, int]]:
-    """Return the tiles to choose from; those of several heads have as many pairs together."""
-    if heads == 1:
-        return list(itertools.product(*CANDIDATES.get(platform, CANDIDATES["default"])))
-    most = MIXED_PAIRS.get(platform, MIXED_PAIRS["default"]) // heads
-    sizes = [2**power for power in range(4, 11)]
-    fitting = [tile for tile in itertools.product(sizes, sizes) if math.prod(tile) <= most]
-    largest = max(map(math.prod, fitting), default=0)
-    return [tile for tile in fitting if math.prod(tile) == largest] or [(sizes[0], sizes[0])]
+def tile_for(request: Request, platform: str) -> tuple[int, int] | None:
+    """Return queries and keys of a tile of `tiled`; None where a length is a symbol."""
+    if request.tile_sizes is not None or not _knows_lengths(request):
+        return request.tile_sizes
+    pairs = max(request.sizes["T"], 1), max(request.sizes["S"], 1)
+    mask, is_static = known_mask(request.mask, request.sizes)
+    return cheapest_tile(mask, pairs, is_static, platform, _together(request))
 
 
-def _cheapest_plan(
-    mask: Mask, pairs: tuple[int, int], is_static: bool, platform: str, heads: int
-) -> Plan:
-    """Return the plan whose pairs and visits together cost least."""
-    tiles = {clipped(tile, pairs) for tile in _candidates(platform, heads)}
-    chosen, least, certain = None, math.inf, 0
-    for tile in sorted(tiles, key=math.prod, reverse=True):
-        # No plan visits fewer pairs than those of FULL tiles, nor more of them at a visit.
-        together = max(math.prod(tile), pairs_together(platform))
-        if certain * (1 + VISIT_PAIRS / together) >= least:
-            continue
-        if certain > MOST_TILES * math.prod(tile):
-            continue
-        plan = dataclasses.replace(make_plan(mask, pairs, tile, is_static), platform=platform)
-        if len(plan.starts) * math.prod(tile) >= least:  # whatever its visits cost
-            continue
-        cost = _cost(plan)
-        if cost < least:
-            chosen, least = plan, cost
-        full = plan.starts[plan.states == FULL]
-        ends = np.minimum(full + tile, pairs)
-        certain = max(certain, np.prod(ends - full, axis=1).sum())
-    assert chosen is not None  # the first costs less than infinity
-    return chosen
-
-
-def _cost(plan: Plan) -> int:
-    """Return what the visits of a plan cost, counted in pairs.
-
-    Tiles of one group are visited many at a time for the price of one; of several groups some
-    are, and are not counted so; those of a mask that only run time knows are visited one by one.
-    """
-    is_one_group = plan.is_static and len(plan.visits) == 1
-    visits = len(plan.visits[0].queries) if is_one_group else len(plan.starts)
-    return len(plan.starts) * math.prod(plan.tile) + visits * VISIT_PAIRS
+def _together(request: Request) -> int:
+    """Return of how many heads a tile is."""
+    return max(request.counts) if request.mixes else 1
 
 
 def elsewhere(
@@ -269,10 +210,6 @@ def elsewhere(
 
 def _differing(mask_axes: list[str]) -> str:
     return "".join(letter for letter in "BKG" if any(letter in axes for axes in mask_axes))
-
-
-def clipped(tile: tuple[int, int], pairs: tuple[int, int]) -> tuple[int, int]:
-    return min(tile[0], pairs[0]), min(tile[1], pairs[1])
 
 
 def known_mask(mask: Mask, sizes: dict[str, int]) -> tuple[Mask, bool]:

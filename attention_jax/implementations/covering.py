@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attention_jax.masks import EMPTY, FULL, PARTIAL, Mask, algebra
+from attention_jax.masks import EMPTY, PARTIAL, Mask, algebra
 from attention_jax.masks.intervals import Interval, judge
 
 BLOCK = 32
@@ -41,34 +41,64 @@ def runs_of(live: np.ndarray) -> Runs:
     return Runs(row, begin, np.nonzero(change == -1)[1], live.shape[1])
 
 
-def live_runs(mask: Mask, pairs: tuple[int, int], size: tuple[int, int]) -> Runs:
-    """Return the cells of `size` = [queries, keys] that a mask may allow, over [T, S] pairs."""
-    rows, cells = (-(-length // of) for length, of in zip(pairs, size, strict=True))
-    mask = algebra.with_int32(mask)
-    blocks = [np.arange(-(-number // BLOCK)) for number in (rows, cells)]
-    states = _states(mask, pairs, [of * BLOCK for of in size], blocks[0][:, None], blocks[1])
-    if states.ndim == 0:  # the answer is the same wherever it is asked
-        live = np.arange(rows if states != EMPTY else 0)
-        return Runs(live, np.zeros_like(live), np.full_like(live, cells), cells)
-    states = np.broadcast_to(states, (len(blocks[0]), len(blocks[1])))
+class Judged(NamedTuple):
+    """What the cells of a grid are, as a mask says: a block of 32 x 32 cells at a time.
 
-    full = runs_of(states == FULL)
-    row = full.row[:, None] * BLOCK + np.arange(BLOCK)
-    is_row = row < rows
-    begin, end = (np.broadcast_to(x[:, None] * BLOCK, row.shape) for x in (full.begin, full.end))
-    of_full = row[is_row], begin[is_row], np.minimum(end, cells)[is_row]
+    A block with a place in `within [p, 32, 32]` is told there cell by cell; the place is -1 where
+    all cells of a block are what `blocks` says, [rows / 32, cells / 32].
+    """
 
-    first = [BLOCK * x for x in np.nonzero(states == PARTIAL)]
-    row = first[0][:, None, None] + np.arange(BLOCK)[:, None]
-    cell = first[1][:, None, None] + np.arange(BLOCK)
-    within = (row < rows) & (cell < cells)
-    live = within & (_states(mask, pairs, size, row, cell) != EMPTY)
-    part = runs_of(live.reshape(-1, BLOCK))
-    block, low = np.divmod(part.row, BLOCK)
-    of_partial = first[0][block] + low, first[1][block] + part.begin, first[1][block] + part.end
+    rows: int
+    cells: int
+    blocks: np.ndarray
+    place: np.ndarray
+    within: np.ndarray
 
-    row, begin, end = map(np.concatenate, zip(of_full, of_partial, strict=True))
-    return _joined(row, begin, end, cells)
+    @classmethod
+    def of(cls, mask: Mask, pairs: tuple[int, int], size: tuple[int, int]) -> Judged:
+        """Judge the cells of `size` = [queries, keys] over [T, S] pairs."""
+        rows, cells = (-(-length // of) for length, of in zip(pairs, size, strict=True))
+        mask = algebra.with_int32(mask)
+        row, cell = (np.arange(-(-number // BLOCK)) for number in (rows, cells))
+        states = _states(mask, pairs, [of * BLOCK for of in size], row[:, None], cell)
+        blocks = np.broadcast_to(states, (len(row), len(cell)))
+        place = np.full(blocks.shape, -1)
+        if states.ndim == 0:  # the answer is the same wherever it is asked
+            return cls(rows, cells, blocks, place, np.zeros((0, BLOCK, BLOCK), np.int8))
+        block = np.nonzero(blocks == PARTIAL)
+        place[block] = np.arange(len(block[0]))
+        row, cell = (BLOCK * of[:, None] + np.arange(BLOCK) for of in block)
+        row, cell = row[:, :, None], cell[:, None, :]
+        within = np.where(cell < cells, _states(mask, pairs, size, row, cell), EMPTY)
+        within = np.broadcast_to(within, (len(row), BLOCK, BLOCK))
+        return cls(rows, cells, blocks, place, within)
+
+    def at(self, row: np.ndarray, cell: np.ndarray) -> np.ndarray:
+        """Return what cells are, given in arrays that broadcast; beyond the last they are EMPTY."""
+        inside = np.minimum(cell, self.cells - 1)
+        block = row // BLOCK, inside // BLOCK
+        states = self.blocks[block]
+        if len(self.within):
+            place = self.place[block]
+            one = self.within[place, row % BLOCK, inside % BLOCK]
+            states = np.where(place < 0, states, one)
+        return np.where(cell < self.cells, states, EMPTY)
+
+    @property
+    def live(self) -> Runs:
+        """The cells that are not EMPTY."""
+        whole = runs_of((self.blocks != EMPTY) & (self.place < 0))
+        row = whole.row[:, None] * BLOCK + np.arange(BLOCK)
+        is_row = row < self.rows
+        of_whole = [np.broadcast_to(x[:, None] * BLOCK, row.shape)[is_row] for x in whole[1:3]]
+        part = runs_of((self.within != EMPTY).reshape(-1, BLOCK))
+        block, low = np.divmod(part.row, BLOCK)
+        first = [BLOCK * x[block] for x in np.nonzero(self.place >= 0)]
+        of_part = first[0] + low, first[1] + part.begin, first[1] + part.end
+        of_part = [x[of_part[0] < self.rows] for x in of_part]
+        begin, end = (np.concatenate(x) for x in zip(of_whole, of_part[1:], strict=True))
+        row = np.concatenate([row[is_row], of_part[0]])
+        return _joined(row, begin, np.minimum(end, self.cells), self.cells)
 
 
 def states_at(

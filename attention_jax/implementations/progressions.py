@@ -10,7 +10,6 @@ as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -31,7 +30,7 @@ _WITHIN: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices":
 _SORTED: dict[str, Any] = {**_WITHIN, "unique_indices": True, "indices_are_sorted": True}
 
 
-class _Way(Protocol):
+class Way(Protocol):
     """A way to compute a table."""
 
     @property
@@ -51,14 +50,27 @@ def computed(table: np.ndarray) -> jax.Array | np.ndarray:
     >>> jax.eval_shape(lambda: computed(table)).shape
     (2000, 1)
     """
-    ways: list[_Way] = (
-        [*_without_runs(table), *_runs(table)] if table.size > SHORT else [_AsItIs(table)]
-    )
-    return _shortest(ways)()
+    return shortest(table)()
 
 
-def _shortest(ways: Sequence[_Way]) -> _Way:
-    return min(ways, key=lambda way: way.held)
+def shortest(table: np.ndarray) -> Way:
+    """Return the way to compute a table whose program is shortest of those that are known."""
+    if table.size <= SHORT:
+        return _AsItIs(table)
+    return _without_runs(table, _runs(table))
+
+
+def _without_runs(table: np.ndarray, other: Way | None = None) -> Way:
+    """Return the shortest of the table as it is, the pieces with each period, and another way."""
+    found = min((way for way in (_AsItIs(table), other) if way is not None), key=_held)
+    for period in PERIODS:
+        pieces = _pieces(table, period, most=found.held)
+        found = found if pieces is None else pieces
+    return found
+
+
+def _held(way: Way) -> int:
+    return way.held
 
 
 class _AsItIs(NamedTuple):
@@ -120,26 +132,21 @@ class _Pieces(NamedTuple):
 class _Runs(NamedTuple):
     """Runs of rows that grow by the same `step` [c].
 
-    `starts [r, 1 + c]` has, of each run but the first, the place of its first row and how far this
-    row is from the one before it. `first [c]` is the first row of all.
+    `starts` computes [r, 1 + c]: of each run but the first, the place of its first row and how far
+    this row is from the one before it. `first [c]` is the first row of all.
     """
 
     first: np.ndarray
-    starts: np.ndarray
+    starts: Way
     step: np.ndarray
     length: int
 
     @property
-    def inner(self) -> _Way:
-        """How the starts are computed."""
-        return _shortest(_without_runs(self.starts))
-
-    @property
     def held(self) -> int:
-        return 2 * SHORT + self.inner.held
+        return 2 * SHORT + self.starts.held
 
     def __call__(self) -> jax.Array:
-        starts = jnp.asarray(self.inner())
+        starts = jnp.asarray(self.starts())
         steps = jnp.broadcast_to(self.step, (self.length, len(self.step)))
         steps = steps.at[starts[:, 0]].set(starts[:, 1:], **_SORTED)
         return lax.cumsum(steps) + (self.first - self.step)[None, :]
@@ -151,7 +158,7 @@ def _piece_of(begin: np.ndarray, length: int) -> jax.Array:
     return lax.cumsum(marks) - 1
 
 
-def _runs(table: np.ndarray) -> list[_Runs]:
+def _runs(table: np.ndarray) -> _Runs | None:
     """Return the runs of the most frequent step, if there are few."""
     steps = np.diff(table, axis=0)
     middle = max(0, (len(steps) - SAMPLE) // 2)
@@ -159,28 +166,23 @@ def _runs(table: np.ndarray) -> list[_Runs]:
     step = found[np.argmax(many)]
     before = np.flatnonzero((steps != step).any(axis=1))
     if 2 * len(before) * (1 + table.shape[1]) > table.size:
-        return []
+        return None
     starts = np.concatenate([before[:, None] + 1, steps[before]], axis=1).astype(np.int32)
-    return [_Runs(table[0], starts, step, len(table))]
+    return _Runs(table[0], _without_runs(starts), step, len(table))
 
 
-def _without_runs(table: np.ndarray) -> list[_Way]:
-    """Return the table as it is, and the pieces that are found with each period."""
-    return [_AsItIs(table), *(way for period in PERIODS for way in _pieces(table, period))]
-
-
-def _pieces(table: np.ndarray, period: int) -> list[_Pieces]:
-    """Return the pieces of quadratics of so many rows at a time, if there are few."""
+def _pieces(table: np.ndarray, period: int, most: int) -> _Pieces | None:
+    """Return the pieces of quadratics of so many rows at a time, if they hold less than `most`."""
     length = len(table) // period
     values = table[: length * period].reshape(length, period * table.shape[1]).astype(np.int64)
     if not length:
-        return []
+        return None
     breaks = np.flatnonzero(np.diff(values, 3, axis=0).any(axis=1)) + 3
     starts, start = [], 0
     while start < length:
         starts.append(start)
-        if 2 * len(starts) * (1 + 3 * values.shape[1]) > table.size:
-            return []
+        if len(starts) * (1 + 3 * values.shape[1]) >= most:
+            return None
         # Three rows are a quadratic whatever they are; the next one that is not begins a piece.
         following = np.searchsorted(breaks, start + 3)
         start = int(breaks[following]) if following < len(breaks) else length
@@ -191,4 +193,6 @@ def _pieces(table: np.ndarray, period: int) -> list[_Pieces]:
     curve = np.where(past[:, None] > 2, two - 2 * one + values[begin], 0)
     parts = {"begin": begin, "value": values[begin], "slope": slope, "curve": curve}
     parts = {name: part.astype(np.int32) for name, part in parts.items()}
-    return [_Pieces(**parts, length=length, columns=table.shape[1], rest=table[length * period :])]
+    rest = table[length * period :]
+    found = _Pieces(**parts, length=length, columns=table.shape[1], rest=rest)
+    return found if found.held < most else None

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.implementations import machine
-from attention_jax.implementations.covering import cover, live_runs, states_at
-from attention_jax.implementations.progressions import computed
+from attention_jax.implementations.covering import Judged, cover
+from attention_jax.implementations.progressions import Way, computed, shortest
 from attention_jax.masks import FULL, PARTIAL, Lengths, Mask, algebra
 from attention_jax.masks.intervals import Unknown, classify, tile_intervals
 
@@ -43,7 +43,8 @@ FRACTIONS = (3, 4)
 """A tile begins at a multiple of its width divided by the first of these that divides it."""
 
 
-class Visits(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Visits:
     """Tiles that a loop visits `together` at a time, each `rows` queries high.
 
     `queries [n]` is the first query of a visit; the tiles of a visit lie below each other, and
@@ -70,8 +71,13 @@ class Visits(NamedTuple):
         """
         if not isinstance(self.keys, np.ndarray):
             return self.queries, self.keys
-        table = computed(np.concatenate([self.queries[:, None], self.keys], axis=1))
+        table = self._table()
         return table[:, 0], table[:, 1:]
+
+    @functools.cached_property
+    def _table(self) -> Way:
+        """How the places are computed, found once for all passes."""
+        return shortest(np.concatenate([self.queries[:, None], self.keys], axis=1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,7 +151,7 @@ class Plan:
         groups = group(self, tall, 1 if alone else tall)
         if self.heads > 1 or self.tile[0] >= LOW_ROWS or pairs < LOW_PAIRS:
             return groups
-        return [visits._replace(lanes=min(LANES, visits.together)) for visits in groups]
+        return [dataclasses.replace(visits, lanes=min(LANES, visits.together)) for visits in groups]
 
     @property
     def largest_visit(self) -> int:
@@ -247,18 +253,19 @@ def make_plan(
     """
     per_tile = 1 if on_grid else units_of(tile[1])
     unit = tile[1] // per_tile
-    runs = live_runs(mask, pairs, (tile[0], unit))
+    judged = Judged.of(mask, pairs, (tile[0], unit))
+    runs = judged.live
     rows, units = cover(runs, per_tile)
     if units.min(initial=0) < 0:  # whole tiles do not fit
         runs = runs._replace(cells=runs.cells + -runs.cells % per_tile)
         rows, units = cover(runs, per_tile)
     starts = np.stack([rows * tile[0], units * unit], axis=1).astype(np.int32)
     covered = runs.cells * unit
-    plan = Plan(pairs, tile, unit, starts, np.zeros(0, np.int8), covered, is_static)
     of_tile = units[:, None] + np.arange(per_tile)
-    grid = (pairs[0], covered), (tile[0], unit)
-    states = states_at(plan.within(mask), *grid, rows[:, None], of_tile)
-    return dataclasses.replace(plan, states=of_units(states))
+    states = judged.at(rows[:, None], of_tile)
+    # Beyond the last key none may attend.
+    states = np.where((of_tile + 1) * unit > pairs[1], np.minimum(states, PARTIAL), states)
+    return Plan(pairs, tile, unit, starts, of_units(states), covered, is_static)
 
 
 def units_of(width: int) -> int:
@@ -315,7 +322,8 @@ def group(plan: Plan, tall: int, together: int) -> list[Visits]:
         ),
     ]
     return [
-        visits._replace(
+        dataclasses.replace(
+            visits,
             queries=(visits.queries * rows).astype(np.int32),
             keys=visits.keys.astype(np.int32).reshape(-1, visits.together),
         )

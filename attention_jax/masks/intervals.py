@@ -209,13 +209,13 @@ class Interval:
     @functools.partial(_exact, may_wrap=False)
     def __mod__(self, divisor: Any) -> Interval:
         _check_divisor("%", divisor)
-        same_period = self.low // divisor == self.high // divisor
-        module = _module(same_period)
-        largest = divisor if _is_fractional(self) else divisor - 1
-        return Interval(
-            module.where(same_period, self.low % divisor, 0),
-            module.where(same_period, self.high % divisor, largest),
-        )
+        least, most = self.low // divisor, self.high // divisor
+        same_period, module = least == most, _module(least, most)
+        if _is_fractional(self):
+            low, high, largest = self.low % divisor, self.high % divisor, divisor
+        else:  # NumPy divides by a number many times faster than it finds what is left over
+            low, high, largest = self.low - least * divisor, self.high - most * divisor, divisor - 1
+        return Interval(module.where(same_period, low, 0), module.where(same_period, high, largest))
 
     def __abs__(self) -> Interval:
         module = _module(self.low, self.high)

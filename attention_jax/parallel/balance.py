@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from attention_jax.base import checks
-from attention_jax.implementations import choice
+from attention_jax.implementations import cheapest
 from attention_jax.masks import MaskLike
 from attention_jax.parallel.orders import order_of
 from attention_jax.parallel.work import Parts, Work, run_of
@@ -229,7 +229,7 @@ class _Deal:
             rows, columns = tile = tuple(larger * size for size in self.work.tile_sizes)
             work = dataclasses.replace(self.work, tile_sizes=tile)
             load = _load(work, orders, self.devices, spans=True)
-            visits = 1 + choice.VISIT_PAIRS / (rows * columns)
+            visits = 1 + cheapest.VISIT_PAIRS / (rows * columns)
             times.append(load.waiting * load.devices.mean() * visits)
         return min(times)
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.implementations import choice
+from attention_jax.implementations import cheapest, choice
 from attention_jax.implementations.covering import cover, runs_of
 from attention_jax.implementations.tiles import FRACTIONS, joined, units_of
 from attention_jax.masks import EMPTY, FULL, PARTIAL, Lengths, Mask
@@ -134,10 +134,10 @@ def make_plan(request: Request, placement: Placement, gathered: bool, platform: 
     share, received = placement.shares
     pairs = share, placement.lengths[1] if gathered else received
     if request.tile_sizes is not None:
-        tiles = [choice.clipped(request.tile_sizes, pairs)]
+        tiles = [cheapest.clipped(request.tile_sizes, pairs)]
     else:
-        rows, columns = choice.CANDIDATES.get(platform, choice.CANDIDATES["default"])
-        tiles = {choice.clipped((row, column), pairs) for row in rows for column in columns}
+        rows, columns = cheapest.CANDIDATES.get(platform, cheapest.CANDIDATES["default"])
+        tiles = {cheapest.clipped((row, column), pairs) for row in rows for column in columns}
     units = [tile[1] // units_of(tile[1]) for tile in tiles]
     grids = _Grids.of(mask, placement, [tile[0] for tile in tiles], units)
     of_tile = functools.partial(_plan_of, grids, is_static, placement, gathered)
@@ -146,7 +146,7 @@ def make_plan(request: Request, placement: Placement, gathered: bool, platform: 
         cells = math.prod(placement.lengths) * FRACTIONS[0] // math.prod(tile)
         if not plans or cells <= MOST_CELLS:
             plans.append(of_tile(tile))
-    costs = [plan.dearest * (math.prod(plan.tile) + choice.VISIT_PAIRS) for plan in plans]
+    costs = [plan.dearest * (math.prod(plan.tile) + cheapest.VISIT_PAIRS) for plan in plans]
     able = [plan for plan, cost in zip(plans, costs, strict=True) if cost <= DEARER * min(costs)]
     return min(able, key=lambda plan: plan.dearest * math.prod(plan.tile))
 

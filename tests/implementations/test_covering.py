@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_jax import attend, masks
-from attention_jax.implementations import covering, progressions, tiles
+from attention_jax.implementations import cheapest, covering, progressions, tiles
 from attention_jax.masks import EMPTY
 
 LENGTH = 300
@@ -45,11 +45,14 @@ def test_live_cells_are_those_of_the_whole_grid(mask):
             continue
         pairs = (LENGTH, length)
         whole = np.asarray(mask.tiles(*pairs, *size))
-        found = cells_of(covering.live_runs(mask, pairs, size), len(whole))
+        judged = covering.Judged.of(mask, pairs, size)
+        found = cells_of(judged.live, len(whole))
         np.testing.assert_array_equal(found, whole != EMPTY)
         rows, cells = np.indices(whole.shape)
         at_once = covering.states_at(mask, pairs, size, rows.ravel(), cells.ravel())
         np.testing.assert_array_equal(at_once.reshape(whole.shape), whole)
+        np.testing.assert_array_equal(judged.at(rows, cells), whole)
+        assert (judged.at(rows, cells + whole.shape[1]) == EMPTY).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -96,6 +99,19 @@ def test_a_mask_is_asked_near_its_boundary_alone():
         assert sum(Counted.asked) < found + whole / 8
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(
+    "mask",
+    [masks.Full(), masks.Causal(), masks.sparse_strided(128), masks.sparse_fixed(128)],
+    ids=["full", "causal", "strided", "fixed"],
+)
+def test_tiles_of_a_plane_full_of_them_are_chosen_from_a_sample(mask, platform):
+    Counted.asked.clear()
+    tile = cheapest.cheapest_tile(Counted(mask), (2**18, 2**18), True, platform)
+    assert sum(Counted.asked) < 2**19
+    assert tile == {"cpu": (512, 512), "tpu": (1024, 1024)}[platform]
+
+
 def in_pieces():
     parts = []
     for number, length in enumerate((90, 1, 700, 2, 3, 401)):
@@ -140,8 +156,10 @@ def text_of(length, mask):
     [
         (masks.Causal(), (2**15, 2**18)),
         pytest.param(masks.Causal() & masks.Window(700, 0), (2**15, 2**18), marks=pytest.mark.slow),
+        pytest.param(masks.sparse_strided(128), (2**15, 2**18), marks=pytest.mark.slow),
+        pytest.param(masks.sparse_fixed(128), (2**15, 2**18), marks=pytest.mark.slow),
     ],
-    ids=["causal", "window"],
+    ids=["causal", "window", "strided", "fixed"],
 )
 def test_a_program_is_as_long_whatever_the_sequence(mask, lengths):
     """There are 2080 live tiles of the causal mask, and 131328 of eight times the sequence."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_jax import explain, masks
-from attention_jax.implementations import tiles
+from attention_jax.implementations import machine, tiles
 
 lengths = st.integers(1, 700)
 bands = st.builds(masks.Window, st.integers(0, 300), st.integers(0, 300))
@@ -74,6 +74,7 @@ def test_visits_meet_every_live_pair_once(mask, query_length, key_length, sizes,
     ],
 )
 def test_few_large_visits_on_cpu(mask, sizes, expected, monkeypatch):
+    monkeypatch.setattr(machine, "pairs_of_cpu", lambda: 2**19)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     found = tiles.make_plan(mask, (2048, 2048), sizes).visits
     assert [(v.masked, v.rows, v.together, len(v.queries), v.lanes) for v in found] == expected
