@@ -91,7 +91,7 @@ def can_lower_for_gpu() -> bool:
     if jax.__version_info__ < (0, 11):
         return True
     of_mesh = jax.sharding.get_abstract_mesh().abstract_device
-    default = jax.config.jax_default_device or jax.devices()[0]
+    default = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
     platforms = {default if isinstance(default, str) else default.platform}
     platforms |= set() if of_mesh is None else {of_mesh.platform}
     return not platforms.isdisjoint({"gpu", "cuda", "rocm"})
