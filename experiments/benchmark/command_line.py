@@ -12,7 +12,7 @@ from experiments.command_line import UsageError, check_folder, parse_flags
 
 SUITES = (
     *("attention", "memory", "compile", "additive", "patterns", "translate", "accelerators"),
-    "matrix",
+    *("matrix", "normalizers", "statistics"),
 )
 
 _HELP = """\
@@ -22,13 +22,15 @@ writes JSON and log-log plots against the sequence length. The suite patterns in
 length for every family of masks and tells how time and bytes grow; the suite translate trains
 the recurrent translator, at its default size and at that of Multi30k, beside one in PyTorch; the
 suite accelerators compiles kernels for TPU and GPU beside those of JAX, which needs no device, and
-the suite matrix 360 of ours, for six devices; it goes on where it was stopped.
+the suite matrix 360 of ours, for six devices; it goes on where it was stopped. The suite
+normalizers tells what each costs over softmax, statistics what each costs over none.
 
   python -m experiments.benchmark
   python -m experiments.benchmark --suites=memory,compile,additive --repeats=11
 
   --suites=attention   which of attention, memory, compile, additive, patterns, translate,
-                       accelerators, matrix to run, or all; --suite is the same
+                       accelerators, matrix, normalizers, statistics to run, or all; --suite is
+                       the same
   --data=DIR           Multi30k for translate; without it, synthetic sentences of its size
   --repeats=7          turns that every program of a case takes
   --out=runs/benchmark directory of results; those of the same suite are replaced
@@ -59,7 +61,8 @@ def parse(arguments: Sequence[str]) -> Options:
     >>> parse(["--suites=memroy"])
     Traceback (most recent call last):
     experiments.command_line.UsageError: --suites: no suite 'memroy'; there are
-    attention, memory, compile, additive, patterns, translate, accelerators, matrix, and all.
+    attention, memory, compile, additive, patterns, translate, accelerators, matrix,
+    normalizers, statistics, and all.
     """
     values = flags.FlagValues()
     flags.DEFINE_list("suites", ["attention"], "", flag_values=values)

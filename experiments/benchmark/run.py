@@ -21,7 +21,7 @@ from matplotlib import color_sequences
 from matplotlib.figure import Figure
 
 from attention_jax.diagnostics.plots import save
-from experiments.benchmark import patterns, translating
+from experiments.benchmark import inside, patterns, translating
 from experiments.benchmark.command_line import Options
 from experiments.benchmark.measure import METERS, RATES, Compared, compared, take_turns
 from experiments.benchmark.programs import HAS_TORCH
@@ -30,7 +30,7 @@ from experiments.command_line import terminal
 
 _UNITS = {"cpu ms": "milliseconds of processor time", "ms": "milliseconds", "MiB": "MiB"}
 SCALE_OF_QUICK = 64
-SCALE_OF_QUICK_PATTERNS = 16
+SCALE_OF_QUICK_PATTERNS = SCALE_OF_QUICK_INSIDE = 16
 WIDTH = 140
 """Columns that the table needs; a narrower terminal wraps it, and a file keeps it whole."""
 
@@ -48,6 +48,9 @@ def run(options: Options) -> None:
     for name in options.suites:
         if name == "patterns":
             _run_patterns(options, surroundings, scale, console)
+            continue
+        if name in ("normalizers", "statistics"):
+            _run_inside(name, options, surroundings, console)
             continue
         if name == "accelerators":
             _run_accelerators(options, surroundings, scale, console)
@@ -125,6 +128,36 @@ def _run_patterns(
             }
             path = options.out / f"patterns_{name.replace(' ', '_')}_{cost}"
             draw_plot(name.capitalize(), unit, curves, path)
+
+
+def _run_inside(
+    name: str, options: Options, surroundings: dict[str, str], console: rich.console.Console
+) -> None:
+    """Measure every normalizer over softmax, or every statistic over none; JSON and a table."""
+    scale = SCALE_OF_QUICK_INSIDE if options.quick else 1
+    is_statistics = name == "statistics"
+    cases = (
+        inside.statistic_cases(inside.LENGTH // scale)
+        if is_statistics
+        else inside.normalizer_cases()
+    )
+    rows = inside.measure(cases, scale, options.repeats)
+    long = inside.at_length(scale) if is_statistics else {}
+    on = (
+        f"{surroundings['cores']} cores of {surroundings['processor']}, jax {surroundings['jax']}, "
+        f"load {surroundings['load']} to {load()}"
+    )
+    report = (
+        inside.report_of_statistics(rows, long, scale, on)
+        if is_statistics
+        else inside.report_of_normalizers(rows, scale, on)
+    )
+    (options.out / f"{name}.md").write_text(report, encoding="utf-8")
+    found = {name: row._asdict() for name, row in rows.items()}
+    at_length = {name: cost._asdict() for name, cost in long.items()}
+    result = {"machine": surroundings, "load": load(), "rows": found, "long": at_length}
+    _write(options.out / f"{name}.json", result)
+    console.print(inside.table(rows, long), soft_wrap=True, markup=False)
 
 
 def machine() -> dict[str, str]:

@@ -15,6 +15,7 @@ from experiments.benchmark import (
     accelerators,
     command_line,
     compilers,
+    inside,
     matrix,
     measure,
     patterns,
@@ -24,6 +25,8 @@ from experiments.benchmark import (
 )
 from experiments.benchmark.patterns import Point
 from experiments.benchmark.run import run
+from tests.contract import examples
+from tests.statistics.examples import STATISTICS
 
 LENGTH = 256
 
@@ -221,3 +224,34 @@ ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
 """
     assert compilers.traffic(program) == 3 * 2048
     assert compilers.traffic(program.replace("custom-call", "while")) is None
+
+
+def test_every_normalizer_and_every_statistic_is_measured():
+    assert set(inside.normalizer_cases()) == {*examples.NORMALIZERS, "monotonic", "hard_monotonic"}
+    others = {inside.ALONE, inside.LOGGED, inside.ALL}
+    assert inside.statistic_cases(64).keys() - others == STATISTICS.keys()
+
+
+def test_tables_of_normalizers_and_statistics_are_pages(tmp_path, monkeypatch, capsys):
+    ratio, mebibytes = inside.Ratio(1.5, 1.25, 2.0), {"forward": 4.0, "with gradients": 9.5}
+    row = inside.Row(dict.fromkeys(inside.PASSES, ratio), mebibytes, 2e-15, 3e-14)
+    monkeypatch.setattr(inside, "measure", lambda cases, *_: dict.fromkeys(cases, row))
+    long = dict.fromkeys(inside.statistic_cases(64), inside.Long(3.25, 40.0))
+    monkeypatch.setattr(inside, "at_length", lambda scale: long)
+    run(command_line.parse(["--suites=normalizers,statistics", "--quick", f"--out={tmp_path}"]))
+    cells = "1.50 (1.25 to 2.00) | 1.50 (1.25 to 2.00) | 4.0 | 9.5 | 2e-15 | 3e-14 |"
+    of_normalizers, of_statistics = (
+        (tmp_path / f"{name}.md").read_text() for name in ("normalizers", "statistics")
+    )
+    assert f"| `stick_breaking` | {cells}\n" in of_normalizers
+    assert f"| `heaviest` | {cells} 3.2 | 40 |\n" in of_statistics
+    assert f"| {inside.ALONE} | {cells}" in capsys.readouterr().out
+    written = json.loads((tmp_path / "statistics.json").read_text())
+    assert written["long"]["entropy"] == {"seconds": 3.25, "mebibytes": 40.0}
+
+
+def test_errors_are_relative_to_numbers_beyond_one_and_alike_where_infinite():
+    theirs = np.array([-np.inf, 0.5, 100.0])
+    assert inside.largest(theirs, theirs) == 0.0
+    assert inside.largest(theirs + np.array([0.0, 0.25, 50.0]), theirs) == 0.5
+    assert np.isnan(inside.largest(theirs * np.nan, theirs))

@@ -139,6 +139,22 @@ def derivatives(chosen, options, operands, directions):
 
 
 @pytest.mark.slow
+def test_gradients_of_every_statistic_are_those_of_the_matrix(x64):
+    options = {"mask": MASKS["ragged"][0]}
+    ways = [tiled(**options), {"implementation": "dense"} | options]
+    found = [
+        jax.jit(
+            jax.grad(functools.partial(penalty, way, EVERY), (0, 1, 2)),
+            # A large program of few numbers: to compile it takes the time.
+            compiler_options={"xla_backend_optimization_level": 0},
+        )(*arrays())
+        for way in ways
+    ]
+    for first, second in zip(*found, strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
 def test_every_derivative_is_that_of_the_matrix(x64):
     operands, directions = tuple(arrays()), tuple(arrays(seed=1))
     names = "entropy", "largest_logit", "distance_spread", "heaviest"
