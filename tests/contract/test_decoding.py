@@ -48,8 +48,8 @@ def decoded(normalizer, options, operands):
     size = {"num_key_heads": 2, "key_depth": 4, "value_depth": 3, "dtype": operands[0].dtype}
 
     def step(state, at, count=None):
-        query, *new = (jnp.take_along_axis(x, at[:, :, None, None], axis=1) for x in operands)
-        state, view = cache.extend(state, *new, count)
+        query, key, value = (jnp.take_along_axis(x, at[:, :, None, None], axis=1) for x in operands)
+        state, view = cache.extend(state, key, value, count)
         how = {"mask": MASK, "normalizer": normalizer, "return_weights": True}
         context, weights, *_ = cache.attend_cached(query, view, **how)
         return state, (context, jnp.einsum("bnts,bsnv->btnv", weights, view.value))
