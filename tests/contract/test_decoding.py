@@ -27,7 +27,7 @@ CASES = [
     pytest.param(
         name,
         kind,
-        marks=[] if (name, kind) == ("top_k", "ring") else pytest.mark.slow,
+        marks=[] if (name, kind) == ("stick_breaking", "ring") else pytest.mark.slow,
         id=name + " " + kind,
     )
     for name in examples.NORMALIZERS
