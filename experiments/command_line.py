@@ -18,10 +18,12 @@ from absl import flags
 from rich.console import Console
 from rich.text import Text
 
+from experiments.data.corpus import shortened
+
 Options = TypeVar("Options")
 
-# A word of a message, such as a path, that is longer is repeated by its beginning and its end.
-_LONG_WORD = re.compile(r"(\S{80})\S{900,}(\S{20})")
+# A word of a message that is longer, also a path, is not repeated.
+_LONG_WORD = re.compile(r"\S{1000,}?(?=[:;,.]?(?:\s|$))")
 
 # The width where the output is no terminal, enough for all tables.
 _WIDTH = 140
@@ -173,12 +175,12 @@ def drop_output() -> None:
 
 
 def shortened_words(sentence: str) -> str:
-    """Return a sentence whose words of at least 1000 characters are cut out in their middle.
+    """Return a sentence of whose words of at least 1000 characters only the beginning is left.
 
-    >>> len(shortened_words("there is no " + 20_000 * "x"))
-    115
+    >>> shortened_words("there is no " + 20_000 * "x")
+    'there is no xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx... (20,000 characters)'
     """
-    return _LONG_WORD.sub(r"\1...\2", sentence)
+    return _LONG_WORD.sub(lambda word: shortened(word[0]), sentence)
 
 
 @contextlib.contextmanager

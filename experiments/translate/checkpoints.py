@@ -1,7 +1,8 @@
 """Atomic checkpoints: saved by Orbax, sealed by checksums, verified on load.
 
 Orbax detects a missing file but not a flipped bit. The seal of a checkpoint has the SHA-256 of
-its files and the mark of its run, and is written last: a checkpoint without a seal is unfinished.
+its files, the mark of its run and the score, and is written last: a checkpoint without a seal is
+unfinished.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Checkpoints:
     Several processes save and restore together, and the first one seals, verifies and deletes.
 
     Args:
-      folder: of the checkpoints.
+      folder: of the checkpoints, named by the score.
       run: the mark of the run, as `mark_of` returns it; the checkpoints of others are skipped.
     """
 
@@ -118,10 +119,16 @@ class Checkpoints:
     def _fault(self, step: int) -> str | None:
         """Return what is wrong with a checkpoint, None if it is as it was sealed in this run."""
         path, sealed = self._path(step), self._sealed(step)
-        if not isinstance(sealed, dict) or sealed.keys() != {"run", "files"} or not path.is_dir():
+        if (
+            not isinstance(sealed, dict)
+            or sealed.keys() != {"run", "score", "files"}
+            or not path.is_dir()
+        ):
             return _DAMAGED
         if sealed["run"] != self.run:
             return "was written by another run"
+        if sealed["score"] != self.folder.name:
+            return f"is one of {sealed['score']}"
         return None if sealed["files"] == _checksums(path) else _DAMAGED
 
     def _finish(self, step: int) -> None:
@@ -129,7 +136,8 @@ class Checkpoints:
         path = self._path(step)
         if not (path / _MANIFEST).is_file():
             raise ValueError(f"Orbax left it without its {_MANIFEST}")
-        write_text(self._seal(step), json.dumps({"run": self.run, "files": _checksums(path)}))
+        seal = {"run": self.run, "score": self.folder.name, "files": _checksums(path)}
+        write_text(self._seal(step), json.dumps(seal))
         kept = [kept for kept in self.steps if kept <= step][:_KEPT]
         for other in set(self.steps) - set(kept):
             self._delete(other)

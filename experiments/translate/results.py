@@ -6,7 +6,6 @@ Reports are made from these records alone.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +19,18 @@ from experiments.data.corpus import Pair
 from experiments.translate import evaluate
 from experiments.translate.evaluate import Trained
 from experiments.translate.looking import pictured
+from experiments.translate.marks import read_marked
 from experiments.translate.prepare import Run
 from experiments.translate.table import COMPARED
 from experiments.translate.train_step import count_parameters
-from experiments.translate.workdir import Record, is_first, unsealed, write_text
+from experiments.translate.workdir import Record, is_first, write_text
 
 # Number of sentences whose translations are shown.
 _SAMPLED = 6
 # Exact match in percent that counts as reached.
 _REACHED = 90.0
+# What to do about an outcome that cannot be used.
+_MEASURED_ANEW = "delete it, and the same command measures again what was trained."
 
 
 def measure(score: str, run: Run, trained: Trained) -> Record:
@@ -52,18 +54,16 @@ def measure(score: str, run: Run, trained: Trained) -> Record:
     return outcome
 
 
-def read_outcome(path: Path) -> Record:
-    """Return the outcome of a mechanism from its file.
+def read_outcome(path: Path, folder: Path) -> Record:
+    """Return the outcome of a mechanism from its file, or why it diverged.
 
     Raises:
-      UsageError: the file is damaged.
+      UsageError: the file is damaged, of another run than that in the folder, or of another score.
     """
-    try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise UsageError(
-            f"{path} is damaged; delete it, and the same command measures again what was trained."
-        ) from None
+    outcome = read_marked(path, folder, _MEASURED_ANEW, of_another=_MEASURED_ANEW)
+    if outcome.get("score", path.stem) != path.stem:
+        raise UsageError(f"{path} was measured of {outcome['score']}; {_MEASURED_ANEW}")
+    return outcome
 
 
 def speed(records: list[Record]) -> dict[str, Any]:

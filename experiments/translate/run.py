@@ -18,6 +18,7 @@ from experiments.translate.compile import Placement, check_divides
 from experiments.translate.config import Config
 from experiments.translate.data import save_tokenizer
 from experiments.translate.environment import versions
+from experiments.translate.marks import write_marked
 from experiments.translate.prepare import Run, check_fits, prepare
 from experiments.translate.stopping import Diverged, Interrupted
 from experiments.translate.train import train
@@ -107,7 +108,7 @@ def train_and_measure(score: str, run: Run) -> Record:
         if not workdir.is_first():
             return {}
         run.log.complete_records(score)
-        return results.read_outcome(path)
+        return results.read_outcome(path, run.folder)
     trained = train(score, run)
     speed = results.speed(run.log.complete_records(score)) if workdir.is_first() else {}
     with run.console.status(f"{score}: evaluating"):
@@ -116,7 +117,7 @@ def train_and_measure(score: str, run: Run) -> Record:
     if not workdir.is_first():
         return outcome
     path.parent.mkdir(exist_ok=True)
-    workdir.write_sealed(path, outcome)
+    write_marked(path, run.folder, outcome)
     return outcome
 
 

@@ -6,7 +6,6 @@ import errno
 import functools
 import importlib.util
 import itertools
-import json
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from experiments.translate.config import Config
 from experiments.translate.conversation import converse, draw
 from experiments.translate.data import Tokenizer, check_data, load_task
 from experiments.translate.evaluate import Words, evaluate
+from experiments.translate.marks import read_marked, write_marked
 from experiments.translate.spaces import Line
 from experiments.translate.translators import Translators, load, load_ensemble, tell, unknown
 from experiments.translate.workdir import Record, unfinished_of, write_text
@@ -116,18 +116,19 @@ def report_evaluation(config: Config, about: Record, records: Sequence[Record]) 
     how = "-ensemble" * config.ensemble + "-references" * bool(config.references)
     path = config.directory / "evaluations" / f"{about['set']}{how}{_decoding(config)}.json"
     path.parent.mkdir(exist_ok=True)
-    every = [*rows, *_other_rows(path, [row["score"] for row in rows])]
+    every = [*rows, *_other_rows(path, config.directory, [row["score"] for row in rows])]
     scores = {"scores": [row["score"] for row in every]}
-    workdir.write_json(path, {**evaluation, "config": config.identity | scores, "scores": every})
+    record = {**evaluation, "config": config.identity | scores, "scores": every}
+    write_marked(path, config.directory, record)
     return path
 
 
-def _other_rows(path: Path, scores: Sequence[str]) -> list[Record]:
-    """Return the rows of other scores from an earlier evaluation."""
+def _other_rows(path: Path, folder: Path, scores: Sequence[str]) -> list[Record]:
+    """Return the rows of other scores from an earlier evaluation of the run."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["scores"]
+        rows = read_marked(path, folder, "", of_another="")["scores"]
         return [row for row in rows if row["score"] not in scores]
-    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
+    except (UsageError, KeyError, TypeError):  # missing, damaged or of another run
         return []
 
 
@@ -196,8 +197,14 @@ def _gold(where: str, rows: Sequence[list[str]], first: int) -> list[Pair]:
 
     Raises:
       DataError: an alignment cannot be read.
-      UsageError: the column has something else.
+      UsageError: the column has something else, or there are more.
     """
+    wide = [row for row in rows if any(cell.strip() for cell in row[3:])]
+    if wide:
+        raise UsageError(
+            f"{where.removesuffix(' line')}: a source, a target and perhaps a gold alignment are "
+            f"read, but a line has {len(wide[0])} columns. Leave the others out."
+        )
     third = [row[2] for row in rows if len(row) > 2 and row[2].strip()]
     if any(map(is_alignment, third)):
         numbered = [(number, [*row, ""]) for number, row in enumerate(rows, 1)]

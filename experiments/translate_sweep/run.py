@@ -18,6 +18,7 @@ from experiments.translate import results as run_results
 from experiments.translate import workdir
 from experiments.translate.config import Config, group_of
 from experiments.translate.data import Task, check_data, load_task, save_tokenizer
+from experiments.translate.marks import write_marked
 from experiments.translate.prepare import Run, check_fits, prepare
 from experiments.translate.run import train_and_measure
 from experiments.translate.stopping import Diverged
@@ -155,8 +156,8 @@ def _outcome(trial: Trial) -> Record:
     folder = trial.config.directory
     measured, diverged = _files(trial)
     if diverged.exists():
-        return {"folder": str(folder), **run_results.read_outcome(diverged)}
-    found = run_results.read_outcome(measured)
+        return {"folder": str(folder), **run_results.read_outcome(diverged, folder)}
+    found = run_results.read_outcome(measured, folder)
     kept = {name: found[name] for name in _KEPT}
     return {"folder": str(folder), **kept, "metrics": run_results.measured(found)}
 
@@ -184,7 +185,7 @@ def _train(trial: Trial, console: Console, orphaned: bool) -> Record:
             train_and_measure(trial.score, run)
         except Diverged as error:
             _, diverged = _files(trial)
-            workdir.write_sealed(diverged, {"diverged": str(error)})
+            write_marked(diverged, folder, {"diverged": str(error)})
         finally:
             jax.clear_caches()
     return _outcome(trial)

@@ -63,7 +63,7 @@ def test_a_value_of_another_type_gets_one_sentence(argument, sentence):
 def test_long_words_are_not_repeated_whole(capsys):
     long = 20_000 * "x"
     assert refusal(f"--{long}") == (
-        f"unknown flag --{78 * 'x'}...{20 * 'x'}; --help lists all flags."
+        f"unknown flag --{38 * 'x'}... (20,002 characters); --help lists all flags."
     )
 
     def refuse(options):
@@ -75,8 +75,9 @@ def test_long_words_are_not_repeated_whole(capsys):
     assert run("program", [], list, refuse) == 2
     assert run("program", [], list, opened) == 1
     assert capsys.readouterr().err == (
-        f"program: {80 * 'x'}...{20 * 'x'} is no file.\n"
-        f"program: {80 * 'x'}...{19 * 'x'}: File name too long; put that right, and try again.\n"
+        f"program: {40 * 'x'}... (20,000 characters) is no file.\n"
+        f"program: {40 * 'x'}... (20,000 characters): File name too long; put that right, "
+        "and try again.\n"
     )
 
 

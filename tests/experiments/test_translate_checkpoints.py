@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,15 @@ def test_the_checkpoints_of_another_run_are_passed_over(saved):
     assert other.damaged == [
         f"checkpoint {step} in {saved.folder} was written by another run: skipped."
         for step in (10, 5)
+    ]
+
+
+def test_the_checkpoints_of_another_score_are_passed_over(saved):
+    other = Checkpoints(saved.folder.with_name("scaled_dot"))
+    shutil.copytree(saved.folder, other.folder)
+    assert other.restore(state(0)) is None
+    assert other.damaged == [
+        f"checkpoint {step} in {other.folder} is one of dot: skipped." for step in (10, 5)
     ]
 
 

@@ -1,22 +1,42 @@
 """What a run says of its numbers: differences no louder than p, and what BLEU was taken of."""
 
+import shutil
 import types
 from typing import Any
 
 import pytest
 
+from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
 from experiments.metrics import CLASSES
 from experiments.significance import holm, sign_flip_p_value
 from experiments.translate import report, results
 from experiments.translate.config import Config
 from experiments.translate.looking import pictured
+from experiments.translate.marks import write_marked
 from experiments.translate.prepare import Run
 from experiments.translate.results import speed
+from experiments.translate.workdir import write_sealed
 
 HIGH = [90.0, 91.0, 92.0, 90.0, 91.0, 92.0, 93.0, 90.0]
 LOW = [40.0, 42.0, 41.0, 44.0, 40.0, 41.0, 42.0, 45.0]
 NEAR = [90.0, 91.5, 91.0, 90.5, 91.0, 91.0, 93.5, 90.0]
+
+
+def test_an_outcome_is_of_its_run_and_its_score(tmp_path):
+    write_sealed(tmp_path / "config.json", {"run": "its mark"})
+    path, copy = tmp_path / "dot.json", tmp_path / "additive.json"
+    write_marked(path, tmp_path, {"score": "dot"})
+    assert results.read_outcome(path, tmp_path) == {"score": "dot"}
+    shutil.copy(path, copy)
+    with pytest.raises(UsageError) as error:
+        results.read_outcome(copy, tmp_path)
+    remedy = "delete it, and the same command measures again what was trained."
+    assert str(error.value) == f"{copy} was measured of dot; {remedy}"
+    write_sealed(tmp_path / "config.json", {"run": "that of another"})
+    with pytest.raises(UsageError) as error:
+        results.read_outcome(path, tmp_path)
+    assert str(error.value) == f"{path} was written by another run; {remedy}"
 
 
 def outcome(score, values):

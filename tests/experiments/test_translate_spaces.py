@@ -82,6 +82,16 @@ def test_a_third_column_that_is_no_alignment_is_refused(ask, tmp_path):
     )
 
 
+def test_a_fourth_column_is_refused(ask, tmp_path):
+    with pytest.raises(UsageError) as error:
+        ask("score", "dog\tdog\ndog\tdog\t0-0\tCC-BY\n")
+    assert str(error.value) == (
+        f"{tmp_path}/lines: a source, a target and perhaps a gold alignment are read, but a line "
+        "has 4 columns. Leave the others out."
+    )
+    assert ask("score", "dog\tdog\t\t \n")[0] == "-1.0000\n"
+
+
 def test_a_third_column_of_a_score_without_alignment_is_told(ask):
     _, told, _ = ask("score", "dog\tdog\t0-0\n", "none")
     assert told == (

@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from experiments.leases import Leases, State
+from experiments.translate.marks import write_marked
 from experiments.translate.stopping import Diverged, Interrupted
-from experiments.translate.workdir import write_sealed
 from experiments.translate_sweep import run
 from experiments.translate_sweep.__main__ import main
 from tests.experiments.kills import killed, quick, wait_for
@@ -58,8 +58,9 @@ def trained(monkeypatch):
         test = dict.fromkeys(("exact_match", "token_accuracy", "chrf", "loss"), ones)
         classes = dict.fromkeys(("alignment_error", "sure_found", "possible_found", "links_wrong"))
         (folder / "outcomes").mkdir()
-        write_sealed(
+        write_marked(
             folder / "outcomes" / f"{score}.json",
+            folder,
             {
                 "score": score,
                 "parameters": 100,

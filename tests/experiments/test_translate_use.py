@@ -250,6 +250,9 @@ def test_evaluations_of_other_scores_share_a_file(tmp_path, capsys):
     assert found["scores"][2]["loss"]["mean"] == 2.5
     path.write_text("{")
     assert len(report(5, "none")[1]["scores"]) == 1
+    assert len(report(5, "dot")[1]["scores"]) == 2
+    workdir.write_sealed(tmp_path / "config.json", {"run": "the mark of another run"})
+    assert len(report(5, "additive")[1]["scores"]) == 1
 
 
 @pytest.mark.slow
