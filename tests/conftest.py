@@ -1,5 +1,7 @@
 """Strictness for every test: implicit rank or dtype promotion is an error."""
 
+import contextlib
+
 import chex
 import hypothesis
 import jax
@@ -39,6 +41,23 @@ def implementation(request):
 def fresh_trace_counter():
     """Count the traces of `chex.assert_max_traces` for each test by itself."""
     chex.clear_trace_counter()
+
+
+@pytest.fixture
+def full_disk():
+    """Return a context in which files cannot grow beyond some bytes, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+
+    @contextlib.contextmanager
+    def limited(bytes_of_file):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_file, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from attention_jax.base import checks
+from attention_jax.base import checks, files
 
 __all__ = ["Explorer", "View", "explore"]
 
@@ -110,7 +110,7 @@ class Explorer:
         """Write the page, making the folder, and return its path; equal views, equal bytes."""
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.page(), encoding="ascii")
+        files.write(path, self.page().encode("ascii"))
         return path
 
     def _repr_html_(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import pathlib
 import re
 import warnings
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attention_jax.base import checks
+from attention_jax.base import checks, files
 from attention_jax.diagnostics import fonts
 from attention_jax.masks import MaskLike, as_mask
 
@@ -176,11 +177,17 @@ def save(figure: Figure, path: str | pathlib.Path) -> list[pathlib.Path]:
     with mpl.rc_context(_STYLE), _no_warning_of_boxes():
         figure.draw_without_rendering()  # ticks have labels only then
         nowhere = fonts.complete(figure)
-        figure.savefig(png, dpi=160)
-        figure.savefig(svg, metadata={"Date": None})
+        files.write(png, _drawn(figure, format="png", dpi=160))
+        files.write(svg, _drawn(figure, format="svg", metadata={"Date": None}))
     if nowhere:
         _tell_of_boxes(fonts.package(nowhere))
     return [png, svg]
+
+
+def _drawn(figure: Figure, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, **how)
+    return buffer.getvalue()
 
 
 @contextlib.contextmanager

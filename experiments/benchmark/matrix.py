@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from attention_jax import attend, bind, masks, scores
 from experiments.benchmark import accelerators, compilers
 from experiments.benchmark.compilers import Cost
+from experiments.translate.workdir import write_text
 
 LENGTH, HEADS, DEPTH, FEATURES = 1024, 2, 128, 16
 ROWS = HEADS * LENGTH * DEPTH
@@ -183,8 +184,8 @@ def resumed(path: pathlib.Path, wanted: Iterable[Cell]) -> Iterator[tuple[Cell, 
         if found is None:
             found = _cost_or_reason(cell)
             line = {"cell": cell, "found": found if isinstance(found, str) else found._asdict()}
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+            write_text(path, f"{before}{json.dumps(line)}\n")
         yield cell, found
 
 
@@ -251,9 +252,9 @@ def run(folder: pathlib.Path, most: int | None = None) -> str:
     found = {cell.name: "; ".join(beyond(cell, cost)) for cell, cost in rows}
     names = {name: reasons for name, reasons in sorted(found.items()) if reasons}
     text = json.dumps(names, indent=1) + "\n"
-    (folder / "beyond_bounds.json").write_text(text, encoding="utf-8")
+    write_text(folder / "beyond_bounds.json", text)
     written = report(rows)
-    (folder / "matrix.md").write_text(written, encoding="utf-8")
+    write_text(folder / "matrix.md", written)
     return written
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import os
 import pathlib
 import platform
@@ -27,6 +26,7 @@ from experiments.benchmark.measure import METERS, RATES, Compared, compared, tak
 from experiments.benchmark.programs import HAS_TORCH
 from experiments.benchmark.suites import SUITES, Comparison, Group, Suite, Sweep
 from experiments.command_line import terminal
+from experiments.translate.workdir import write_json, write_text
 
 _UNITS = {"cpu ms": "milliseconds of processor time", "ms": "milliseconds", "MiB": "MiB"}
 SCALE_OF_QUICK = 64
@@ -73,7 +73,7 @@ def run(options: Options) -> None:
             sweep = suite.sweep(scale)
             result["sweep"] = _swept(sweep, min(options.repeats, 3))
             draw_plot(sweep.title, sweep.unit, result["sweep"], options.out / name)
-        _write(options.out / f"{name}.json", result)
+        write_json(options.out / f"{name}.json", result)
     console.print(f"load {load()}; results in {options.out}/", soft_wrap=True)
 
 
@@ -94,9 +94,9 @@ def _run_accelerators(
     on = f"{surroundings['device']}, jax {surroundings['jax']}"
     schedules = schedule.report(scale)
     report = accelerators.report(rows, scale, on, schedules)
-    (options.out / "accelerators.md").write_text(report, encoding="utf-8")
+    write_text(options.out / "accelerators.md", report)
     found = [row._asdict() | {"cost": row.cost and row.cost._asdict()} for row in rows]
-    _write(options.out / "accelerators.json", {"machine": surroundings, "rows": found})
+    write_json(options.out / "accelerators.json", {"machine": surroundings, "rows": found})
     tables = f"{accelerators.table(rows)}\n\n{schedules}"
     console.print(tables, soft_wrap=True, markup=False)
 
@@ -112,12 +112,12 @@ def _run_patterns(
         f"load {surroundings['load']} to {load()}"
     )
     report = patterns.report(found, scale, on)
-    (options.out / "patterns.md").write_text(report, encoding="utf-8")
+    write_text(options.out / "patterns.md", report)
     passes = jax.tree.map(
         lambda point: point._asdict(), found, is_leaf=lambda x: isinstance(x, patterns.Point)
     )
     result = {"machine": surroundings, "load": load(), "passes": passes}
-    _write(options.out / "patterns.json", result)
+    write_json(options.out / "patterns.json", result)
     units = {"milliseconds": "cpu ms", "mebibytes": "MiB"} if options.plots else {}
     for name, of_pass in found.items():
         console.print(f"{name}\n{patterns.table(of_pass, scale)}", soft_wrap=True)
@@ -252,13 +252,6 @@ def _table(title: str, rows: list[dict[str, Any]]) -> rich.table.Table:
 def shown(value: float) -> str:
     """Write a number with three significant digits, or as a whole number from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Replace a file atomically."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(path)
 
 
 def draw_plot(

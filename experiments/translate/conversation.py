@@ -18,6 +18,7 @@ from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
 from experiments.translate.looking import END
 from experiments.translate.translators import Translators, alignment, unknown
+from experiments.translate.workdir import unfinished_of
 
 _PROMPT = "> "
 _PICTURE = ":picture"
@@ -79,7 +80,21 @@ def _asking(questions: TextIO, answers: TextIO, history: Path) -> Iterator[Ask]:
         yield _input
     finally:
         with contextlib.suppress(OSError):  # the folder may be read-only
-            readline.write_history_file(history)
+            _keep(history)
+
+
+def _keep(history: Path) -> None:
+    """Write down what was asked; of a full disk, of which readline says nothing, nothing is new."""
+    import readline
+
+    unfinished = unfinished_of(history)
+    try:
+        readline.write_history_file(unfinished)
+        asked = min(readline.get_current_history_length(), _KEPT)
+        if unfinished.read_bytes().count(b"\n") >= asked:
+            unfinished.replace(history)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _read(questions: TextIO, answers: TextIO) -> str:

@@ -112,6 +112,22 @@ def test_saved_twice_alike_as_png_and_svg(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("limit", [5_000, 20_000])
+def test_a_full_disk_leaves_no_part_of_a_picture_or_page(limit, tmp_path, full_disk):
+    figure = plots.heads(np.eye(60)[None])
+    page = plots.explore(np.random.default_rng(0).random((1, 90, 90)), list(map(str, range(90))))
+    page.save(tmp_path / "page.html")
+    before = (tmp_path / "page.html").read_bytes()
+    with full_disk(limit), pytest.raises(OSError, match="File too large") as error:
+        plots.save(figure, tmp_path / "figure")
+    assert error.value.filename in (f"{tmp_path}/figure.png", f"{tmp_path}/figure.svg")
+    with full_disk(limit), pytest.raises(OSError, match="File too large"):
+        page.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_bytes() == before
+    left = {path.name for path in tmp_path.iterdir()} - {"page.html", "figure.png"}
+    assert not left and not list(tmp_path.glob("*.unfinished"))
+
+
 def test_matplotlib_is_needed_only_to_draw():
     command = (
         "import sys; sys.modules['matplotlib'] = None\n"

@@ -50,7 +50,7 @@ def test_the_last_alignment_is_drawn_on_request(tmp_path):
     assert "draws" not in lines[0] and lines[1] == ": PICTURE", "without attention it is a sentence"
 
 
-def test_what_was_asked_comes_back_in_the_next_conversation(tmp_path, monkeypatch):
+def test_what_was_asked_comes_back_in_the_next_conversation(tmp_path, monkeypatch, full_disk):
     readline = pytest.importorskip("readline")
     asked = []
 
@@ -78,6 +78,10 @@ def test_what_was_asked_comes_back_in_the_next_conversation(tmp_path, monkeypatc
     assert (tmp_path / "history.txt").read_text("utf-8").split() == ["one", "two"]
     answered("three")
     assert asked[-1][:4] == ["one", "two", "three", None]
+    with full_disk(5):
+        assert "FOUR" in answered("four")
+    assert [path.name for path in tmp_path.iterdir()] == ["history.txt"]
+    assert (tmp_path / "history.txt").read_text("utf-8").split() == ["one", "two", "three"]
     (tmp_path / "history.txt").unlink()
     (tmp_path / "history.txt").mkdir()
     assert "ONE" in answered("one"), "a history that cannot be kept is none"
