@@ -2,7 +2,7 @@
 
 For each row of tiles a loop over its tiles carries the state and the context, and JAX
 differentiates it. A step is computed again for that from its operands and the state before it, so
-the state at the edges of tiles is all that is kept: T S / bk numbers.
+the state at the edges of tiles is all that is kept: T S / bk numbers of each head.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from attention_jax.base.trees import varying_like
 from attention_jax.base.typing import at_least_float32
 from attention_jax.implementations import online
+from attention_jax.implementations.head import SAVED
 from attention_jax.implementations.passes import joint
 from attention_jax.implementations.tile_passes import Given, Operands, Tiles, rows_from, streamed
 from attention_jax.masks import EMPTY
@@ -76,7 +79,7 @@ class Walk:
         carry = varying_like((self.how.start(zeros), context), self.operands, self.given)
         step = functools.partial(self.step, states, i)
         step = jax.checkpoint(step, prevent_cse=False)
-        (_, context), _ = lax.scan(step, carry, numbers)
+        (_, context), _ = lax.scan(functools.partial(_kept, step), carry, numbers)
         return None, context
 
     def step(self, states: Array, i: Array, carry: Any, number: Array) -> tuple[Any, None]:
@@ -85,16 +88,16 @@ class Walk:
         kinds = [functools.partial(self.of_tile, masked) for masked in (None, True, False)]
         kinds = [jax.checkpoint(kind, prevent_cse=False) for kind in kinds]
         kind = jnp.where(number < 0, EMPTY, states[number])
-        state, more = lax.switch(kind, kinds, i, number, state)
+        state, more = lax.switch(kind, kinds, *self.at(i, number), state)
         return (state, context + more), None
 
     def of_tile(
-        self, masked: bool | None, i: Array, number: Array, state: Any
+        self, masked: bool | None, here: Operands, i: Array, j: Array, state: Any
     ) -> tuple[Any, Array]:
         """Return the state after a tile, and what it adds to the context."""
         if masked is None:
             return state, varying_like(self.none, self.operands, self.given, state)
-        tile, logits, allowed = self.tile(masked, i, number)
+        tile, logits, allowed = self.tile(masked, here, i, j)
         weights, state = self.how.step(logits, allowed, state)
         return state, tile.weighted(weights, tile.products)
 
@@ -105,15 +108,26 @@ class Walk:
         rows = self.tiles.visits[0].rows
         return jnp.zeros((rows, value.shape[1]), at_least_float32(value.dtype))
 
-    def tile(self, masked: bool, i: Array, number: Array) -> tuple[online.Tile, Array, Array]:
-        """Return the tile of a visit, with poison among its logits, and which pairs may attend."""
+    def at(self, i: Array, number: Array) -> tuple[Operands, Array, Array]:
+        """Return the operands of a visit, and its first query and key."""
         (visits,) = self.tiles.visits
         j = jnp.asarray(visits.keys[:, 0])[number]
-        here = self.tiles.slice(self.operands, i, j, visits.rows)
+        return self.tiles.slice(self.operands, i, j, visits.rows), i, j
+
+    def tile(
+        self, masked: bool, here: Operands, i: Array, j: Array
+    ) -> tuple[online.Tile, Array, Array]:
+        """Return a tile, with poison among its logits, and which pairs may attend."""
         tile = self.tiles.compute(here, self.given, i, j, masked)
         allowed = jnp.ones(tile.logits.shape, bool) if tile.allowed is None else tile.allowed
         poison = tile.query_poison[:, None] + tile.key_poison[None, :]
         return tile, tile.logits + poison, allowed
+
+
+def _kept(step: Callable[..., Any], carry: Any, number: Array) -> tuple[Any, None]:
+    """Make a step, and keep the state after it for the backward pass."""
+    (state, context), _ = step(carry, number)
+    return (jax.tree.map(functools.partial(checkpoint_name, name=SAVED[1]), state), context), None
 
 
 class RowAbove(NamedTuple):
@@ -179,29 +193,30 @@ class Descent(Walk):
     ) -> tuple[Any, tuple[Array, Array]]:
         """Visit a tile, and return its first key and last row of weights."""
         state, context, end = carry
-        j = jnp.asarray(self.tiles.visits[0].keys[:, 0])[number]
+        here, _, j = self.at(i, number)
         kind = jnp.where(number < 0, EMPTY, states[number])
         kinds = [functools.partial(self.of_tile_below, masked) for masked in (None, True, False)]
         kinds = [jax.checkpoint(each, prevent_cse=False) for each in kinds]
-        state, more, last = lax.switch(kind, kinds, (i, j, number), state, above, end)
+        state, more, last = lax.switch(kind, kinds, here, (i, j), state, above, end)
         end = jnp.where(kind == EMPTY, end, j + self.tiles.key_size)
         return (state, context + more, end), (j, last)
 
     def of_tile_below(
         self,
         masked: bool | None,
-        where: tuple[Array, Array, Array],
+        here: Operands,
+        where: tuple[Array, Array],
         state: Any,
         above: RowAbove,
         end: Array,
     ) -> tuple[Any, Array, Array]:
         """Return the state after a tile, what it adds to the context, and its last weights."""
-        i, j, number = where
+        i, j = where
         weights_above = rows_from(above.weights, j, self.tiles.key_size)
         if masked is None:
             nothing = varying_like(self.none, self.operands, self.given, state)
             return state, nothing, jnp.zeros_like(weights_above)
-        tile, logits, allowed = self.tile(masked, i, number)
+        tile, logits, allowed = self.tile(masked, here, i, j)
         state = self.how.passed(state, above.between(end, j))
         weights, state = self.how.step_below(logits, allowed, state, weights_above)
         return state, tile.weighted(weights, tile.products), weights[-1]

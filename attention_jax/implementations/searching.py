@@ -3,7 +3,9 @@
 The logits of one row of tiles are held at a time, [bt, S] for each head, while the passes of the
 search go over them. They keep a state of each row and which tiles still matter; a tile that does
 not reach the threshold is skipped from then on, by what sums up the context and by the passes of
-the derivatives too. What was found is not differentiated through: with weights w(e, t), and the
+the derivatives too. A threshold is first looked for among a part of the largest logits, which
+leaves one or two passes over all; where some rows need more, these go over those rows alone. What
+was found is not differentiated through: with weights w(e, t), and the
 threshold t of a row where sum_j w_ij = 1,
 
     t'_i = - sum_j (dw_ij/de) e'_ij / sum_j dw_ij/dt,
@@ -43,7 +45,8 @@ from attention_jax.implementations.tile_passes import (
     tangents_of,
 )
 from attention_jax.masks import EMPTY
-from attention_jax.normalizers import MOST_PASSES, Level, Searched, Streaming
+from attention_jax.masks.intervals import indices
+from attention_jax.normalizers import MOST_PASSES, Level, OverThreshold, Searched, Streaming
 
 Array = jax.Array
 
@@ -82,10 +85,6 @@ class Row(NamedTuple):
         """Return the logits of a visit less the largest of their row, [bt, bk]."""
         return self.logits[n - self.visits[0]] - self.largest[:, None]
 
-    def relative_top(self, n: Array) -> Array:
-        """Return the largest logits of a visit less the largest of their row, [bt, 1]."""
-        return (self.tops[n - self.visits[0]] - self.largest)[:, None]
-
     @property
     def levels(self) -> list[Array]:
         """Return fewer and then more of the largest logits, less the largest, [bt, n] each."""
@@ -100,11 +99,11 @@ class Row(NamedTuple):
     def at(self, which: Array) -> Row:
         """Return some of the rows."""
         return self._replace(
-            logits=self.logits[:, which],
-            tops=self.tops[:, which],
-            peaks=self.peaks[which],
-            largest=self.largest[which],
-            poison=self.poison[which],
+            logits=_of(which, self.logits, axis=1),
+            tops=_of(which, self.tops, axis=1),
+            peaks=_of(which, self.peaks),
+            largest=_of(which, self.largest),
+            poison=_of(which, self.poison),
         )
 
 
@@ -172,7 +171,7 @@ class Search:
     def computed(self, states: Array, i: Array, visits: tuple[Array, Array], most: int) -> Row:
         """Compute the logits of a row of tiles."""
         rows, columns = self.tiles.visits[0].rows, self.tiles.key_size
-        lowest, many = jnp.finfo(self.dtype).min, max(1, most // FEWER)
+        lowest, many = jnp.finfo(self.dtype).min, -(-most // FEWER)
         row = Row(
             i,
             visits,
@@ -222,49 +221,52 @@ class Search:
 
     def searched(self, row: Row, states: Array) -> tuple[Any, Array]:
         """Return the last state of the rows, and what tiles are: EMPTY those that do not matter."""
-        state = varying_like(self.how.start(row.largest), row)
-        if self.how.resumes:
+        how, state = self.how, varying_like(self.how.start(row.largest), row)
+        if isinstance(how, OverThreshold):
             for level in row.levels:
-                state = self.how.resumed(self.how.settled(level, state))
+                state = how.resumed(how.settled(level, state))
         rows = len(row.largest)
         few = -(-rows // FEW)
-        states = self.marked(row, state, states)
-        number, state = self.passes(row, states, (jnp.int32(0), state), few)
+        number, state, states = self.passes(row, (jnp.int32(0), state, states), few)
         if few < rows:
-            which = jnp.argsort(self.how.is_done(state))[:few]
-            of_few = jax.tree.map(lambda x: x[which], state)
-            _, of_few = self.passes(row.at(which), states, (number, of_few), 0)
+            which = jnp.argsort(how.is_done(state))[:few]
+            carry = number, jax.tree.map(functools.partial(_of, which), state), states
+            _, of_few, _ = self.passes(row.at(which), carry, 0)
             state = jax.tree.map(lambda x, new: x.at[which].set(new), state, of_few)
         return state, self.marked(row, state, states)
 
-    def passes(self, row: Row, states: Array, carry: tuple[Array, Any], few: int) -> Any:
+    def passes(self, row: Row, carry: tuple[Array, Any, Array], few: int) -> Any:
         """Make passes over the tiles of a row until no more than a few rows are left."""
 
-        def goes_on(carry: tuple[Array, Any]) -> Array:
-            number, state = carry
+        def goes_on(carry: tuple[Array, Any, Array]) -> Array:
+            number, state, _ = carry
             left = jnp.sum(~self.how.is_done(state), dtype=jnp.int32)
             return (number < MOST_PASSES) & (left > few)
 
-        return lax.while_loop(goes_on, functools.partial(self.one_pass, row, states), carry)
+        return lax.while_loop(goes_on, functools.partial(self.one_pass, row), carry)
 
     def marked(self, row: Row, state: Any, states: Array) -> Array:
         """Return what the tiles are, EMPTY those that do not matter."""
 
-        def mark(n: Array, states: Array) -> Array:
-            top = row.relative_top(n)
-            matters = self.how.matters(top, state, self.how.contribution(top, state))
-            return states.at[n].set(jnp.where(jnp.any(matters), states[n], EMPTY))
+        def matters(top: Array) -> Array:
+            top = (top - row.largest)[:, None]
+            return jnp.any(self.how.matters(top, state, self.how.contribution(top, state)))
 
-        return lax.fori_loop(*row.visits, mark, varying_like(states, row, state))
+        first, end = row.visits
+        n = first + indices(len(row.tops))
+        stays = jax.vmap(matters)(row.tops) | (n >= end)
+        which = jnp.where(stays, len(states), n)
+        return varying_like(states, row, state).at[which].set(EMPTY, mode="drop")
 
-    def one_pass(self, row: Row, states: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+    def one_pass(self, row: Row, carry: tuple[Array, Any, Array]) -> tuple[Array, Any, Array]:
         """Sum over the tiles of a row that matter, and update the state."""
-        number, state = carry
+        number, state, states = carry
+        states = self.marked(row, state, states)
         shapes = jax.eval_shape(self.how.contribution, row.logits[0], state)
         sums = self.how.nothing(shapes)
         add = functools.partial(unless_empty, functools.partial(self.add, row, state), states)
         sums = lax.fori_loop(*row.visits, add, varying_like(sums, row, states))
-        return number + 1, self.how.update(state, sums)
+        return number + 1, self.how.update(state, sums), states
 
     def add(self, row: Row, state: Any, n: Array, sums: Any) -> Any:
         """Add what a tile contributes."""
@@ -286,6 +288,12 @@ class Search:
 def unless_empty(add: Callable[..., Any], states: Array, n: Array, sums: Any) -> Any:
     """Return `add(n, sums)`, or the sums as they are where the tile of a visit is EMPTY."""
     return lax.cond(states[n] == EMPTY, _as_is, functools.partial(add, n), sums)
+
+
+def _of(which: Array, x: Array, axis: int = 0) -> Array:
+    """Return some rows of an array."""
+    index = (slice(None),) * axis
+    return x.at[*index, which].get(mode="promise_in_bounds")
 
 
 def _as_is(x: Any) -> Any:

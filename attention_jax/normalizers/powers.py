@@ -67,15 +67,12 @@ class PowerThreshold(OverThreshold):
         """
         return cls(bind(_power_above_zero, power=power), power)
 
-    resumes = True
-
     def start(self, largest: Array) -> Root:
         low = jnp.broadcast_to(-self.power(largest), largest.shape)
         zeros = jnp.zeros_like(low)
         return Root(low, low, zeros, zeros > 0.0)
 
     def resumed(self, state: Root) -> Root:
-        # More keys make the sum larger, and so the threshold higher.
         epsilon = ROUNDING * jnp.finfo(state.at.dtype).eps
         low = state.at - epsilon * self.power(state.at)
         zeros = jnp.zeros_like(low)

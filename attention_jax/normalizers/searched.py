@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,6 @@ class Searched(Streaming):
     """
 
     passes = "several passes over the held logits of a row of tiles"
-    resumes: ClassVar[bool] = False
-    """Whether a search over the largest of all keys first makes that over all keys shorter."""
 
     @abc.abstractmethod
     def start(self, largest: Array) -> Any:
@@ -72,28 +70,12 @@ class Searched(Streaming):
     def level(self, state: Any) -> Array:
         """Return what the weights of a row are functions of, [T], given the state in the end."""
 
-    def resumed(self, state: Any) -> Any:
-        """Return the state to go on from with more keys, where a search over some has ended."""
-        raise NotImplementedError
-
-    def settled(self, relative: Array, state: Any) -> Any:
-        """Return the state at the end of a search over the keys of one tile alone."""
-
-        def one_pass(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            number, state = carry
-            return number + 1, self.update(state, self.contribution(relative, state))
-
-        def goes_on(carry: tuple[Array, Any]) -> Array:
-            number, state = carry
-            return (number < MOST_PASSES) & ~jnp.all(self.is_done(state))
-
-        return lax.while_loop(goes_on, one_pass, (jnp.int32(0), state))[1]
-
     @abc.abstractmethod
     def matters(self, relative: Array, state: Any, found: Any) -> Array:
         """Tell in which rows of a tile a key has weight or a part in the search, bool [bt].
 
-        `found` is its contribution; NaN matters. A tile where nothing does is skipped from then on.
+        It is asked of the largest logits of a tile, [bt, 1], and `found` is their contribution; NaN
+        matters. A tile where nothing does is skipped from then on.
         """
 
 
@@ -127,6 +109,26 @@ class OverThreshold(Searched):
     def weight(self, logits: Array, statistics: Level) -> Array:
         return self.function(logits - statistics.largest[:, None] - statistics.level[:, None])
 
+    @abc.abstractmethod
+    def resumed(self, state: Any) -> Any:
+        """Return the state to go on from with more keys, where a search over some has ended.
+
+        More keys make the sum of a row larger, and so its threshold higher.
+        """
+
+    def settled(self, relative: Array, state: Any) -> Any:
+        """Return the state at the end of a search over the keys of one tile alone."""
+
+        def one_pass(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            number, state = carry
+            return number + 1, self.update(state, self.contribution(relative, state))
+
+        def goes_on(carry: tuple[Array, Any]) -> Array:
+            number, state = carry
+            return (number < MOST_PASSES) & ~jnp.all(self.is_done(state))
+
+        return lax.while_loop(goes_on, one_pass, (jnp.int32(0), state))[1]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Threshold(OverThreshold):
@@ -146,10 +148,8 @@ class Threshold(OverThreshold):
     """
 
     power: Any = 1.0
-    resumes = True
 
     def resumed(self, state: Bracket) -> Bracket:
-        # More keys make the sum larger, and so the threshold higher.
         zeros = jnp.zeros_like(state.low)
         return Bracket(state.low, zeros, zeros > 0.0)
 
