@@ -13,7 +13,7 @@ from attention_jax import masks
 from attention_jax.base import placement
 from attention_jax.base.binding import BiasLike, Sliced
 from attention_jax.base.placement import Where
-from attention_jax.base.typing import AnyScore, HeadMap, Normalizer
+from attention_jax.base.typing import AnyNormalizer, AnyScore, HeadMap
 from attention_jax.implementations import (
     choice,
     cudnn,
@@ -52,7 +52,7 @@ def attend(
     score: AnyScore | Sliced = scaled_dot,
     mask: masks.MaskLike = None,
     bias: BiasLike = None,
-    normalizer: Normalizer | Sliced = softmax,
+    normalizer: AnyNormalizer | Sliced = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     implementation: str | None = None,
@@ -152,7 +152,7 @@ def explain(
     score: AnyScore | Sliced = scaled_dot,
     mask: masks.MaskLike = None,
     bias: BiasLike = None,
-    normalizer: Normalizer | Sliced = softmax,
+    normalizer: AnyNormalizer | Sliced = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     implementation: str | None = None,

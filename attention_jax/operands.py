@@ -16,6 +16,7 @@ from attention_jax.base import checks
 from attention_jax.base.binding import Sliced, function_of
 from attention_jax.masks import Mask, algebra, batch_axes
 from attention_jax.masks.intervals import indices
+from attention_jax.normalizers import is_queried, with_query
 from attention_jax.request import (
     DropoutKey,
     Request,
@@ -140,24 +141,31 @@ def _score(request: Request) -> Operand:
 
 
 def _normalizer(request: Request) -> Operand:
-    """Ask a normalizer that is the user's own for the shape of its weights."""
+    """Ask a normalizer that is the user's own, or takes queries, for the shape of its weights."""
     operand = _function(request, "normalizer", request.normalizer)
-    if request.streaming is not None:
+    takes_query = is_queried(function_of(request.normalizer))
+    if request.streaming is not None and not takes_query:
         return operand
-    bound = of_first_head(request, request.normalizer)
+    bound = functools.partial(_weights, of_first_head(request, request.normalizer))
     logits, allowed = (jax.ShapeDtypeStruct(request.pairs, of) for of in (request.dtype, bool))
+    rows = request.sizes["T"], request.sizes["Q"]
+    query = jax.ShapeDtypeStruct(rows, request.dtype)
     refusal = (
         f"attend: normalizer must map (logits, allowed), both [T, S] = {request.pairs}, to weights "
         "[T, S], as normalizers.softmax does"
     )
     try:
-        weights = shape_of(bound, logits, allowed)
+        weights = shape_of(bound, logits, allowed, query)
     except TypeError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise TypeError(f"{refusal}; this one fails: {reason}.") from error
     if jnp.shape(weights) != request.pairs:
         raise checks.ShapeError(f"{refusal}; this one returns shape {jnp.shape(weights)}.")
     return operand
+
+
+def _weights(normalizer: Any, logits: Array, allowed: Array, query: Array) -> Array:
+    return with_query(normalizer, query)(logits, allowed)
 
 
 def _bias(request: Request) -> Operand:

@@ -17,18 +17,20 @@ from attention_jax.base.binding import BiasLike, Sliced, as_pytree, function_of,
 from attention_jax.base.matmul import Products, precision_in_force
 from attention_jax.base.parameters import Learned
 from attention_jax.base.typing import (
+    AnyNormalizer,
     AnyScore,
     Bias,
     HeadMap,
     Normalizer,
     PositionalScore,
+    QueriedNormalizer,
     Score,
     at_least_float32,
     require_callable,
 )
 from attention_jax.head_maps import Halo, halo_of
 from attention_jax.masks import Mask, algebra, batch_axes
-from attention_jax.normalizers import LogSum, Streaming, name_of, streaming
+from attention_jax.normalizers import LogSum, Streaming, is_queried, name_of, streaming
 from attention_jax.scores.composition import is_positional
 from attention_jax.statistics import Statistics, checked
 
@@ -65,7 +67,7 @@ class Request:
     score: AnyScore | Sliced
     mask: Mask
     bias: BiasLike
-    normalizer: Normalizer | Sliced
+    normalizer: AnyNormalizer | Sliced
     dropout_key: Array | DropoutKey | None
     dropout_rate: float = dataclasses.field(metadata={"static": True})
     implementation: str | None = dataclasses.field(metadata={"static": True})
@@ -220,13 +222,16 @@ def _as_function(name: str, function: Any) -> Any:
     bound = as_pytree(bare)
     is_head_map = name.startswith("mix_")
     waiting = [] if is_positional(bound) else unbound(bound, given=1 if is_head_map else 2)
+    if is_queried(bound):
+        waiting = [parameter for parameter in waiting if parameter != "query"]
     if waiting:
         raise TypeError(
             f"attend: {name} still waits for {', '.join(waiting)}; give them with "
             f"bind({name}, {waiting[0]}=...)."
         )
     of_score = PositionalScore if is_positional(bound) else Score
-    kinds = {"score": of_score, "bias": Bias, "normalizer": Normalizer}
+    of_row = QueriedNormalizer if is_queried(bound) else Normalizer
+    kinds = {"score": of_score, "bias": Bias, "normalizer": of_row}
     require_callable(f"attend: {name}", bound, kinds.get(name, HeadMap))
     return dataclasses.replace(function, function=bound) if bare is not function else bound
 
@@ -317,6 +322,11 @@ def _check_mixing(request: Request) -> None:
       ValueError: results that mixed heads do not have.
     """
     heads, between, after = request.counts
+    if is_queried(function_of(request.normalizer)):
+        raise ValueError(
+            f"attend: {request.normalizer_name} needs the query of each row of logits, and "
+            "mix_logits or mix_weights mixes heads; leave the maps out, or use another normalizer."
+        )
     checks.multiple("attend", "heads of the context", after, "value heads", request.sizes["L"])
     _, letters = batch_axes.of_mask("attend", request.mask, request.sizes)
     if between != heads and any("N" in axes for axes in letters):

@@ -20,6 +20,11 @@ NORMALIZERS = {
     "hard": normalizers.hard,
     "sparsemax": normalizers.sparsemax,
     "entmax15": normalizers.entmax15,
+    "contextual_positions": bind(
+        normalizers.contextual_positions,
+        table=np.linspace(-1.0, 1.0, 8, dtype=np.float32).reshape(2, 4),
+        query=np.ones((3, 4), np.float32),
+    ),
 }
 X = np.random.default_rng(0).standard_normal((1, 6, 1, 4)).astype(np.float32)
 

@@ -23,7 +23,7 @@ def test_every_type_and_mark_is_named():
     text = PAGE.read_text(encoding="utf-8")
     named = set(re.findall(r"\w+", text))
     types = {"Score", "PositionalScore", "MaskFunction", "Bias", "Normalizer", "HeadMap"}
-    types |= {"FeatureMap"}
+    types |= {"QueriedNormalizer", "FeatureMap"}
     tools = {"rule", "Parameter", "ShapeError", "checks", "learned", "bind", "per_head"}
     assert types | tools <= named
     assert types | {"rule", "Parameter", "ShapeError", "checks"} <= set(base.__all__)

@@ -16,6 +16,7 @@ from attention_jax.base.parameters import (
     parameters_of,
 )
 from attention_jax.base.typing import (
+    AnyNormalizer,
     AnyScore,
     Bias,
     FeatureMap,
@@ -23,10 +24,12 @@ from attention_jax.base.typing import (
     MaskFunction,
     Normalizer,
     PositionalScore,
+    QueriedNormalizer,
     Score,
 )
 
 __all__ = [
+    "AnyNormalizer",
     "AnyScore",
     "Bias",
     "BiasLike",
@@ -37,6 +40,7 @@ __all__ = [
     "Normalizer",
     "Parameter",
     "PositionalScore",
+    "QueriedNormalizer",
     "Score",
     "ShapeError",
     "Sliced",

@@ -73,6 +73,18 @@ class Normalizer(Protocol):
     def __call__(self, logits: Array, allowed: Array, /) -> Array: ...
 
 
+class QueriedNormalizer(Protocol):
+    """`normalizer(logits [T, S], allowed [T, S], query=[T, Hq]) -> weights [T, S]`.
+
+    A row of weights may depend on its query too; marked by `normalizers.queried`.
+    """
+
+    def __call__(self, logits: Array, allowed: Array, /, *, query: Array) -> Array: ...
+
+
+AnyNormalizer = Normalizer | QueriedNormalizer
+
+
 class HeadMap(Protocol):
     """`head_map(pairs [M, T, S]) -> [N, T, S]`, logits or weights of M heads to those of N.
 
@@ -95,8 +107,8 @@ def require_callable(label: str, function: Any, kind: type) -> None:
     Args:
       label: operation and argument, that the message begins with.
       function: what was given for it.
-      kind: `Score`, `PositionalScore`, `MaskFunction`, `Bias`, `Normalizer`, `HeadMap` or
-        `FeatureMap`.
+      kind: `Score`, `PositionalScore`, `MaskFunction`, `Bias`, `Normalizer`,
+        `QueriedNormalizer`, `HeadMap` or `FeatureMap`.
 
     Raises:
       TypeError: no function, or one of other arguments.

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from attention_jax.base.binding import function_of
 from attention_jax.head_maps import NO_HALO
 from attention_jax.implementations import cudnn, machine, mixed_choice
 from attention_jax.implementations.cheapest import cheapest_tile, clipped
@@ -18,7 +19,7 @@ from attention_jax.implementations.pallas import choosing
 from attention_jax.implementations.tiles import Plan, make_plan, plan_of_any_length
 from attention_jax.masks import PARTIAL, Mask, batch_axes
 from attention_jax.masks.intervals import Unknown
-from attention_jax.normalizers import Elementwise, LogSum, Ordered
+from attention_jax.normalizers import Elementwise, LogSum, Ordered, is_queried
 from attention_jax.request import Request
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -100,6 +101,11 @@ def lacks(name: str, request: Request, platform: str | None = None) -> str | Non
         return (
             f"cannot stream {request.normalizer_name}, which needs a whole row of logits; use "
             "implementation='dense'."
+        )
+    if is_queried(function_of(request.normalizer)) and not isinstance(request.streaming, Ordered):
+        return (
+            f'gives no queries to {request.normalizer_name}, whose rule "streaming" is not an '
+            "Ordered; use implementation='dense'."
         )
     is_one_pass = isinstance(request.streaming, LogSum | Elementwise)
     if not _knows_lengths(request) and (

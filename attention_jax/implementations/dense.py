@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attention_jax.base.finite import finite_rows
 from attention_jax.implementations.head import Attended, Head, kept
 from attention_jax.masks.intervals import indices
-from attention_jax.normalizers import LogSum, log_normalizer, streaming
+from attention_jax.normalizers import LogSum, log_normalizer, streaming, with_query
 from attention_jax.statistics import Pairs
 
 
@@ -29,7 +29,7 @@ def dense(head: Head, with_logsumexp: bool = True) -> Attended:
         logits = logits + jnp.asarray(bias, logits.dtype)
     logits = logits + query_poison[:, None] + (key_poison + value_poison)[None, :]
 
-    weights = head.normalizer(logits, allowed)
+    weights = with_query(head.normalizer, query)(logits, allowed)
     used = weights
     if head.dropout is not None:
         used = weights * kept(head.dropout, q_idx, kv_idx, weights.dtype)

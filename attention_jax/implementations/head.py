@@ -8,7 +8,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
-from attention_jax.base.typing import Bias, Normalizer
+from attention_jax.base.typing import AnyNormalizer, Bias
 from attention_jax.masks import Mask
 from attention_jax.scores import Separated
 from attention_jax.statistics import Statistics
@@ -34,7 +34,7 @@ class Head(NamedTuple):
     score: Separated
     mask: Mask
     bias: Bias | Array | None
-    normalizer: Normalizer
+    normalizer: AnyNormalizer
     dropout: tuple[Array, Array] | None
     statistics: Statistics | None = None
 

@@ -39,6 +39,7 @@ class Walk:
     tiles: Tiles
     operands: Operands
     given: Given
+    how: Ordered
 
     def __call__(self) -> Array:
         """Return the context [T, V]."""
@@ -63,33 +64,28 @@ class Walk:
             table = table[:, ::-1]
         return starts, table
 
-    @property
-    def how(self) -> Ordered:
-        """The kind of normalizer."""
-        how = streamed(self.operands.functions.normalizer)
-        assert isinstance(how, Ordered)
-        return how
-
     def of_row(self, states: Array, _: None, where: tuple[Array, Array]) -> tuple[None, Array]:
         """Walk along a row of tiles."""
         i, numbers = where
+        how = self.how.at(i, self.tiles.visits[0].rows)
+        row = dataclasses.replace(self, how=how)
         zeros = jnp.zeros(self.tiles.visits[0].rows, at_least_float32(self.operands.value.dtype))
         depth = self.operands.value.shape[1]
         context = jnp.broadcast_to(zeros[:, None], (len(zeros), depth))
-        carry = varying_like((self.how.start(zeros), context), self.operands, self.given)
-        step = functools.partial(self.step, states, i)
+        carry = varying_like((how.start(zeros), context), self.operands, self.given)
+        step = functools.partial(row.step, states, i)
         step = jax.checkpoint(step, prevent_cse=False)
-        (_, context), _ = lax.scan(functools.partial(_kept, step), carry, numbers)
-        return None, context
+        (state, context), _ = lax.scan(functools.partial(_kept, step), carry, numbers)
+        return None, multiplied(context, how.last_factor(state))
 
     def step(self, states: Array, i: Array, carry: Any, number: Array) -> tuple[Any, None]:
         """Visit a tile; one that is EMPTY changes nothing."""
-        state, context = carry
+        before, context = carry
         kinds = [functools.partial(self.of_tile, masked) for masked in (None, True, False)]
         kinds = [jax.checkpoint(kind, prevent_cse=False) for kind in kinds]
         kind = jnp.where(number < 0, EMPTY, states[number])
-        state, more = lax.switch(kind, kinds, *self.at(i, number), state)
-        return (state, context + more), None
+        state, more = lax.switch(kind, kinds, *self.at(i, number), before)
+        return (state, multiplied(context, self.how.factor(before, state)) + more), None
 
     def of_tile(
         self, masked: bool | None, here: Operands, i: Array, j: Array, state: Any
@@ -124,6 +120,11 @@ class Walk:
         return tile, tile.logits + poison, allowed
 
 
+def multiplied(context: Array, factor: Array | None) -> Array:
+    """Multiply a context [bt, V] by a factor [bt]; None is one."""
+    return context if factor is None else context * factor[:, None]
+
+
 def _kept(step: Callable[..., Any], carry: Any, number: Array) -> tuple[Any, None]:
     """Make a step, and keep the state after it for the backward pass."""
     (state, context), _ = step(carry, number)
@@ -154,6 +155,8 @@ class Descent(Walk):
     and those within one group while it is differentiated.
     """
 
+    how: Carried
+
     def __call__(self) -> Array:
         """Return the context [T, V]."""
         starts, table = self.places
@@ -170,20 +173,16 @@ class Descent(Walk):
         _, context = lax.scan(of_group, first, groups)
         return context.reshape(-1, context.shape[-1])[:length]
 
-    @property
-    def how(self) -> Carried:
-        how = streamed(self.operands.functions.normalizer)
-        assert isinstance(how, Carried)
-        return how
-
     def below(self, states: Array, above: Array, where: tuple[Array, Array]) -> tuple[Array, Array]:
         """Walk along a row of tiles, given the weights above; return its last ones and context."""
         i, numbers = where
-        row = RowAbove.of(above)
-        start = self.how.start(jnp.zeros_like(self.none[:, 0]))
+        how = self.how.at(i, self.tiles.visits[0].rows)
+        start = how.start(jnp.zeros_like(self.none[:, 0]))
         carry = start, self.none, jnp.int32(0)
         carry = varying_like(carry, self.operands, self.given, above)
-        step = jax.checkpoint(functools.partial(self.down, states, i, row), prevent_cse=False)
+        row = dataclasses.replace(self, how=how)
+        step = functools.partial(row.down, states, i, RowAbove.of(above))
+        step = jax.checkpoint(step, prevent_cse=False)
         (_, context, _), (keys, last) = lax.scan(step, carry, numbers)
         keys = keys[:, None] + indices(self.tiles.key_size)[None, :]
         return jnp.zeros_like(above).at[keys].add(last, mode="promise_in_bounds"), context
@@ -225,5 +224,7 @@ class Descent(Walk):
 def attend(tiles: Tiles, operands: Operands, given: Given) -> Array:
     """Return the context [T, V]."""
     how = streamed(operands.functions.normalizer)
-    kind = Descent if isinstance(how, Carried) else Walk
-    return kind(tiles, operands, given)()
+    assert isinstance(how, Ordered)
+    if isinstance(how, Carried):
+        return Descent(tiles, operands, given, how)()
+    return Walk(tiles, operands, given, how)()

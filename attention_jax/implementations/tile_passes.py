@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from attention_jax.base.finite import finite
 from attention_jax.base.matmul import PLAIN, Products, times
 from attention_jax.base.trees import Rest, hoisted, merge_floats, split_floats, varying_like
-from attention_jax.base.typing import Bias, Normalizer, at_least_float32
+from attention_jax.base.typing import AnyNormalizer, Bias, at_least_float32
 from attention_jax.implementations import online
 from attention_jax.implementations.head import kept
 from attention_jax.implementations.passes import Pass, over_visits, tangent_of_tile
@@ -45,7 +45,7 @@ class Functions(NamedTuple):
 
     score: Separated
     bias: Bias | None
-    normalizer: Normalizer
+    normalizer: AnyNormalizer
 
 
 class Operands(NamedTuple):
@@ -89,7 +89,7 @@ class Given(NamedTuple):
         return rows_from(query, i, rows), rows_from(key, j, columns)
 
 
-def streamed(normalizer: Normalizer) -> Streaming:
+def streamed(normalizer: AnyNormalizer) -> Streaming:
     """Return how a normalizer is computed tile by tile.
 
     Raises:
@@ -101,7 +101,7 @@ def streamed(normalizer: Normalizer) -> Streaming:
     return how
 
 
-def one_pass(normalizer: Normalizer) -> online.OnePass:
+def one_pass(normalizer: AnyNormalizer) -> online.OnePass:
     """Return how a normalizer is computed in one pass over the tiles.
 
     Raises:

@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from attention_jax.base.finite import finite, poison
 from attention_jax.base.matmul import PLAIN, Products
 from attention_jax.base.trees import Rest, merge_floats, split_floats
-from attention_jax.base.typing import Normalizer, at_least_float32
+from attention_jax.base.typing import AnyNormalizer, at_least_float32
 from attention_jax.implementations import measured, online, ordered, searching, selecting
 from attention_jax.implementations.head import SAVED, Attended, Head
 from attention_jax.implementations.merging import merge
@@ -45,7 +45,15 @@ from attention_jax.implementations.tile_passes import (
     widened,
 )
 from attention_jax.implementations.tiles import Plan, Visits
-from attention_jax.normalizers import LogSum, Ordered, Searched, Selected, streaming
+from attention_jax.normalizers import (
+    LogSum,
+    Ordered,
+    Searched,
+    Selected,
+    is_queried,
+    streaming,
+    with_query,
+)
 from attention_jax.scores.composition import identity
 
 Array = jax.Array
@@ -78,7 +86,7 @@ def _measured(head: Head, plan: Plan, prepare: measured.Prepare) -> Attended:
     return attended._replace(statistics=each.finished(sums, of_keys, attended.logsumexp))
 
 
-def with_sink(normalizer: Normalizer, context: Array, logsumexp: Array) -> Attended:
+def with_sink(normalizer: AnyNormalizer, context: Array, logsumexp: Array) -> Attended:
     """Add the sink of a normalizer to attention over all keys, if it has one."""
     how = streaming(normalizer)
     if not isinstance(how, LogSum):
@@ -148,13 +156,16 @@ def prepared(
     # What is left over, so written that a symbol of `jax.export` cancels.
     query = padded(head.query, -(-query_length // tallest) * tallest - query_length)
     key, value = (padded(x, plan.covered - key_length) for x in (head.key, head.value))
+    normalizer = head.normalizer
+    if is_queried(normalizer):
+        normalizer = with_query(normalizer, finite(query.astype(at_least_float32(query.dtype))))
     bias_of_pairs, bias = (head.bias, None) if callable(head.bias) else (None, head.bias)
     operands = Operands(
         query=mapped(head.score.query_map, query),
         key=mapped(head.score.key_map, key),
         value=value,
         bias=_padded_bias(bias, query, key),
-        functions=Functions(head.score.multiplied(products), bias_of_pairs, head.normalizer),
+        functions=Functions(head.score.multiplied(products), bias_of_pairs, normalizer),
         captured={},
     )
     given = Given(

@@ -20,7 +20,7 @@ from flax import linen, nnx
 from attention_jax import masks
 from attention_jax.attention import attend
 from attention_jax.base.binding import BiasLike, Sliced, function_of
-from attention_jax.base.typing import AnyScore, Normalizer, at_least_float32
+from attention_jax.base.typing import AnyNormalizer, AnyScore, at_least_float32
 from attention_jax.interop.dropout import same_in_every_head
 from attention_jax.interop.layout import Layout, is_array, last_allowed
 from attention_jax.masks import MaskLike
@@ -37,7 +37,7 @@ def attention_fn(
     score: AnyScore | Sliced = scaled_dot,
     mask: MaskLike = None,
     bias: BiasLike = None,
-    normalizer: Normalizer | Sliced = softmax,
+    normalizer: AnyNormalizer | Sliced = softmax,
     implementation: str | None = None,
     decode: bool | None = None,
 ) -> Callable[..., Array]:
@@ -87,7 +87,7 @@ class FlaxAttention:
     score: AnyScore | Sliced
     mask: MaskLike
     bias: BiasLike
-    normalizer: Normalizer | Sliced
+    normalizer: AnyNormalizer | Sliced
     implementation: str | None
     decode: bool | None
 

@@ -62,7 +62,13 @@ class DecoderAttention(decoder.DecoderMethods, nn.Module):
             param_dtype=self.param_dtype,
             name="score",
         )
-        normalizer = Bound(self.normalizer, param_dtype=self.param_dtype, name="normalizer")
+        normalizer = Bound(
+            self.normalizer,
+            query_depth=self.state_features,
+            key_depth=self.memory_features,
+            param_dtype=self.param_dtype,
+            name="normalizer",
+        )
         return score.resolve(), normalizer.resolve()
 
 

@@ -71,7 +71,13 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
             name="score",
         )
         bias = None if self.bias is None else Bound(self.bias, **each_head, name="bias")
-        normalizer = Bound(self.normalizer, **each_head, name="normalizer")
+        normalizer = Bound(
+            self.normalizer,
+            query_depth=projections.sizes.query_depth,
+            key_depth=projections.sizes.key_depth,
+            **each_head,
+            name="normalizer",
+        )
         maps = {"mix_logits": self.mix_logits, "mix_weights": self.mix_weights}
         sizes = self.num_heads, projections.sizes.query_depth
         together = {

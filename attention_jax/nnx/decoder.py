@@ -70,7 +70,13 @@ class DecoderAttention(decoder.DecoderMethods, nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.normalizer = Bound(normalizer, param_dtype=param_dtype, rngs=rngs)
+        self.normalizer = Bound(
+            normalizer,
+            query_depth=state_features,
+            key_depth=memory_features,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         self.dtype = dtype
 
     def _functions(self) -> tuple[Any, Any]:

@@ -109,7 +109,13 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
         self.bias = nnx.data(None)
         if bias is not None:
             self.bias = Bound(bias, num_heads=num_heads, **drawn)
-        self.normalizer = Bound(normalizer, num_heads=num_heads, **drawn)
+        self.normalizer = Bound(
+            normalizer,
+            query_depth=self.sizes.query_depth,
+            key_depth=self.sizes.key_depth,
+            num_heads=num_heads,
+            **drawn,
+        )
         self.mix_logits = self.mix_weights = nnx.data(None)
         for name, head_map in {"mix_logits": mix_logits, "mix_weights": mix_weights}.items():
             if head_map is not None:

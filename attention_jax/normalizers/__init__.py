@@ -14,6 +14,7 @@ from attention_jax.normalizers.common import (
     softmax_with_sink,
     stable_logsumexp,
 )
+from attention_jax.normalizers.contextual import contextual_positions
 from attention_jax.normalizers.monotonic import hard_monotonic, monotonic
 from attention_jax.normalizers.ordered import (
     Carried,
@@ -28,8 +29,11 @@ from attention_jax.normalizers.protocol import (
     Exponential,
     LogSum,
     Streaming,
+    is_queried,
     name_of,
+    queried,
     streaming,
+    with_query,
 )
 from attention_jax.normalizers.searched import (
     MOST_PASSES,
@@ -58,17 +62,20 @@ __all__ = [
     "Selection",
     "Streaming",
     "Threshold",
+    "contextual_positions",
     "entmax",
     "entmax15",
     "hard",
     "hard_monotonic",
     "in_any_order",
+    "is_queried",
     "log_normalizer",
     "monotonic",
     "name_of",
     "odd_power",
     "over_kept",
     "over_row",
+    "queried",
     "sigmoid",
     "signed_softmax",
     "softmax",
@@ -81,4 +88,5 @@ __all__ = [
     "top_k",
     "top_p",
     "whole_sequences",
+    "with_query",
 ]

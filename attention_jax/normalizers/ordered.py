@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.base.binding import Sliced, function_of, rule
-from attention_jax.base.typing import Normalizer
+from attention_jax.base.typing import AnyNormalizer
 from attention_jax.normalizers.protocol import Streaming, name_of, streaming
 
 __all__ = ["Carried", "Ordered", "in_any_order", "stick_breaking", "whole_sequences"]
@@ -34,6 +34,10 @@ class Ordered(Streaming):
     last_first: ClassVar[bool] = False
     """Whether the order is from the last key to the first."""
 
+    def at(self, start: Any, rows: int) -> Ordered:
+        """Return the same for so many queries from `start` on, with what it holds of these."""
+        return self
+
     @abc.abstractmethod
     def start(self, zeros: Array) -> Any:
         """Return the state before the first tile, arrays [bt], given zeros of that shape."""
@@ -41,6 +45,17 @@ class Ordered(Streaming):
     @abc.abstractmethod
     def step(self, logits: Array, allowed: Array, state: Any) -> tuple[Array, Any]:
         """Return the weights of a tile [bt, bk], zero where not allowed, and the state after it."""
+
+    def factor(self, before: Any, after: Any) -> Array | None:
+        """Return what the weights before a tile are to be multiplied by after it, [bt].
+
+        So that a step may return weights relative to its state; None if they are final.
+        """
+        return None
+
+    def last_factor(self, state: Any) -> Array | None:
+        """Return what all weights are to be multiplied by after the last tile, [bt], or None."""
+        return None
 
     def weight(self, logits: Array, statistics: Any) -> Array:
         return self.step(logits, jnp.ones(logits.shape, bool), statistics)[0]
@@ -77,7 +92,7 @@ class Carried(Ordered):
         return self.step_below(logits, allowed, state, above)
 
 
-def whole_sequences(operation: str, normalizer: Normalizer) -> None:
+def whole_sequences(operation: str, normalizer: AnyNormalizer) -> None:
     """Refuse a normalizer that needs the weights of the query before, where there are none.
 
     Raises:
@@ -93,7 +108,7 @@ def whole_sequences(operation: str, normalizer: Normalizer) -> None:
         )
 
 
-def in_any_order(normalizer: Normalizer | Sliced) -> bool:
+def in_any_order(normalizer: AnyNormalizer | Sliced) -> bool:
     """Tell whether keys may change places; False where the normalizer does not say.
 
     >>> from attention_jax.normalizers import softmax
@@ -117,7 +132,7 @@ class StickBreaking(Ordered):
         shown = allowed & (logits != -jnp.inf)
         logits = jnp.where(shown, logits, 0.0)
         passed = jnp.where(shown, _softplus(logits), 0.0)
-        from_here = _sums_from_here(passed)
+        from_here = sums_from_here(passed)
         taken = jnp.exp(jnp.where(shown, logits - state[:, None] - from_here, 0.0))
         return jnp.where(shown, taken, 0.0), state + from_here[:, 0]
 
@@ -151,7 +166,7 @@ def _() -> StickBreaking:
     return StickBreaking()
 
 
-def _sums_from_here(x: Array) -> Array:
+def sums_from_here(x: Array) -> Array:
     """Return the sum of each entry of a row and all after it."""
     rows, keys = x.shape
     if keys % BLOCK:

@@ -10,18 +10,30 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.binding import ask, taken_apart
+from attention_jax.base.binding import ask, bind, taken_apart
 from attention_jax.base.equality import ByValue
-from attention_jax.base.typing import Normalizer
+from attention_jax.base.typing import AnyNormalizer, Normalizer
 
-__all__ = ["Elementwise", "Exponential", "LogSum", "Streaming", "name_of", "streaming"]
+__all__ = [
+    "Elementwise",
+    "Exponential",
+    "LogSum",
+    "Streaming",
+    "is_queried",
+    "name_of",
+    "queried",
+    "streaming",
+    "with_query",
+]
 
 Array = jax.Array
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Streaming(ByValue, abc.ABC):
@@ -98,12 +110,43 @@ class Elementwise(Streaming):
         return self.function(logits)
 
 
-def streaming(normalizer: Normalizer) -> Streaming | None:
+def streaming(normalizer: AnyNormalizer) -> Streaming | None:
     """Return how a normalizer streams over tiles, or None if it needs the whole row."""
     return ask(normalizer, "streaming")
 
 
-def name_of(normalizer: Normalizer) -> str:
+def queried(normalizer: F) -> F:
+    """Mark a normalizer that also takes the queries of its rows, `query [T, Hq]`.
+
+    Its rule "streaming" is given them too, if they are known.
+
+    >>> @queried
+    ... def sharpened(logits, allowed, *, query):
+    ...     return jnp.where(allowed, jax.nn.sigmoid(logits * query[:, :1]), 0.0)
+    """
+    normalizer.__queried__ = True
+    return normalizer
+
+
+def is_queried(normalizer: Any) -> bool:
+    """Tell whether a possibly bound normalizer was marked `queried`."""
+    return hasattr(taken_apart(normalizer)[0], "__queried__")
+
+
+def with_query(normalizer: Any, query: Array) -> Normalizer:
+    """Bind the queries of its rows, [T, Hq], to a normalizer that is marked `queried`.
+
+    >>> from attention_jax import normalizers
+    >>> with_query(normalizers.softmax, jnp.ones((3, 4))) is normalizers.softmax
+    True
+    """
+    if not is_queried(normalizer):
+        return normalizer
+    function, _, parameters = taken_apart(normalizer)
+    return bind(function, **{**parameters, "query": query})
+
+
+def name_of(normalizer: AnyNormalizer) -> str:
     """Return the name of a normalizer for a message.
 
     >>> from attention_jax import bind, normalizers

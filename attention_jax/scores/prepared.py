@@ -19,10 +19,10 @@ from attention_jax import masks
 from attention_jax.base import checks
 from attention_jax.base.binding import as_pytree
 from attention_jax.base.finite import finite_rows
-from attention_jax.base.typing import AnyScore, Normalizer
+from attention_jax.base.typing import AnyNormalizer, AnyScore
 from attention_jax.masks import algebra, batch_axes
 from attention_jax.masks.intervals import indices
-from attention_jax.normalizers import softmax, whole_sequences
+from attention_jax.normalizers import softmax, whole_sequences, with_query
 from attention_jax.scores.composition import Separated, require_score, separate
 
 Array = jax.Array
@@ -75,7 +75,7 @@ def attend_prepared(
     query: Array,
     memory: PreparedMemory,
     mask: masks.MaskLike = None,
-    normalizer: Normalizer = softmax,
+    normalizer: AnyNormalizer = softmax,
 ) -> tuple[Array, Array]:
     r"""Attend to a prepared memory: context_i = sum_j normalizer(score(q_i, k_j))_j v_j.
 
@@ -124,7 +124,7 @@ def attend_prepared(
 
 def _attend_example(
     parts: Separated,
-    normalizer: Normalizer,
+    normalizer: AnyNormalizer,
     mask_of: Callable[[list[Any]], masks.Mask],
     query: Array,
     poison: Array,
@@ -135,7 +135,8 @@ def _attend_example(
     logits = parts.paired(parts.query_map(query), memory.key, q_idx, kv_idx)
     logits = logits + poison[:, None] + memory.poison[None, :]
     allowed = mask_of(mask_arrays)(q_idx[:, None], kv_idx[None, :])
-    weights = normalizer(logits, jnp.broadcast_to(allowed, logits.shape))
+    of_rows = with_query(normalizer, query)
+    weights = of_rows(logits, jnp.broadcast_to(allowed, logits.shape))
     return weights @ memory.value, weights
 
 

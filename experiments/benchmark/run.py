@@ -156,7 +156,7 @@ def _run_inside(
     found = {name: row._asdict() for name, row in rows.items()}
     at_length = {name: cost._asdict() for name, cost in long.items()}
     result = {"machine": surroundings, "load": load(), "rows": found, "long": at_length}
-    _write(options.out / f"{name}.json", result)
+    write_json(options.out / f"{name}.json", result)
     console.print(inside.table(rows, long), soft_wrap=True, markup=False)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import attend, bind, masks, positions, scores
+from attention_jax import attend, bind, masks, normalizers, positions, scores
 from attention_jax.base import typing
 from attention_jax.linear import feature_maps, linear_attention
 from attention_jax.scores import prepared
@@ -22,6 +22,7 @@ KINDS = [
     "MaskFunction",
     "Bias",
     "Normalizer",
+    "QueriedNormalizer",
     "HeadMap",
     "FeatureMap",
 ]
@@ -60,6 +61,7 @@ FITTING = {
         positions.alibi_bias(4).function,
     ],
     "Normalizer": [example.normalizer for example in examples.NORMALIZERS.values()],
+    "QueriedNormalizer": [bind(normalizers.contextual_positions, table=np.ones((3, 4)))],
     "HeadMap": [examples.head_map_example(name, drawn).head_map for name in examples.HEAD_MAPS],
     "FeatureMap": [
         getattr(feature_maps, name) for name in ("elu_plus_one", "relu", "taylor", "identity")

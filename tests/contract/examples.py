@@ -410,16 +410,20 @@ NOT_NORMALIZERS = {
     "Selection",
     "Streaming",
     "Threshold",
+    "contextual_positions",  # needs the queries: tests/normalizers/test_contextual.py
     "hard_monotonic",  # no function of one row: tests/normalizers/test_monotonic.py
     "in_any_order",
+    "is_queried",
     "log_normalizer",
     "monotonic",
     "name_of",
     "over_kept",
     "over_row",
+    "queried",
     "stable_logsumexp",
     "streaming",
     "whole_sequences",
+    "with_query",
 }
 
 

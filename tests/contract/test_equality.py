@@ -65,6 +65,9 @@ NORMALIZERS = (
         for name in examples.NORMALIZERS
     }
     | {
+        "contextual_positions": lambda: bind(
+            normalizers.contextual_positions, table=np.ones((3, DEPTH))
+        ),
         "sink per head": lambda: per_head(
             bind(normalizers.softmax_with_sink, sink=jnp.ones(HEADS))
         ),

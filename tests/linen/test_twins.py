@@ -35,6 +35,7 @@ MULTI_HEAD = {
     "raw": {"projections": False},
     "bias": {"bias": DISTANCE, "use_bias": False},
     "sink": {"normalizer": SINK},
+    "contextual positions": {"normalizer": normalizers.contextual_positions},
 }
 LINEAR = {
     "turned": ("LinearAttention", {"position": positions.rotary, "query_depth": 4}),

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import attention_jax
-from attention_jax import masks, normalizers, parallel
+from attention_jax import bind, masks, normalizers, parallel
 from attention_jax.base import ShapeError
 
 MESH = AbstractMesh((2, 4), ("dp", "sp"))
@@ -104,6 +104,14 @@ def test_a_program_has_the_tiles_of_the_platform_that_it_is_lowered_for():
             {"method": "ring", "normalizer": normalizers.hard},
             ValueError,
             "'ring' joins blocks of keys, and hard needs a whole row",
+        ),
+        (
+            {
+                "method": "all_gather",
+                "normalizer": bind(normalizers.contextual_positions, table=np.ones((3, 64))),
+            },
+            ValueError,
+            "'all_gather' joins blocks of keys, and contextual_positions needs a whole row",
         ),
         ({"order": np.zeros(4096, int)}, ShapeError, "each position from 0 to 4095 once"),
         ({"return_weights": True}, TypeError, "return_weights cannot be given for a split"),
