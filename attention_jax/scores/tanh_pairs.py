@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,36 +77,69 @@ def activation_pairs(
 def _tanh_pairs(platforms, query, key, value):
     """Add the pairs up; the derivative is traced later, and for the same platforms."""
 
-    def pairs(reciprocal, query, key, value):
+    def pairs(form, query, key, value):
         return _sum_over_features(
-            lambda q, k, v: v * (1 - 2 * reciprocal(q, k)), (query,), (key,), (value,)
+            lambda q, k, v: v * form.tanh(form.of_pair(q, k)),
+            (query,),
+            (key,),
+            (value,),
         )
 
     with placement.lowered_for(platforms):
-        return _with_reciprocal(pairs, query, key, value)
+        return _in_a_form(pairs, query, key, value)
 
 
 @_tanh_pairs.defjvp
 def _tanh_pairs_jvp(platforms, primals, tangents):
-    """Σ_a 4 value r (1 - r) (dquery + dkey) + (1 - 2r) dvalue, which JAX can also transpose."""
+    """Σ_a value (1 - tanh²) (dquery + dkey) + tanh dvalue, which JAX can also transpose."""
 
-    def tangents_of_pairs(reciprocal, query, key, value, dquery, dkey, dvalue):
+    def tangents_of_pairs(form, query, key, value, dquery, dkey, dvalue):
         def term(q, dq, k, dk, dv):
-            r = reciprocal(q, k)
-            return r * (1 - r) * (dq + dk) + dv * r
+            x = form.of_pair(q, k)
+            return form.slope(x) * (dq + dk) + dv * x
 
         # Factors of one token leave the sum over pairs, as a compiler may not do by itself.
-        dquery, dkey = 4 * value[None, :] * dquery, 4 * value[None, :] * dkey
-        pairs = _sum_over_features(term, (query, dquery), (key, dkey), (-2 * dvalue,))
-        return jnp.sum(dvalue) + pairs
+        dquery, dkey = (form.gain * value[None, :] * change for change in (dquery, dkey))
+        weights = (form.scale * dvalue,)
+        pairs = _sum_over_features(term, (query, dquery), (key, dkey), weights)
+        return form.offset * jnp.sum(dvalue) + pairs
 
     with placement.lowered_for(platforms):
-        change = _with_reciprocal(tangents_of_pairs, *primals, *tangents)
+        change = _in_a_form(tangents_of_pairs, *primals, *tangents)
     return _tanh_pairs(platforms, *primals), change
 
 
-def _with_reciprocal(pairs, query, key, *rest):
-    """Call `pairs(reciprocal, query, key, *rest)`: by exponentials if exact, else by tanh.
+class _Form(NamedTuple):
+    """How a pair gives x; tanh(x) is offset + scale x, and its derivative gain slope(x)."""
+
+    of_pair: Callable[[jax.Array, jax.Array], jax.Array]
+    tanh: Callable[[jax.Array], jax.Array]
+    offset: float
+    scale: float
+    slope: Callable[[jax.Array], jax.Array]
+    gain: float
+
+
+_BY_EXPONENTIALS = _Form(
+    of_pair=lambda exp_q, exp_k: 1 / (1 + exp_q * exp_k),
+    tanh=lambda r: 1 - 2 * r,
+    offset=1.0,
+    scale=-2.0,
+    slope=lambda r: r * (1 - r),
+    gain=4.0,
+)
+_BY_TANH = _Form(
+    of_pair=lambda q, k: jnp.tanh(q + k),
+    tanh=lambda t: t,
+    offset=0.0,
+    scale=1.0,
+    slope=lambda t: 1 - t * t,
+    gain=1.0,
+)
+
+
+def _in_a_form(pairs, query, key, *rest):
+    """Call `pairs(form, query, key, *rest)`: by exponentials if exact, else by tanh.
 
     The exponentials are those of queries q and keys k clipped to ±cap. They are exact if, of
     every feature, all the queries or all the keys stay within ±reach (11 in float32, 115 in
@@ -124,10 +158,10 @@ def _with_reciprocal(pairs, query, key, *rest):
 
     def by_exponentials(query, key, *rest):
         query, key = (jnp.exp(2 * jnp.clip(tokens, -cap, cap)) for tokens in (query, key))
-        return pairs(lambda exp_q, exp_k: 1 / (1 + exp_q * exp_k), query, key, *rest)
+        return pairs(_BY_EXPONENTIALS, query, key, *rest)
 
     def by_tanh(query, key, *rest):
-        return pairs(lambda q, k: (1 - jnp.tanh(q + k)) / 2, query, key, *rest)
+        return pairs(_BY_TANH, query, key, *rest)
 
     def largest(tokens):
         return jnp.max(jnp.abs(tokens), axis=0, initial=0)

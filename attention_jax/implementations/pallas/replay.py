@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
 from attention_jax.implementations.pallas.splitting import evaluated, value_of
 
@@ -83,12 +84,49 @@ def _scan(params: dict[str, Any], *arguments: Any) -> list[Any]:
         arguments[constants : constants + carry],
         arguments[constants + carry :],
     )
-    stacked = [jnp.zeros(out.shape, out.dtype) for out in params["jaxpr"].out_avals[carry:]]
-    length = params["length"]
-    stacked = [jnp.zeros((length, *x.shape), x.dtype) for x in stacked]
-    body = functools.partial(_step, params, (given, split))
-    sums, stacked = lax.fori_loop(0, length, body, (list(sums), stacked))
-    return [*sums, *stacked]
+    length, closed = params["length"], params["jaxpr"]
+    parts = zip(closed.jaxpr.outvars[carry:], closed.out_avals[carry:], strict=True)
+    stacked = [
+        _Columns(jnp.zeros((*part.shape, length), part.dtype))
+        if part.ndim == 1 and _is_sum_of_rows(closed.jaxpr, variable)
+        else jnp.zeros((length, *part.shape), part.dtype)
+        for variable, part in parts
+    ]
+    together = math.gcd(length, params["unroll"], TOGETHER)
+    body = functools.partial(_steps, params, (given, split), together)
+    sums, stacked = lax.fori_loop(0, length // together, body, (list(sums), stacked))
+    return [*sums, *(x.columns.T if isinstance(x, _Columns) else x for x in stacked)]
+
+
+class _Columns(NamedTuple):
+    """Vectors that a loop stacks as columns [n, length]: a number for each row is written in it."""
+
+    columns: Array
+
+
+def _is_sum_of_rows(jaxpr: Jaxpr, variable: Any) -> bool:
+    """Tell whether a vector is a sum along the rows of a tile, or computed of such a vector."""
+    made_by = next((e for e in jaxpr.eqns if variable in e.outvars), None)
+    if made_by is None or variable.aval.ndim > 2:
+        return False
+    inner = list(jaxprs_in_params(made_by.params))
+    if len(inner) == 1:
+        place = list(made_by.outvars).index(variable)
+        return _is_sum_of_rows(inner[0], inner[0].outvars[place])
+    if made_by.primitive.name == "reduce_sum":
+        return made_by.params["axes"] == (1,)
+    read = (x for x in made_by.invars if not isinstance(x, Literal))
+    return any(_is_sum_of_rows(jaxpr, x) for x in read)
+
+
+TOGETHER = 2
+"""At most so many steps of a loop that asks for more are computed without storing sums between."""
+
+
+def _steps(params: dict[str, Any], fixed: Any, together: int, turn: Any, state: Any) -> Any:
+    for n in range(together):
+        state = _step(params, fixed, turn * together + n, state)
+    return state
 
 
 def _counts(params: dict[str, Any]) -> tuple[int, int]:
@@ -116,7 +154,10 @@ def _taken(x: Array, n: Array) -> Array:
     return jnp.sum(jnp.where(chosen, x, jnp.zeros_like(x)), axis=0, dtype=x.dtype)
 
 
-def _put(x: Array, n: Array, part: Array) -> Array:
+def _put(x: Array | _Columns, n: Array, part: Array) -> Array | _Columns:
+    if isinstance(x, _Columns):
+        is_column = lax.broadcasted_iota(jnp.int32, x.columns.shape, 1) == n
+        return _Columns(jnp.where(is_column, part[:, None], x.columns))
     return jnp.where(_chosen(x, n), part[None], x)
 
 
