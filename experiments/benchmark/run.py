@@ -152,7 +152,7 @@ def _run_inside(
         if is_statistics
         else inside.report_of_normalizers(rows, scale, on)
     )
-    (options.out / f"{name}.md").write_text(report, encoding="utf-8")
+    write_text(options.out / f"{name}.md", report)
     found = {name: row._asdict() for name, row in rows.items()}
     at_length = {name: cost._asdict() for name, cost in long.items()}
     result = {"machine": surroundings, "load": load(), "rows": found, "long": at_length}
