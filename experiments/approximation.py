@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments import command_line
 from experiments.command_line import UsageError
-from experiments.translate.workdir import write_text
+from experiments.files import write_text
 
 _HELP = """\
 Approximates softmax attention by random features (FAVOR+), by linear attention and by Linformer,

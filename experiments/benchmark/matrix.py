@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from attention_jax import attend, bind, masks, scores
 from experiments.benchmark import accelerators, compilers
 from experiments.benchmark.compilers import Cost
-from experiments.translate.workdir import write_text
+from experiments.files import write_text
 
 LENGTH, HEADS, DEPTH, FEATURES = 1024, 2, 128, 16
 ROWS = HEADS * LENGTH * DEPTH

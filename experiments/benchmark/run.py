@@ -26,7 +26,7 @@ from experiments.benchmark.measure import METERS, RATES, Compared, compared, tak
 from experiments.benchmark.programs import HAS_TORCH
 from experiments.benchmark.suites import SUITES, Comparison, Group, Suite, Sweep
 from experiments.command_line import terminal
-from experiments.translate.workdir import write_json, write_text
+from experiments.files import write_json, write_text
 
 _UNITS = {"cpu ms": "milliseconds of processor time", "ms": "milliseconds", "MiB": "MiB"}
 SCALE_OF_QUICK = 64

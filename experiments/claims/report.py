@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments import pages
 from experiments.claims.claim import Theme, all_claims, all_themes
-from experiments.translate.workdir import write_text
+from experiments.files import write_text
 
 Record = dict[str, Any]
 

@@ -25,11 +25,11 @@ from experiments.claims.claim import SETTINGS, Claim, Setting, all_themes
 from experiments.claims.command_line import Options
 from experiments.claims.workdir import Cache, together, writable
 from experiments.command_line import show, terminal
+from experiments.files import write_json, write_text
 from experiments.leases import Leases, State
 from experiments.shards import dealt, shares
 from experiments.translate.environment import environment
 from experiments.translate.figures import style
-from experiments.translate.workdir import write_json, write_text
 
 Record = dict[str, Any]
 

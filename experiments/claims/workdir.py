@@ -17,8 +17,8 @@ from pathlib import Path
 
 from experiments.claims.claim import SETTINGS, Claim, Data, Setting
 from experiments.command_line import UsageError
+from experiments.files import write_json
 from experiments.leases import visible
-from experiments.translate.workdir import write_json
 
 # Written before the results.
 _BEFORE = ("cache", "errors", "figures", "leases", "results.json.unfinished")

@@ -26,13 +26,9 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from experiments.files import write_text
 from experiments.translate.marks import mark_of
-from experiments.translate.workdir import (
-    checkpoints_of,
-    is_first,
-    sealed_steps,
-    write_text,
-)
+from experiments.translate.workdir import checkpoints_of, is_first, sealed_steps
 from experiments.worker import told, wait
 
 _KEPT = 2

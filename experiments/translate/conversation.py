@@ -16,9 +16,9 @@ import numpy as np
 from attention_jax.diagnostics import plots
 from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
+from experiments.files import unfinished_of
 from experiments.translate.looking import END
 from experiments.translate.translators import Translators, alignment, unknown
-from experiments.translate.workdir import unfinished_of
 
 _PROMPT = "> "
 _PICTURE = ":picture"

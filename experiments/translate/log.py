@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.command_line import UsageError
-from experiments.translate.workdir import LOST, Record, is_first, write_text
+from experiments.files import write_text
+from experiments.translate.workdir import LOST, Record, is_first
 
 # The fields that a training log needs: one written after every round of steps, one after every
 # validation.

@@ -11,10 +11,11 @@ from string import Template
 
 from attention_jax.diagnostics import Explorer
 from experiments import pages
+from experiments.files import write_text
 from experiments.translate import table
 from experiments.translate.checks import OF_MODEL
 from experiments.translate.config import Config
-from experiments.translate.workdir import Record, write_text
+from experiments.translate.workdir import Record
 
 _BODY = Template("""<p class="lead">$lead</p>
 

@@ -16,6 +16,7 @@ import numpy as np
 from experiments import metrics, significance
 from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
+from experiments.files import write_text
 from experiments.translate import evaluate
 from experiments.translate.evaluate import Trained
 from experiments.translate.looking import pictured
@@ -23,7 +24,7 @@ from experiments.translate.marks import read_marked
 from experiments.translate.prepare import Run
 from experiments.translate.table import COMPARED
 from experiments.translate.train_step import count_parameters
-from experiments.translate.workdir import Record, is_first, write_text
+from experiments.translate.workdir import Record, is_first
 
 # Number of sentences whose translations are shown.
 _SAMPLED = 6

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from attention_jax.diagnostics import Explorer
+from experiments import files
 from experiments.command_line import show, terminal
 from experiments.translate import figures, looking, report, results, table, workdir
 from experiments.translate.compile import Placement, check_divides
@@ -71,7 +72,7 @@ def train_and_report(config: Config) -> Path:
             return path
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         summary = results.summarize(run, outcomes, stored["environment"])
-        workdir.write_json(folder / "results.json", summary)
+        files.write_json(folder / "results.json", summary)
         log = {score: run.log.complete_records(score) for score in run.sizes}
         names = figures.draw_all(outcomes, log, folder / "figures")
         path = report.write(summary, outcomes, names, folder, _explorer(run))

@@ -20,6 +20,7 @@ from experiments.data.alignments import all_aligned, is_alignment
 from experiments.data.corpus import DataError, Pair, shortened
 from experiments.data.files import BARS, Reader, separator_of
 from experiments.data.text import lines_of, read_lines
+from experiments.files import unfinished_of, write_text
 from experiments.translate import results, table, workdir
 from experiments.translate.config import Config
 from experiments.translate.conversation import converse, draw
@@ -28,7 +29,7 @@ from experiments.translate.evaluate import Words, evaluate
 from experiments.translate.marks import read_marked, write_marked
 from experiments.translate.spaces import Line
 from experiments.translate.translators import Translators, load, load_ensemble, tell, unknown
-from experiments.translate.workdir import Record, unfinished_of, write_text
+from experiments.translate.workdir import Record
 
 _STDIN = "standard input"
 # Characters of an input file's name in the name of its evaluation.

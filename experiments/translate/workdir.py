@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.command_line import UsageError
+from experiments.files import write_json
 from experiments.translate.config import SWEPT, Config, group_of
 from experiments.translate.environment import environment
 
@@ -65,35 +66,6 @@ def is_first() -> bool:
     import jax
 
     return jax.process_index() == 0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a crash leaves the old content or the new, never a part.
-
-    Raises:
-      OSError: it cannot be written; nothing is left of the new content.
-    """
-    unfinished = unfinished_of(path)
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def unfinished_of(path: Path) -> Path:
-    """Return the temporary file that `write_text` renames to the path."""
-    return path.with_name(f"{path.name}.unfinished")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_sealed(path: Path, record: Record) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from experiments import files
 from experiments.command_line import show, terminal
 from experiments.leases import Leases, visible
 from experiments.shards import Shard, dealt, shares
@@ -65,8 +66,8 @@ def run_sweep(sweep: Sweep) -> None:
             "pairs": {name: len(of_set.pairs) for name, of_set in task.sets.items()},
         }
         others = table.other_rows(folder, records)
-        workdir.write_text(folder / "sweep.csv", table.csv_table(summary, records, others))
-        workdir.write_json(folder / "results.json", summary)
+        files.write_text(folder / "sweep.csv", table.csv_table(summary, records, others))
+        files.write_json(folder / "results.json", summary)
         figures.draw_all(summary, folder / "figures")
     table.show(console, summary)
     path = folder / "results.json"
