@@ -183,22 +183,24 @@ class Search:
         )
         row = varying_like(row, self.operands, self.given, states)
 
-        def body(n: Array, row: Row) -> Row:
-            kinds = [functools.partial(self.of_tile, masked) for masked in (None, True, False)]
-            logits, poison = lax.switch(states[n], kinds, n, row.i)
-            m, top = n - row.visits[0], jnp.max(logits, axis=1)
-            start = m % many * columns
-            peaks = lax.dynamic_slice_in_dim(row.peaks, start, columns, 1)
-            peaks = jnp.maximum(peaks, logits)
-            return row._replace(
-                logits=lax.dynamic_update_index_in_dim(row.logits, logits, m, 0),
-                tops=lax.dynamic_update_index_in_dim(row.tops, top, m, 0),
-                peaks=lax.dynamic_update_slice_in_dim(row.peaks, peaks, start, 1),
-                largest=jnp.maximum(row.largest, top),
-                poison=row.poison + poison,
-            )
+        return lax.fori_loop(*visits, functools.partial(self.with_tile, states), row)
 
-        return lax.fori_loop(*visits, body, row)
+    def with_tile(self, states: Array, n: Array, row: Row) -> Row:
+        """Return a row with the logits of one more visit."""
+        kinds = [functools.partial(self.of_tile, masked) for masked in (None, True, False)]
+        logits, poison = lax.switch(states[n], kinds, n, row.i)
+        columns = self.tiles.key_size
+        m, top = n - row.visits[0], jnp.max(logits, axis=1)
+        start = m * columns % row.peaks.shape[1]
+        peaks = lax.dynamic_slice_in_dim(row.peaks, start, columns, 1)
+        peaks = jnp.maximum(peaks, logits)
+        return row._replace(
+            logits=lax.dynamic_update_index_in_dim(row.logits, logits, m, 0),
+            tops=lax.dynamic_update_index_in_dim(row.tops, top, m, 0),
+            peaks=lax.dynamic_update_slice_in_dim(row.peaks, peaks, start, 1),
+            largest=jnp.maximum(row.largest, top),
+            poison=row.poison + poison,
+        )
 
     def of_tile(self, masked: bool | None, n: Array, i: Array) -> tuple[Array, Array]:
         """Return the logits of a tile, and the poison of its rows; None for an EMPTY one."""
@@ -247,16 +249,17 @@ class Search:
 
     def marked(self, row: Row, state: Any, states: Array) -> Array:
         """Return what the tiles are, EMPTY those that do not matter."""
-
-        def matters(top: Array) -> Array:
-            top = (top - row.largest)[:, None]
-            return jnp.any(self.how.matters(top, state, self.how.contribution(top, state)))
-
         first, end = row.visits
         n = first + indices(len(row.tops))
-        stays = jax.vmap(matters)(row.tops) | (n >= end)
+        matters = jax.vmap(functools.partial(self.any_matters, row, state))
+        stays = matters(row.tops) | (n >= end)
         which = jnp.where(stays, len(states), n)
         return varying_like(states, row, state).at[which].set(EMPTY, mode="drop")
+
+    def any_matters(self, row: Row, state: Any, top: Array) -> Array:
+        """Tell whether a tile matters to any row, given its largest logits, [bt]."""
+        top = (top - row.largest)[:, None]
+        return jnp.any(self.how.matters(top, state, self.how.contribution(top, state)))
 
     def one_pass(self, row: Row, carry: tuple[Array, Any, Array]) -> tuple[Array, Any, Array]:
         """Sum over the tiles of a row that matter, and update the state."""

@@ -117,9 +117,10 @@ def forward(options: Options) -> Callable[..., Any]:
 
 def gradients(options: Options, implementation: str = "tiled", **more: Any) -> Callable[..., Any]:
     """Return the gradients of a loss of the context and all statistics, and these."""
+    run = functools.partial(attend, implementation=implementation, **options, **more)
 
     def loss(*arrays: Any) -> Any:
-        found = attend(*arrays, implementation=implementation, **options, **more)
+        found = run(*arrays)
         leaves = [x for x in jax.tree.leaves(found) if jnp.issubdtype(x.dtype, jnp.floating)]
         waves = (jnp.sum(jnp.where(jnp.isfinite(x), jnp.sin(3.0 * x), 0.0)) for x in leaves)
         return sum(waves), found
