@@ -1,7 +1,7 @@
 """Attention of one head by generated kernels, with every derivative.
 
 The forward pass is a kernel. Its tangent is the linear pass of `tiled`, whose transposition, the
-backward pass, is two kernels. What is differentiated further is the linear pass again.
+backward pass, is one kernel or two. What is differentiated further is the linear pass again.
 """
 
 from __future__ import annotations
