@@ -122,8 +122,8 @@ def contextual_positions(logits: Array, allowed: Array, table: Any, *, query: Ar
     >>> from attention_jax import attend, bind
     >>> x = jnp.ones((1, 3, 1, 2))
     >>> normalizer = bind(contextual_positions, table=jnp.array([[9.0, 9.0], [0.0, 0.0]]))
-    >>> attend(x, x, x, normalizer=normalizer, return_weights=True).weights[0, 0, 0]
-    Array([0.022, 0.022, 0.956], dtype=float32)
+    >>> attend(x, x, x, normalizer=normalizer, return_weights=True).weights[0, 0, 0, 2]
+    Array(0.944, dtype=float32)
     """
     checks.axes("contextual_positions", logits=(logits, "TS"), query=(query, "TH"))
     how = _of_query(table, query)
