@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,11 +52,21 @@ class Log:
         return records
 
     def append(self, record: Record) -> None:
-        """Add a record at the end."""
+        """Add a record at the end.
+
+        Raises:
+          OSError: it cannot be written; nothing is left of it.
+        """
         if not is_first():
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def rewind(self, score: str, step: int) -> None:
         """Drop the records of one mechanism after a step, which will be written again.

@@ -176,6 +176,16 @@ def test_another_process_in_the_folder_is_refused(done, capsys, translate):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_a_record_that_could_not_be_written_is_not_in_the_log(tmp_path, full_disk):
+    log = Log(tmp_path / "metrics.jsonl")
+    log.append({"score": "dot", "step": 1})
+    with full_disk(40), pytest.raises(OSError, match="File too large") as error:
+        log.append({"score": "dot", "step": 2})
+    assert error.value.filename == str(log.path)
+    log.append({"score": "dot", "step": 3})
+    assert [record["step"] for record in log.records("dot")] == [1, 3]
+
+
 def test_a_file_that_could_not_be_written_leaves_the_old_one_alone(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_text(path, "before")
