@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from attention_jax.base.binding import bind
 from attention_jax.base.finite import finite, poison
 from attention_jax.base.matmul import PLAIN, Products
 from attention_jax.base.trees import Rest, merge_floats, split_floats
@@ -116,7 +117,8 @@ def _row_by_row(head: Head, plan: Plan, products: Products) -> Attended:
         return Attended(context, statistics=measured.of_no_pairs(head))
     length, how = plan.pairs[0], streaming(head.normalizer)
     if isinstance(how, Selected):
-        return _selected(head._replace(normalizer=how.of_kept), apart, products, how)
+        of_kept = head._replace(normalizer=bind(how.of_kept))
+        return _selected(of_kept, apart, products, how)
     operands = prepared(head, apart, apart.visits, products)
     if isinstance(how, Ordered):
         return Attended(ordered.attend(*operands)[:length])

@@ -264,3 +264,14 @@ def test_a_sink_is_declared_and_asked_for():
     x = jnp.ones((1, 2, 1, 3))
     with pytest.raises(TypeError, match="normalizer still waits for sink; give them with"):
         attend(x, x, x, normalizer=normalizers.softmax_with_sink)
+
+
+@pytest.mark.parametrize(
+    "normalizer", [bind(normalizers.top_k, k=2), bind(normalizers.top_p, p=0.5), normalizers.hard]
+)
+def test_a_selection_streams_as_over_whole_rows(normalizer):
+    x = jax.random.normal(jax.random.key(0), (1, 7, 1, 3))
+    found, expected = (
+        attend(x, x, x, normalizer=normalizer, implementation=name) for name in ("tiled", "dense")
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
