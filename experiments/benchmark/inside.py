@@ -28,7 +28,7 @@ from experiments.benchmark.programs import Shape, inputs
 
 LENGTH, LONG, WINDOW = 4096, 65536, 1023
 HEADS, DEPTH = 1, 64
-OF_ERRORS = Shape(129, heads=2, depth=8)
+OF_ERRORS = Shape(129, heads=2, depth=DEPTH)
 TILE_OF_ERRORS = (32, 16)
 ALONE, LOGGED, ALL = "context alone", "`entropy` with `largest_logit`", "all together"
 FEW_PASSES = {"xla_backend_optimization_level": 0}
@@ -62,6 +62,7 @@ class Long(NamedTuple):
 
 def normalizer_cases() -> dict[str, Options]:
     """Every exported normalizer; those that select or search with numbers that are in use."""
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(64, DEPTH)) / 8, jnp.float32)
     given: dict[str, Any] = {
         "softmax": normalizers.softmax,
         "softmax_plus_one": normalizers.softmax_plus_one,
@@ -78,6 +79,7 @@ def normalizer_cases() -> dict[str, Options]:
         "stick_breaking": normalizers.stick_breaking,
         "monotonic": normalizers.monotonic,
         "hard_monotonic": normalizers.hard_monotonic,
+        "contextual_positions": bind(normalizers.contextual_positions, table=table),
     }
     return {name: {"normalizer": normalizer} for name, normalizer in given.items()}
 

@@ -18,7 +18,13 @@ WAYS = {
     "dense": {"implementation": "dense"},
     "tiled": {"implementation": "tiled", "tile_sizes": (3, 4)},
 }
-OF_POSITIONS = {"alibi": "bias", "grid_bias": "bias", "t5_bias": "bias", "relative_key": "score"}
+OF_POSITIONS = {
+    "alibi": "bias",
+    "contextual_positions": "normalizer",
+    "grid_bias": "bias",
+    "relative_key": "score",
+    "t5_bias": "bias",
+}
 UNLIKE = {"cosine", "entmax", "relative_key", "t5_bias"}
 UNLIKE_IN_KERNELS = {"bilinear", "entmax", "softmax_with_sink", "t5_bias", "top_p"}
 IN_KERNELS = {"softmax_with_sink", "sigmoid"}
@@ -33,10 +39,11 @@ compiled = functools.partial(
 
 
 def of_positions(name, rng):
-    """Bias or positional score with parameters of one example."""
+    """What knows positions, with parameters of one example."""
     table = rng.normal(size=(5, DEPTH))
     return {
         "alibi": lambda: bind(positions.alibi, slope=rng.normal()),
+        "contextual_positions": lambda: bind(normalizers.contextual_positions, table=table),
         "t5_bias": lambda: bind(positions.t5_bias, table=table[:, 0], bidirectional=False),
         "grid_bias": lambda: bind(positions.grid_bias, table=table[:, :3], width=3),
         "relative_key": lambda: bind(positions.relative_key, table=table),
