@@ -74,7 +74,16 @@ def varying_like(tree: Any, *like: Any) -> Any:
 
     A sum that starts from zeros must be of the type of what is added to it.
     """
-    axes = frozenset().union(*(_mesh_axes(leaf) for leaf in jax.tree.leaves(like)))
+    return varying_over(mesh_axes(like), tree)
+
+
+def mesh_axes(tree: Any) -> frozenset[str]:
+    """Return the mesh axes that arrays vary over; none outside `shard_map`."""
+    return frozenset().union(*(_mesh_axes(leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def varying_over(axes: frozenset[str], tree: Any) -> Any:
+    """Let arrays vary over mesh axes."""
 
     def vary(leaf: Any) -> Any:
         missing = tuple(axes - _mesh_axes(leaf))

@@ -66,9 +66,10 @@ def grouped(pairs: Array, weight: Array) -> Array:
             f"grouped: weight [G, C, D] = {weight.shape} is for {sizes['G'] * sizes['C']} heads, "
             f"got pairs of {sizes['M']}; give G groups of C heads each, G C = {sizes['M']}."
         )
-    length = pairs.shape[1] * pairs.shape[2]
-    rows = pairs.reshape(sizes["G"], sizes["C"], length)
-    return jax.vmap(times)(weight.mT, rows).reshape(-1, *pairs.shape[1:])
+    # One axis after the other, as arrays on an explicit mesh need it.
+    rows = pairs.reshape(len(pairs), pairs.shape[1] * pairs.shape[2])
+    mixed = jax.vmap(times)(weight.mT, rows.reshape(sizes["G"], sizes["C"], rows.shape[1]))
+    return mixed.reshape(sizes["G"] * sizes["D"], rows.shape[1]).reshape(-1, *pairs.shape[1:])
 
 
 def difference(pairs: Array, scale: Any) -> Array:

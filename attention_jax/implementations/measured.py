@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.base.trees import Rest, merge_floats, split_floats, varying_like
 from attention_jax.base.typing import at_least_float32
@@ -128,7 +128,7 @@ class Measured(NamedTuple):
         tiles, operands, given = self.prepare(visits)
         dtype = at_least_float32(operands.value.dtype)
         none = functools.partial(Pairs.none, dtype=dtype)
-        measures, asked = Measures.traced(statistics, tiles, none)
+        measures, asked = Measures.traced(statistics, tiles, none, (operands, given.query_poison))
         return (tiles, measures), operands, given, asked
 
 
@@ -362,7 +362,7 @@ def with_integers(moved: list[Array], sums: Any) -> Any:
         lambda x: (
             next(rest)
             if jnp.issubdtype(x.dtype, jnp.floating)
-            else np.zeros(x.shape, jax.dtypes.float0)
+            else SymbolicZero(jax.typeof(x).to_tangent_aval())
         ),
         sums,
     )

@@ -56,7 +56,7 @@ def measure(
     dtype = at_least_float32(operands.value.dtype)
     statistics = of_all_heads(heads.statistics, dtype)
     none = functools.partial(MixedPairs.none, counts[1:], dtype=dtype)
-    measures, asked = Measures.traced(statistics, tiles, none)
+    measures, asked = Measures.traced(statistics, tiles, none, (operands, given.query_poison))
     how = Measured(tiles, measures, counts[2])
     context, sums = _measure(how, *split_floats(operands), given, asked)
     sums = without_padding(statistics, sums, tiles.pairs)

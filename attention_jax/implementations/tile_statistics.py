@@ -17,7 +17,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from attention_jax.base.trees import hoisted, split_floats, varying_like
+from attention_jax.base.trees import (
+    hoisted,
+    mesh_axes,
+    split_floats,
+    varying_like,
+    varying_over,
+)
 from attention_jax.base.typing import at_least_float32
 from attention_jax.implementations import online
 from attention_jax.implementations.passes import over_visits
@@ -56,31 +62,42 @@ class Asked(NamedTuple):
 class Measures:
     """How statistics are computed from a tile; holds only what is known while tracing.
 
-    `none(queries, keys)` are pairs of which none may attend.
+    `none(queries, keys)` are pairs of which none may attend; `axes` are those of a mesh that all
+    pairs are let vary over, so that what was traced of some serves any.
     `of_tile[shape](statistics, pairs, *captured)` are the sums of a tile of this shape, and
     `moved[shape](statistics, pairs, merged, *captured)` those that have their derivative.
     """
 
     none: Callable[[int, int], Any]
+    axes: frozenset[str]
     of_tile: dict[Shape, Callable[..., Any]]
     moved: dict[Shape, Callable[..., Any]]
 
     @classmethod
     def traced(
-        cls, statistics: dict[str, Statistic], tiles: AnyTiles, none: Callable[[int, int], Any]
+        cls,
+        statistics: dict[str, Statistic],
+        tiles: AnyTiles,
+        none: Callable[[int, int], Any],
+        like: Any,
     ) -> tuple[Measures, Asked]:
-        """Trace the functions for each shape of a tile, and take out what they close over."""
+        """Trace the functions for each shape of a tile, and take out what they close over.
+
+        Numbers of pairs vary over a mesh as those are `like`.
+        """
+        axes = mesh_axes(like)
         of_tile, moved, captured, of_moved = {}, {}, {}, {}
         for shape in {ONE_PAIR, *((visits.rows, tiles.key_size) for visits in tiles.visits)}:
-            pairs = jax.eval_shape(functools.partial(none, *shape))
+            pairs = varying_over(axes, none(*shape))
             of_tile[shape], captured[shape] = hoisted(
                 functools.partial(_of_tile), statistics, pairs
             )
-            merged = jax.eval_shape(of_tile[shape], statistics, pairs, *captured[shape])
+            merged = of_tile[shape](statistics, pairs, *captured[shape])
+            merged = varying_over(axes, merged)
             moved[shape], of_moved[shape] = hoisted(
                 functools.partial(_moved), statistics, pairs, merged
             )
-        return cls(none, of_tile, moved), Asked(statistics, captured, of_moved)
+        return cls(none, axes, of_tile, moved), Asked(statistics, captured, of_moved)
 
     def of_no_pairs(self, asked: Asked, queries: int, keys: int) -> Any:
         """Return sums over no pairs, the neutral elements: that of one query or key, repeated."""
@@ -94,12 +111,14 @@ class Measures:
     def of_pairs(self, asked: Asked, pairs: Any) -> Any:
         """Return the sums of a tile, by name."""
         shape = _shape(pairs)
+        pairs = varying_over(self.axes, pairs)
         return self.of_tile[shape](asked.statistics, pairs, *asked.of_tile[shape])
 
     def moving(self, asked: Asked, pairs: Any, merged: Any) -> list[Array]:
         """Return what a tile adds to the derivatives of the floating-point sums."""
         shape = _shape(pairs)
-        return self.moved[shape](asked.statistics, pairs, merged, *asked.moved[shape])
+        given = varying_over(self.axes, (pairs, merged))
+        return self.moved[shape](asked.statistics, *given, *asked.moved[shape])
 
 
 class AnyTiles(Protocol):
