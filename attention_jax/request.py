@@ -16,6 +16,7 @@ from attention_jax.base import checks
 from attention_jax.base.binding import BiasLike, Sliced, as_pytree, function_of, unbound
 from attention_jax.base.matmul import Products, precision_in_force
 from attention_jax.base.parameters import Learned
+from attention_jax.base.sharded import is_sharded
 from attention_jax.base.typing import (
     AnyNormalizer,
     AnyScore,
@@ -318,7 +319,7 @@ def _check_mixing(request: Request) -> None:
 
     Raises:
       ShapeError: heads of values that do not divide those of the context, or a mask that differs
-        between heads whose number changes.
+        between heads whose number changes, or heads that an explicit mesh splits.
       ValueError: results that mixed heads do not have.
     """
     heads, between, after = request.counts
@@ -328,6 +329,13 @@ def _check_mixing(request: Request) -> None:
             "mix_logits or mix_weights mixes heads; leave the maps out, or use another normalizer."
         )
     checks.multiple("attend", "heads of the context", after, "value heads", request.sizes["L"])
+    for name in ("query", "key", "value"):
+        if is_sharded("N", ["BTN"], [getattr(request, name)]):
+            raise checks.ShapeError(
+                f"attend: axis 2 of {name}, its heads, is split over an explicit mesh, and "
+                "mix_logits or mix_weights mixes heads; jax.reshard it to hold heads together, or "
+                "give an automatic mesh axis."
+            )
     _, letters = batch_axes.of_mask("attend", request.mask, request.sizes)
     if between != heads and any("N" in axes for axes in letters):
         raise checks.ShapeError(

@@ -422,3 +422,16 @@ def test_a_split_sequence_and_a_cache_refuse_maps_that_they_cannot_apply():
         "attend_cached: mix_weights looks at neighbouring pairs, and a cache holds neither earlier "
         "queries nor keys in order; decode with the whole sequence, or with a map without a halo."
     )
+
+
+def test_heads_that_an_explicit_mesh_splits_are_refused():
+    mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Explicit,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "heads"))
+    arrays = [jax.device_put(x, split) for x in qkv(2, 2, 2)]
+    with jax.set_mesh(mesh), pytest.raises(ShapeError) as error:
+        attend(*arrays, mix_logits=talk())
+    assert str(error.value) == (
+        "attend: axis 2 of query, its heads, is split over an explicit mesh, and mix_logits or "
+        "mix_weights mixes heads; jax.reshard it to hold heads together, or give an automatic mesh "
+        "axis."
+    )
