@@ -170,7 +170,7 @@ def errors(options: Options) -> tuple[float, float]:
         rng = np.random.default_rng(0)
         shape = (3, 1, OF_ERRORS.length, OF_ERRORS.heads, OF_ERRORS.depth)
         arrays = tuple(jnp.asarray(2.0 * rng.standard_normal(shape)))
-        given = options | {"mask": masks.Causal(offset=-1)}
+        given = options | {"mask": masks.Causal()}
         ways = {"tiled": {"tile_sizes": TILE_OF_ERRORS}, "dense": {}}
         (ours, our_values), (theirs, their_values) = (
             jax.jit(gradients(given, name, **more), compiler_options=FEW_PASSES)(*arrays)
@@ -225,7 +225,7 @@ _MEASURED = """\
 no mask, float32, on {machine}. Ratios of processor time of all threads; the programs take turns in
 one process, a ratio is taken in every turn, and their median, least and most are given. MiB are
 temporaries. Errors are the largest against `implementation="dense"` in float64, S={odd} in tiles of
-{rows} x {keys} under `Causal(-1)`, relative where numbers exceed 1."""
+{rows} x {keys} under `Causal()`, relative where numbers exceed 1."""
 
 
 def report_of_normalizers(rows: Mapping[str, Row], scale: int, machine: str) -> str:
