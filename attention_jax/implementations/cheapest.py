@@ -38,6 +38,9 @@ LEAST_CELL = 2**10
 SAMPLE_PAIRS = 2**31
 """Where tiles have more pairs, those of about so many pairs of the plane are counted."""
 
+SAMPLE_CELLS = 2**23
+"""The same is done where more cells have to be judged one by one, as of random blocks."""
+
 LEAST_BANDS = 8
 """That is done in at least so many bands of queries, each as high as the highest tile."""
 
@@ -59,11 +62,12 @@ def cheapest_tile(
     """
     tiles = {clipped(tile, pairs) for tile in _candidates(platform, heads)}
     sample = _bands(mask, pairs, max(rows for rows, _ in tiles))
-    fewest = _fewest_pairs(*sample, tiles)
-    if fewest * pairs[0] > SAMPLE_PAIRS * sample[1][0]:
+    fewest, cells = _fewest_pairs(*sample, tiles)
+    share = sample[1][0] / pairs[0]
+    if fewest > SAMPLE_PAIRS * share or cells > SAMPLE_CELLS * share:
         mask, pairs = sample
     elif sample[1] != pairs:
-        fewest = _fewest_pairs(mask, pairs, tiles)
+        fewest, _ = _fewest_pairs(mask, pairs, tiles)
     chosen, least = None, math.inf
     for tile in sorted(tiles, key=math.prod, reverse=True):
         # No plan has fewer pairs, nor more of them at a visit.
@@ -82,14 +86,20 @@ def cheapest_tile(
     return chosen
 
 
-def _fewest_pairs(mask: Mask, pairs: tuple[int, int], tiles: set[tuple[int, int]]) -> int:
-    """Return how many pairs the tiles have at least, of whichever size: those that divide all."""
+def _fewest_pairs(
+    mask: Mask, pairs: tuple[int, int], tiles: set[tuple[int, int]]
+) -> tuple[int, int]:
+    """Return how many pairs the tiles have at least, of whichever size: those that divide all.
+
+    And how many cells were judged one by one to know it.
+    """
     rows, columns = (math.gcd(*sizes) for sizes in zip(*tiles, strict=True))
     unit = math.gcd(columns, *(tile[1] // units_of(tile[1]) for tile in tiles))
     if rows * unit < LEAST_CELL:  # as where they are clipped
-        return 0
-    row, _ = cover(Judged.of(mask, pairs, (rows, unit)).live, columns // unit)
-    return len(row) * rows * columns
+        return 0, 0
+    judged = Judged.of(mask, pairs, (rows, unit))
+    row, _ = cover(judged.live, columns // unit)
+    return len(row) * rows * columns, judged.within.size
 
 
 def clipped(tile: tuple[int, int], pairs: tuple[int, int]) -> tuple[int, int]:

@@ -94,11 +94,16 @@ def _count(queries: Any, keys: Any, q_idx: Interval, kv_idx: Interval) -> Any:
         if module is np
         else jnp.bincount(piece, length=height * width + 1)
     )
-    until = of_pieces[:-1].reshape(height, width).cumsum(0).cumsum(1)
+    of_pieces = of_pieces[:-1].astype(np.int32).reshape(height, width)
+    until = of_pieces.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
     (first, past), (left, right) = (
         [module.searchsorted(at, limit) for limit in pair]
         for at, pair in zip(cuts, limits, strict=True)
     )
+    if first.ndim == left.ndim == 2 and first.shape[1] == left.shape[0] == 1:
+        # All tiles of some rows: whole rows are read, then whole columns.
+        rows = until[past[:, 0]] - until[first[:, 0]]
+        return rows[:, right[0]] - rows[:, left[0]]
     return until[past, right] - until[first, right] - until[past, left] + until[first, left]
 
 
