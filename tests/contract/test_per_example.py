@@ -149,6 +149,7 @@ def test_kernels_do_so_or_refuse_it_by_name(option, name):
     assert_alike(ours, alone(option, arrays, wave, each), 1e-4)
 
 
+@pytest.mark.slow
 def test_functions_without_parameters_may_be_marked():
     arrays, *_ = setting("score", "dot", jnp.float32)
     one = attend(*arrays, score=scores.dot, normalizer=normalizers.hard, **WAYS["dense"])

@@ -108,8 +108,16 @@ def test_a_mask_is_asked_near_its_boundary_alone():
 def test_tiles_of_a_plane_full_of_them_are_chosen_from_a_sample(mask, platform):
     Counted.asked.clear()
     tile = cheapest.cheapest_tile(Counted(mask), (2**18, 2**18), True, platform)
-    assert sum(Counted.asked) < 2**19
+    assert sum(Counted.asked) < 2**21  # of one size alone, 128 x 128, there are 2^22
     assert tile == {"cpu": (512, 512), "tpu": (1024, 1024)}[platform]
+
+
+def test_tiles_of_random_blocks_are_chosen_from_a_sample():
+    Counted.asked.clear()
+    mask = masks.random_blocks(jax.random.key(0), 2**18, size=64, num_blocks=2)
+    mask = jax.tree.map(np.asarray, mask)
+    assert cheapest.cheapest_tile(Counted(mask), (2**18, 2**18), True, "cpu") == (128, 128)
+    assert sum(Counted.asked) < 2**23  # all cells of one size are 2^24
 
 
 def in_pieces():

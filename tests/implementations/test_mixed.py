@@ -146,6 +146,7 @@ def test_every_map_is_the_formula_where_all_weights_are_held():
         np.testing.assert_allclose(found, example.of_pairs(pairs), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_convolution_transposes_itself_over_strips_of_queries_that_do_not_divide():
     pairs, kernel = jnp.asarray(sample(2, 1 + 19, 2 + 4)), jnp.asarray(sample(2, 2, 3))
     check_grads(head_maps.neighbours, (pairs, kernel), order=2, modes=("fwd", "rev"))
