@@ -53,6 +53,27 @@ def attention(query, key, value, formula, allowed=None, bias=None, normalizer=so
     return context, weights
 
 
+def mixed_heads(query, key, allowed, mix_logits=None, mix_weights=None):
+    """Return logits and weights of scaled dot-product attention of one example, [N, T, S] each.
+
+    Args:
+      query, key: [T, M, H], [S, K, H].
+      allowed: [T, S].
+      mix_logits, mix_weights: functions of all heads [M, T, S]; zero where not allowed.
+    """
+    heads = query.shape[1]
+    keys = np.repeat(np.asarray(key), heads // key.shape[1], axis=1)
+    logits = np.einsum("tnh,snh->nts", query, keys) / np.sqrt(query.shape[2])
+    if mix_logits is not None:
+        logits = mix_logits(np.where(allowed, logits, 0.0))
+    weights = np.array(
+        [[softmax(*row) for row in zip(one, allowed, strict=True)] for one in logits]
+    )
+    if mix_weights is not None:
+        weights = np.where(allowed, mix_weights(weights), 0.0)
+    return logits, weights
+
+
 def states_of(dense, query_size, key_size):
     """Return what each tile of a dense mask really is."""
     rows = range(0, dense.shape[0], query_size)

@@ -49,17 +49,7 @@ def plain(query, key, value, allowed, mix_logits=None, mix_weights=None):
     """Attention with maps given as functions of [M, T, S], in NumPy; the mask is [T, S]."""
     found = []
     for q, k, v in zip(query, key, value, strict=True):
-        groups = q.shape[1] // k.shape[1]
-        logits = np.stack(
-            [q[:, n] @ k[:, n // groups].T / np.sqrt(q.shape[2]) for n in range(q.shape[1])]
-        )
-        if mix_logits is not None:
-            logits = mix_logits(np.where(allowed, logits, 0.0))
-        weights = np.array(
-            [[oracle.softmax(*row) for row in zip(one, allowed, strict=True)] for one in logits]
-        )
-        if mix_weights is not None:
-            weights = np.where(allowed, mix_weights(weights), 0.0)
+        _, weights = oracle.mixed_heads(q, k, allowed, mix_logits, mix_weights)
         shared = len(weights) // v.shape[1]
         found.append([w @ v[:, n // shared] for n, w in enumerate(weights)])
     return np.moveaxis(np.array(found), 1, 2)

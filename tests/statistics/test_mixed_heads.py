@@ -56,14 +56,7 @@ def expected(query, key, allowed, mix_logits=None, mix_weights=None):
     """Return every statistic of plain attention with maps of [M, T, S], as `attend` lays it out."""
     found = {name: [] for name in STATISTICS}
     for q, k in zip(np.asarray(query), np.asarray(key), strict=True):
-        logits = np.stack([q[:, n] @ k[:, 0].T / np.sqrt(DEPTH) for n in range(q.shape[1])])
-        if mix_logits is not None:
-            logits = mix_logits(np.where(allowed, logits, 0.0))
-        weights = np.array(
-            [[oracle.softmax(*row) for row in zip(one, allowed, strict=True)] for one in logits]
-        )
-        if mix_weights is not None:
-            weights = np.where(allowed, mix_weights(weights), 0.0)
+        logits, weights = oracle.mixed_heads(q, k, allowed, mix_logits, mix_weights)
         for name, example in STATISTICS.items():
             axis = 0 if example.statistic.of == "head" else 1
             # No formula of logits looks at weights, nor any other at logits.
