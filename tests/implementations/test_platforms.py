@@ -235,7 +235,8 @@ def test_derivatives_of_what_none_chooses_are_kernels_too():
         context = attend(*arrays, mask=masks.Causal(), score=user_score)
         return jnp.sum(context.astype(jnp.float32))
 
-    assert counted(jax.grad(total, (0, 1, 2))) == [0, 3, 3 * choosing.can_lower_for_gpu()]
+    # A TPU has one backward kernel, a GPU one of queries and one of keys.
+    assert counted(jax.grad(total, (0, 1, 2))) == [0, 2, 3 * choosing.can_lower_for_gpu()]
 
 
 @pytest.mark.parametrize(
