@@ -101,8 +101,8 @@ def second_derivatives(options, implementation, arrays, normalizer):
 @pytest.mark.parametrize(
     ("name", "derivatives"),
     [
-        ("sparsemax", gradients),
-        ("entmax15", gradients),
+        pytest.param("sparsemax", gradients, marks=pytest.mark.exhaustive),
+        pytest.param("entmax15", gradients, marks=pytest.mark.exhaustive),
         ("top_k", gradients),
         pytest.param("top_p", gradients, marks=pytest.mark.exhaustive),
         ("entmax", gradients),

@@ -55,7 +55,7 @@ def test_each_device_does_its_share():
         ("scores", 17),
         ("options", 10),
         ("dense", 9),
-        ("linear", 9),
+        pytest.param("linear", 9, marks=pytest.mark.exhaustive),
         ("cache", 4),
         ("whole", 4),
         ("nnx", 14),
