@@ -60,7 +60,7 @@ class Long(NamedTuple):
     mebibytes: float
 
 
-def normalizer_cases() -> dict[str, Options]:
+def normalizer_cases(_: int) -> dict[str, Options]:
     """Every exported normalizer; those that select or search with numbers that are in use."""
     table = jnp.asarray(np.random.default_rng(0).normal(size=(64, DEPTH)) / 8, jnp.float32)
     given: dict[str, Any] = {
@@ -133,8 +133,11 @@ def gradients(options: Options, implementation: str = "tiled", **more: Any) -> C
 PASSES = {"forward": forward, "with gradients": gradients}
 
 
-def measure(cases: Mapping[str, Options], scale: int, repeats: int) -> dict[str, Row]:
+def measure(
+    cases_of: Callable[[int], Mapping[str, Options]], scale: int, repeats: int
+) -> dict[str, Row]:
     """Measure all cases over the first of them, at the length 4096."""
+    cases, of_errors = (cases_of(length) for length in (LENGTH // scale, OF_ERRORS.length))
     arrays = inputs(Shape(LENGTH // scale, HEADS, DEPTH))
     ratios: dict[str, dict[str, Ratio]] = {name: {} for name in cases}
     held: dict[str, dict[str, float]] = {name: {} for name in cases}
@@ -149,9 +152,7 @@ def measure(cases: Mapping[str, Options], scale: int, repeats: int) -> dict[str,
         for name, call in calls.items():
             ratios[name][of_pass] = ratio_of(costs[name], costs[base])
             held[name][of_pass] = mebibytes_of(call)
-    return {
-        name: Row(ratios[name], held[name], *errors(options)) for name, options in cases.items()
-    }
+    return {name: Row(ratios[name], held[name], *errors(of_errors[name])) for name in cases}
 
 
 def ratio_of(costs: list[Cost], of_base: list[Cost]) -> Ratio:

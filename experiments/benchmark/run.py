@@ -136,12 +136,8 @@ def _run_inside(
     """Measure every normalizer over softmax, or every statistic over none; JSON and a table."""
     scale = SCALE_OF_QUICK_INSIDE if options.quick else 1
     is_statistics = name == "statistics"
-    cases = (
-        inside.statistic_cases(inside.LENGTH // scale)
-        if is_statistics
-        else inside.normalizer_cases()
-    )
-    rows = inside.measure(cases, scale, options.repeats)
+    cases_of = inside.statistic_cases if is_statistics else inside.normalizer_cases
+    rows = inside.measure(cases_of, scale, options.repeats)
     long = inside.at_length(scale) if is_statistics else {}
     on = (
         f"{surroundings['cores']} cores of {surroundings['processor']}, jax {surroundings['jax']}, "

@@ -228,7 +228,7 @@ ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
 
 def test_every_normalizer_and_every_statistic_is_measured():
     not_of_rows = {"contextual_positions", "hard_monotonic", "monotonic"}
-    assert inside.normalizer_cases().keys() == examples.NORMALIZERS.keys() | not_of_rows
+    assert inside.normalizer_cases(64).keys() == examples.NORMALIZERS.keys() | not_of_rows
     others = {inside.ALONE, inside.LOGGED, inside.ALL}
     assert inside.statistic_cases(64).keys() - others == STATISTICS.keys()
 
@@ -236,7 +236,7 @@ def test_every_normalizer_and_every_statistic_is_measured():
 def test_tables_of_normalizers_and_statistics_are_pages(tmp_path, monkeypatch, capsys):
     ratio, mebibytes = inside.Ratio(1.5, 1.25, 2.0), {"forward": 4.0, "with gradients": 9.5}
     row = inside.Row(dict.fromkeys(inside.PASSES, ratio), mebibytes, 2e-15, 3e-14)
-    monkeypatch.setattr(inside, "measure", lambda cases, *_: dict.fromkeys(cases, row))
+    monkeypatch.setattr(inside, "measure", lambda cases_of, *_: dict.fromkeys(cases_of(64), row))
     long = dict.fromkeys(inside.statistic_cases(64), inside.Long(3.25, 40.0))
     monkeypatch.setattr(inside, "at_length", lambda scale: long)
     run(command_line.parse(["--suites=normalizers,statistics", "--quick", f"--out={tmp_path}"]))
@@ -249,6 +249,17 @@ def test_tables_of_normalizers_and_statistics_are_pages(tmp_path, monkeypatch, c
     assert f"| {inside.ALONE} | {cells}" in capsys.readouterr().out
     written = json.loads((tmp_path / "statistics.json").read_text())
     assert written["long"]["entropy"] == {"seconds": 3.25, "mebibytes": 40.0}
+
+
+@pytest.mark.slow
+def test_costs_and_errors_are_of_data_of_their_own_lengths():
+    def few(length):
+        cases = inside.statistic_cases(length)
+        return {name: cases[name] for name in (inside.ALONE, "induction_score")}
+
+    row = inside.measure(few, scale=32, repeats=1)["induction_score"]
+    assert all(ratio.median > 0 for ratio in row.ratios.values())
+    assert row.error_of_values < 1e-12 and row.error_of_gradients < 1e-12
 
 
 def test_errors_are_relative_to_numbers_beyond_one_and_alike_where_infinite():
