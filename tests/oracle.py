@@ -5,6 +5,11 @@ import numpy as np
 from attention_jax.masks import EMPTY, FULL, PARTIAL
 
 
+def sample(*shape, seed=0):
+    """Return normally distributed numbers, the same for the same shape and seed."""
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
 def softmax(logits, allowed):
     if not allowed.any():
         return np.zeros_like(logits)

@@ -12,14 +12,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from attention_jax import attend, bind, masks, normalizers, positions, scores
 from attention_jax.linear import linear_attention
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 LENGTH, TILE = 9, (4, 3)
 IDS = jnp.array([[0, 0, 0, 1, 1, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 1, 0], [0] * LENGTH])
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def normal(*shape):

@@ -25,20 +25,13 @@ from attention_jax import (
 from attention_jax.cache import attend_cached, extend, init
 from tests import oracle
 from tests.contract import examples
+from tests.oracle import sample
+
+pytestmark = pytest.mark.usefixtures("x64")
 
 B, T, S, H, V = 2, 5, 6, 3, 2
 TILE = (2, 4)
 STEP = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def sample(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 def qkv(heads, key_heads=1, value_heads=1):

@@ -96,14 +96,8 @@ def test_as_many_heads_at_once_as_fit(name):
     assert Elsewhere(None, sequential, most).at_once(sizes, "BKG", "BKG") == expected
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.slow), 6])
-def test_groups_of_heads_compute_what_all_heads_do(most, float64):
+def test_groups_of_heads_compute_what_all_heads_do(most, x64):
     x, weight = (jnp.asarray(RNG.normal(size=shape)) for shape in ((2, 5, 4, 3, 2), (4, 3)))
     axes, result = ["BTKG", "KG"], ("BTKG", "BKG")
 

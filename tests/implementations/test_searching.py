@@ -15,14 +15,10 @@ from attention_jax.masks import FULL
 from tests.implementations.derivatives import of_squares
 from tests.implementations.test_tiled import largest_intermediate
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 T, S, N, K = 21, 26, 2, 1
 TILE = (8, 8)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def normal(*shape, seed=0):

@@ -20,14 +20,10 @@ from attention_jax import (
 )
 from attention_jax.implementations import interpreted, tiles
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 B, T, S, N, K, H, V = 2, 37, 29, 4, 2, 6, 5
 TILE = (8, 16)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def normal(*shape, seed=0):

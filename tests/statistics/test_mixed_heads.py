@@ -22,7 +22,10 @@ from attention_jax import (
 from attention_jax.statistics import Statistic, fields_read
 from tests import oracle
 from tests.contract import examples
+from tests.oracle import sample
 from tests.statistics.examples import LENGTH, STATISTICS
+
+pytestmark = pytest.mark.usefixtures("x64")
 
 BATCH, DEPTH = 2, 3
 EVERY = {name: example.statistic for name, example in STATISTICS.items()}
@@ -35,16 +38,6 @@ TILED = {"implementation": "tiled", "tile_sizes": (4, 3)}
 DENSE = {"implementation": "dense"}
 WAYS = {"dense": DENSE, "tiled": TILED}
 STEP = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def sample(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 def qkv(heads, key_heads=1, value_heads=1):
