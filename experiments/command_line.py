@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from experiments.data.corpus import shortened
+from experiments.files import unfinished_of
 
 Options = TypeVar("Options")
 
@@ -71,6 +72,10 @@ def parse_flags(
             f"--flagfile: text in {error.encoding} is needed, but the file has the byte "
             f"0x{error.object[error.start]:02x} where no character can have it; give another file."
         ) from None
+    except flags.CantOpenFlagFileError as error:
+        refused = error.__context__
+        why = reason(refused) if isinstance(refused, OSError) else refused
+        raise UsageError(f"--flagfile: {why}; give a file of flags.") from None
     except (flags.Error, ValueError) as error:
         raise UsageError(f"{_mistake(error)}; --help lists all flags.") from None
     # The only warning of absl is that a file of flags includes itself.
@@ -101,7 +106,7 @@ def check_file(flag: str, path: Path) -> None:
     """
     if os.path.isdir(path):
         raise UsageError(f"--{flag}: {path} is a folder; give a file.")
-    _check_written_in(path.absolute().parent, flag, path)
+    _check_written(path.absolute(), flag, path)
 
 
 def check_folder(flag: str, path: Path) -> None:
@@ -112,18 +117,26 @@ def check_folder(flag: str, path: Path) -> None:
     """
     if os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(f"--{flag}: {path} is a file; give a directory.")
-    _check_written_in(path.absolute(), flag, path)
+    _check_written(path.absolute(), flag, path)
 
 
-def _check_written_in(folder: Path, flag: str, path: Path) -> None:
-    """Create and remove a folder, because permissions alone do not decide."""
-    parent = next(there for there in (folder, *folder.parents) if os.path.exists(there))
+def _check_written(whole: Path, flag: str, path: Path) -> None:
+    """Create and remove a folder, because permissions alone do not decide; and try the names."""
+    parent = next(there for there in (whole, *whole.parents) if os.path.exists(there))
     try:
         os.rmdir(tempfile.mkdtemp(dir=parent))
+        for part in whole.relative_to(parent).parts:
+            _check_name(parent / part)
     except OSError as error:
         raise UsageError(
             f"--{flag}: {path} cannot be written in {parent}: {error.strerror}; give another."
         ) from None
+
+
+def _check_name(path: Path) -> None:
+    """Raise the system's error if a file has too long a name to be written atomically."""
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(unfinished_of(path))
 
 
 def show(text: object) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from glob import escape
 from pathlib import Path
 
 from experiments.data.alignments import Row, aligned, all_aligned, by_sentence, is_alignment
 from experiments.data.corpus import DataError, Pair
-from experiments.data.text import cut, lines_of, read_content
+from experiments.data.text import (
+    cut,
+    is_there,
+    lines_of,
+    read_content,
+    readable,
+    without_last_blanks,
+)
 
 Splits = dict[str, list[Pair]]
 
@@ -73,15 +80,20 @@ class Reader:
         Raises:
           DataError: nothing is there, or what is there cannot be read as a parallel corpus.
         """
+        with readable(Path(data)):
+            return self._read_splits(data)
+
+    def _read_splits(self, data: str) -> tuple[Splits, Splits]:
         path = Path(data)
-        if path.is_dir():
+        if is_there(path) and path.is_dir():
             if path.suffix == ".tsv":
                 raise DataError(f"{path} is a folder where a .tsv file was expected; name a file.")
             return self._splits(path, "")
-        if path.exists():
+        if is_there(path):
             return {"train": self._table(path)}, {}
-        if path.parent.is_dir() and any(path.parent.glob(f"{escape(path.name)}.*")):
-            return self._splits(path.parent, f"{path.name}.")
+        prefix = f"{path.name}."
+        if is_there(path.parent) and any(map(_begins(prefix), os.listdir(path.parent))):
+            return self._splits(path.parent, prefix)
         raise DataError(
             f"{data} does not exist: it is no generated corpus (grammar, numbers, copy, reverse), "
             f"no file, no folder and no prefix of files like {path.name}.train.{self.source}; "
@@ -101,9 +113,11 @@ class Reader:
             # The training set, read first, decides; text without gold alignments is tokenised.
             self.at_spaces = bool(self.at_spaces)
         extra: Splits = {}
-        for path in sorted(folder.glob(f"{escape(prefix)}test?*.{escape(self.source)}")):
-            name = path.name.removeprefix(prefix).removesuffix(f".{self.source}")
-            extra[name] = self._split(folder, prefix + name) or []
+        ending = f".{self.source}"
+        for file in sorted(filter(_begins(f"{prefix}test"), os.listdir(folder))):
+            name = file.removeprefix(prefix).removesuffix(ending)
+            if file.endswith(ending) and name != "test":
+                extra[name] = self._split(folder, prefix + name) or []
         if "test" not in splits and extra:
             name = next(iter(extra))
             splits["test"] = extra.pop(name)
@@ -121,14 +135,14 @@ class Reader:
         table, left, right = (
             folder / f"{name}.{ending}" for ending in ("tsv", self.source, self.target)
         )
-        if table.exists():
+        if is_there(table):
             return self._table(table)
-        if left.exists() and right.exists():
+        if is_there(left) and is_there(right):
             if beside := self._beside(folder, name):
                 return self._three_files(left, right, *beside)
             return self._two_files(left, right)
-        if left.exists() or right.exists():
-            there, missing = (left, right) if left.exists() else (right, left)
+        if is_there(left) or is_there(right):
+            there, missing = (left, right) if is_there(left) else (right, left)
             raise DataError(f"{there} has no partner: {missing} does not exist; both are needed.")
         return None
 
@@ -137,7 +151,7 @@ class Reader:
         languages = self.source, self.target
         for columns in ((0, 1), (1, 0)):
             path = folder / f"{name}.{'-'.join(languages[column] for column in columns)}.align"
-            if path.exists():
+            if is_there(path):
                 return path, columns
         return None
 
@@ -145,11 +159,7 @@ class Reader:
         self, left: Path, right: Path, links: Path, columns: tuple[int, int]
     ) -> list[Pair]:
         """Source, target and gold alignments, of a target and its source if columns are (1, 0)."""
-        sources, targets = self._sentences(left), self._sentences(right)
-        if len(sources) != len(targets):
-            raise _unequal(left, len(sources), right, len(targets), "translate")
-        sentences = list(zip(sources, targets, strict=True))
-        pairs = enumerate(self._linked_beside(left, sentences, links, columns), 1)
+        pairs = enumerate(self._linked_beside(left, self._sides(left, right), links, columns), 1)
         return self._without_empty(pairs, f"{left} and {right.name}")
 
     def _linked_beside(
@@ -160,7 +170,7 @@ class Reader:
         columns: tuple[int, int],
     ) -> list[Pair]:
         """Sources and targets of `path` with the gold alignments of a file of their own."""
-        lines = self._lines(links)
+        lines = without_last_blanks(self._lines(links), len(sentences))
         try:
             numbered = by_sentence(lines, len(sentences))
         except ValueError as error:
@@ -176,22 +186,28 @@ class Reader:
         return self._linked(f"{links} line", links.name, rows, columns)
 
     def _two_files(self, left: Path, right: Path) -> list[Pair]:
-        sources, targets = self._sentences(left), self._sentences(right)
-        if len(sources) != len(targets):
-            raise _unequal(left, len(sources), right, len(targets), "translate")
         pairs = (
             (number, self._tokenize(*lines))
-            for number, lines in enumerate(zip(sources, targets, strict=True), 1)
+            for number, lines in enumerate(self._sides(left, right), 1)
         )
         return self._without_empty(pairs, f"{left} and {right.name}")
+
+    def _sides(self, left: Path, right: Path) -> list[tuple[str, str]]:
+        """The lines of two files, each with its translation."""
+        sides = self._sentences(left), self._sentences(right)
+        shorter = min(map(len, sides))
+        sources, targets = (without_last_blanks(side, shorter) for side in sides)
+        if len(sources) != len(targets):
+            raise _unequal(left, len(sources), right, len(targets), "translate")
+        return list(zip(sources, targets, strict=True))
 
     def _sentences(self, path: Path) -> list[str]:
         """The lines of one side, without ``<s snum=0001>`` and ``</s>`` where all have them."""
         lines = self._lines(path)
         found = [_NUMBERED.fullmatch(line.strip()) for line in lines]
-        sentences = [match[2] for match in found if match]
-        if len(sentences) < len(lines):
+        if sum(map(bool, found)) != sum(bool(line.strip()) for line in lines) or not any(found):
             return lines
+        sentences = [match[2] if match else "" for match in found]
         for number, match in enumerate(found, 1):
             if match and int(match[1]) != number:
                 raise DataError(
@@ -216,9 +232,10 @@ class Reader:
         With an alignment the text is taken as tokenised already, because links count its tokens,
         unless `at_spaces` is given: where that gives other tokens, the links are dropped.
         """
-        rows = self._rows(path)
-        columns, header = self._columns(path, rows[0])
-        numbered = list(enumerate(rows, 1))[header:]
+        numbered = list(enumerate(self._rows(path), 1))
+        first = next((row for row in numbered if any(map(str.strip, row[1]))), numbered[0])
+        columns, header = self._columns(path, *first)
+        numbered = numbered[first[0] * header :]
         third = [row[2] for _, row in numbered if len(row) > 2 and row[2].strip()]
         if any(map(is_alignment, third)):
             pairs = self._linked(f"{path} line", path.name, numbered, columns)
@@ -295,7 +312,7 @@ class Reader:
             )
         return recut
 
-    def _columns(self, path: Path, first: list[str]) -> tuple[tuple[int, int], bool]:
+    def _columns(self, path: Path, number: int, first: list[str]) -> tuple[tuple[int, int], bool]:
         """The columns of source and target, and whether the first line names the columns."""
         names = [name.strip().lower() for name in first[:2]]
         header = names[0] != names[1] and _COLUMN_NAMES.union((self.source, self.target)) >= set(
@@ -303,7 +320,8 @@ class Reader:
         )
         if header:
             self.notices.append(
-                f"{path.name}: line 1 ({names[0]}, {names[1]}) was read as the names of columns."
+                f"{path.name}: line {number} ({names[0]}, {names[1]}) was read as the names of "
+                "columns."
             )
 
         def column(language: str, otherwise: int) -> int:
@@ -350,6 +368,10 @@ def separator_of(lines: Sequence[str]) -> str:
     """
     begins = next((line for line in lines if line.strip()), "")
     return BARS if BARS in begins and not any("\t" in line for line in lines) else "\t"
+
+
+def _begins(prefix: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(prefix)
 
 
 def _lengths(pair: Pair) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,13 @@ _TOKEN = regex.compile(
     regex.VERBOSE | regex.IGNORECASE,
 )
 _INVISIBLE = regex.compile(r"[\p{Bidi_Control}\u00ad\u2060-\u2064\ufeff]")
+# The longer ones first: that of UTF-16 is their beginning.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 _BLANK = re.compile("[\x00-\x1f\x7f-\x9f\u200b]")
 
 _CLOSING = regex.compile(
@@ -73,17 +81,48 @@ def read_content(path: Path) -> bytes:
     Raises:
       DataError: the file is missing, a folder, unreadable or empty.
     """
-    if path.is_dir():
-        raise DataError(f"{path} is a folder where a file was expected; give a text file.")
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; check the path.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    with readable(path):
+        try:
+            content = path.read_bytes()
+        except IsADirectoryError:
+            raise DataError(
+                f"{path} is a folder where a file was expected; give a text file."
+            ) from None
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist; check the path.") from None
     if not content.removeprefix(codecs.BOM_UTF8):
         raise DataError(f"{path} is empty, but lines of text were expected; give another file.")
     return content
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Say of what the system refuses to read what it is and why.
+
+    Raises:
+      DataError: the system refused it.
+    """
+    try:
+        yield
+    except OSError as error:
+        refused = error.filename or path
+        raise DataError(
+            f"{refused} cannot be read: {error.strerror or error}; check the path, and who may "
+            "read it."
+        ) from None
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder.
+
+    Raises:
+      OSError: the system does not tell, as in a folder that nobody may enter.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def lines_of(content: bytes, path: object) -> list[str]:
@@ -97,18 +136,24 @@ def lines_of(content: bytes, path: object) -> list[str]:
       path: where they come from, for the message of an error.
 
     Raises:
-      DataError: they are not UTF-8, or not text.
+      DataError: they are not UTF-8, not text, or lines of an old Macintosh.
     """
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(
-            f"{path} line 1 begins with the mark of UTF-16, but UTF-8 was expected; "
-            f"convert the file with `iconv -f UTF-16 -t UTF-8`."
-        )
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            raise DataError(
+                f"{path} line 1 begins with the mark of {encoding}, but UTF-8 was expected; "
+                f"convert the file with `iconv -f {encoding} -t UTF-8`."
+            )
     if (zero := content.find(b"\0")) >= 0:
         line = content.count(b"\n", 0, zero) + 1
         raise DataError(
             f"{path} line {line} has a NUL byte, so the file is binary or UTF-16, but UTF-8 text "
             "was expected; give a text file or convert it with iconv."
+        )
+    if b"\n" not in content and b"\r" in content.rstrip(b"\r"):
+        raise DataError(
+            f"{path} ends its lines with a carriage return alone, but line feeds were expected; "
+            "convert the file with `tr '\\r' '\\n'`."
         )
     try:
         text = content.decode("utf-8-sig")
@@ -122,6 +167,15 @@ def lines_of(content: bytes, path: object) -> list[str]:
     if lines[-1] == "":
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
+
+
+def without_last_blanks(lines: list[str], count: int) -> list[str]:
+    """Lines without blank ones at the end that are more than `count`.
+
+    >>> without_last_blanks(["a", "", " ", ""], 2)
+    ['a', '']
+    """
+    return lines if any(map(str.strip, lines[count:])) else lines[:count]
 
 
 def tokenize(text: str, lowercase: bool = False) -> tuple[str, ...]:

@@ -172,7 +172,8 @@ def load_ensemble(config: Config) -> Translators:
         try:
             other = workdir.trained_config(dataclasses.replace(Config(), **given), given)
         except UsageError as error:
-            raise UsageError(f"--members: {str(error).removeprefix('--workdir ')}") from None
+            sentence = str(error).removeprefix("--workdir ").replace("--workdir", "folder")
+            raise UsageError(f"--members: {sentence}") from None
         more = [load(score, other) for score in other.scores]
         same = dataclasses.replace(more[0].tokenizer, longest=groups[0].tokenizer.longest)
         if same != groups[0].tokenizer:

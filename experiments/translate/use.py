@@ -19,7 +19,13 @@ from experiments.command_line import UsageError, check_folder, show, terminal
 from experiments.data.alignments import all_aligned, is_alignment
 from experiments.data.corpus import DataError, Pair, shortened
 from experiments.data.files import BARS, Reader, separator_of
-from experiments.data.text import lines_of, read_lines
+from experiments.data.text import (
+    is_there,
+    lines_of,
+    read_lines,
+    readable,
+    without_last_blanks,
+)
 from experiments.files import unfinished_of, write_text
 from experiments.translate import results, table, workdir
 from experiments.translate.config import Config
@@ -87,7 +93,7 @@ def _references(config: Config, tokenizer: Tokenizer, name: str, count: int) -> 
     """
     found = []
     for path in config.references:
-        lines = read_lines(Path(path))
+        lines = without_last_blanks(read_lines(Path(path)), count)
         if len(lines) != count:
             raise UsageError(
                 f"--references: {path} has {len(lines)} lines, but {name} has {count} pairs; line "
@@ -248,7 +254,9 @@ def _pairs_of_file(config: Config, tokenizer: Tokenizer) -> tuple[str, Sequence[
     how = tokenizer.lowercase, tokenizer.at_spaces, config.links_from
     reader = Reader(config.source, config.target, *how)
     path = Path(config.input)
-    if not path.is_file():
+    with readable(path):
+        is_file = is_there(path) and path.is_file()
+    if not is_file:
         raise UsageError(f"--input {path} is not a file; give a table of pairs, source<TAB>target.")
     splits, _ = reader.read_splits(str(path))
     for notice in reader.notices:

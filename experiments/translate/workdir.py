@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from experiments.command_line import UsageError
+from experiments.command_line import UsageError, check_folder
 from experiments.files import write_json
 from experiments.translate.config import SWEPT, Config, group_of
 from experiments.translate.environment import environment
@@ -103,10 +103,8 @@ def check(owner: Owner) -> None:
             f"--workdir {folder.absolute()} has a {found[0]} in its path, but checkpoints can be "
             f"saved only in a path without *, ? and [; {hint}"
         )
-    if not folder.exists():
-        parent = next(path for path in folder.absolute().parents if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise UsageError(f"--workdir {folder} cannot be created in {parent}; {hint}")
+    if not os.path.exists(folder):
+        check_folder("workdir", folder)
         return
     if not folder.is_dir():
         raise UsageError(f"--workdir {folder} is a file, not a folder; {hint}")

@@ -115,6 +115,8 @@ def test_what_cannot_be_written_is_known_before_the_work(check, tmp_path):
     for path, parent, why in (
         (Path("/proc/new/x"), "/proc", "No such file or directory"),
         (Path("/dev/null/x"), "/dev/null", "Not a directory"),
+        (there / ("a" * 250), there, "File name too long"),  # that of the unfinished file
+        (there / "new" / ("a" * 300) / "x", there, "File name too long"),
     ):
         with pytest.raises(UsageError) as error:
             check("out", path)

@@ -85,7 +85,7 @@ def test_text_of_the_shared_tasks(tmp_path):
     for path in (tmp_path / "train.en", tmp_path / "train.de"):
         lines = path.read_text().splitlines()
         numbered = [f"<s snum={n:04d}> {line} </s>\n" for n, line in enumerate(lines, 1)]
-        path.write_text("".join(numbered))
+        path.write_text("".join([*numbered, "\n"]))  # a blank line is no sentence
     pairs, notices = read(tmp_path)
     check(pairs)
     assert "train.de: <s snum=...> and </s> were left out of its lines." in notices

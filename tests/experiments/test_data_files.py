@@ -1,5 +1,7 @@
 """Corpora from files: every mistake has its message; lines of two files stay in step."""
 
+import pathlib
+
 import pytest
 
 from experiments.data import DataError, Pair, Reading, Sizes, load
@@ -248,6 +250,8 @@ def test_test_sentences_that_occur_in_training_are_counted(write, tmp_path):
             "line 2 is not UTF-8 (byte 0xfc); if the file is Latin-",
         ),
         (TABLE.encode("utf-16"), "line 1 begins with the mark of UTF-16, but UTF-8 was expected; "),
+        (TABLE.encode("utf-32"), "line 1 begins with the mark of UTF-32, but UTF-8 was expected; "),
+        (TABLE.replace("\n", "\r"), "ends its lines with a carriage return alone, but line feeds "),
         (TABLE.encode("utf-16-le"), "line 1 has a NUL byte, so the file is binary or UTF-16, but "),
         (bytes(range(256)), "line 1 has a NUL byte, so the file is binary or UTF-16, but UTF-8 "),
         ("a\tb\nc\0\td\n", "line 2 has a NUL byte, so the file is binary or UTF-16, but UTF-8 "),
@@ -353,7 +357,48 @@ def test_a_file_without_permission(write, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("pathlib.Path.read_bytes", forbidden)
-    assert refused(path) == f"{path} cannot be read: Permission denied."
+    assert refused(path) == (
+        f"{path} cannot be read: Permission denied; check the path, and who may read it."
+    )
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "corpus", "."])
+def test_a_folder_that_nobody_may_enter(name, write, monkeypatch):
+    """It is not reported as missing."""
+    folder = write("closed/train.tsv", TABLE).removesuffix("/train.tsv")
+    stat = pathlib.Path.stat
+
+    def forbidden(path, **options):
+        if str(path).startswith(f"{folder}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(pathlib.Path, "stat", forbidden)
+    assert refused(f"{folder}/{name}".removesuffix("/.")).endswith(
+        " cannot be read: Permission denied; check the path, and who may read it."
+    )
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    assert "cannot be read: File name too long; check the path" in refused(tmp_path / (300 * "a"))
+
+
+def test_blank_lines_are_where_they_like(write, tmp_path):
+    """Before the names of columns, and at the end of one file of two or three."""
+    names = "de\ten\n" + "".join(f"{line}\n" for line in TABLE.splitlines())
+    plain, blank = (load(write("a.tsv", text), **LENIENT) for text in (names, f"\n\t\n{names}"))
+    assert (blank.train, blank.valid) == (plain.train, plain.valid)
+    assert "a.tsv: line 3 (de, en) was read as the names of columns." in blank.notices
+    write("train.en", "a b\nc\n\nd\n \n")
+    write("train.de", "x\ny\n\nz\n")
+    write("train.en-de.align", "0-0\n0-0\n\n0-0\n\n\n\n")
+    pairs = everything(load(str(tmp_path), **LENIENT))
+    assert {(pair.source[0], pair.target[0]) for pair in pairs} == {
+        ("a", "x"),
+        ("c", "y"),
+        ("d", "z"),
+    }
+    assert all(pair.sure == {(0, 0)} for pair in pairs)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,11 @@ def test_recorded_runs_say_how_they_were_made(path):
         ("--scores=..a", "--scores: there is no score '..a'; choose from additive, .*function."),
         ("--scores=dott", "--scores: there is no score 'dott'; choose from additive, .*, none.*"),
         ("grammar", "'grammar' is no flag; write --name=value, and --help lists all flags."),
-        ("--flagfile=/no/file", ".*Unable to open flagfile.*"),
+        (
+            "--flagfile=/no/file",
+            "--flagfile: /no/file: No such file or directory; give a fi.*",
+        ),
+        ("--flagfile=/", "--flagfile: /: Is a directory; give a file of flags."),
     ],
 )
 def test_a_value_that_means_nothing_is_refused(flag, sentence):

@@ -132,7 +132,6 @@ def test_a_folder_that_cannot_be_had(tmp_path, capsys, translate):
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     for folder, sentence in {
         "file": "is a file, not a folder",
-        "file/below": rf"cannot be created in {tmp_path}/file",
         "full": "holds other files and no run",
     }.items():
         assert translate(f"--workdir={tmp_path}/{folder}") == 2
@@ -140,6 +139,15 @@ def test_a_folder_that_cannot_be_had(tmp_path, capsys, translate):
         assert printed.out == ""
         said = rf"translate: --workdir {tmp_path}/{folder} {sentence}; give another --workdir\.\n"
         assert re.fullmatch(said, printed.err)
+    for folder, parent, why in (
+        ("file/below", tmp_path / "file", "Not a directory"),
+        (300 * "a", tmp_path, "File name too long"),
+    ):
+        assert translate(f"--workdir={tmp_path}/{folder}") == 2
+        assert capsys.readouterr().err == (
+            f"translate: --workdir: {tmp_path}/{folder} cannot be written in {parent}: {why}; give "
+            "another.\n"
+        )
     assert (tmp_path / "file").read_text() == "mine"
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
