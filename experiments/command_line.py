@@ -95,6 +95,14 @@ def _mistake(error: Exception) -> str:
     # For a value that is no boolean absl shows a tuple.
     if boolean := re.fullmatch(r"flag --(\w+)=(.*): \('Non-boolean .*\)", text):
         return "--{} is {}, but true or false is needed".format(*boolean.groups())
+    # For what is no number it shows the error of Python.
+    for pattern, sentence in (
+        (r"flag --(\w+)=.*: invalid literal .*?: ('.*')", "--{}: {} is no whole number"),
+        (r"flag --(\w+)=.*: could not convert .*?: ('.*')", "--{}: {} is no number"),
+        (r"flag --(\w+)=.*: Exceeds the limit .*", "--{}: the number has too many digits"),
+    ):
+        if number := re.fullmatch(pattern, text):
+            return sentence.format(*number.groups())
     return text
 
 
@@ -106,7 +114,7 @@ def check_file(flag: str, path: Path) -> None:
     """
     if os.path.isdir(path):
         raise UsageError(f"--{flag}: {path} is a folder; give a file.")
-    _check_written(path.absolute(), flag, path)
+    _check_written(path.absolute().parent, flag, path)
 
 
 def check_folder(flag: str, path: Path) -> None:
@@ -120,12 +128,12 @@ def check_folder(flag: str, path: Path) -> None:
     _check_written(path.absolute(), flag, path)
 
 
-def _check_written(whole: Path, flag: str, path: Path) -> None:
+def _check_written(folder: Path, flag: str, path: Path) -> None:
     """Create and remove a folder, because permissions alone do not decide; and try the names."""
-    parent = next(there for there in (whole, *whole.parents) if os.path.exists(there))
+    parent = next(there for there in (folder, *folder.parents) if os.path.exists(there))
     try:
         os.rmdir(tempfile.mkdtemp(dir=parent))
-        for part in whole.relative_to(parent).parts:
+        for part in path.absolute().relative_to(parent).parts:
             _check_name(parent / part)
     except OSError as error:
         raise UsageError(

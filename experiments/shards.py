@@ -41,7 +41,7 @@ def parse_shard(text: str | None) -> Shard | None:
     """
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if found and 1 <= int(found[1]) <= int(found[2]):
         return Shard(int(found[1]), int(found[2]))
     raise UsageError(

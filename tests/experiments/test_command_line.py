@@ -52,7 +52,7 @@ def refusal(*arguments):
         ),
         (
             "--seeds=x",
-            "flag --seeds=x: invalid literal for int() with base 10: 'x'; --help lists all flags.",
+            "--seeds: 'x' is no whole number; --help lists all flags.",
         ),
     ],
 )
@@ -112,6 +112,8 @@ def test_what_cannot_be_written_is_known_before_the_work(check, tmp_path):
     there.mkdir()
     check("out", there / "new" / "x")
     assert not list(there.iterdir())
+    (there / "results.md").touch()
+    check_file("out", there / "results.md")  # it is replaced
     for path, parent, why in (
         (Path("/proc/new/x"), "/proc", "No such file or directory"),
         (Path("/dev/null/x"), "/dev/null", "Not a directory"),

@@ -64,7 +64,8 @@ def test_recorded_runs_say_how_they_were_made(path):
     [
         ("--seed=3", r"unknown flag --seed; did you mean --seeds\?"),
         ("--zzz=3", "unknown flag --zzz; --help lists all flags."),
-        ("--seeds=two", "flag --seeds=two: .*; --help lists all flags."),
+        ("--seeds=two", "--seeds: 'two' is no whole number; --help lists all flags."),
+        (f"--seeds={5000 * '9'}", "--seeds: the number has too many digits; --help lists all .*"),
         ("--seeds=0", "--seeds is 0, but a whole number of at least 1 is needed."),
         ("--steps=-5", "--steps is -5, but a whole number of at least 1 is needed."),
         ("--width=7", "--width is 7, but an even whole number of at least 2 is needed."),

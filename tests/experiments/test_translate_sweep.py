@@ -45,7 +45,7 @@ def diverged(score, point, rate):
     [
         ("--seeds=2,3", "--seeds is 2,3, but takes one value; --help names the lists."),
         ("--learning_rate=0.1,", "flag --learning_rate=0.1,: an element of the list is empty; .*"),
-        ("--learning_rate=0.1,x", "flag --learning_rate=0.1,x: .* 'x'; --help lists all flags."),
+        ("--learning_rate=0.1,x", "--learning_rate: 'x' is no number; --help lists all flags."),
         ("--attention_size=2,8,2", "--attention_size names 2 twice; name every value once."),
         ("--attention_size=2,0", "--attention_size is 0, but a whole number of at least 1 .*"),
         ("--dropout=0,1", r"--dropout is 1.0, but a number in \[0, 1\) is needed."),
