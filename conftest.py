@@ -38,10 +38,20 @@ def _shared(tmp_path_factory) -> pathlib.Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation(request):
-    """Compile without optimization what is compiled once to be called once."""
-    quick = COMPILED_AS_USERS_DO not in request.path.parts
-    jax.config.update("jax_disable_most_optimizations", quick)
-    yield
+@pytest.fixture(scope="session", autouse=True)
+def quick_compilation():
+    """Compile without optimization what is called once, in programs that tests start too."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def compilation_as_users_know_it(request, quick_compilation):
+    """Compile well where numbers are looked at closely."""
+    well = COMPILED_AS_USERS_DO in request.path.parts
+    jax.config.update("jax_disable_most_optimizations", not well)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

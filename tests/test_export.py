@@ -69,7 +69,12 @@ ANY_LENGTH = {
     "linear": lambda x: linear_attention(x, x, x),
 }
 QUICK: tuple[str, ...] = ()
-DEAR = ("tiled second order", "tiled by arrays")
+DEAR = {
+    ("tiled second order", "b, t"),
+    ("tiled by arrays", "b, t"),
+    ("linear", "b, 12"),
+    ("gradient", "b, 12"),
+}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +85,7 @@ DEAR = ("tiled second order", "tiled by arrays")
             shape,
             id=f"{name}-{shape}",
             marks=[pytest.mark.slow] * (name not in QUICK)
-            + [pytest.mark.exhaustive] * (name in DEAR),
+            + [pytest.mark.exhaustive] * ((name, shape) in DEAR),
         )
         for cases, shape in ((ANY_BATCH, "b, 12"), (ANY_LENGTH, "b, t"))
         for name, function in cases.items()

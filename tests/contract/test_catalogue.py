@@ -142,12 +142,12 @@ def _value_and_pullback(function, inputs, cotangent):
 
 
 def pairs():
-    """Every implementation with every score and every mask at least once; a few whenever run."""
+    """Every implementation with every score and every mask at least once; half are exhaustive."""
     turns = range(max(len(examples.SCORES), len(examples.MASKS)))
     scores_in_turn, masks_in_turn = map(itertools.cycle, (examples.SCORES, examples.MASKS))
     for turn, score, mask in zip(turns, scores_in_turn, masks_in_turn, strict=False):
         for name in sorted(PORTABLE):
-            marks = [] if turn % 9 == 5 else [pytest.mark.slow]
+            marks = [pytest.mark.exhaustive] if (turn + (name == "tiled")) % 2 else []
             yield pytest.param(name, score, mask, marks=marks)
 
 

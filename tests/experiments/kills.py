@@ -1,13 +1,7 @@
 """Kill programs at work, and see what they left unfinished."""
 
-import os
 import signal
 import time
-
-
-def quick():
-    """The environment of a process that compiles as the tests do."""
-    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def unfinished(folder):

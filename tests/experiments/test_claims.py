@@ -12,7 +12,6 @@ from experiments.claims import run, workdir
 from experiments.claims.__main__ import main
 from experiments.claims.claim import SETTINGS, all_claims, all_themes, read_claim
 from experiments.claims.command_line import Options, parse
-from tests.experiments.kills import quick
 
 ROOT = Path(__file__).parents[2]
 GOOD = '''"""Numbers are larger than zero.
@@ -131,7 +130,7 @@ def test_two_shards_at_once_measure_every_claim_once(tmp_path):
 
     def started(*flags):
         command = [sys.executable, "-m", "experiments.claims", *arguments, *flags]
-        return subprocess.Popen(command, cwd=ROOT, env=quick(), stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
     both = [started(f"--workdir={tmp_path}/shards", f"--shard={n}/2") for n in (1, 2)]
     printed = "".join(process.communicate()[0] for process in both)

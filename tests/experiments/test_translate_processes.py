@@ -16,7 +16,7 @@ import pytest
 from experiments import processes
 from experiments.command_line import UsageError
 from experiments.translate.__main__ import main
-from tests.experiments.kills import quick, wait_for
+from tests.experiments.kills import wait_for
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -49,7 +49,7 @@ def started(*flags, devices=DEVICES, cwd=ROOT, environment=None):
         [sys.executable, "-m", "experiments.translate", *flags],
         cwd=cwd,
         env={
-            **quick(),
+            **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
             **(environment or {}),

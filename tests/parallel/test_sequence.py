@@ -167,7 +167,7 @@ COMBINATIONS = [  # of two devices, no keys travel on
     (WINDOW, "ring", 2, None, TILES),
     (SEGMENTS, "ring", 4, ORDER, TILES),
     (LENGTHS, "ring", 2, ORDER, CHUNKED),
-    (PAIRS, "ring", 2, None, CHUNKED),
+    pytest.param(PAIRS, "ring", 2, None, CHUNKED, marks=pytest.mark.exhaustive),
     (SIGMOID, "ring", 2, None, CHUNKED),
     (CAPTURED, "ring", 2, None, TILES),
     (LENGTHS, "all_gather", 2, ORDER, TILES),

@@ -94,7 +94,7 @@ def test_half_precision():
     ("kind", "axes"),
     [
         (AxisType.Auto, ("data", "sp", "heads")),
-        (AxisType.Explicit, ("data", "sp", "heads")),
+        pytest.param(AxisType.Explicit, ("data", "sp", "heads"), marks=pytest.mark.exhaustive),
         (AxisType.Explicit, ("data",)),  # whole sequences are split by the call
     ],
 )
