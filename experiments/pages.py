@@ -26,7 +26,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 3rem 0 .6rem; }
-p { max-width: 44rem; margin: .5rem 0; }
+p { max-width: 44rem; margin: .5rem 0; overflow-wrap: anywhere; }
 .lead { font-size: 1.1rem; color: var(--soft); }
 small, figcaption, .soft { color: var(--soft); font-size: .86rem; line-height: 1.45; }
 .scroll { overflow-x: auto; }
@@ -53,7 +53,19 @@ figure { margin: 1rem 0 2rem; }
 figure img { max-width: 100%; height: auto; display: block; background: #fff; }
 code, pre { font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { background: var(--code); padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; }
-@media print { :root { color-scheme: light; } main { padding: 0; } }
+@page { margin: 15mm; }
+@media print {
+  :root { color-scheme: light; print-color-adjust: exact; }
+  body { font-size: 11pt; }
+  main { padding: 0; }
+  h2 { break-after: avoid; margin-top: 2rem; }
+  h2 + p { break-after: avoid; }
+  tr, figure, .text tbody { break-inside: avoid; }
+  .scroll { overflow: visible; }
+  th { white-space: normal; vertical-align: bottom; }
+  th, td { padding: .3rem .35rem; font-size: 8.5pt; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+}
 $style</style>
 </head>
 <body>

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from experiments.command_line import UsageError
@@ -16,21 +17,32 @@ from experiments.translate.workdir import LOST, Record, is_first
 # validation.
 ROUND, VALIDATION = "tokens", "exact_match"
 
+# The field of a line with the start of the SHA-256 of the rest of it and of the mark of its run.
+_SEAL = "seal"
+_DIGITS = 16
+# Steps that a sentence lists.
+_LISTED = 5
+
 
 class Log:
-    """metrics.jsonl: one JSON object a line, each with `score` and `step`.
+    """metrics.jsonl: one JSON object a line, each with `score`, `step` and a seal.
 
     Of several processes the first one writes it.
+
+    Args:
+      path: of the file.
+      run: the mark of the run, as `marks.mark_of` returns it; lines of others are refused.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, run: str | None = None):
         self.path = path
+        self.run = run
 
     def records(self, score: str) -> list[Record]:
         """Return the records of one mechanism; an incomplete last line is ignored.
 
         Raises:
-          UsageError: another line is damaged.
+          UsageError: another line is damaged, or of another run.
         """
         return [record for record in self._all() if record["score"] == score]
 
@@ -51,6 +63,18 @@ class Log:
             raise UsageError(f"{self.path} lacks the measurements of training {score}; {LOST}")
         return records
 
+    def gap(self, score: str, name: str, steps: Iterable[int]) -> str | None:
+        """Return a sentence if records of a mechanism with a field are missing after some steps."""
+        held = {record["step"] for record in self.records(score) if name in record}
+        missing = [step for step in steps if step not in held]
+        if not missing:
+            return None
+        listed = ", ".join(map(str, missing[:_LISTED])) + ", ..." * (len(missing) > _LISTED)
+        return (
+            f"{self.path.name} lacks {len(missing)} measurements of training {score}, after step "
+            f"{listed}: what is computed of them, or drawn, is without these."
+        )
+
     def append(self, record: Record) -> None:
         """Add a record at the end.
 
@@ -62,7 +86,7 @@ class Log:
         before = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(self._line(record))
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, before)
@@ -72,12 +96,19 @@ class Log:
         """Drop the records of one mechanism after a step, which will be written again.
 
         Raises:
-          UsageError: a line other than the last is damaged.
+          UsageError: a line other than the last is damaged, or of another run.
         """
         if not is_first():
             return
         kept = [r for r in self._all() if r["score"] != score or r["step"] <= step]
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self.path, "".join(map(self._line, kept)))
+
+    def _line(self, record: Record) -> str:
+        return json.dumps({**record, _SEAL: self._seal(record)}) + "\n"
+
+    def _seal(self, record: Record) -> str:
+        content = json.dumps([self.run, record], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:_DIGITS]
 
     def _all(self) -> list[Record]:
         if not self.path.exists():
@@ -87,12 +118,12 @@ class Log:
 
     def _record(self, number: int, line: str) -> Record:
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not {"score", "step"} <= record.keys():
-            raise UsageError(
-                f"{self.path} line {number} is damaged; delete that line, and the same command "
-                "goes on."
-            )
-        return record
+            record = dict(json.loads(line))
+            if record.pop(_SEAL, None) == self._seal(record):
+                return record
+        except (ValueError, TypeError):
+            pass
+        raise UsageError(
+            f"{self.path} line {number} is damaged or of another run; delete that line, and the "
+            "same command goes on."
+        )

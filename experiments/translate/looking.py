@@ -31,8 +31,8 @@ _READABLE, _TALLEST = range(6, 15), 20
 # Weights of a report: with more, steps are left out.
 _MOST = 2_000_000
 _TITLE = "Where the translators look"
-# Names of the fields of a record.
-_WEIGHTS, _KIND = "weights", "float16"
+# The field with the weights of a record, and that with the numbers of an array.
+LOOK, _KIND = "weights", "float16"
 
 
 class Sentences(NamedTuple):
@@ -100,7 +100,7 @@ def _look_one_seed(graph: Graph, source: Array, target: Array, parameters: Any) 
 
 def record(score: str, step: int, weights: Mapping[str, Array]) -> Record:
     """Return a line of the log; of translators with several layers or heads seed 0 alone."""
-    return {"score": score, "step": step, _WEIGHTS: {n: _text(w) for n, w in weights.items()}}
+    return {"score": score, "step": step, LOOK: {n: _text(w) for n, w in weights.items()}}
 
 
 def _text(weights: Any) -> Record:
@@ -126,8 +126,8 @@ def explorer(
       several_layers: whether each translator has several layers and heads. Scores and seeds are
         else shown beside each other.
     """
-    logs = {score: [r for r in records if _WEIGHTS in r] for score, records in logs.items()}
-    logs = {score: records for score, records in logs.items() if records and records[-1][_WEIGHTS]}
+    logs = {score: [r for r in records if LOOK in r] for score, records in logs.items()}
+    logs = {score: records for score, records in logs.items() if records and records[-1][LOOK]}
     if not logs or not pairs:
         return None
     views = _of_layers(logs, pairs) if several_layers else _of_seeds(logs, pairs)
@@ -194,12 +194,12 @@ def _stacked(
 ) -> tuple[list[int], dict[str, np.ndarray]]:
     """Return steps and the weights of each attention after each of them, a few if they are many."""
     kept = [record for record in records if record["step"] in wanted]
-    size = sum(int(np.prod(held["shape"])) for held in kept[-1][_WEIGHTS].values())
+    size = sum(int(np.prod(held["shape"])) for held in kept[-1][LOOK].values())
     count = max(1, min(len(kept), most // size))
     chosen = np.linspace(len(kept) - 1, 0, count).round().astype(int)[::-1]
     kept = [kept[at] for at in chosen]
-    names = kept[-1][_WEIGHTS]
-    stacks = {name: np.stack([_array(r[_WEIGHTS][name]) for r in kept]) for name in names}
+    names = kept[-1][LOOK]
+    stacks = {name: np.stack([_array(r[LOOK][name]) for r in kept]) for name in names}
     return [record["step"] for record in kept], stacks
 
 

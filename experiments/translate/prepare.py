@@ -19,7 +19,9 @@ from experiments.translate.checkpoints import Checkpoints
 from experiments.translate.checks import CONTROLS, SCORES
 from experiments.translate.config import Config
 from experiments.translate.data import Task, load_task
-from experiments.translate.log import Log
+from experiments.translate.log import ROUND, VALIDATION, Log
+from experiments.translate.looking import LOOK
+from experiments.translate.marks import mark_of
 from experiments.translate.model import Sizes
 from experiments.translate.train_step import count_parameters, graph_of
 
@@ -53,12 +55,24 @@ class Run:
     @property
     def log(self) -> Log:
         """What training measures."""
-        return Log(self.folder / "metrics.jsonl")
+        return Log(self.folder / "metrics.jsonl", mark_of(self.folder))
 
     @property
     def looks(self) -> Log:
         """What translators look at after each validation."""
-        return Log(self.folder / "attention.jsonl")
+        return Log(self.folder / "attention.jsonl", mark_of(self.folder))
+
+    def gaps(self, score: str) -> list[str]:
+        """Return a sentence for each log that lacks some of what was measured in training."""
+        every, steps = self.config.evaluate_every, self.config.steps
+        rounds = range(self.config.round, steps + 1, self.config.round)
+        validated = [*range(every, steps, every), steps]
+        found = (
+            self.log.gap(score, ROUND, rounds),
+            self.log.gap(score, VALIDATION, validated),
+            self.looks.gap(score, LOOK, validated),
+        )
+        return [sentence for sentence in found if sentence]
 
     def checkpoints(self, score: str) -> Checkpoints:
         """Return the checkpoints of the translators of a score."""

@@ -114,8 +114,17 @@ def _write_translations(folder: Path, score: str, found: list[list[tuple[str, ..
         write_text(folder / f"{score}.seed{seed}.txt", text)
 
 
-def summarize(run: Run, outcomes: Sequence[Record], environment: Record) -> Record:
-    """Collect everything that table, figures and report show."""
+def summarize(
+    run: Run, outcomes: Sequence[Record], environment: Record, gaps: Sequence[str] = ()
+) -> Record:
+    """Collect everything that table, figures and report show.
+
+    Args:
+      run: with the data.
+      outcomes: of its scores.
+      environment: in which it began.
+      gaps: what `Run.gaps` says.
+    """
     config, corpus = run.config, run.task.corpus
     mechanisms = [_mechanism(outcome) for outcome in outcomes]
     return {
@@ -127,7 +136,7 @@ def summarize(run: Run, outcomes: Sequence[Record], environment: Record) -> Reco
             | {name: len(examples.pairs) for name, examples in run.task.sets.items()},
             "source_words": len(corpus.source_vocabulary),
             "target_words": len(corpus.target_vocabulary),
-            "notices": list(corpus.notices),
+            "notices": [*corpus.notices, *gaps],
         },
         "signatures": signatures(run.task.sets["test"].pairs, config.lowercase, corpus.at_spaces),
         "mechanisms": mechanisms,

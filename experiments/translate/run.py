@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 
 from attention_jax.diagnostics import Explorer
-from experiments import files
 from experiments.command_line import show, terminal
 from experiments.translate import figures, looking, report, results, table, workdir
 from experiments.translate.compile import Placement, check_divides
@@ -71,12 +70,15 @@ def train_and_report(config: Config) -> Path:
         if not workdir.is_first():
             return path
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        summary = results.summarize(run, outcomes, stored["environment"])
-        files.write_json(folder / "results.json", summary)
+        gaps = [sentence for score in run.sizes for sentence in run.gaps(score)]
+        summary = results.summarize(run, outcomes, stored["environment"], gaps)
+        write_marked(folder / "results.json", folder, summary)
         log = {score: run.log.complete_records(score) for score in run.sizes}
         names = figures.draw_all(outcomes, log, folder / "figures")
         path = report.write(summary, outcomes, names, folder, _explorer(run))
     table.show(run.console, summary)
+    for sentence in gaps:
+        run.console.print(sentence, soft_wrap=True)
     show(path.absolute())
     if config.open and not webbrowser.open(path.absolute().as_uri()):
         run.console.print("--open: no browser was found to show the report.")

@@ -88,12 +88,34 @@ def test_a_damaged_outcome_is_measured_again_when_it_is_deleted(copied):
     assert json.loads(path.read_text("utf-8"))["sets"] == whole["sets"]
 
 
-@pytest.mark.parametrize("damaged", [b'{"score": "dot', b"[]", b"{}", b"\xff", b""])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b'{"score": "dot',
+        b"[]",
+        b"{}",
+        b"\xff",
+        b"",
+        b'{"score": "dot", "step": 1}',
+        "digit",
+        "other",
+    ],
+)
 def test_a_damaged_line_of_the_log(damaged, tmp_path):
-    log = Log(tmp_path / "metrics.jsonl")
-    whole = b'{"score": "dot", "step": 1}\n'
+    log = Log(tmp_path / "metrics.jsonl", "one run")
+    log.append({"score": "dot", "step": 1})
+    whole = log.path.read_bytes()
+    if damaged == "digit":
+        damaged = whole.strip().replace(b"1", b"2", 1)
+    elif damaged == "other":
+        other = Log(tmp_path / "other.jsonl", "another run")
+        other.append({"score": "dot", "step": 1})
+        damaged = other.path.read_bytes().strip()
     log.path.write_bytes(whole + damaged + b"\n" + whole)
-    said = f"{log.path} line 2 is damaged; delete that line, and the same command goes on."
+    said = (
+        f"{log.path} line 2 is damaged or of another run; delete that line, and the same command "
+        "goes on."
+    )
     assert sentence(lambda: log.records("dot")) == sentence(lambda: log.rewind("dot", 1)) == said
     log.path.write_bytes(whole + damaged)
     assert log.records("dot") == [{"score": "dot", "step": 1}]
@@ -124,6 +146,28 @@ def test_a_log_needs_steps_and_validations(held, tmp_path):
     )
     log.append({"score": "dot", "step": 2, "tokens": 1, "exact_match": [1.0]})
     assert len(log.complete_records("dot")) == 2
+
+
+def test_measurements_that_a_log_lacks_are_told(tmp_path):
+    log = Log(tmp_path / "metrics.jsonl")
+    for step in (10, 30):
+        log.append({"score": "dot", "step": step, "tokens": 1})
+    assert log.gap("dot", "tokens", (10, 30)) is None
+    assert log.gap("dot", "tokens", range(10, 40, 10)) == (
+        "metrics.jsonl lacks 1 measurements of training dot, after step 20: what is computed of "
+        "them, or drawn, is without these."
+    )
+    assert "after step 1, 2, 3, 4, 5, ...:" in str(log.gap("none", "tokens", range(1, 9)))
+
+
+@pytest.mark.slow
+def test_what_a_log_lacks_is_in_the_report(copied):
+    folder, command = copied
+    (folder / "attention.jsonl").unlink()
+    assert command() == (0, "")
+    assert "attention.jsonl lacks 4 measurements of training dot" in (
+        folder / "report.html"
+    ).read_text("utf-8")
 
 
 def test_a_folder_that_cannot_be_had(tmp_path, capsys, translate):
