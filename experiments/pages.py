@@ -64,6 +64,8 @@ pre { background: var(--code); padding: .8rem 1rem; overflow-x: auto; border-rad
   .scroll { overflow: visible; }
   th { white-space: normal; vertical-align: bottom; }
   th, td { padding: .3rem .35rem; font-size: 8.5pt; }
+  td small { font-size: 7.5pt; }
+  p { break-inside: avoid; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
 $style</style>

@@ -37,6 +37,8 @@ _PATIENCE, _PAUSE = 5, 0.2
 # Orbax cannot read a checkpoint without this file.
 _MANIFEST = "manifest.ocdbt"
 _DAMAGED = "is damaged"
+# What is in the messages of Orbax's threads and of tasks that failed after `save` had its error.
+_RAISED_TOO = ("_SignalingThread.run() raised", "exception was never retrieved")
 # How TensorStore ends a message of a system error.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
@@ -177,17 +179,27 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _silent_orbax() -> Iterator[None]:
-    """Print none of the tracebacks of Orbax's threads, whose error `save` raises as well."""
-    logger = logging.getLogger("absl")
+    """Print none of the tracebacks of Orbax's threads and tasks, whose error `save` raises too."""
+    logger, tasks = logging.getLogger("absl"), logging.getLogger("asyncio")
     before, logger.disabled = logger.disabled, True
+    for each in (logger, tasks):
+        each.addFilter(_unless_raised)
     report = sys.unraisablehook
     sys.unraisablehook = functools.partial(_unless_late, report)
     try:
         yield
-        # After an error it stays: files that are still being written report when they are done.
+        # After an error these stay: files that are still being written report when they are done.
         sys.unraisablehook = report
+        for each in (logger, tasks):
+            each.removeFilter(_unless_raised)
     finally:
         logger.disabled = before
+
+
+def _unless_raised(record: logging.LogRecord) -> bool:
+    """Whether a message is not of a thread's or a task's error, which is raised elsewhere too."""
+    said = record.getMessage()
+    return not any(words in said for words in _RAISED_TOO)
 
 
 def _unless_late(report: Callable[[Any], Any], error: Any) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,27 @@ def test_a_checkpoint_of_another_state_is_passed_over(saved):
     other = Checkpoints(saved.folder)
     assert other.restore({**state(0), "more": jnp.zeros(2)}) is None
     assert len(other.damaged) == 2
+
+
+@pytest.mark.parametrize("logger", ["absl", "asyncio"])
+def test_what_fails_after_an_error_is_not_told_again(logger, monkeypatch):
+    """Threads and tasks of Orbax may fail when `save` has raised already."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    said = [
+        logging.makeLogRecord({"msg": f"{words}: no space left"})
+        for words in (*checkpoints._RAISED_TOO, "another sentence")
+    ]
+    passes = logging.getLogger(logger).filter
+    with checkpoints._silent_orbax():
+        pass
+    assert all(map(passes, said)), "nothing is hidden where nothing failed"
+    with pytest.raises(OSError), checkpoints._silent_orbax():
+        raise OSError
+    try:
+        assert [bool(passes(record)) for record in said] == [False, False, True]
+    finally:
+        logging.getLogger("absl").removeFilter(checkpoints._unless_raised)
+        logging.getLogger("asyncio").removeFilter(checkpoints._unless_raised)
 
 
 ROOT = Path(__file__).parents[2]
