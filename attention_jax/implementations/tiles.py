@@ -127,6 +127,8 @@ class Plan:
         queries = tile_intervals(self.pairs[0], self.tile[0], axis=0, computed=True)
         keys = tile_intervals(self.covered, width, axis=1, computed=True)
         states = jnp.asarray(classify(algebra.with_int32(self.within(mask)), queries, keys))
+        if on_grid and len(self.starts) == states.size:  # every tile, row by row
+            return states.reshape(-1)
         places = self.starts // np.array([self.tile[0], self.unit], np.int32)
         rows, units = jnp.asarray(computed(places)).T
         if on_grid:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention_jax.base.matmul import times
 from attention_jax.implementations import online
@@ -53,8 +54,9 @@ def add_states(inputs: Inputs, live: Live, head: Head) -> int | None:
     states = head.given.states
     if states is None:
         return None
-    states = jnp.where(live.number < 0, 0, states[live.number].astype(jnp.int32))
-    return inputs.add(states[None, :], Block((1, len(live.number)), ".."))
+    if not np.array_equal(live.number, np.arange(len(states))):
+        states = jnp.where(live.number < 0, 0, states[live.number])
+    return inputs.add(states.astype(jnp.int32)[None, :], Block((1, len(live.number)), ".."))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

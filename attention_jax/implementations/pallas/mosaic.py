@@ -46,10 +46,11 @@ def _batched(function: Callable[..., list[Array]], level: Level, *arrays: Array)
 
 def _run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
     live = kernel.live
-    prefetched = live.row, live.column, _flags(kernel)
+    # One list in place of three: each would be copied for itself.
+    steps = jnp.asarray(np.concatenate([live.row, live.column, _flags(kernel)]))
     places = functools.partial(_spec, kernel)
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=len(prefetched),
+        num_scalar_prefetch=1,
         grid=(len(live.row),),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM) if n == kernel.states else places(block)
@@ -70,7 +71,7 @@ def _run(kernel: Kernel, interpret: bool, *arrays: Array) -> list[Array]:
         grid_spec=grid,
         interpret=interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-    )(*varying_like([*map(jnp.asarray, prefetched), *arrays], *arrays))
+    )(*varying_like([steps, *arrays], *arrays))
 
 
 def _flags(kernel: Kernel) -> np.ndarray:
@@ -103,7 +104,8 @@ def _stored(kernel: Kernel) -> list[tuple[int, ...]]:
 
 
 def _spec(kernel: Kernel, block: Block) -> pl.BlockSpec:
-    return pl.BlockSpec(block.shape, functools.partial(_place, kernel.by, block.places))
+    number = len(kernel.live.row)
+    return pl.BlockSpec(block.shape, functools.partial(_place, kernel.by, block.places, number))
 
 
 def _whole_of(kernel: Kernel, block: Block) -> pl.BlockSpec:
@@ -116,10 +118,10 @@ def _nowhere(rank: int, *_: Any) -> tuple[Any, ...]:
     return (np.int32(0),) * rank
 
 
-def _place(by: str, places: str, step: Any, rows: Any, columns: Any, *_: Any) -> tuple[Any, ...]:
-    """Return which block of an array a step of the grid reads or writes."""
+def _place(by: str, places: str, number: int, step: Any, steps: Any) -> tuple[Any, ...]:
+    """Return which block of an array one of so many steps of the grid reads or writes."""
     other = "k" if by == "q" else "q"
-    where = {by: rows[step], other: columns[step], ".": np.int32(0)}
+    where = {by: steps[step], other: steps[number + step], ".": np.int32(0)}
     return tuple(where[place] for place in places)
 
 
@@ -211,17 +213,18 @@ def _write(references: Sequence[Any], values: Sequence[Array]) -> None:
         reference[...] = value.astype(reference.dtype)
 
 
-def _body(kernel: Kernel, rows: Any, columns: Any, flags: Any, *rest: Any):
+def _body(kernel: Kernel, steps: Any, *rest: Any):
     now = pl.program_id(0)
+    row, column, flags = (steps[n * len(kernel.live.row) + now] for n in range(3))
     operands, rest = rest[: len(kernel.blocks)], rest[len(kernel.blocks) :]
     results, (*sums, poisoned) = rest[: len(kernel.results)], rest[len(kernel.results) :]
-    step = _Step(kernel, operands, results, sums, poisoned, rows[now], columns[now])
-    is_now = functools.partial(_bit, flags[now])
+    step = _Step(kernel, operands, results, sums, poisoned, row, column)
+    is_now = functools.partial(_bit, flags)
     pl.when(is_now(FIRST))(step.begin)
     if kernel.of_columns or kernel.is_poisoned is not None:
         pl.when(is_now(OPENS))(step.open)
     states = kernel.states
-    this = flags[now] >> STATE if states is None else operands[states][0, now]
+    this = flags >> STATE if states is None else operands[states][0, now]
     careful = step.is_poisoned()
     for kind, visit in _cases(kernel, step).items():
         is_kind = this == kind

@@ -35,6 +35,10 @@ class Inputs:
         return copied
 
 
+ROWS_OF = jnp.float32, jnp.int32, jnp.bool_
+"""Numbers of queries that a kernel reads side by side: below each other, each takes a whole row."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Slot:
     """Where a kernel finds an array of any rank and dtype, stored as a kernel can read it."""
@@ -49,6 +53,8 @@ class Slot:
         shape = array.shape if place == "." else array.shape[1:]
         is_boolean = array.dtype == jnp.bool_
         stored = (1,) * (2 - len(shape)) + shape
+        if place == "q" and shape[1:] == (1,) and array.dtype in ROWS_OF:
+            stored = (1, shape[0])
         block = Block(stored, "." * len(stored))
         if place != ".":
             block = Block((1, *stored), place + block.places)

@@ -34,6 +34,8 @@ IN_KERNEL = {
 }
 """Cheap primitives, which stay in the kernel; indices are cheaper computed than read."""
 
+RESHAPES = ("broadcast_in_dim", "expand_dims", "reshape", "squeeze")
+
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 """Primitives that only call a jaxpr, and the name of that parameter."""
 
@@ -59,13 +61,16 @@ class Split:
     `shared(*leaves)`, `of_query(q_idx, *leaves)` and `of_key(kv_idx, *leaves)` are computed
     outside of the kernel, and `pairs(*data, q_idx, kv_idx, *leaves that it reads, *shared,
     *of_query, *of_key, *of_pair)` inside. The leaves that it reads have the numbers `reads`.
-    `of_pair` returns tables, and rows and columns of them, as three such functions.
+    `of_pair` returns tables, and rows and columns of them, as three such functions. `own` says for
+    each result of `of_query` and of `of_key` which leaf it is, if it is the entry of a leaf at the
+    index itself, else None.
     """
 
     shared: Callable[..., list[Array]]
     of_query: Callable[..., list[Array]]
     of_key: Callable[..., list[Array]]
     of_pair: tuple[Callable[..., list[Array]], ...]
+    own: tuple[list[int | None], list[int | None]]
     pairs: Callable[..., list[Array]]
     reads: tuple[int, ...]
     constants: list[Any]
@@ -76,8 +81,17 @@ class Split:
         leaves = [jnp.asarray(leaf) for leaf in (*leaves, *self.constants)]
         whole = [*(leaves[n] for n in self.reads), *self.shared(*leaves)]
         of_query, of_key = (
-            jax.vmap(functools.partial(_with_leaves, part, leaves))(indices)
-            for part, indices in zip((self.of_query, self.of_key), first, strict=True)
+            [
+                computed if leaf is None else _in_tiles(leaves[leaf], computed.shape)
+                for computed, leaf in zip(
+                    jax.vmap(functools.partial(_with_leaves, part, leaves))(indices),
+                    own,
+                    strict=True,
+                )
+            ]
+            for part, indices, own in zip(
+                (self.of_query, self.of_key), first, self.own, strict=True
+            )
         )
         tables, rows, columns = self.of_pair
         of_pair = [
@@ -124,6 +138,18 @@ def split(
 
 def _with_leaves(part: Callable[..., Any], leaves: list[Any], indices: Array) -> list[Array]:
     return part(indices, *leaves)
+
+
+def _in_tiles(table: Array, shape: tuple[int, ...]) -> Array:
+    """Return the entries of a table at 0, 1, 2, ... as an array of a shape, the last one repeated.
+
+    A lookup would be computed entry by entry: compilers do not see what the indices are.
+    """
+    entries = table[: math.prod(shape)]
+    missing = math.prod(shape) - len(entries)
+    if missing:
+        entries = jnp.concatenate([entries, jnp.broadcast_to(entries[-1:], (missing,))])
+    return entries.reshape(shape)
 
 
 def _flat(function: Callable[..., Any], number: int, *arguments: Any) -> Any:
@@ -272,6 +298,7 @@ def _split(
         else ((), (), ())
     )
     reads = tuple(n for n, leaf in enumerate(leaves) if leaf in read)
+    made_by = {variable: equation for equation in jaxpr.eqns for variable in equation.outvars}
     inputs = [
         *jaxpr.invars[: number + 2],
         *(leaves[n] for n in reads),
@@ -286,11 +313,31 @@ def _split(
             _part(jaxpr.eqns, [q_idx, *leaves], rows),
             _part(jaxpr.eqns, [kv_idx, *leaves], columns),
         ),
+        tuple(
+            [_own_leaf(made_by, variable, index, leaves) for variable in fronts[side]]
+            for side, index in ((OF_QUERY, q_idx), (OF_KEY, kv_idx))
+        ),
         _part(inside, inputs, jaxpr.outvars, in_kernel=True),
         reads,
         constants,
         result,
     )
+
+
+def _own_leaf(made_by: Any, variable: Any, index: Any, leaves: list[Any]) -> int | None:
+    """Return the number of the leaf [n] whose entries at the index itself a variable holds."""
+    gather = made_by.get(variable)
+    if gather is None or gather.primitive.name != "gather":
+        return None
+    table, where = gather.invars
+    while where in made_by and made_by[where].primitive.name in RESHAPES:
+        (whole,) = made_by[where].invars
+        if _size(whole) != _size(where):
+            return None
+        where = whole
+    is_clipped = gather.params["mode"] == jax.lax.GatherScatterMode.CLIP
+    is_own = where is index and table in leaves and table.aval.ndim == 1
+    return leaves.index(table) if is_own and is_clipped else None
 
 
 def _is_done_outside(equation: Any, outside: set[Any]) -> bool:
