@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.base.trees import varying_like
+from attention_jax.implementations.pallas import strips
 from attention_jax.implementations.pallas.blocks import Block, Kernel, Level
 from attention_jax.implementations.pallas.replay import in_kernel
 from attention_jax.masks import EMPTY, FULL, PARTIAL
@@ -172,7 +173,7 @@ class _Step:
         i, j = (place * size for place, size in zip((i, j), self.kernel.tile, strict=True))
         places = [...] * self.own + [self.column] * self.kernel.of_columns
         before = [x[place] for x, place in zip(self.sums, places, strict=True)]
-        sums, pairs = in_kernel(step, before, self.values(), i, j)
+        sums, pairs = in_kernel(step, before, self.values(), i, j, scan=strips.scan)
         for reference, place, value in zip(self.sums, places, sums, strict=True):
             reference[place] = value
         _write(self.results[len(self.results) - len(pairs) :], pairs)

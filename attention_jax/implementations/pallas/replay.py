@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from attention_jax.implementations.pallas import loops
+from attention_jax.implementations.pallas.loops import Replayed
 from attention_jax.implementations.pallas.splitting import evaluated, value_of
 
 Array = jax.Array
 
 
-def in_kernel(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_kernel(function: Callable[..., Any], *arguments: Any, scan: Any = loops.scan) -> Any:
     """Call a function inside a kernel: trace it, and replay what was traced.
 
-    Its derivatives must have been taken before: rules of derivatives are gone afterwards.
+    Its derivatives must have been taken before: rules of derivatives are gone afterwards. `scan`
+    is how loops over features are computed.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    results = _replayed(closed, *jax.tree.leaves(arguments))
+    results = _replayed(scan, closed, *jax.tree.leaves(arguments))
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
 
-def _replayed(closed: ClosedJaxpr | Jaxpr, *arguments: Any) -> list[Any]:
+def _replayed(scan: Any, closed: ClosedJaxpr | Jaxpr, *arguments: Any) -> list[Any]:
     jaxpr, constants = (
         (closed.jaxpr, closed.consts) if isinstance(closed, ClosedJaxpr) else (closed, ())
     )
     values = dict(zip(jaxpr.constvars, constants, strict=True))
     values |= zip(jaxpr.invars, arguments, strict=True)
     read = functools.partial(value_of, values)
+    inner = functools.partial(_replayed, scan)
+    nested = {**NESTED, "scan": scan}
     for equation in jaxpr.eqns:
-        rule = RULES.get(equation.primitive.name)
+        name = equation.primitive.name
+        rule = functools.partial(nested[name], inner) if name in nested else RULES.get(name)
         if rule is None:
             values |= evaluated(equation, read)
         else:
@@ -46,8 +51,8 @@ def _replayed(closed: ClosedJaxpr | Jaxpr, *arguments: Any) -> list[Any]:
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _call(name: str, params: dict[str, Any], *arguments: Any) -> list[Any]:
-    return _replayed(params[name], *arguments)
+def _call(name: str, replayed: Replayed, params: dict[str, Any], *arguments: Any) -> list[Any]:
+    return replayed(params[name], *arguments)
 
 
 def _product(params: dict[str, Any], a: Array, b: Array) -> list[Any]:
@@ -60,109 +65,22 @@ def _product(params: dict[str, Any], a: Array, b: Array) -> list[Any]:
     return [lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)]
 
 
-def _cond(params: dict[str, Any], which: Array, *arguments: Any) -> list[Any]:
+def _cond(replayed: Replayed, params: dict[str, Any], which: Array, *arguments: Any) -> list[Any]:
     if isinstance(which, np.generic):
-        return _replayed(params["branches"][int(which)], *arguments)
-    branches = [functools.partial(_branch, branch, which) for branch in params["branches"]]
+        return replayed(params["branches"][int(which)], *arguments)
+    branches = [
+        functools.partial(_branch, replayed, branch, which) for branch in params["branches"]
+    ]
     return lax.switch(which, branches, *arguments)
 
 
-def _branch(branch: ClosedJaxpr, which: Array, *arguments: Any) -> list[Any]:
+def _branch(replayed: Replayed, branch: ClosedJaxpr, which: Array, *arguments: Any) -> list[Any]:
     """Compute numbers that a branch returns as constants, which Triton cannot return."""
     nothing = which.astype(jnp.int32) * 0
     return [
         x if isinstance(x, Tracer) else x + nothing.astype(jnp.result_type(x))
-        for x in _replayed(branch, *arguments)
+        for x in replayed(branch, *arguments)
     ]
-
-
-def _scan(params: dict[str, Any], *arguments: Any) -> list[Any]:
-    """Loop over what a scan splits and stacks: neither is a primitive of kernels."""
-    constants, carry = _counts(params)
-    given, sums, split = (
-        arguments[:constants],
-        arguments[constants : constants + carry],
-        arguments[constants + carry :],
-    )
-    length, closed = params["length"], params["jaxpr"]
-    parts = zip(closed.jaxpr.outvars[carry:], closed.out_avals[carry:], strict=True)
-    stacked = [
-        _Columns(jnp.zeros((*part.shape, length), part.dtype))
-        if part.ndim == 1 and _is_sum_of_rows(closed.jaxpr, variable)
-        else jnp.zeros((length, *part.shape), part.dtype)
-        for variable, part in parts
-    ]
-    together = math.gcd(length, params["unroll"], TOGETHER)
-    body = functools.partial(_steps, params, (given, split), together)
-    sums, stacked = lax.fori_loop(0, length // together, body, (list(sums), stacked))
-    return [*sums, *(x.columns.T if isinstance(x, _Columns) else x for x in stacked)]
-
-
-class _Columns(NamedTuple):
-    """Vectors that a loop stacks as columns [n, length]: a number for each row is written in it."""
-
-    columns: Array
-
-
-def _is_sum_of_rows(jaxpr: Jaxpr, variable: Any) -> bool:
-    """Tell whether a vector is a sum along the rows of a tile, or computed of such a vector."""
-    made_by = next((e for e in jaxpr.eqns if variable in e.outvars), None)
-    if made_by is None or variable.aval.ndim > 2:
-        return False
-    inner = list(jaxprs_in_params(made_by.params))
-    if len(inner) == 1:
-        place = list(made_by.outvars).index(variable)
-        return _is_sum_of_rows(inner[0], inner[0].outvars[place])
-    if made_by.primitive.name == "reduce_sum":
-        return made_by.params["axes"] == (1,)
-    read = (x for x in made_by.invars if not isinstance(x, Literal))
-    return any(_is_sum_of_rows(jaxpr, x) for x in read)
-
-
-TOGETHER = 2
-"""At most so many steps of a loop that asks for more are computed without storing sums between."""
-
-
-def _steps(params: dict[str, Any], fixed: Any, together: int, turn: Any, state: Any) -> Any:
-    for n in range(together):
-        state = _step(params, fixed, turn * together + n, state)
-    return state
-
-
-def _counts(params: dict[str, Any]) -> tuple[int, int]:
-    """Return how many arguments of a scan are constants, and how many are carried."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    constants, carry, _ = params["ft_in"].unpack()  # since JAX 0.12
-    return len(constants), len(carry)
-
-
-def _step(params: dict[str, Any], fixed: Any, n: Any, state: Any) -> Any:
-    (given, split), (sums, stacked) = fixed, state
-    n = params["length"] - 1 - n if params["reverse"] else n
-    n = jnp.asarray(n, jnp.int32)
-    results = _replayed(params["jaxpr"], *given, *sums, *(_taken(x, n) for x in split))
-    stacked = [_put(x, n, y) for x, y in zip(stacked, results[len(sums) :], strict=True)]
-    return results[: len(sums)], stacked
-
-
-def _taken(x: Array, n: Array) -> Array:
-    """Return x[n], as a sum that leaves the others out."""
-    chosen = _chosen(x, n)
-    if x.dtype == jnp.bool_:
-        return jnp.any(x & chosen, axis=0)
-    return jnp.sum(jnp.where(chosen, x, jnp.zeros_like(x)), axis=0, dtype=x.dtype)
-
-
-def _put(x: Array | _Columns, n: Array, part: Array) -> Array | _Columns:
-    if isinstance(x, _Columns):
-        is_column = lax.broadcasted_iota(jnp.int32, x.columns.shape, 1) == n
-        return _Columns(jnp.where(is_column, part[:, None], x.columns))
-    return jnp.where(_chosen(x, n), part[None], x)
-
-
-def _chosen(x: Array, n: Array) -> Array:
-    return lax.broadcasted_iota(jnp.int32, x.shape, 0) == n
 
 
 def _all(params: dict[str, Any], x: Array) -> list[Any]:
@@ -227,7 +145,7 @@ def _same(params: dict[str, Any], *arguments: Any) -> list[Any]:
     return list(arguments)
 
 
-RULES: dict[str, Callable[..., list[Any]]] = {
+NESTED: dict[str, Callable[..., list[Any]]] = {
     **dict.fromkeys(
         ("jit", "pjit", "checkpoint", "remat", "remat2"), functools.partial(_call, "jaxpr")
     ),
@@ -235,14 +153,17 @@ RULES: dict[str, Callable[..., list[Any]]] = {
         ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"),
         functools.partial(_call, "call_jaxpr"),
     ),
-    **dict.fromkeys(("copy", "optimization_barrier", "reduce_precision", "same"), _same),
     "custom_vmap_call": functools.partial(_call, "call"),
+    "cond": _cond,
+}
+"""How to evaluate what holds a jaxpr: given first what evaluates that."""
+
+RULES: dict[str, Callable[..., list[Any]]] = {
+    **dict.fromkeys(("copy", "optimization_barrier", "reduce_precision", "same"), _same),
     "tile_product": _product,
     "not": _not,
     "and": _and,
     "convert_element_type": _converted,
-    "cond": _cond,
-    "scan": _scan,
     "reduce_and": _all,
     "reduce_or": _any,
     "is_finite": _is_finite,
