@@ -313,9 +313,9 @@ def _split(
             _part(jaxpr.eqns, [q_idx, *leaves], rows),
             _part(jaxpr.eqns, [kv_idx, *leaves], columns),
         ),
-        tuple(
-            [_own_leaf(made_by, variable, index, leaves) for variable in fronts[side]]
-            for side, index in ((OF_QUERY, q_idx), (OF_KEY, kv_idx))
+        (
+            [_own_leaf(made_by, variable, q_idx, leaves) for variable in fronts[OF_QUERY]],
+            [_own_leaf(made_by, variable, kv_idx, leaves) for variable in fronts[OF_KEY]],
         ),
         _part(inside, inputs, jaxpr.outvars, in_kernel=True),
         reads,
