@@ -44,10 +44,15 @@ def lacks(name: str) -> str | None:
         needed, install = "libtpu", "pip install 'attention_jax[aot]'"
     else:
         needed = "jax_cuda12_plugin"
-        install = "pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12"
-    if importlib.util.find_spec(needed) is not None:
-        return None
-    return f"compiling for {name} needs {needed}: {install}"
+        install = "pip install 'attention_jax[aot_gpu]'"
+    if importlib.util.find_spec(needed) is None:
+        return f"compiling for {name} needs {needed}: {install}"
+    try:
+        _device(name)
+    except NotImplementedError:  # JAX looked for a driver, found none, and left the plugin out
+        have = "a GPU" if TARGETS[name].platform == "cuda" else "a TPU"
+        return f"compiling for {name} without {have} needs JAX_PLATFORMS=cpu in the environment"
+    return None
 
 
 class Cost(NamedTuple):

@@ -199,8 +199,18 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch):
         "compiling for v5e needs libtpu: pip install 'attention_jax[aot]'"
     )
     assert compilers.lacks("H100") == (
-        "compiling for H100 needs jax_cuda12_plugin: pip install jax-cuda12-plugin jax-cuda12-pjrt "
-        "nvidia-cuda-nvcc-cu12"
+        "compiling for H100 needs jax_cuda12_plugin: pip install 'attention_jax[aot_gpu]'"
+    )
+
+
+def test_a_compiler_that_jax_left_out_is_said_to_need_the_environment(monkeypatch):
+    def left_out(name):
+        raise NotImplementedError(f"topology not implemented for {name}")
+
+    monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(compilers, "_device", left_out)
+    assert compilers.lacks("H100") == (
+        "compiling for H100 without a GPU needs JAX_PLATFORMS=cpu in the environment"
     )
 
 
