@@ -43,6 +43,7 @@ from attention_jax.implementations.tile_passes import (
     rows_from,
     streamed,
     tangents_of,
+    widened,
 )
 from attention_jax.masks import EMPTY
 from attention_jax.masks.intervals import indices
@@ -328,7 +329,7 @@ def _attend_jvp(tiles: Tiles, primals: Any, tangents: Any) -> Any:
     statistics = found[1]._replace(level=level)
     operands = merge_floats(floats, rest)
     change, moves = tangents_of(tangents[0], rest)
-    both = operands, change
+    both = operands, widened(change)
     total, along = Tangent(tiles, both, given, statistics, moves)()
     slope, direction = Slope(tiles, (operands,), given, statistics)()
     level_change = -total / jnp.where(slope == 0.0, 1.0, slope)

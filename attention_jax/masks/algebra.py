@@ -200,6 +200,10 @@ class Table(Mask):
     allowed: Any
     example_rank: ClassVar[dict[str, int]] = {"allowed": 2}
 
+    def __post_init__(self) -> None:
+        _check_boolean(_as_array(self.allowed))
+        super().__post_init__()
+
     def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
         if isinstance(q_idx, intervals.Interval) or isinstance(self.allowed, Unknown):
             return intervals.Truth(np.int8(PARTIAL))
@@ -319,17 +323,7 @@ def as_mask(mask: MaskLike) -> Mask:
         return Full()
     if isinstance(mask, Mask):
         return mask
-    dtype = getattr(mask, "dtype", None)
-    if dtype is not None and hasattr(mask, "shape"):
-        if dtype != jnp.bool_:
-            advice = (
-                "write mask != 0 if 1 means may attend"
-                if jnp.issubdtype(dtype, jnp.integer)
-                else "for numbers that are added to the logits use bias="
-            )
-            raise TypeError(
-                f"mask: an array must be boolean (True = may attend), got {dtype}; {advice}."
-            )
+    if hasattr(mask, "dtype") and hasattr(mask, "shape"):
         return Table(mask)
     if isinstance(mask, type) and issubclass(mask, Mask):
         raise TypeError(
@@ -342,6 +336,20 @@ def as_mask(mask: MaskLike) -> Mask:
         "mask: expected a Mask, a boolean array or a function (q_idx, kv_idx) -> bool, "
         f"got {type(mask).__name__}."
     )
+
+
+def _check_boolean(allowed: Any) -> None:
+    """Refuse numbers, which would be read as indices or as something to add."""
+    dtype = getattr(allowed, "dtype", jnp.bool_)
+    if dtype != jnp.bool_:
+        advice = (
+            "write mask != 0 if 1 means may attend"
+            if jnp.issubdtype(dtype, jnp.integer)
+            else "for numbers that are added to the logits use bias="
+        )
+        raise TypeError(
+            f"mask: an array must be boolean (True = may attend), got {dtype}; {advice}."
+        )
 
 
 def _arguments(mask: type[Mask]) -> str:
@@ -409,7 +417,7 @@ def _check_one_head(mask: Mask) -> None:
             )
 
 
-def draw(mask: Mask, query_length: int = 12, key_length: int | None = None) -> str:
+def draw(mask: MaskLike, query_length: int = 12, key_length: int | None = None) -> str:
     """Draw a mask in text, one line per query: █ may attend, · may not."""
-    dense = np.asarray(mask.to_dense(query_length, key_length))
+    dense = np.asarray(as_mask(mask).to_dense(query_length, key_length))
     return "\n".join("".join("█" if allowed else "·" for allowed in row) for row in dense)

@@ -178,6 +178,42 @@ def test_compiled_vectorised_and_in_half_precision(name, score, mask):
         np.testing.assert_allclose(context, expected, rtol=tolerance, atol=tolerance)
 
 
+STREAMING = sorted(
+    name for name, example in examples.NORMALIZERS.items() if streaming(example.normalizer)
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "sparsemax" else pytest.mark.exhaustive)
+        for name in STREAMING
+    ],
+)
+@pytest.mark.slow
+def test_gradients_in_half_precision_are_those_of_the_rounded_numbers(name, x64):
+    """Whatever a normalizer streams by: a tile is computed wider than its tangents come in."""
+    rng = np.random.default_rng(9)
+    halves = [jnp.asarray(rng.normal(size=(1, 7, 2, 4)), jnp.bfloat16) for _ in range(3)]
+    weight = jnp.asarray(rng.normal(size=(1, 7, 2, 4)))
+    normalizer = examples.NORMALIZERS[name].normalizer
+
+    def gradients(arrays, **options):
+        def total(arrays):
+            context = attend(*arrays, normalizer=normalizer, mask=masks.Causal(), **options)
+            return jnp.sum(weight * context.astype(jnp.float64))
+
+        return jax.jit(jax.grad(total))(arrays)
+
+    found = gradients(halves, implementation="tiled", tile_sizes=(3, 4))
+    exact = gradients([x.astype(jnp.float64) for x in halves], implementation="dense")
+    scale = max(float(jnp.max(jnp.abs(x))) for x in exact)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        error = jnp.max(jnp.abs(ours.astype(jnp.float64) - theirs))
+        assert float(error) <= 2.0 * float(jnp.finfo(jnp.bfloat16).eps) * scale
+
+
 @pytest.mark.parametrize("name", sorted(set(scores.__all__) - BUILT_FROM_SCORES))
 def test_every_score_declares_its_parameters(name):
     """A module can create what a score needs: every argument beside query and key."""

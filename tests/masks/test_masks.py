@@ -326,6 +326,21 @@ def test_and_or_not_are_refused():
             "mask: an array must be boolean (True = may attend), got float64; for numbers that "
             "are added to the logits use bias=.",
         ),
+        *(
+            (
+                build,
+                TypeError,
+                "mask: an array must be boolean (True = may attend), got int32; write mask != 0 "
+                "if 1 means may attend.",
+            )
+            for build in (
+                lambda: as_mask(np.ones((2, 2), np.int32)),
+                lambda: Table(np.ones((2, 2), np.int32)),
+                lambda: Table(jnp.ones((2, 2), jnp.int32)),
+                lambda: draw(np.ones((2, 2), np.int32)),
+                lambda: Causal() & Table(np.ones((2, 2), np.int32)),
+            )
+        ),
         (
             lambda: Causal() & 3,
             TypeError,
