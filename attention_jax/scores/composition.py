@@ -273,6 +273,9 @@ def _soft_cap(logits: Array, cap: Any) -> Array:
     return cap * jnp.tanh(logits / cap)
 
 
-def project_rows(x: Array, weight: Array, bias: Any = None) -> Array:
-    projection = x @ weight
+def project_rows(
+    x: Array, weight: Array, bias: Any = None, multiply: Callable[..., Array] = jnp.matmul
+) -> Array:
+    """Return x W + b; `multiply` computes the product."""
+    projection = multiply(x, weight)
     return projection if bias is None else projection + bias[None, :]

@@ -262,7 +262,7 @@ def _scores() -> dict[str, Any]:
     additive = bind(
         scores.additive,
         query_weight=weights,
-        key_weight=weights,
+        key_weight=2 * weights,  # equal ones would be one product
         value=jnp.ones(FEATURES),
         bias=jnp.zeros(FEATURES),
     )

@@ -116,7 +116,7 @@ def _attended(
 def _score(name: str) -> Any:
     weights = jnp.full((DEPTH, FEATURES), 1.0 / DEPTH)
     of_features = {"value": jnp.ones(FEATURES), "bias": jnp.zeros(FEATURES)}
-    additive = {"query_weight": weights, "key_weight": weights} | of_features
+    additive = {"query_weight": weights, "key_weight": 2 * weights} | of_features
     return {
         "scaled dot": scores.scaled_dot,
         "cosine": bind(scores.cosine, temperature=0.1),
