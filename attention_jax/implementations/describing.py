@@ -27,6 +27,8 @@ class Choice:
         only inside `jit`, PARTIAL counts those that cannot be ruled out while tracing.
       flops: floating-point operations of the two matrix products, all heads, forward.
       bytes: memory of temporaries beyond inputs and outputs, forward.
+      gradient_bytes: the same of the gradients of query, key and value, which are all that is
+        returned; None where it is not known, as on a CPU.
       at_once: number of heads that are computed at once.
       passes: how the normalizer goes over the tiles, in words; empty for "dense" and "cudnn".
       together: number of heads of a tile; more than one where maps mix them.
@@ -43,6 +45,7 @@ class Choice:
     full: int
     flops: int
     bytes: int
+    gradient_bytes: int | None = None
     at_once: int = 1
     passes: str = ""
     together: int = 1
@@ -56,12 +59,14 @@ class Choice:
         together = f", {self.at_once} at once" if 1 < self.at_once < self.heads else ""
         of_heads = f" of {self.together} heads" if self.together > 1 else ""
         mixing = f" ({self.mixing_flops / 1e9:.3g} to mix heads)" if self.mixing_flops else ""
+        gradients = self.gradient_bytes
+        of_gradients = "" if gradients is None else f", {gradients / 2**20:.3g} MiB with gradients"
         return (
             f"{self.implementation}: {self.heads} heads{together}, tiles of {rows} x {columns}"
             f"{of_heads}: "
             f"{self.empty} empty (skipped), {self.partial} partial, {self.full} full\n"
             f"{self.flops / 1e9:.3g} GFLOP{mixing} and {self.bytes / 2**20:.3g} MiB of temporaries "
-            f"forward{passes}{why}"
+            f"forward{of_gradients}{passes}{why}"
         )
 
 
@@ -92,6 +97,7 @@ def describe(request: Request, platform: str | None = None) -> Choice:
     if request.mixes:
         of_pair = mixed_choice.operations(request, name, plan.tile)
         flops, mixing = (sizes["B"] * pairs * count for count in of_pair)
+    needed = name, request, plan, at_once, platform
     return Choice(
         name,
         heads,
@@ -100,7 +106,8 @@ def describe(request: Request, platform: str | None = None) -> Choice:
         partial,
         full,
         flops=flops,
-        bytes=temporaries.expected(name, request, plan, at_once, platform),
+        bytes=temporaries.expected(*needed),
+        gradient_bytes=temporaries.of_gradients(*needed),
         at_once=at_once,
         passes=_passes(name, request),
         together=plan.heads,

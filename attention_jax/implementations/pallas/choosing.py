@@ -101,7 +101,7 @@ def _of_tile(request: Request, platform: str, tile: tuple[int, int]) -> str | No
     """Say what of the functions of a tile is not known to be a kernel on a platform."""
     given = operands(request, as_given=True)
     shapes = [
-        _of_one_head(leaf, letters)
+        of_one_head(leaf, letters)
         for operand in given.values()
         for leaf, letters in zip(operand.leaves, operand.axes, strict=True)
     ]
@@ -118,7 +118,8 @@ def _of_tile(request: Request, platform: str, tile: tuple[int, int]) -> str | No
     return None
 
 
-def _of_one_head(leaf: Any, letters: str) -> jax.ShapeDtypeStruct:
+def of_one_head(leaf: Any, letters: str) -> jax.ShapeDtypeStruct:
+    """Return what one head has of an array whose leading axes have these letters."""
     mapped = sum(letter in "BKGN" for letter in letters)
     return jax.ShapeDtypeStruct(jnp.shape(leaf)[mapped:], jnp.result_type(leaf))
 

@@ -14,7 +14,7 @@ from attention_jax.base.layout import laid_out_like
 from attention_jax.base.matmul import Products
 from attention_jax.base.typing import at_least_float32
 from attention_jax.implementations.head import Head
-from attention_jax.scores.composition import identity, project_rows
+from attention_jax.scores.composition import Separated, identity, project_rows
 
 Array = jax.Array
 
@@ -22,13 +22,9 @@ Array = jax.Array
 def with_rows_mapped(head: Head, products: Products) -> Head:
     """Return a head with the rows that its score maps, and a score without maps.
 
-    A row that holds NaN or Inf is mapped to NaN, so that kernels find it. Where the score is a
-    product of rows that is rounded, and so is its derivative, the rows are rounded as they are
-    written: it is the same, and less to write and read.
+    A row that holds NaN or Inf is mapped to NaN, so that kernels find it.
     """
-    score, operands = head.score, products.operands
-    is_rounded = score.is_product and products.of_derivatives.operands == operands
-    dtype = operands if is_rounded else None
+    score, dtype = head.score, rounded_to(head.score, products)
     mapped = functools.partial(_mapped, dtype=dtype, precision=products.precision)
     query, key = (
         x if of_row.func is identity.func else mapped(of_row, x)
@@ -36,6 +32,17 @@ def with_rows_mapped(head: Head, products: Products) -> Head:
     )
     score = score._replace(query_map=identity, key_map=identity)
     return head._replace(query=query, key=key, score=score)
+
+
+def rounded_to(score: Separated, products: Products) -> Any:
+    """Return the dtype that mapped rows are rounded to as they are written, None if to none.
+
+    Where the score is a product of rows that is rounded, and so is its derivative, it is the same,
+    and less to write and read.
+    """
+    operands = products.operands
+    is_rounded = score.is_product and products.of_derivatives.operands == operands
+    return operands if is_rounded else None
 
 
 def _mapped(of_row: Any, x: Array, dtype: Any, precision: str | None) -> Array:
