@@ -167,8 +167,9 @@ def explain(
     """Tell what `attend` would run for the same arguments: tiles of each kind, operations, bytes.
 
     Nothing is computed. `bytes` are those of temporaries forward, and for an accelerator
-    `gradient_bytes` those of gradients, as its compiler allocates them. The arguments are those of `attend`; the arrays [B, T, N, H] may be
-    `jax.ShapeDtypeStruct`. `platform` is "cpu", "gpu" or "tpu", that of this process unless given.
+    `gradient_bytes` those of gradients, as its compiler allocates them. The arguments are those of
+    `attend`; the arrays [B, T, N, H] may be `jax.ShapeDtypeStruct`. `platform` is "cpu", "gpu" or
+    "tpu", that of this process unless given.
 
     Raises:
       ValueError: another platform; or what the implementation cannot do there.

@@ -113,11 +113,17 @@ def _of_branches(request: Request, plan: Plan, at_once: int, rows: _Rows) -> int
 
 
 def _moved_out(arrays: Sequence[int], lacking: int) -> int:
-    """Return the bytes of as many whole arrays as vector memory lacks, the smallest first."""
+    """Return the bytes of whole arrays that are moved out of vector memory that lacks so many.
+
+    At least one is, and the smallest first. A rest that is less than one is found elsewhere:
+    arguments are in device memory anyway.
+    """
+    if lacking >= sum(arrays):
+        return lacking
     moved = 0
     for size in sorted(arrays):
-        moved += size if moved < lacking else 0
-    return max(moved, lacking)
+        moved += size if lacking > 0 and (not moved or moved + size <= lacking) else 0
+    return moved
 
 
 def _fits(platform: str, size: int) -> bool:
