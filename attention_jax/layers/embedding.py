@@ -60,12 +60,16 @@ def _as_indices(tokens: Array) -> Array:
     return tokens.astype(jnp.int32) if is_whole else tokens
 
 
-def to_logits(x: Array, tied: Callable[[Array], Array], head: Any, cap: float | None) -> Array:
+def to_logits(
+    x: Array, tied: Callable[[Array], Array], head: Any, scale: float, cap: float | None
+) -> Array:
     """Return logits [..., vocabulary]: products with the tokens' vectors, or those of a head.
 
-    With a cap c they become c tanh(logits / c) (Gemma Team 2024, section 2).
+    They are multiplied by the scale. With a cap c they become c tanh(logits / c) (Gemma Team 2024,
+    section 2).
     """
     logits = tied(x) if head is None else head(x)
+    logits = logits if scale == 1.0 else logits * jnp.asarray(scale, logits.dtype)
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 

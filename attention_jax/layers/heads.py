@@ -63,6 +63,7 @@ class HeadOptions:
       value_depth: V; Hq unless given.
       position: `position(x [T, H], positions [T])` applied to queries and keys (rotary).
       qk_norm: Flax's `RMSNorm` or `LayerNorm`, applied to the depth of queries and of keys.
+      joint_qk_norm: the norm is over all heads' features together, not over those of each head.
       context_norm: likewise, applied to the context of each head before W^O.
       context_scale: multiplies the normed context.
       share_query_key: one projection for query and key.
@@ -89,6 +90,7 @@ class HeadOptions:
     value_depth: int | None = None
     position: Position | None = None
     qk_norm: Callable[..., Any] | None = None
+    joint_qk_norm: bool = False
     context_norm: Callable[..., Any] | None = None
     context_scale: float = 1.0
     share_query_key: bool = False
@@ -107,6 +109,8 @@ def head_sizes(operation: str, options: HeadOptions) -> HeadSizes:
     Raises:
       ValueError: heads that do not divide, a size below 1, or options that exclude each other.
     """
+    if options.joint_qk_norm and options.qk_norm is None:
+        raise ValueError(f"{operation}: joint_qk_norm needs a norm; give qk_norm.")
     if options.combine not in ("concat", "sum"):
         raise ValueError(
             f"{operation}: combine must be 'concat' or 'sum', got {options.combine!r}."
@@ -221,6 +225,7 @@ class Projections(NamedTuple):
     dtype: Any
     context_ln: Any = None
     context_scale: float = 1.0
+    joint_qk_norm: bool = False
 
     def heads(
         self,
@@ -250,8 +255,14 @@ class Projections(NamedTuple):
         checks.axes(self.name, query=(x, "BTD"))
         checks.features(self.name, "query", x, self.sizes.in_features)
         heads = _apply(self.query, x, self.sizes.num_heads)
-        heads = heads if self.query_ln is None else self.query_ln(heads)
+        heads = self._normed(self.query_ln, heads)
         return apply_position(self.position, heads, positions)
+
+    def _normed(self, norm: Any, heads: Array) -> Array:
+        """Return heads [B, T, N, H], normed each for itself or all features together."""
+        if norm is None:
+            return heads
+        return norm(concat_heads(heads)).reshape(heads.shape) if self.joint_qk_norm else norm(heads)
 
     def memory(
         self, memory: Array, value: Array | None = None, positions: Array | None = None
@@ -261,7 +272,7 @@ class Projections(NamedTuple):
         checks.axes(self.name, memory=(memory, "BSD"), value=(value, "BSD"))
         checks.features(self.name, "memory", memory, self.sizes.memory_features)
         heads = _apply(self.key, memory, self.sizes.num_key_heads)
-        heads = heads if self.key_ln is None else self.key_ln(heads)
+        heads = self._normed(self.key_ln, heads)
         values = _apply(self.value, value, self.sizes.num_value_heads)
         return ProjectedMemory(apply_position(self.position, heads, positions), values)
 

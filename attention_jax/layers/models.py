@@ -28,6 +28,7 @@ class TokenModelMethods:
     stack: Any
     output: Any
     max_length: int | None
+    logit_scale: float
     logit_cap: float | None
 
     def encode(
@@ -60,7 +61,8 @@ class TokenModelMethods:
 
     def logits(self, x: Array) -> Array:
         """Return logits [..., vocabulary] of vectors [..., features], as `encode` returns them."""
-        return to_logits(x, self.embedding.attend, self.output, self.logit_cap)
+        scaled = self.logit_scale, self.logit_cap
+        return to_logits(x, self.embedding.attend, self.output, *scaled)
 
 
 class TokenEncoderMethods(TokenModelMethods):
@@ -162,6 +164,7 @@ class EncoderDecoderMethods:
     encoder: Any
     decoder: Any
     output: Any
+    logit_scale: float
     logit_cap: float | None
 
     def _pure_decode(self) -> Callable[..., Any]:
@@ -185,7 +188,8 @@ class EncoderDecoderMethods:
 
     def logits(self, x: Array) -> Array:
         """Return logits [..., target vocabulary] of vectors [..., features], as of `write`."""
-        return to_logits(x, self.target.attend, self.output, self.logit_cap)
+        scaled = self.logit_scale, self.logit_cap
+        return to_logits(x, self.target.attend, self.output, *scaled)
 
     def write(
         self,

@@ -21,8 +21,10 @@ NORMS = {
     "after": {"after": "norm"},
     "both": {"before": "norm", "branch": "branch_norm"},
     "branch": {"branch": "norm"},
+    "none": {},
 }
 """By placement: where a sublayer has norms (a field of `Sublayer`), and what each is called."""
+SUBLAYERS = ("attention", "cross_attention", "feed_forward")
 
 
 @dataclasses.dataclass
@@ -50,7 +52,13 @@ class BlockOptions:
         with the variance computed from centred values: Flax's fast variance, E[x^2] - E[x]^2,
         loses float32's precision where the mean is large.
       norm_placement: "before", x + f(norm(x)); "after", norm(x + f(x)) as first published;
-        "both", x + norm'(f(norm(x))) (sandwich); "branch", x + norm(f(x)).
+        "both", x + norm'(f(norm(x))) (sandwich); "branch", x + norm(f(x)); "none", x + f(x). A dict
+        of these for some of attention, cross_attention and feed_forward, those left out "before".
+      branch_norm: builds norm' of "both" and the norm of "branch", where it is another; any module
+        built as a norm is, such as a learned scale of each feature (LayerScale).
+      parallel: every sublayer reads the block's input, x + f(norm(x)) + g(norm'(x)), rather than
+        what the one below has made of it.
+      share_norm: of a parallel block: norm and norm' are one.
       activation: of the feed-forward layer.
       dropout_rate: of attention weights and of what each sublayer adds.
       attention_dropout_rate: of attention weights, where it is another.
@@ -60,7 +68,8 @@ class BlockOptions:
       param_dtype: of the parameters.
 
     Xiong et al. 2020 (before); Vaswani et al. 2017, section 5.4 (after); Ding et al. 2021,
-    section 2.2 (both); Liu et al. 2022, section 3.2 (branch); Shazeer 2020 (gated).
+    section 2.2 (both); Liu et al. 2022, section 3.2 (branch); Touvron et al. 2021, section 2
+    (LayerScale); Chowdhery et al. 2022 (PaLM), section 2 (parallel); Shazeer 2020 (gated).
     """
 
     _: dataclasses.KW_ONLY
@@ -70,7 +79,10 @@ class BlockOptions:
     cross_attention: Callable[..., Any] | None = None
     feed_forward: Callable[..., Any] | None = None
     norm: Callable[..., Any] | None = None
-    norm_placement: str = "before"
+    norm_placement: str | Mapping[str, str] = "before"
+    branch_norm: Callable[..., Any] | None = None
+    parallel: bool = False
+    share_norm: bool = False
     activation: Callable[[Array], Array] = jax.nn.relu
     dropout_rate: float = 0.0
     attention_dropout_rate: float | None = None
@@ -127,19 +139,66 @@ def given_options(kind: type, options: Any) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(kind)}
 
 
-def norm_names(operation: str, placement: str) -> dict[str, str]:
-    """Return what the norms of a sublayer are called, by where they are.
+@dataclasses.dataclass(frozen=True)
+class Norms:
+    """Where the norms of each sublayer are, and whether those before sublayers are one."""
+
+    placements: tuple[tuple[str, str], ...]
+    are_shared: bool
+
+    def names(self, sublayer: str) -> dict[str, str]:
+        """Return what the norms of a sublayer are called, by where they are.
+
+        >>> norms_of(BlockOptions(norm_placement="both")).names("feed_forward")
+        {'before': 'feed_forward_norm', 'branch': 'feed_forward_branch_norm'}
+        >>> norms_of(BlockOptions(parallel=True, share_norm=True)).names("feed_forward")
+        {'before': 'attention_norm'}
+        """
+        roles = NORMS[dict(self.placements)[sublayer]]
+        names = {where: f"{sublayer}_{name}" for where, name in roles.items()}
+        return {**names, "before": "attention_norm"} if self.are_shared else names
+
+
+def norms_of(given: BlockOptions) -> Norms:
+    """Return where a block has norms.
 
     Raises:
-      ValueError: an unknown placement.
-
-    >>> norm_names("TransformerBlock", "both")
-    {'before': 'norm', 'branch': 'branch_norm'}
+      ValueError: an unknown placement or sublayer, or a placement that a parallel block lacks.
     """
-    if placement not in NORMS:
-        names = ", ".join(repr(name) for name in NORMS)
-        raise ValueError(f"{operation}: norm_placement must be one of {names}, got {placement!r}.")
-    return NORMS[placement]
+    placed = placements(given.norm_placement)
+    if given.parallel and "after" in placed.values():
+        raise ValueError(
+            "TransformerBlock: in a parallel block no norm comes after a sublayer; give "
+            "norm_placement 'before', 'both', 'branch' or 'none', or leave out parallel."
+        )
+    have_before = all("before" in NORMS[placement] for placement in placed.values())
+    if given.share_norm and not (given.parallel and have_before):
+        raise ValueError(
+            "TransformerBlock: share_norm needs parallel=True and a norm before every sublayer, "
+            f"got parallel = {given.parallel} and norm_placement {given.norm_placement!r}."
+        )
+    return Norms(tuple(placed.items()), given.share_norm)
+
+
+def placements(norm_placement: Any) -> dict[str, str]:
+    """Return where the norms of each sublayer are.
+
+    Raises:
+      ValueError: an unknown placement or sublayer.
+
+    >>> placements({"attention": "none"})["feed_forward"]
+    'before'
+    """
+    given = norm_placement
+    given = given if isinstance(given, Mapping) else dict.fromkeys(SUBLAYERS, given)
+    for sublayer, placement in given.items():
+        if sublayer not in SUBLAYERS or placement not in NORMS:
+            names = ", ".join(repr(name) for name in NORMS)
+            raise ValueError(
+                f"TransformerBlock: norm_placement must be one of {names}, or a dict of these for "
+                f"some of {', '.join(SUBLAYERS)}, got {placement!r} for {sublayer!r}."
+            )
+    return {sublayer: given.get(sublayer, "before") for sublayer in SUBLAYERS}
 
 
 @jax.tree_util.register_static
@@ -235,7 +294,6 @@ def options_of_last_norm(
 ) -> tuple[Any, dict[str, Any]] | None:
     """Return the norm after the last block and its dtypes; None where that ends with a norm."""
     last = blocks[-1] if blocks else given_options(BlockOptions, given)
-    norm_names("TransformerStack", last["norm_placement"])
-    if last["norm_placement"] == "after":
+    if placements(last["norm_placement"])["feed_forward"] == "after":
         return None
     return last["norm"], {name: last[name] for name in ("dtype", "param_dtype")}

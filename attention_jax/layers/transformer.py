@@ -44,9 +44,15 @@ class Sublayer(NamedTuple):
     branch: Any = None
     after: Any = None
 
-    def add(self, x: Array, function: Callable[[Array], Any]) -> tuple[Any, ...]:
-        """Return x with what `function`, a method of the layer, adds to it; and its extras."""
-        change, *extras = output_and_extras(function(_normed(self.before, x)))
+    def add(
+        self, x: Array, function: Callable[[Array], Any], source: Array | None = None
+    ) -> tuple[Any, ...]:
+        """Return x with what `function`, a method of the layer, adds to it; and its extras.
+
+        The layer reads x, or `source` where that is given.
+        """
+        source = x if source is None else source
+        change, *extras = output_and_extras(function(_normed(self.before, source)))
         x = x + self.dropout(_normed(self.branch, change)).astype(x.dtype)
         return _normed(self.after, x), *extras
 
@@ -56,11 +62,15 @@ def _normed(norm: Any, x: Array) -> Array:
 
 
 class Block(NamedTuple):
-    """Self-attention, attention to a memory (or None) and feed-forward, each with a residual."""
+    """Self-attention, attention to a memory (or None) and feed-forward, each with a residual.
+
+    In a parallel block all of them read its input.
+    """
 
     attention: Sublayer
     cross_attention: Sublayer | None
     feed_forward: Sublayer
+    parallel: bool = False
 
     def check_memory(self, memory: Any) -> None:
         """Require a memory where the block attends to one, and none where it does not."""
@@ -112,6 +122,7 @@ class BlockMethods:
         """
         block = self._layer(deterministic)
         block.check_memory(memory)
+        source = x if block.parallel else None
         options["deterministic"] = deterministic
         memory_order = options.pop("memory_order", None)
         layer = block.attention.layer
@@ -124,9 +135,9 @@ class BlockMethods:
                 options["order"] = options.get("order"), memory_order
             attention = functools.partial(layer, mask=memory_mask, **_known(layer, options))
             attention = functools.partial(_call_with_memory, attention, memory)
-            x, *found = block.cross_attention.add(x, attention)
+            x, *found = block.cross_attention.add(x, attention, source)
             weights += _as_one(found)
-        (x,) = block.feed_forward.add(x, block.feed_forward.layer)
+        (x,) = block.feed_forward.add(x, block.feed_forward.layer, source)
         return (x, BlockWeights(*weights)) if weights else x
 
     def keys(self, memory: Array) -> ProjectedMemory:
@@ -178,6 +189,7 @@ class BlockMethods:
         """
         block = self._layer(deterministic=True)
         block.check_memory(memory)
+        source = x if block.parallel else None
         options = {"mask": mask, "causal": causal, "count": count}
         options |= {} if bias is None else {"bias": bias}
         attention = functools.partial(_decode_layer, block.attention.layer, cache, options)
@@ -185,8 +197,8 @@ class BlockMethods:
         if block.cross_attention is not None:
             to_memory = block.cross_attention.layer.decode_memory
             attention = functools.partial(to_memory, memory=memory, cache=cache, mask=memory_mask)
-            (x,) = block.cross_attention.add(x, attention)
-        (x,) = block.feed_forward.add(x, block.feed_forward.layer)
+            (x,) = block.cross_attention.add(x, attention, source)
+        (x,) = block.feed_forward.add(x, block.feed_forward.layer, source)
         return x, following
 
 

@@ -48,6 +48,7 @@ class MultiHeadLayer(nn.Module, HeadsMethods, HeadOptions):
             if self.context_norm
             else None,
             context_scale=self.context_scale,
+            joint_qk_norm=self.joint_qk_norm,
         )
 
     def linear(self, shape: LinearShape, name: str) -> nn.DenseGeneral:

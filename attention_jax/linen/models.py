@@ -41,6 +41,7 @@ class TokenModel(models.TokenModelMethods, nn.Module, StackOptions):
     position: Any = None
     embedding_options: Mapping[str, Any] | None = None
     head: Callable[..., Any] | None = None
+    logit_scale: float = 1.0
     logit_cap: float | None = None
     activation: Callable[[Array], Array] = jax.nn.gelu
 
@@ -134,6 +135,7 @@ class EncoderDecoder(models.EncoderDecoderMethods, nn.Module, StackOptions):
     position: Any = sinusoidal
     embedding_options: Mapping[str, Any] | None = None
     head: Callable[..., Any] | None = None
+    logit_scale: float = 1.0
     logit_cap: float | None = None
     encoder_options: Mapping[str, Any] | None = None
     decoder_options: Mapping[str, Any] | None = None

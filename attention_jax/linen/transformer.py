@@ -20,7 +20,7 @@ from attention_jax.layers.options import (
     StackOptions,
     attention_options,
     feed_forward_options,
-    norm_names,
+    norms_of,
     options_of_last_norm,
     options_of_layers,
 )
@@ -90,15 +90,25 @@ class TransformerBlock(transformer.BlockMethods, nn.Module, BlockOptions):
     @nn.compact
     def _layer(self, deterministic: bool | None = None) -> transformer.Block:
         """Return the computation with this module's parameters."""
-        names = norm_names("TransformerBlock", self.norm_placement)
+        placed = norms_of(self)
         checks.sizes("TransformerBlock", memory_features=self.memory_features)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dropped = attention_options(self)
         deterministic = self.deterministic if deterministic is None else deterministic
         dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic, name="dropout")
-        norm = functools.partial(self.norm or LAYER_NORM, **dtypes)
+        norms: dict[str, Any] = {}
 
-        sublayer = functools.partial(_sublayer, names, norm, dropout)
+        def sublayer(build: Any, *sizes: Any, name: str, **options: Any) -> transformer.Sublayer:
+            names = placed.names(name)
+            for where, norm in names.items():
+                if norm not in norms:
+                    own = self.branch_norm if where == "branch" else None
+                    norms[norm] = (own or self.norm or LAYER_NORM)(**dtypes, name=norm)
+            layer = build(*sizes, name=name, **options)
+            return transformer.Sublayer(
+                layer, dropout, **{where: norms[norm] for where, norm in names.items()}
+            )
+
         sizes, cross_attention = (self.num_heads, self.features), None
         options = {**dropped, **dtypes}
         if self.memory_features is not None:
@@ -121,21 +131,8 @@ class TransformerBlock(transformer.BlockMethods, nn.Module, BlockOptions):
                 **feed_forward_options(self),
                 **dtypes,
             ),
+            parallel=self.parallel,
         )
-
-
-def _sublayer(
-    names: dict[str, str],
-    norm: Any,
-    dropout: Any,
-    build: Any,
-    *sizes: Any,
-    name: str,
-    **options: Any,
-) -> transformer.Sublayer:
-    """Return a layer with its norms."""
-    norms = {role: norm(name=f"{name}_{suffix}") for role, suffix in names.items()}
-    return transformer.Sublayer(build(*sizes, name=name, **options), dropout, **norms)
 
 
 class TransformerStack(transformer.StackMethods, nn.Module, StackOptions):

@@ -57,12 +57,14 @@ class MultiHeadLayer(HeadsMethods, nnx.Module):
             setattr(self, name, projection)
         self.query_ln = self.key_ln = nnx.data(None)
         if given.qk_norm:
-            self.query_ln = given.qk_norm(sizes.query_depth, **dtypes, rngs=rngs)
-            self.key_ln = given.qk_norm(sizes.key_depth, **dtypes, rngs=rngs)
+            joined = (sizes.num_heads, sizes.num_key_heads) if given.joint_qk_norm else (1, 1)
+            self.query_ln = given.qk_norm(joined[0] * sizes.query_depth, **dtypes, rngs=rngs)
+            self.key_ln = given.qk_norm(joined[1] * sizes.key_depth, **dtypes, rngs=rngs)
         self.context_ln = nnx.data(None)
         if given.context_norm:
             self.context_ln = given.context_norm(sizes.value_depth, **dtypes, rngs=rngs)
         self.context_scale = given.context_scale
+        self.joint_qk_norm = given.joint_qk_norm
 
     def _projections(self) -> Projections:
         """Return the projections with this module's parameters."""
@@ -80,6 +82,7 @@ class MultiHeadLayer(HeadsMethods, nnx.Module):
             dtype=self.cache_dtype,
             context_ln=self.context_ln,
             context_scale=self.context_scale,
+            joint_qk_norm=self.joint_qk_norm,
         )
 
 

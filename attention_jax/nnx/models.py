@@ -37,6 +37,7 @@ class TokenModel(models.TokenModelMethods, nnx.Module):
       embedding_options: more of `Embedding`, such as scale, num_types or norm.
       head: builds the map from vectors to logits, `nnx.Linear` or a partial application; None
         takes products with the tokens' vectors.
+      logit_scale: multiplies the logits.
       logit_cap: c of logits c tanh(logits / c); None leaves them as they are.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
       **options: of `attention_jax.layers.StackOptions`, such as `hidden_features`, `attention`,
@@ -54,6 +55,7 @@ class TokenModel(models.TokenModelMethods, nnx.Module):
         position: Any = None,
         embedding_options: Mapping[str, Any] | None = None,
         head: Callable[..., Any] | None = None,
+        logit_scale: float = 1.0,
         logit_cap: float | None = None,
         rngs: nnx.Rngs,
         **options: Any,
@@ -69,6 +71,7 @@ class TokenModel(models.TokenModelMethods, nnx.Module):
             num_layers, features, num_heads=num_heads, rngs=rngs, **vars(given)
         )
         self.output = built_head(head, features, vocabulary_size, own, rngs)
+        self.logit_scale = logit_scale
         self.logit_cap = logit_cap
         self.max_length = max_length
 
@@ -146,6 +149,7 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
       embedding_options: more of `Embedding`; scale and embedding_init are as in the paper unless
         given.
       head: as in `TokenModel`.
+      logit_scale: as in `TokenModel`.
       logit_cap: as in `TokenModel`.
       encoder_options: of the encoder alone, instead of `options`; also num_layers and num_heads.
       decoder_options: of the decoder alone, likewise.
@@ -173,6 +177,7 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
         position: Any = sinusoidal,
         embedding_options: Mapping[str, Any] | None = None,
         head: Callable[..., Any] | None = None,
+        logit_scale: float = 1.0,
         logit_cap: float | None = None,
         encoder_options: Mapping[str, Any] | None = None,
         decoder_options: Mapping[str, Any] | None = None,
@@ -201,6 +206,7 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
         self.encoder = TransformerStack(features=features, rngs=rngs, **of_encoder)
         self.decoder = TransformerStack(features=features, rngs=rngs, **of_decoder)
         self.output = built_head(head, features, target_vocabulary_size, own, rngs)
+        self.logit_scale = logit_scale
         self.logit_cap = logit_cap
 
     def _pure_decode(self) -> Callable[..., Any]:

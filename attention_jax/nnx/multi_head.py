@@ -53,8 +53,8 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer):
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
       **options: of `attention_jax.layers.HeadOptions`: memory_features, out_features,
         num_key_heads, num_value_heads, num_context_heads, query_depth, key_depth, value_depth,
-        position, qk_norm, context_norm, context_scale, share_query_key, projections, combine,
-        use_bias, kernel_init, bias_init and dtype.
+        position, qk_norm, joint_qk_norm, context_norm, context_scale, share_query_key, projections,
+        combine, use_bias, kernel_init, bias_init and dtype.
 
     Raises:
       ValueError: heads that do not divide, a size below 1, or options that exclude each other.

@@ -19,7 +19,7 @@ from attention_jax.layers.options import (
     StackOptions,
     attention_options,
     feed_forward_options,
-    norm_names,
+    norms_of,
     options_of,
     options_of_last_norm,
     options_of_layers,
@@ -93,8 +93,9 @@ class TransformerBlock(transformer.BlockMethods, nnx.Module):
       num_heads: N.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
       **options: of `attention_jax.layers.BlockOptions`: hidden_features, memory_features,
-        attention, cross_attention, feed_forward, norm, norm_placement, activation, dropout_rate,
-        attention_dropout_rate, sequence_axis, deterministic, dtype and param_dtype.
+        attention, cross_attention, feed_forward, norm, norm_placement, branch_norm, parallel,
+        share_norm, activation, dropout_rate, attention_dropout_rate, sequence_axis, deterministic,
+        dtype and param_dtype.
 
     Raises:
       TypeError: there is no option of a name.
@@ -109,7 +110,7 @@ class TransformerBlock(transformer.BlockMethods, nnx.Module):
 
     def __init__(self, features: int, num_heads: int, *, rngs: nnx.Rngs, **options: Any):
         given = options_of(BlockOptions, "TransformerBlock", options)
-        names = norm_names("TransformerBlock", given.norm_placement)
+        self.norms = norms_of(given)
         checks.sizes("TransformerBlock", memory_features=given.memory_features)
         dtypes: dict[str, Any] = {
             "dtype": given.dtype,
@@ -117,27 +118,28 @@ class TransformerBlock(transformer.BlockMethods, nnx.Module):
             "rngs": rngs,
         }
         dropped = attention_options(given)
-        self.norm_placement = given.norm_placement
+        self.parallel = given.parallel
         attention = given.attention or MultiHeadAttention
         self.attention = attention(num_heads, features, **dropped, **dtypes)
-        self._add_norms("attention", names, given, features, dtypes)
+        self._add_norms("attention", given, features, dtypes)
         self.cross_attention = nnx.data(None)
         if given.memory_features is not None:
             cross_attention = given.cross_attention or MultiHeadAttention
             self.cross_attention = cross_attention(
                 num_heads, features, memory_features=given.memory_features, **dropped, **dtypes
             )
-            self._add_norms("cross_attention", names, given, features, dtypes)
+            self._add_norms("cross_attention", given, features, dtypes)
         feed_forward = given.feed_forward or FeedForward
         self.feed_forward = feed_forward(features, **feed_forward_options(given), **dtypes)
-        self._add_norms("feed_forward", names, given, features, dtypes)
+        self._add_norms("feed_forward", given, features, dtypes)
         self.dropout = dropout_of(given.dropout_rate, given.deterministic, rngs)
 
-    def _add_norms(
-        self, sublayer: str, names: dict[str, str], given: BlockOptions, features: int, dtypes: Any
-    ) -> None:
-        for name in names.values():
-            setattr(self, f"{sublayer}_{name}", (given.norm or LAYER_NORM)(features, **dtypes))
+    def _add_norms(self, sublayer: str, given: BlockOptions, features: int, dtypes: Any) -> None:
+        norm = given.norm or LAYER_NORM
+        for where, name in self.norms.names(sublayer).items():
+            build = (given.branch_norm or norm) if where == "branch" else norm
+            if not hasattr(self, name):
+                setattr(self, name, build(features, **dtypes))
 
     def _layer(self, deterministic: bool | None = None) -> transformer.Block:
         """Return the computation with this module's parameters."""
@@ -147,11 +149,11 @@ class TransformerBlock(transformer.BlockMethods, nnx.Module):
             attention=own("attention"),
             cross_attention=None if self.cross_attention is None else own("cross_attention"),
             feed_forward=own("feed_forward"),
+            parallel=self.parallel,
         )
 
     def _sublayer(self, dropout: Callable[[Array], Array], name: str) -> transformer.Sublayer:
-        names = norm_names("TransformerBlock", self.norm_placement)
-        norms = {role: getattr(self, f"{name}_{norm}") for role, norm in names.items()}
+        norms = {where: getattr(self, norm) for where, norm in self.norms.names(name).items()}
         return transformer.Sublayer(getattr(self, name), dropout, **norms)
 
 

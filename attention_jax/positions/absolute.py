@@ -18,6 +18,8 @@ __all__ = [
     "embedded",
     "learned_table",
     "llama3_frequencies",
+    "longrope_frequencies",
+    "longrope_gain",
     "rotary",
     "sinusoidal",
     "sinusoidal_step",
@@ -29,7 +31,14 @@ __all__ = [
 Array = jax.Array
 
 
-def sinusoidal(positions: Array, depth: int, base: float = 10_000.0, dtype: Any = None) -> Array:
+def sinusoidal(
+    positions: Array,
+    depth: int,
+    base: float = 10_000.0,
+    dtype: Any = None,
+    halves: bool = False,
+    frequencies: Any = None,
+) -> Array:
     r"""Sinusoids: PE(p, 2i) = sin(p / base^(2i/D)), PE(p, 2i+1) = cos(p / base^(2i/D)).
 
     A step of k is a rotation whatever p is: PE(p + k) = R_k PE(p), with R_k from
@@ -40,22 +49,37 @@ def sinusoidal(positions: Array, depth: int, base: float = 10_000.0, dtype: Any 
       depth: D, even.
       base: of the wavelengths, which run from 2 pi to 2 pi base.
       dtype: of the result; float32 unless given.
+      halves: all sines before all cosines, as in the code of the paper, Transformer-XL, M2M-100
+        and Whisper, rather than in pairs.
+      frequencies: angles of one position, [D / 2], for those of `base`, which is then not used.
+        `base ** -numpy.linspace(0, 1, depth // 2)` are those of the paper's code, M2M-100 and
+        Whisper, whose last wavelength is 2 pi base.
 
     Returns:
       [..., D].
 
     Raises:
-      ValueError: an odd depth.
+      ValueError: an odd depth, or not half as many frequencies.
 
     Vaswani et al. 2017, section 3.5.
 
     >>> sinusoidal(jnp.array([0]), 4)
     Array([[0., 1., 0., 1.]], dtype=float32)
+    >>> sinusoidal(jnp.array([0]), 4, halves=True)
+    Array([[0., 0., 1., 1.]], dtype=float32)
     """
     positions, dtype = jnp.asarray(positions), dtype or jnp.float32
-    angles = _angles("sinusoidal", positions, depth, base, at_least_float32(dtype))
-    pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-    return pairs.reshape(*positions.shape, depth).astype(dtype)
+    of_base = _frequencies("sinusoidal", depth, base)
+    frequencies = of_base if frequencies is None else frequencies
+    if np.shape(frequencies) != of_base.shape:
+        raise ValueError(
+            f"sinusoidal: frequencies must have the shape {of_base.shape} for a depth of {depth}, "
+            f"got {np.shape(frequencies)}."
+        )
+    precise = at_least_float32(dtype)
+    angles = _angles("sinusoidal", positions, depth, base, precise, frequencies)
+    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-2 if halves else -1)
+    return waves.reshape(*positions.shape, depth).astype(dtype)
 
 
 def sinusoidal_step(step: Any, depth: int, base: float = 10_000.0, dtype: Any = None) -> Array:
@@ -147,7 +171,7 @@ def rotary(
       scale: of the positions; below one interpolates between those trained on.
       halves: pair feature i with i + R / 2 rather than 2i with 2i + 1.
       frequencies: angles of one position, [R / 2], for those of `base`, which is then not used:
-        `llama3_frequencies`, `yarn_frequencies`.
+        `llama3_frequencies`, `yarn_frequencies`, `longrope_frequencies`.
       gain: factor of what turns, as `yarn_gain`; the logits of features that turn grow by its
         square.
 
@@ -286,6 +310,40 @@ def yarn_gain(factor: float) -> float:
     1.1386
     """
     return float(0.1 * np.log(factor) + 1.0) if factor > 1 else 1.0
+
+
+def longrope_frequencies(factors: Any, base: float = 10_000.0) -> np.ndarray:
+    r"""Frequencies for longer sequences, each pair slowed by a factor of its own that was searched.
+
+    Pair i has the frequency base^(-2i/R) / factors_i.
+
+    Args:
+      factors: by which each pair turns slower, [R / 2].
+      base: of the wavelengths.
+
+    Returns:
+      [R / 2], float64, for `rotary(frequencies=)`; `longrope_gain` is the gain.
+
+    Ding et al. 2024 (LongRoPE), section 3.2; Abdin et al. 2024 (Phi-3).
+
+    >>> longrope_frequencies([1.0, 4.0], base=100.0)
+    array([1.   , 0.025])
+    """
+    factors = np.asarray(factors, np.float64)
+    return _frequencies("longrope_frequencies", 2 * len(factors), base) / factors
+
+
+def longrope_gain(factor: float, length: int) -> float:
+    r"""The gain of LongRoPE for queries and for keys: sqrt(1 + ln(factor) / ln(length)).
+
+    `factor` is how many times as long sequences are as the `length` trained on.
+
+    Ding et al. 2024 (LongRoPE), and the code of Phi-3.
+
+    >>> round(longrope_gain(32.0, 4096), 4)
+    1.1902
+    """
+    return float(np.sqrt(1 + np.log(factor) / np.log(length))) if factor > 1 else 1.0
 
 
 def stretched_base(base: float, factor: float, rotated: int) -> float:

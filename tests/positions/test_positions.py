@@ -19,6 +19,13 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+def test_sinusoids_in_halves_by_hand():
+    p, frequencies = np.array([0, 3]), 100.0 ** -np.linspace(0, 1, 3)
+    found = positions.sinusoidal(p, 6, halves=True, frequencies=frequencies)
+    angles = p[:, None] * np.array([1.0, 0.1, 0.01])
+    np.testing.assert_allclose(found, np.hstack([np.sin(angles), np.cos(angles)]), atol=1e-6)
+
+
 def test_sinusoids_by_hand():
     table = positions.sinusoidal(jnp.arange(3), 4)
     expected = [[math.sin(p), math.cos(p), math.sin(p / 100), math.cos(p / 100)] for p in range(3)]
@@ -332,6 +339,10 @@ def test_relative_key_declares_its_table():
     ("call", "message"),
     [
         (lambda: positions.sinusoidal(jnp.arange(3), 5), "sinusoidal: depth must be even, got 5"),
+        (
+            lambda: positions.sinusoidal(jnp.arange(3), 6, frequencies=np.ones(2)),
+            r"sinusoidal: frequencies must have the shape \(3,\) for a depth of 6, got \(2,\)",
+        ),
         (
             lambda: positions.rotary(jnp.ones((2, 5)), jnp.arange(2)),
             "rotary: depth must be even, got 5",
