@@ -26,16 +26,17 @@ def position_of_depth(position: Any, features: int) -> Any:
 
 
 class Embedder(NamedTuple):
-    """The vectors of tokens and of their types, positions, and a norm; the last three or None."""
+    """The vectors of tokens; and those of types, positions, a norm and a linear layer, or None."""
 
     token: Callable[[Array], Array]
     scale: float
     token_type: Any
     position: Any
     norm: Any
+    projection: Any = None
 
     def __call__(self, tokens: Array, positions: Array | None, types: Array | None) -> Array:
-        """Return norm(scale token + position + type), [B, T, D]."""
+        """Return norm(scale token + position + type), projected where it is: [B, T, D]."""
         checks.axes("Embedding", tokens=(tokens, "BT"))
         vectors = self.token(_as_indices(tokens))
         vectors = vectors * jnp.asarray(self.scale, vectors.dtype)
@@ -51,7 +52,34 @@ class Embedder(NamedTuple):
             raise ValueError(
                 "Embedding: it was built without token types; give num_types, or leave out types."
             )
-        return vectors if self.norm is None else self.norm(vectors)
+        vectors = vectors if self.norm is None else self.norm(vectors)
+        return vectors if self.projection is None else self.projection(vectors)
+
+
+def check_tokens(given: tuple[int, int], needed: tuple[int, int]) -> None:
+    """Require tokens' vectors of an embedding's own sizes.
+
+    Raises:
+      ValueError: other sizes.
+    """
+    if given != needed:
+        raise ValueError(
+            f"Embedding: shared tokens must have (vocabulary, features) = {needed}, got {given}; "
+            "give both embeddings the same sizes, or leave out what shares them."
+        )
+
+
+def check_tied(projection: Any) -> None:
+    """Require that nothing lies between the tokens' vectors and the model.
+
+    Raises:
+      ValueError: a linear layer does.
+    """
+    if projection is not None:
+        raise ValueError(
+            "Embedding: with table_features a linear layer lies between its tokens' vectors and "
+            "the model, and they give no logits; build the model with a head."
+        )
 
 
 def _as_indices(tokens: Array) -> Array:

@@ -15,7 +15,7 @@ from attention_jax.layers.embedding import to_logits
 from attention_jax.layers.generation import generate, with_types
 from attention_jax.layers.heads import ProjectedMemory
 from attention_jax.layers.options import map_layers
-from attention_jax.layers.transformer import Cache, map_output
+from attention_jax.layers.transformer import Cache, known, map_output
 from attention_jax.positions import learned_table
 
 Array = jax.Array
@@ -207,7 +207,7 @@ class EncoderDecoderMethods:
         """Return a vector for each of the target's tokens, of which `logits` makes logits.
 
         Args:
-          source: tokens [B, S].
+          source: tokens [B, S], or what the reader takes.
           target: tokens [B, T].
           source_mask: which of the source's tokens are seen, by itself and by the target, such as
             `masks.Lengths`; for all layers or each, as in `TransformerStack`.
@@ -249,7 +249,9 @@ class EncoderDecoderMethods:
 
         `types` [B, S] are those of the source's tokens, where the embedding has any.
         """
-        x = self.source(source, options.get("order"), deterministic=deterministic, types=types)
+        given = {"deterministic": deterministic, "types": types}
+        given = known(self.source, {**given, "positions": options.get("order")})
+        x = self.source(source, **given)
         return self.encoder(x, mask=mask, deterministic=deterministic, **options)
 
     def keys(self, memory: Array) -> list[ProjectedMemory]:
@@ -328,7 +330,9 @@ def _window_below(total: int, window: int | None) -> int | None:
     return None if window is None or window + 1 >= total else window
 
 
-def position_or_table(position: Any, max_length: int | None, features: int) -> Any:
+def position_or_table(
+    position: Any, max_length: int | None, features: int, embedding_options: Any = None
+) -> Any:
     """Return the position that is given, or a learned table where a length is given.
 
     Raises:
@@ -339,6 +343,7 @@ def position_or_table(position: Any, max_length: int | None, features: int) -> A
             f"positions: give a position, or max_length = {max_length} for a learned table of "
             "them, not both."
         )
+    features = (embedding_options or {}).get("table_features") or features
     return position if max_length is None else learned_table(max_length, features)
 
 
@@ -349,6 +354,23 @@ def embedding_as_published(features: int, position: Any) -> dict[str, Any]:
     """
     init = initializer(standard.normal, features**-0.5)
     return {"position": position, "scale": features**0.5, "embedding_init": init}
+
+
+def check_sources(vocabulary_size: int | None, reader: Any, share_tokens: bool) -> None:
+    """Require a source of tokens, or a reader of something else.
+
+    Raises:
+      ValueError: none of them, both, or tokens shared with what has none.
+    """
+    if (vocabulary_size is None) == (reader is None):
+        raise ValueError(
+            "EncoderDecoder: give source_vocabulary_size, or None and a reader of the source, got "
+            f"{vocabulary_size} and {'no' if reader is None else 'a'} reader."
+        )
+    if share_tokens and reader is not None:
+        raise ValueError(
+            "EncoderDecoder: share_tokens is for a source of tokens; leave it out with a reader."
+        )
 
 
 def check_length(length: int, max_length: int | None) -> None:

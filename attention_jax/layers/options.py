@@ -102,14 +102,19 @@ class StackOptions(BlockOptions):
       shared_bias: added to the logits of every block's self-attention, a function
         (q_idx, kv_idx) -> numbers of one head; what it declares is created once for each head,
         and shared by all layers (T5's `positions.learned_buckets`).
+      share_layers: one block, `block_0`, is applied as often as there are layers; masks and biases
+        of a call may still differ.
       **options: of `BlockOptions`.
 
-    Chen et al. 2016 (remat: "sublinear memory cost"); Raffel et al. 2020, section 2.1 (shared).
+    Chen et al. 2016 (remat: "sublinear memory cost"); Raffel et al. 2020, section 2.1 (shared
+    bias); Dehghani et al. 2019 (Universal Transformer) and Lan et al. 2020 (ALBERT), section 3.1
+    (shared layers).
     """
 
     _: dataclasses.KW_ONLY
     remat: bool = False
     shared_bias: Any = None
+    share_layers: bool = False
 
 
 def options_of(kind: type[Options], operation: str, options: Mapping[str, Any]) -> Options:
@@ -275,8 +280,20 @@ def feed_forward_options(given: BlockOptions) -> dict[str, Any]:
 
 
 def options_of_layers(given: StackOptions, num_heads: Any, num_layers: int) -> list[dict[str, Any]]:
-    """Return the options of every block, and its number of heads."""
+    """Return the options of every block that has its own parameters, and its number of heads.
+
+    Raises:
+      ValueError: layers that are one and have options of their own, or too few or many of these.
+    """
     options = {"num_heads": num_heads, **given_options(BlockOptions, given)}
+    if given.share_layers:
+        num_layers = min(num_layers, 1)
+        for name, option in options.items():
+            if isinstance(option, ByLayer | list | tuple):
+                raise ValueError(
+                    f"TransformerStack: with share_layers all layers are one, and {name} must be "
+                    "one for all; give one, or leave out share_layers."
+                )
     return [of_layer("TransformerStack", options, n, num_layers) for n in range(num_layers)]
 
 

@@ -126,14 +126,14 @@ class BlockMethods:
         options["deterministic"] = deterministic
         memory_order = options.pop("memory_order", None)
         layer = block.attention.layer
-        known = _known(layer, {**options, "bias": bias})
-        x, *found = block.attention.add(x, functools.partial(layer, mask=mask, **known))
+        given = known(layer, {**options, "bias": bias})
+        x, *found = block.attention.add(x, functools.partial(layer, mask=mask, **given))
         weights = _as_one(found)
         if block.cross_attention is not None:
             layer = block.cross_attention.layer
             if memory_order is not None:
                 options["order"] = options.get("order"), memory_order
-            attention = functools.partial(layer, mask=memory_mask, **_known(layer, options))
+            attention = functools.partial(layer, mask=memory_mask, **known(layer, options))
             attention = functools.partial(_call_with_memory, attention, memory)
             x, *found = block.cross_attention.add(x, attention, source)
             weights += _as_one(found)
@@ -369,9 +369,9 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-def _known(attention: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that are given; `deterministic` only to what drops weights."""
+def known(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that are given; `deterministic` only to what drops something."""
     given = {name: value for name, value in options.items() if value is not None}
-    if not getattr(attention, "dropout_rate", 0.0):
+    if not getattr(layer, "dropout_rate", 0.0):
         given.pop("deterministic", None)
     return given

@@ -47,7 +47,9 @@ class TokenModel(models.TokenModelMethods, nn.Module, StackOptions):
 
     def setup(self) -> None:
         checks.sizes(type(self).__name__, features=self.features, max_length=self.max_length)
-        position = models.position_or_table(self.position, self.max_length, self.features)
+        position = models.position_or_table(
+            self.position, self.max_length, self.features, self.embedding_options
+        )
         layers = options_of_layers(self, self.num_heads, self.num_layers)
         own = options_of_embedding(
             self, layers, position=position, **(self.embedding_options or {})
@@ -126,7 +128,7 @@ class EncoderDecoder(models.EncoderDecoderMethods, nn.Module, StackOptions):
     (1, 3, 12)
     """
 
-    source_vocabulary_size: int
+    source_vocabulary_size: int | None
     target_vocabulary_size: int
     _: dataclasses.KW_ONLY
     features: int
@@ -134,6 +136,8 @@ class EncoderDecoder(models.EncoderDecoderMethods, nn.Module, StackOptions):
     num_layers: int
     position: Any = sinusoidal
     embedding_options: Mapping[str, Any] | None = None
+    share_tokens: bool = False
+    reader: Callable[..., Any] | None = None
     head: Callable[..., Any] | None = None
     logit_scale: float = 1.0
     logit_cap: float | None = None
@@ -148,12 +152,18 @@ class EncoderDecoder(models.EncoderDecoderMethods, nn.Module, StackOptions):
             target_vocabulary_size=self.target_vocabulary_size,
             features=self.features,
         )
+        models.check_sources(self.source_vocabulary_size, self.reader, self.share_tokens)
         layers = options_of_layers(self, self.num_heads, self.num_layers)
         as_published = models.embedding_as_published(self.features, self.position)
         as_published.update(self.embedding_options or {})
         own = options_of_embedding(self, layers, **as_published)
-        self.source = Embedding(self.source_vocabulary_size, self.features, **own)
-        self.target = Embedding(self.target_vocabulary_size, self.features, **own)
+        if self.source_vocabulary_size is not None:
+            self.source = Embedding(self.source_vocabulary_size, self.features, **own)
+        elif self.reader is not None:
+            dtypes = {name: own[name] for name in ("dtype", "param_dtype")}
+            self.source = self.reader(self.features, **dtypes)
+        tokens = {"tokens": self.source} if self.share_tokens else {}
+        self.target = Embedding(self.target_vocabulary_size, self.features, **own, **tokens)
         shared = {"num_layers": self.num_layers, "num_heads": self.num_heads}
         shared |= given_options(StackOptions, self)
         of_encoder, of_decoder = self.encoder_options or {}, self.decoder_options or {}
@@ -201,6 +211,17 @@ class PatchEncoder(nn.Module, StackOptions):
         """Return logits [B, num_classes] of images [B, height, width, C], as the twin does."""
         own = options_of_embedding(self, options_of_layers(self, self.num_heads, self.num_layers))
         dtypes = {name: own[name] for name in ("dtype", "param_dtype")}
+        classifier = nn.Dense(
+            self.num_classes, kernel_init=standard.zeros, **dtypes, name="classifier"
+        )
+        result = self.encode(images, deterministic=deterministic, **options)
+        return transformer.map_output(lambda x: classifier(x[:, 0]), result)
+
+    @nn.compact
+    def encode(self, images: Array, *, deterministic: bool | None = None, **options: Any) -> Any:
+        """Return a vector of the image and one of each patch, [B, 1 + S, features]."""
+        own = options_of_embedding(self, options_of_layers(self, self.num_heads, self.num_layers))
+        dtypes = {name: own[name] for name in ("dtype", "param_dtype")}
         names = ("patch_size", "num_channels", "num_classes", "features")
         checks.sizes("PatchEncoder", **{name: getattr(self, name) for name in names})
         count = 1 + embedding.count_patches(self.image_size, self.patch_size)
@@ -221,11 +242,6 @@ class PatchEncoder(nn.Module, StackOptions):
             **given_options(StackOptions, self),
             name="stack",
         )
-        classifier = nn.Dense(
-            self.num_classes, kernel_init=standard.zeros, **dtypes, name="classifier"
-        )
         deterministic = own["deterministic"] if deterministic is None else deterministic
-        result = stack(
-            dropout(x, deterministic=deterministic), deterministic=deterministic, **options
-        )
-        return transformer.map_output(lambda x: classifier(x[:, 0]), result)
+        x = dropout(x, deterministic=deterministic)
+        return stack(x, deterministic=deterministic, **options)

@@ -17,6 +17,7 @@ from attention_jax.base.parameters import Initializer
 from attention_jax.layers import embedding, transformer
 from attention_jax.layers.options import (
     BlockOptions,
+    Norms,
     StackOptions,
     attention_options,
     feed_forward_options,
@@ -96,19 +97,9 @@ class TransformerBlock(transformer.BlockMethods, nn.Module, BlockOptions):
         dropped = attention_options(self)
         deterministic = self.deterministic if deterministic is None else deterministic
         dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic, name="dropout")
-        norms: dict[str, Any] = {}
+        norm = functools.cache(functools.partial(self._norm, dtypes))
 
-        def sublayer(build: Any, *sizes: Any, name: str, **options: Any) -> transformer.Sublayer:
-            names = placed.names(name)
-            for where, norm in names.items():
-                if norm not in norms:
-                    own = self.branch_norm if where == "branch" else None
-                    norms[norm] = (own or self.norm or LAYER_NORM)(**dtypes, name=norm)
-            layer = build(*sizes, name=name, **options)
-            return transformer.Sublayer(
-                layer, dropout, **{where: norms[norm] for where, norm in names.items()}
-            )
-
+        sublayer = functools.partial(_sublayer, placed, norm, dropout)
         sizes, cross_attention = (self.num_heads, self.features), None
         options = {**dropped, **dtypes}
         if self.memory_features is not None:
@@ -133,6 +124,25 @@ class TransformerBlock(transformer.BlockMethods, nn.Module, BlockOptions):
             ),
             parallel=self.parallel,
         )
+
+    def _norm(self, dtypes: dict[str, Any], where: str, name: str) -> Any:
+        """Return a norm with a name, inside of a compact method."""
+        own = self.branch_norm if where == "branch" else None
+        return (own or self.norm or LAYER_NORM)(**dtypes, name=name)
+
+
+def _sublayer(
+    placed: Norms,
+    norm: Callable[[str, str], Any],
+    dropout: Any,
+    build: Any,
+    *sizes: Any,
+    name: str,
+    **options: Any,
+) -> transformer.Sublayer:
+    """Return a layer with its norms, of which `norm` makes each name once."""
+    norms = {where: norm(where, own) for where, own in placed.names(name).items()}
+    return transformer.Sublayer(build(*sizes, name=name, **options), dropout, **norms)
 
 
 class TransformerStack(transformer.StackMethods, nn.Module, StackOptions):
@@ -163,6 +173,7 @@ class TransformerStack(transformer.StackMethods, nn.Module, StackOptions):
             TransformerBlock(self.features, **own, name=f"block_{n}")
             for n, own in enumerate(options)
         ]
+        blocks = blocks * self.num_layers if self.share_layers else blocks
         norm = bias = None
         last = options_of_last_norm(self, options)
         if last is not None:
@@ -195,6 +206,8 @@ class Embedding(nn.Module):
     scale: float = 1.0
     num_types: int | None = None
     norm: Callable[..., Any] | None = None
+    table_features: int | None = None
+    tokens: Embedding | None = None
     dropout_rate: float = 0.0
     deterministic: bool = False
     embedding_init: Initializer = standard.normal(0.02)
@@ -205,12 +218,27 @@ class Embedding(nn.Module):
         """Return the vectors of tokens or of types."""
         return nn.Embed(
             size,
-            self.features,
+            self._width,
             embedding_init=self.embedding_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name=name,
         )
+
+    @property
+    def _width(self) -> int:
+        """The features of all tables."""
+        return checks.size_or(self.features, "Embedding", table_features=self.table_features)
+
+    @nn.compact
+    def _tokens(self) -> nn.Embed:
+        """Return the tokens' vectors, which may be those of another embedding."""
+        if self.tokens is None:
+            return self._table("token", self.vocabulary_size)
+        own = self.tokens._tokens()
+        needed = self.vocabulary_size, self._width
+        embedding.check_tokens((own.num_embeddings, own.features), needed)
+        return own
 
     @nn.compact
     def _embedder(self) -> embedding.Embedder:
@@ -220,15 +248,23 @@ class Embedding(nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         position = None
         if self.position is not None:
-            position = embedding.position_of_depth(self.position, self.features)
+            position = embedding.position_of_depth(self.position, self._width)
             position = Bound(position, param_dtype=self.param_dtype, name="position").resolve()
         return embedding.Embedder(
-            token=self._table("token", self.vocabulary_size),
+            token=self._tokens(),
             scale=self.scale,
             token_type=self._table("token_type", self.num_types) if self.num_types else None,
             position=position,
             norm=self.norm(**dtypes, name="norm") if self.norm else None,
+            projection=self._projection(),
         )
+
+    def _projection(self) -> nn.Dense | None:
+        """Return the map from the tables' features to those of the result, if there is one."""
+        if self.table_features is None:
+            return None
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return nn.Dense(self.features, **dtypes, name="projection")
 
     @nn.compact
     def __call__(
@@ -244,7 +280,7 @@ class Embedding(nn.Module):
         deterministic = self.deterministic if deterministic is None else deterministic
         return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
 
-    @nn.compact
     def attend(self, x: Array) -> Array:
-        """Return logits [..., vocabulary]: products with the tokens' vectors."""
-        return self._table("token", self.vocabulary_size).attend(x)
+        """Return logits [..., vocabulary]: products with the tokens' vectors, as the twin does."""
+        embedding.check_tied(self.table_features)
+        return self._tokens().attend(x)

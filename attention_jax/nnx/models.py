@@ -63,7 +63,7 @@ class TokenModel(models.TokenModelMethods, nnx.Module):
         name = type(self).__name__
         given = options_of(StackOptions, name, {"activation": jax.nn.gelu, **options})
         checks.sizes(name, features=features, max_length=max_length)
-        position = models.position_or_table(position, max_length, features)
+        position = models.position_or_table(position, max_length, features, embedding_options)
         layers = options_of_layers(given, num_heads, num_layers)
         own = options_of_embedding(given, layers, position=position, **(embedding_options or {}))
         self.embedding = Embedding(vocabulary_size, features, **own, rngs=rngs)
@@ -139,7 +139,7 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
     """Reads a source and writes a target token by token: the Transformer as first published.
 
     Args:
-      source_vocabulary_size: how many tokens there are to read.
+      source_vocabulary_size: how many tokens there are to read; None with a reader.
       target_vocabulary_size: how many tokens there are to write; their embedding gives the logits
         unless there is a head.
       features: D.
@@ -148,6 +148,11 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
       position: as in `Embedding`, on either side; None where the attention knows positions.
       embedding_options: more of `Embedding`; scale and embedding_init are as in the paper unless
         given.
+      share_tokens: the source and the target have one table of tokens' vectors, as in section 3.4
+        of the paper.
+      reader: builds what makes vectors [B, S, D] of a source that is not of tokens, such as images
+        or sound, instead of an `Embedding`; called with D and dtypes, and then with the source,
+        and with `deterministic=` where it has a `dropout_rate`.
       head: as in `TokenModel`.
       logit_scale: as in `TokenModel`.
       logit_cap: as in `TokenModel`.
@@ -168,7 +173,7 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
 
     def __init__(
         self,
-        source_vocabulary_size: int,
+        source_vocabulary_size: int | None,
         target_vocabulary_size: int,
         *,
         features: int,
@@ -176,6 +181,8 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
         num_layers: int,
         position: Any = sinusoidal,
         embedding_options: Mapping[str, Any] | None = None,
+        share_tokens: bool = False,
+        reader: Callable[..., Any] | None = None,
         head: Callable[..., Any] | None = None,
         logit_scale: float = 1.0,
         logit_cap: float | None = None,
@@ -192,12 +199,18 @@ class EncoderDecoder(models.EncoderDecoderMethods, nnx.Module):
             target_vocabulary_size=target_vocabulary_size,
             features=features,
         )
+        models.check_sources(source_vocabulary_size, reader, share_tokens)
         layers = options_of_layers(checked, num_heads, num_layers)
         as_published = models.embedding_as_published(features, position)
         as_published.update(embedding_options or {})
         own = options_of_embedding(checked, layers, **as_published)
-        self.source = Embedding(source_vocabulary_size, features, **own, rngs=rngs)
-        self.target = Embedding(target_vocabulary_size, features, **own, rngs=rngs)
+        if source_vocabulary_size is not None:
+            self.source = Embedding(source_vocabulary_size, features, **own, rngs=rngs)
+        elif reader is not None:
+            dtypes = {name: own[name] for name in ("dtype", "param_dtype")}
+            self.source = reader(features, **dtypes, rngs=rngs)
+        tokens = {"tokens": self.source} if share_tokens else {}
+        self.target = Embedding(target_vocabulary_size, features, **own, **tokens, rngs=rngs)
         stack = {"num_layers": num_layers, "num_heads": num_heads, **given}
         of_encoder, of_decoder = (
             {**stack, **(own or {})} for own in (encoder_options, decoder_options)
@@ -288,8 +301,15 @@ class PatchEncoder(nnx.Module):
         Options are return_weights, sow_weights, statistics and sow_statistics, as in
         `TransformerStack`.
         """
+        result = self.encode(images, deterministic=deterministic, **options)
+        return transformer.map_output(lambda x: self.classifier(x[:, 0]), result)
+
+    def encode(self, images: Array, *, deterministic: bool | None = None, **options: Any) -> Any:
+        """Return a vector of the image and one of each patch, [B, 1 + S, features].
+
+        Arguments are those of the call.
+        """
         x = self.patch(embedding.patches(images, self.patch_size))
         x = embedding.add_class_token(x, self.class_token[...], self.positions[...])
         x = self.dropout(x, deterministic=deterministic)
-        result = self.stack(x, deterministic=deterministic, **options)
-        return transformer.map_output(lambda x: self.classifier(x[:, 0]), result)
+        return self.stack(x, deterministic=deterministic, **options)

@@ -165,8 +165,8 @@ class TransformerStack(transformer.StackMethods, nnx.Module):
       features: D.
       num_heads: N.
       rngs: as in `TransformerBlock`.
-      **options: of `attention_jax.layers.StackOptions`: remat, shared_bias, and those of a block
-        (`attention_jax.layers.BlockOptions`), for all layers or for each.
+      **options: of `attention_jax.layers.StackOptions`: remat, shared_bias, share_layers, and those
+        of a block (`attention_jax.layers.BlockOptions`), for all layers or for each.
 
     Raises:
       TypeError: there is no option of a name.
@@ -202,11 +202,13 @@ class TransformerStack(transformer.StackMethods, nnx.Module):
             )
         self.num_layers = num_layers
         self.remat = given.remat
+        self.share_layers = given.share_layers
 
     @property
     def blocks(self) -> list[TransformerBlock]:
         """The blocks, lowest first."""
-        return [getattr(self, f"block_{n}") for n in range(self.num_layers)]
+        numbers = [0] * self.num_layers if self.share_layers else range(self.num_layers)
+        return [getattr(self, f"block_{n}") for n in numbers]
 
     def _stack(self) -> transformer.Stack:
         """Return the blocks, the last norm and the shared bias with this module's parameters."""
@@ -231,14 +233,21 @@ class Embedding(nnx.Module):
       scale: of the tokens' vectors; the paper has sqrt(D).
       num_types: how many types of token there are (BERT's segments); None for none.
       norm: Flax's `LayerNorm` or `RMSNorm`, of the sum; None for none.
-      dropout_rate: of the sum.
+      table_features: of all tables and the norm, D unless given; where it is, a linear layer maps
+        the normed sum to D, and logits need a head.
+      tokens: another embedding, whose tokens' vectors are also those of this one.
+      dropout_rate: of the result.
       deterministic: True leaves dropout out; `model.train()` and `model.eval()` set it.
       embedding_init: of the tokens' vectors.
       dtype: of the result.
       param_dtype: of the parameters.
       rngs: the stream `params` draws the parameters, the stream `dropout` what is dropped.
 
-    Vaswani et al. 2017, sections 3.4, 3.5 and 5.4; Devlin et al. 2019, figure 2 (types).
+    Raises:
+      ValueError: a size below 1, or the tokens of an embedding of other sizes.
+
+    Vaswani et al. 2017, sections 3.4 (also shared tokens), 3.5 and 5.4; Devlin et al. 2019,
+    figure 2 (types); Lan et al. 2020 (ALBERT), section 3.1 (smaller tables).
 
     >>> Embedding(10, 8, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
     (1, 3, 8)
@@ -253,6 +262,8 @@ class Embedding(nnx.Module):
         scale: float = 1.0,
         num_types: int | None = None,
         norm: Callable[..., Any] | None = None,
+        table_features: int | None = None,
+        tokens: Embedding | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
         embedding_init: Initializer = standard.normal(0.02),  # noqa: B008
@@ -262,20 +273,29 @@ class Embedding(nnx.Module):
     ):
         sizes = {"vocabulary_size": vocabulary_size, "features": features}
         checks.sizes("Embedding", **sizes, num_types=num_types)
+        width = checks.size_or(features, "Embedding", table_features=table_features)
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         table = functools.partial(
-            nnx.Embed, features=features, embedding_init=embedding_init, **dtypes
+            nnx.Embed, features=width, embedding_init=embedding_init, **dtypes
         )
-        self.token = table(vocabulary_size)
-        self.position = self.token_type = self.norm = nnx.data(None)
+        if tokens is None:
+            self.token = table(vocabulary_size)
+        else:
+            own = tokens.token
+            embedding.check_tokens((own.num_embeddings, own.features), (vocabulary_size, width))
+            self.token = own
+        self.position = self.token_type = self.norm = self.projection = nnx.data(None)
         if position is not None:
-            position = embedding.position_of_depth(position, features)
+            position = embedding.position_of_depth(position, width)
             self.position = Bound(position, param_dtype=param_dtype, rngs=rngs)
         if num_types is not None:
             self.token_type = table(num_types)
         if norm is not None:
-            self.norm = norm(features, **dtypes)
+            self.norm = norm(width, **dtypes)
+        if table_features is not None:
+            self.projection = nnx.Linear(width, features, **dtypes)
         self.scale = scale
+        self.dropout_rate = dropout_rate
         self.dropout = dropout_of(dropout_rate, deterministic, rngs)
 
     def __call__(
@@ -291,11 +311,18 @@ class Embedding(nnx.Module):
         `types` [B, T] are 0 unless given.
         """
         position = None if self.position is None else self.position.resolved
-        embedder = embedding.Embedder(self.token, self.scale, self.token_type, position, self.norm)
+        embedder = embedding.Embedder(
+            self.token, self.scale, self.token_type, position, self.norm, self.projection
+        )
         return self.dropout(embedder(tokens, positions, types), deterministic=deterministic)
 
     def attend(self, x: Array) -> Array:
-        """Return logits [..., vocabulary]: products with the tokens' vectors."""
+        """Return logits [..., vocabulary]: products with the tokens' vectors.
+
+        Raises:
+          ValueError: these have other features than the model.
+        """
+        embedding.check_tied(self.projection)
         return self.token.attend(x)
 
 

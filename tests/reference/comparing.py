@@ -17,11 +17,11 @@ def tensor(x):
 
 
 def drawn(model, seed=0):
-    """Draw every parameter at random, in float64."""
+    """Draw every parameter that learns at random, in float64."""
     generator = np.random.default_rng(seed)
     model = model.double().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.copy_(tensor(0.3 * generator.standard_normal(tuple(parameter.shape))))
     return model
 

@@ -233,7 +233,7 @@ def t5():
     own = {"query_depth": 6, "use_bias": False, "score": scores.dot}
     attention = functools.partial(MultiHeadAttention, **own)
     relative = functools.partial(positions.learned_buckets, 8, 12)
-    model = EncoderDecoder(
+    return EncoderDecoder(
         WORDS,
         WORDS,
         features=D,
@@ -245,10 +245,9 @@ def t5():
         hidden_features=24,
         norm=functools.partial(nnx.RMSNorm, epsilon=1e-6),
         norm_placement="before",
+        share_tokens=True,
         embedding_options={"scale": 1.0},
         encoder_options={"shared_bias": relative()},
         decoder_options={"shared_bias": relative(bidirectional=False)},
         rngs=nnx.Rngs(0),
     )
-    model.target = model.source  # one table for both languages
-    return model

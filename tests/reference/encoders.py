@@ -2,14 +2,15 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax import bind, masks, per_head, scores
+from attention_jax import bind, masks, per_head, positions, scores
 from attention_jax.layers import by_layer
 from attention_jax.nnx import LongformerAttention, MultiHeadAttention, TokenEncoder
 from attention_jax.positions import sinusoidal
-from tests.reference.sizes import SIZES, WORDS, D, layer_norm
+from tests.reference.sizes import SIZES, WORDS, D, gated, halves, layer_norm
 
 norm_of_bert = functools.partial(layer_norm, epsilon=1e-12)
 
@@ -20,8 +21,8 @@ def bert(**options):
         D,
         **SIZES,
         hidden_features=24,
-        norm=norm_of_bert,
         **{
+            "norm": norm_of_bert,
             "max_length": 64,
             "embedding_options": {"num_types": 2, "norm": norm_of_bert},
             **options,
@@ -44,6 +45,56 @@ def mask_of_bigbird(lengths, chosen):
     near = masks.Window(1, 1) | masks.GlobalTokens(1)
     near |= masks.GlobalTokens([False] * (chosen.shape[2] - 1) + [True])
     return by_layer(lambda n: masks.Block(near | masks.Edges(chosen[None, n]), 2) & seen)
+
+
+def roformer():
+    attention = functools.partial(MultiHeadAttention, position=positions.rotary)
+    return bert(attention=attention, max_length=None)
+
+
+def albert():
+    """Layers are one, and the tables smaller."""
+    embedding = {"num_types": 2, "norm": norm_of_bert, "table_features": 6}
+    activation = functools.partial(jax.nn.gelu, approximate=True)
+    return bert(share_layers=True, activation=activation, embedding_options=embedding)
+
+
+def modernbert():
+    """Every other layer is local and turns faster; the first has no norm before its attention."""
+    norm = functools.partial(layer_norm, epsilon=1e-5, use_bias=False)
+    turned = [functools.partial(halves, base=base) for base in (160_000.0, 10_000.0)]
+    return bert(
+        attention=[
+            functools.partial(MultiHeadAttention, use_bias=False, position=position)
+            for position in turned
+        ],
+        feed_forward=gated,
+        norm=norm,
+        norm_placement=[{"attention": "none"}, "before"],
+        max_length=None,
+        embedding_options={"norm": norm},
+    )
+
+
+def mask_of_modernbert(lengths):
+    seen = masks.Lengths(lengths)
+    return by_layer(lambda n: seen if n % 2 == 0 else masks.Window(2, 2) & seen)
+
+
+class Fourier(nnx.Module):
+    """The real part of the Fourier transform along tokens and features, instead of attention."""
+
+    def __init__(self, num_heads, features, **options):
+        pass
+
+    def __call__(self, x, *, mask=None):
+        return jnp.fft.fft2(x).real
+
+
+def fnet():
+    embedding = {"num_types": 4, "norm": norm_of_bert, "table_features": D}
+    activation = functools.partial(jax.nn.gelu, approximate=True)
+    return bert(attention=Fourier, activation=activation, embedding_options=embedding)
 
 
 def log_bucket(distance, half, longest):

@@ -8,10 +8,17 @@ from flax import nnx
 
 from attention_jax import Parameter, bind, learned, masks, per_head, positions, scores
 from attention_jax.layers import by_layer
-from attention_jax.nnx import MultiHeadAttention, PatchEncoder, TransformerStack
+from attention_jax.nnx import (
+    FeedForward,
+    MultiHeadAttention,
+    PatchEncoder,
+    TransformerBlock,
+    TransformerStack,
+)
 from tests.reference.sizes import LAYERS, SIZES, D, layer_norm
 
 ROWS, COLUMNS, SQUARE = 4, 6, 2  # of patches, and of a window
+exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
 WINDOWS = by_layer(lambda n: masks.swin(ROWS, COLUMNS, SQUARE, shifted=n % 2 == 1))
 
 
@@ -29,6 +36,60 @@ def vit():
     )
 
 
+class LayerScale(nnx.Module):
+    """A learned factor of each feature."""
+
+    def __init__(self, features, *, param_dtype, rngs, dtype=None):
+        self.scale = nnx.Param(jnp.full(features, 1e-5, param_dtype))
+
+    def __call__(self, x):
+        return x * self.scale[...]
+
+
+def dinov2():
+    return PatchEncoder(
+        (8, 8),
+        2,
+        num_channels=3,
+        num_classes=5,
+        features=D,
+        **SIZES,
+        hidden_features=32,
+        norm=functools.partial(layer_norm, epsilon=1e-6),
+        norm_placement="both",
+        branch_norm=LayerScale,
+        rngs=nnx.Rngs(0),
+    )
+
+
+class Perceiver(nnx.Module):
+    """A few latent vectors attend to inputs of any kind, and then to each other."""
+
+    def __init__(self, num_latents, features, *, rngs):
+        dtypes = {"param_dtype": jnp.float64, "rngs": rngs}
+        norm = functools.partial(layer_norm, epsilon=1e-5)
+        self.latents = nnx.Param(jnp.zeros((num_latents, D)))
+        self.norms = nnx.List([norm(size, **dtypes) for size in (D, features, D)])
+        sizes = {"memory_features": features, "query_depth": features // 2}
+        self.attention = MultiHeadAttention(2, D, **sizes, **dtypes)
+        own = {"hidden_features": D, "activation": exact_gelu, **dtypes}
+        self.feed_forward = FeedForward(D, **own)
+        blocks = (TransformerBlock(D, 4, norm=norm, **own) for _ in range(2))
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, inputs):
+        x = jnp.broadcast_to(self.latents[...], (len(inputs), *self.latents.shape))
+        x += self.attention(self.norms[0](x), self.norms[1](inputs))
+        x += self.feed_forward(self.norms[2](x))
+        for block in [*self.blocks, *self.blocks]:
+            x = block(x)
+        return x
+
+
+def perceiver():
+    return Perceiver(5, 6, rngs=nnx.Rngs(0))
+
+
 class Swin(nnx.Module):
     """Patches, and attention within windows of them that every other layer shifts."""
 
@@ -41,7 +102,7 @@ class Swin(nnx.Module):
             features=D,
             **SIZES,
             hidden_features=24,
-            activation=functools.partial(jax.nn.gelu, approximate=False),
+            activation=exact_gelu,
             norm=norm,
             **options,
             rngs=rngs,

@@ -99,24 +99,29 @@ WINDOWS = {"Mistral": 3}
 SEEDS = {"GPT-2": 2, "Gemma 2": 5}  # whose greedy tokens are not all the same
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_decoders(name):
-    kind, config, build, parameters = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**config)
+def compare(name, kind, options, build, parameters, mask=None, seed=0, window=None):
+    """Compare values, gradients and greedy tokens of a decoder."""
+    text = "Text" if kind == "Gemma3" else ""
+    config = getattr(transformers, f"{kind}{text}Config")(**options)
     causal = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     other = getattr(transformers, f"{kind}{causal}")(config)
-    other = comparing.drawn(other, SEEDS.get(name, 0))
-    ours, mask, tokens = build(), MASKS.get(name), comparing.tensor(TOKENS)
+    other = comparing.drawn(other, seed)
+    ours, tokens = build(), comparing.tensor(TOKENS)
     comparing.agree(
         name, other, ours, parameters, lambda: other(tokens).logits, lambda x: x(TOKENS, mask)
     )
     options = {"do_sample": False, "max_new_tokens": STEPS, "min_new_tokens": STEPS}
     with torch.no_grad():
         expected = other.generate(tokens, **options)[:, TOKENS.shape[1] :]
-    kept = {"mask": mask, "window": WINDOWS.get(name)}
+    kept = {"mask": mask, "window": window}
     generated = nnx.jit(lambda ours: ours.generate(TOKENS, STEPS, **kept))(ours)
     np.testing.assert_array_equal(generated, expected.numpy())
     assert len(np.unique(generated)) > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoders(name):
+    compare(name, *MODELS[name], MASKS.get(name), SEEDS.get(name, 0), WINDOWS.get(name))
 
 
 def test_t5():

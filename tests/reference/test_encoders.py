@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import masks
+from attention_jax import masks, positions
 from tests.reference import encoders, images, trees
+from tests.reference import trees_of_encoders as more
 from tests.reference.sizes import LAYERS, WORDS, D, N
 
 torch = pytest.importorskip("torch")
@@ -55,6 +56,53 @@ def test_bert():
     model, types = transformers.BertModel(config, add_pooling_layer=False), TOKENS % 2
     run = lambda ours: ours.encode(TOKENS, masks.Lengths(LENGTHS), types=types)  # noqa: E731
     agree("BERT", model, encoders.bert(), trees.bert, run, token_type_ids=types)
+
+
+def test_roformer():
+    """Their table of angles is in single precision, so it is made anew."""
+    model = transformers.RoFormerModel(transformers.RoFormerConfig(**OF_BERT))
+    angles = positions.sinusoidal(np.arange(64), D // N, halves=True, dtype=jnp.float64)
+    model.encoder.embed_positions.weight.data = comparing.tensor(angles)
+    run = lambda ours: ours.encode(TOKENS, masks.Lengths(LENGTHS))  # noqa: E731
+    agree("RoFormer", model, encoders.roformer(), more.roformer, run)
+
+
+def test_albert():
+    config = transformers.AlbertConfig(**OF_BERT, embedding_size=6)
+    model = transformers.AlbertModel(config, add_pooling_layer=False)
+    run = lambda ours: ours.encode(TOKENS, masks.Lengths(LENGTHS))  # noqa: E731
+    agree("ALBERT", model, encoders.albert(), more.albert, run)
+
+
+def test_modernbert():
+    """Every other layer sees 2 tokens on either side."""
+    kinds = ["full_attention", "sliding_attention"]
+    rope = [{"rope_type": "default", "rope_theta": base} for base in (160_000.0, 10_000.0)]
+    config = transformers.ModernBertConfig(
+        **OF_BERT,
+        local_attention=4,
+        layer_types=kinds,
+        rope_parameters=dict(zip(kinds, rope, strict=True)),
+        attn_implementation="eager",
+    )
+    mask = encoders.mask_of_modernbert(LENGTHS)
+    run = lambda ours: ours.encode(TOKENS, mask)  # noqa: E731
+    model = transformers.ModernBertModel(config)
+    agree("ModernBERT", model, encoders.modernbert(), more.modernbert, run)
+
+
+def test_fnet():
+    """It knows no masks."""
+    model = transformers.FNetModel(transformers.FNetConfig(**OF_BERT), add_pooling_layer=False)
+    other, tokens = comparing.drawn(model), comparing.tensor(TOKENS)
+    comparing.agree(
+        "FNet",
+        other,
+        encoders.fnet(),
+        more.fnet,
+        lambda: other(tokens).last_hidden_state,
+        lambda ours: ours.encode(TOKENS),
+    )
 
 
 def test_longformer():
@@ -167,4 +215,47 @@ def test_swin(name):
         parameters,
         lambda: other(pixels).last_hidden_state,
         lambda ours: ours(jnp.asarray(IMAGES)),
+    )
+
+
+def test_dinov2():
+    config = transformers.Dinov2Config(
+        **{**OF_IMAGES, "image_size": (8, 8)},
+        hidden_size=D,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=N,
+        mlp_ratio=2,
+        attn_implementation="eager",
+    )
+    other, square = comparing.drawn(transformers.Dinov2Model(config)), IMAGES[:, :, :8]
+    pixels = comparing.tensor(square.transpose(0, 3, 1, 2))
+    comparing.agree(
+        "DINOv2",
+        other,
+        images.dinov2(),
+        more.dinov2,
+        lambda: other(pixels).last_hidden_state,
+        lambda ours: ours.encode(jnp.asarray(square)),
+    )
+
+
+def test_perceiver():
+    config = transformers.PerceiverConfig(
+        num_latents=5,
+        d_latents=D,
+        d_model=6,
+        num_blocks=2,
+        num_self_attends_per_block=2,
+        num_self_attention_heads=4,
+        num_cross_attention_heads=2,
+    )
+    other = comparing.drawn(transformers.PerceiverModel(config))
+    inputs = np.random.default_rng(0).standard_normal((2, 9, 6))
+    comparing.agree(
+        "Perceiver",
+        other,
+        images.perceiver(),
+        more.perceiver,
+        lambda: other(comparing.tensor(inputs)).last_hidden_state,
+        lambda ours: ours(jnp.asarray(inputs)),
     )

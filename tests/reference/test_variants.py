@@ -1,0 +1,134 @@
+"""Decoders that differ from Llama: values, gradients and greedy tokens of other people's code."""
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.reference import trees_of_variants as trees
+from tests.reference import variants
+from tests.reference.sizes import LAYERS, D, N
+
+pytest.importorskip("transformers")
+decoders = pytest.importorskip("tests.reference.test_decoders")
+pytestmark = pytest.mark.slow
+
+LLAMA = {**decoders.LLAMA, "tie_word_embeddings": False}
+TIED = {**LLAMA, "tie_word_embeddings": True}
+PLAIN = {**decoders.OF_OTHERS, "intermediate_size": 24, "max_position_embeddings": 64}
+
+
+class Model(NamedTuple):
+    """The name of their class, their options, our recipe, our parameters, and the mask."""
+
+    kind: str
+    options: dict[str, Any]
+    build: Any
+    parameters: Any
+    mask: Any = None
+    seed: int = 0
+
+
+def rope(**options):
+    return {"rope_theta": 10_000.0, "rope_type": "default", **options}
+
+
+TYPES = ["sliding_attention", "full_attention"]
+MODELS = {
+    "Gemma 3": Model(
+        "Gemma3",
+        {
+            **TIED,
+            "head_dim": 6,
+            "query_pre_attn_scalar": 5,
+            "sliding_window": 4,
+            "layer_types": TYPES,
+            "rope_parameters": {
+                TYPES[0]: rope(),
+                TYPES[1]: rope(rope_theta=1e6, rope_type="linear", factor=8.0),
+            },
+        },
+        variants.gemma3,
+        trees.gemma3,
+        variants.LOCAL,
+    ),
+    "Phi-3": Model(
+        "Phi3",
+        {
+            **LLAMA,
+            "original_max_position_embeddings": 4,
+            "rope_parameters": rope(
+                rope_type="longrope",
+                short_factor=[1.0, 1.0],
+                long_factor=[1.5, 3.0],
+                original_max_position_embeddings=4,
+            ),
+        },
+        variants.phi3,
+        trees.phi3,
+    ),
+    "OLMo 2": Model("Olmo2", LLAMA, variants.olmo2, trees.olmo2),
+    "StableLM": Model(
+        "StableLm",
+        {
+            **LLAMA,
+            "use_qkv_bias": True,
+            "rope_parameters": rope(partial_rotary_factor=0.5),
+        },
+        variants.stablelm,
+        trees.stablelm,
+    ),
+    "Granite": Model(
+        "Granite",
+        {
+            **LLAMA,
+            "embedding_multiplier": 5.0,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 3.0,
+        },
+        variants.granite,
+        trees.granite,
+    ),
+    "SmolLM3": Model(
+        "SmolLM3",
+        {**TIED, "no_rope_layers": [1, 0], "rope_parameters": rope()},
+        variants.smollm3,
+        trees.smollm3,
+    ),
+    "Cohere": Model(
+        "Cohere",
+        {**TIED, "logit_scale": 0.5, "rope_parameters": rope()},
+        variants.cohere,
+        trees.cohere,
+    ),
+    "Falcon": Model(
+        "Falcon",
+        {**PLAIN, "ffn_hidden_size": 24, "layer_norm_epsilon": 1e-5},
+        variants.falcon,
+        trees.falcon,
+    ),
+    "GPT-NeoX": Model(
+        "GPTNeoX",
+        {**PLAIN, "rope_parameters": rope(partial_rotary_factor=0.5)},
+        variants.neox,
+        trees.neox,
+        seed=1,
+    ),
+    "BLOOM": Model(
+        "Bloom",
+        {
+            **decoders.OF_OTHERS,
+            "n_layer": LAYERS,
+            "n_head": N,
+            "hidden_size": D,
+        },
+        variants.bloom,
+        trees.bloom,
+        seed=6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_variants(name):
+    decoders.compare(name, *MODELS[name])
