@@ -194,8 +194,8 @@ def placements(norm_placement: Any) -> dict[str, str]:
     >>> placements({"attention": "none"})["feed_forward"]
     'before'
     """
-    given = norm_placement
-    given = given if isinstance(given, Mapping) else dict.fromkeys(SUBLAYERS, given)
+    is_one = not isinstance(norm_placement, Mapping)
+    given: Any = dict.fromkeys(SUBLAYERS, norm_placement) if is_one else norm_placement
     for sublayer, placement in given.items():
         if sublayer not in SUBLAYERS or placement not in NORMS:
             names = ", ".join(repr(name) for name in NORMS)
