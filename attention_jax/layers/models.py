@@ -87,14 +87,18 @@ class CausalDecoderMethods(TokenModelMethods):
         """
         return map_output(self.logits, self.encode(tokens, mask, **options))
 
-    def encode(self, tokens: Array, mask: Any = None, **options: Any) -> Any:
+    def encode(
+        self, tokens: Array, mask: Any = None, *, causal: bool = True, **options: Any
+    ) -> Any:
         """Return a vector [B, T, features] for each token, made of it and of those before.
 
-        The mask, for all layers or each, is joined with the causal one. Options are positions,
-        types, deterministic, bias, order, tile_sizes, return_weights, sow_weights, statistics and
+        The mask, for all layers or each, is joined with the causal one; causal=False leaves that to
+        the mask, such as `masks.Prefix(n) | masks.Causal()`, whose first n tokens see each other
+        (prefix language models; Raffel et al. 2020, section 3.2.1). Options are positions, types,
+        deterministic, bias, order, tile_sizes, return_weights, sow_weights, statistics and
         sow_statistics.
         """
-        return super().encode(tokens, map_layers(and_causal, mask), **options)
+        return super().encode(tokens, map_layers(and_causal, mask) if causal else mask, **options)
 
     def init_cache(self, batch: int, capacity: int, **options: Any) -> list[Cache]:
         """Return empty caches for `decode`; see `attention_jax.cache.init`."""
@@ -106,18 +110,20 @@ class CausalDecoderMethods(TokenModelMethods):
         caches: Sequence[Cache],
         *,
         mask: Any = None,
+        causal: bool = True,
         count: Any = None,
         types: Array | None = None,
     ) -> tuple[Array, list[Cache]]:
         """Return logits [B, T, vocabulary] of the next tokens [B, T], and the next caches.
 
-        The mask is that of the whole sequence, for all layers or each, joined with the causal one.
-        In a ragged batch `count` [B] tells how many of the T are tokens. `types` [B, T] are those
-        of the next tokens, where the embedding has any; 0 unless given.
+        The mask is that of the whole sequence, for all layers or each, joined with the causal one
+        unless told not to, as in `encode`; a prefix is then given in one call. In a ragged batch
+        `count` [B] tells how many of the T are tokens. `types` [B, T] are those of the next tokens,
+        where the embedding has any; 0 unless given.
         """
         positions = next_positions(caches[0], tokens.shape[1])
         x = self.embedding(tokens, positions, deterministic=True, types=types)
-        x, following = self.stack.decode(x, caches, mask=mask, count=count)
+        x, following = self.stack.decode(x, caches, mask=mask, causal=causal, count=count)
         return self.logits(x), following
 
     def generate(
@@ -127,6 +133,7 @@ class CausalDecoderMethods(TokenModelMethods):
         *,
         lengths: Array | Sequence[int] | None = None,
         mask: Any = None,
+        causal: bool = True,
         window: Any = None,
         types: Array | None = None,
         **options: Any,
@@ -138,6 +145,7 @@ class CausalDecoderMethods(TokenModelMethods):
           num_steps: how many tokens to add.
           lengths: how many tokens of each prompt count, [B].
           mask: of the whole sequence, for all layers or each, joined with the causal one.
+          causal: as in `encode`.
           window: how many tokens before the newest the caches keep, for all layers or each; the
             mask must let no query attend further (`masks.Window(window, 0)`). None keeps all.
           types: of the prompt's tokens, [B, T], where the embedding has any; 0 unless given. What
@@ -151,7 +159,7 @@ class CausalDecoderMethods(TokenModelMethods):
         capacity = map_layers(lambda own: total if own is None else own + 1, window)
         kept = {} if window is None else {"window": window}
         caches = self.init_cache(batch, capacity, ragged=lengths is not None, **kept)
-        decode = functools.partial(self._pure_decode(), mask=mask)
+        decode = functools.partial(self._pure_decode(), mask=mask, causal=causal)
         decode = with_types(decode, types, lengths)
         return generate(decode, caches, prompt, num_steps, lengths=lengths, **options)
 

@@ -260,6 +260,25 @@ def test_encoding_of_a_causal_decoder_is_causal():
 
 
 @pytest.mark.slow
+def test_a_prefix_that_sees_itself():
+    """In the full pass, and with a cache."""
+    model = drawn_anew(CausalDecoder(9, 8, **SMALL, rngs=nnx.Rngs(0)))
+    mask = masks.Prefix(2) | masks.Causal()
+    options = {"mask": mask, "causal": False}
+
+    @nnx.jit
+    def run(model):
+        full = model(TOKENS, **options)
+        first, caches = model.decode(TOKENS[:, :3], model.init_cache(2, 4), **options)
+        second, _ = model.decode(TOKENS[:, 3:], caches, **options)
+        return full, jnp.concatenate([first, second], axis=1), model(TOKENS, mask)
+
+    full, decoded, causal = run(model)
+    chex.assert_trees_all_close(decoded, full, atol=1e-5)
+    assert np.abs(causal - full)[0, 0].max() > 1e-3
+
+
+@pytest.mark.slow
 def test_an_encoder_decoder_without_positions():
     build = functools.partial(EncoderDecoder, 9, 9, features=8, num_heads=2, num_layers=0)
     model = build(position=None, rngs=nnx.Rngs(0))

@@ -101,7 +101,7 @@ SEEDS = {"GPT-2": 2, "Gemma 2": 5}  # whose greedy tokens are not all the same
 
 def compare(name, kind, options, build, parameters, mask=None, seed=0, window=None):
     """Compare values, gradients and greedy tokens of a decoder."""
-    text = "Text" if kind == "Gemma3" else ""
+    text = "Text" if kind in ("Gemma3", "Llama4") else ""
     config = getattr(transformers, f"{kind}{text}Config")(**options)
     causal = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     other = getattr(transformers, f"{kind}{causal}")(config)

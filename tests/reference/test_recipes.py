@@ -53,6 +53,8 @@ RECIPES = {
     "OLMo 2": [*VARIANT, variants.olmo2],
     "StableLM": [*VARIANT, variants.stablelm],
     "Granite": [*VARIANT, variants.granite],
+    "Llama 3.1": [*VARIANT, variants.llama3],
+    "Llama 4": [*VARIANT, variants.llama4, variants.turned_and_normed, variants.tempered],
     "SmolLM3": [*VARIANT, variants.smollm3],
     "Cohere": [*VARIANT, variants.cohere],
     "Falcon": [*VARIANT, variants.falcon],
@@ -112,6 +114,6 @@ def test_recipes_build():
     """Without the packages of others, so that no recipe goes stale unseen."""
     builds = {part for parts in RECIPES.values() for part in parts if needs_nothing(part)}
     builds.remove(variants.heads)  # a layer, not a model
-    assert len(builds) == 40
+    assert len(builds) == 42
     for build in builds:
         assert jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param))

@@ -2,13 +2,18 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from flax import nnx
 
+from attention_jax import masks
 from tests.reference import trees_of_variants as trees
 from tests.reference import variants
 from tests.reference.sizes import LAYERS, D, N
 
-pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+comparing = pytest.importorskip("tests.reference.comparing")
 decoders = pytest.importorskip("tests.reference.test_decoders")
 pytestmark = pytest.mark.slow
 
@@ -89,6 +94,40 @@ MODELS = {
         variants.granite,
         trees.granite,
     ),
+    "Llama 3.1": Model(
+        "Llama",
+        {
+            **LLAMA,
+            "max_position_embeddings": 256,
+            "rope_parameters": rope(
+                rope_type="llama3",
+                rope_theta=500.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        },
+        variants.llama3,
+        trees.granite,
+    ),
+    "Llama 4": Model(
+        "Llama4",
+        {
+            **LLAMA,
+            "head_dim": 4,
+            "intermediate_size_mlp": 24,
+            "moe_layers": [],
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 4,
+            "floor_scale": 4,
+            "attn_scale": 0.5,
+            "rope_parameters": rope(),
+        },
+        variants.llama4,
+        trees.llama4,
+        variants.CHUNKS,
+    ),
     "SmolLM3": Model(
         "SmolLM3",
         {**TIED, "no_rope_layers": [1, 0], "rope_parameters": rope()},
@@ -132,3 +171,33 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_variants(name):
     decoders.compare(name, *MODELS[name])
+
+
+def test_a_prefix_language_model():
+    """The first three tokens of each prompt see each other."""
+    tokens, mask = decoders.TOKENS, masks.Prefix(3) | masks.Causal()
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    other, ours = comparing.drawn(other, 1), decoders.decoders.llama()
+
+    def logits(tokens):
+        length = tokens.shape[1]
+        seen = comparing.tensor(mask.to_dense(length, length))[None, None]
+        added = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+        return other(comparing.tensor(tokens), attention_mask=added).logits
+
+    comparing.agree(
+        "prefix LM",
+        other,
+        ours,
+        decoders.trees.llama,
+        lambda: logits(tokens),
+        lambda x: x(tokens, mask, causal=False),
+    )
+    expected = tokens
+    with torch.no_grad():
+        for _ in range(decoders.STEPS):
+            best = logits(expected)[:, -1].argmax(-1).numpy()
+            expected = np.concatenate([expected, best[:, None]], axis=1)
+    options = {"mask": mask, "causal": False}
+    run = nnx.jit(lambda ours: ours.generate(tokens, decoders.STEPS, **options))
+    np.testing.assert_array_equal(run(ours), expected[:, tokens.shape[1] :])

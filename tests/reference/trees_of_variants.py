@@ -49,6 +49,14 @@ def olmo2(state, offset=0.0):
     return untied(state, norms=norms, attention=trees.attention_of_qwen3)
 
 
+def llama4(state, offset=0.0):
+    def feed_forward(state, at):
+        names = (("gate", "gate"), ("hidden", "up"), ("out", "down"))
+        return {own: state.kernel(f"{at}.feed_forward.{name}_proj") for own, name in names}
+
+    return trees.llama(state, feed_forward=feed_forward)
+
+
 def granite(state, offset=0.0):
     return trees.llama(state)
 

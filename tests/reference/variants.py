@@ -9,6 +9,7 @@ from flax import nnx
 from attention_jax import masks, positions, scores
 from attention_jax.layers import by_layer
 from attention_jax.nnx import CausalDecoder, MultiHeadAttention
+from attention_jax.positions import rotary
 from tests.reference.sizes import (
     SIZES,
     WORDS,
@@ -89,7 +90,7 @@ def granite():
 
 
 def cohere():
-    attention = heads(position=positions.rotary)
+    attention = heads(position=rotary)
     own = {"parallel": True, "share_norm": True, "norm": norm_without_bias}
     return decoder(attention, **own, logit_scale=0.5)
 
@@ -129,6 +130,35 @@ def bloom():
         shared_bias=positions.alibi_bias(N),
         embedding_options={"norm": norm_with_bias},
     )
+
+
+def turned_and_normed(x, positions):
+    """Rotary, then a norm that learns nothing."""
+    x = rotary(x, positions)
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=1, keepdims=True) + 1e-5)
+
+
+@scores.positional
+def tempered(query, key, *, q_idx, kv_idx):
+    """Scaled dots that grow with the logarithm of the query's position."""
+    chunk = ((q_idx[:, None] + 1) // 4).astype(query.dtype)
+    return scores.scaled_dot(query, key) * (1 + 0.5 * jnp.log1p(chunk))
+
+
+def llama4():
+    """Every other layer sees chunks; the others know no positions but as a temperature."""
+    local, wide = heads(position=turned_and_normed), heads(position=None, score=tempered)
+    return decoder([local, wide], head=no_bias)
+
+
+CHUNKS = by_layer(lambda n: masks.Chunked(4) if n % 2 == 0 else None)
+
+
+def llama3():
+    """For sequences 8 times as long as the 32 tokens trained on at first."""
+    frequencies = positions.llama3_frequencies(4, base=500.0, factor=8.0, length=32)
+    attention = heads(position=functools.partial(halves, frequencies=frequencies))
+    return decoder(attention, head=no_bias)
 
 
 def smollm3():
