@@ -22,7 +22,8 @@ from attention_jax.scores import separate
 from attention_jax.scores.composition import identity
 
 RESERVED = 2**20
-"""What the compiler for TPUs reserves for a loop over features that needs no device memory.
+"""What the compiler for TPUs reserves for a loop that needs no device memory: over features, or
+over tiles with a branch on what each is.
 
 Read from programs for a v5e: 0.95 MiB for lengths of 4096, with 4 heads as with 8, and 1.14 MiB
 for a length of 2048.
@@ -53,14 +54,17 @@ def expected(name: str, request: Request, plan: Plan, at_once: int, platform: st
     # Logits, and weights as the operand of a product; sums before and after a visit.
     tiles = pairs * (computed + request.value.dtype.itemsize)
     sums = 2 * at_once * length * sizes["V"] * computed
-    # What poisons rows of query, key and value; maxima and totals between loops.
-    rows = heads * length * computed * (3 + 2 * (len(plan.visits) > 1))
+    # What poisons rows of query, key and value; maxima and totals between loops and branches.
+    rows = heads * length * computed * (3 + 2 * (len(plan.visits) > 1) + 4 * plan.looks_up)
     fits = _fits(platform, tiles + sums)
     read = _Rows.of(request, name)
     copies = 0 if fits else read.read(request) + _of_branches(request, plan, at_once, read)
     if at_once == heads:  # the context is written where the sums or a copy were
         sums -= heads * length * sizes["V"] * (computed + request.value.dtype.itemsize)
-    least = RESERVED if fits and separate(function_of(request.score)).adds_features else 0
+    adds_features = separate(function_of(request.score)).adds_features
+    if fits and plan.looks_up:  # a loop within a branch writes its result to device memory
+        return rows + RESERVED + pairs * computed * adds_features
+    least = RESERVED if fits and adds_features else 0
     return max(rows + copies + (0 if fits else tiles + sums), least)
 
 
