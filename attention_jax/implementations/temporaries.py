@@ -99,6 +99,8 @@ def of_gradients(
         held += groups * sum(sums) + pairs * of_pair + _of_branches(request, plan, at_once, rows)
         return log_sums + held - _bytes(request)
     least = RESERVED if adds_features else log_sums
+    if adds_features and plan.looks_up:  # beside a loop within a branch nothing stays
+        return least + max(0, rows.read(request) + sum(sums) - _bytes(request))
     of_pair = 2 * computed if adds_features else computed + value
     lacking = held + groups * sum(sums) + pairs * of_pair - machine.vector_memory()
     if groups == 1:
