@@ -53,7 +53,10 @@ class LongformerAttention(MultiHeadLayer, kw_only=True):
         """Attend from every token to those that the mask allows, as the twin does."""
         dropout = dropout_options(self, deterministic)
         options = {"mask": mask, "positions": positions, "dropout": dropout}
-        return self._layer()(query, global_tokens, **options)
+        layer = self._layer()
+        if self.is_initializing():  # the parameters are the same without global tokens
+            layer.wide.projections.heads(query, positions=positions)
+        return layer(query, global_tokens, **options)
 
     @nn.compact
     def _layer(self) -> LongformerLayer:

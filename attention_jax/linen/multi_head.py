@@ -116,7 +116,10 @@ class MultiHeadAttention(MultiHeadMethods, MultiHeadLayer, kw_only=True):
     ) -> Any:
         """Attend from the query to the memory, or to itself, as the twin does."""
         extras = Extras(return_weights, sow_weights, statistics, sow_statistics)
-        output, found = self._layer()(
+        layer = self._layer()
+        if self.is_initializing():  # the parameters are the same with a score or bias of the call
+            layer.functions()
+        output, found = layer(
             query,
             memory,
             value,

@@ -66,6 +66,27 @@ def same(twin, module, *arguments, **options):
     return expected
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "call"),
+    [
+        ("LongformerAttention", {}, {"global_tokens": jnp.array([0, 2])}),
+        ("LongformerAttention", {"share_query_key": True}, {"global_tokens": jnp.array([1])}),
+        ("MultiHeadAttention", {"score": scores.bilinear}, {"score": scores.dot}),
+        ("MultiHeadAttention", {"bias": DISTANCE}, {"bias": jnp.zeros((5, 5))}),
+    ],
+)
+def test_parameters_are_the_same_however_the_first_call_is_made(name, options, call):
+    layer, x = getattr(attention_linen, name)(2, 8, **options), jnp.ones((2, 5, 8))
+    plain, other = (
+        jax.eval_shape(lambda key, own=own: layer.init(key, x, **own), jax.random.key(0))
+        for own in ({}, call)
+    )
+    twin = getattr(attention_nnx, name)(2, 8, **options, rngs=nnx.Rngs(0))
+    tree = nnx.to_pure_dict(nnx.state(twin, nnx.Param))
+    chex.assert_trees_all_equal_shapes_and_dtypes(plain["params"], tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(other["params"], tree)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", MULTI_HEAD.values(), ids=MULTI_HEAD)
 def test_multi_head(options):
