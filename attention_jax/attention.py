@@ -13,9 +13,11 @@ from attention_jax import masks
 from attention_jax.base import placement
 from attention_jax.base.binding import BiasLike, Sliced
 from attention_jax.base.placement import Where
+from attention_jax.base.trees import flattened
 from attention_jax.base.typing import AnyNormalizer, AnyScore, HeadMap
 from attention_jax.implementations import (
     choice,
+    constants,
     cudnn,
     describing,
     mixed,
@@ -203,8 +205,8 @@ def explain(
     mask = as_mask(mask)
     if programs.is_staged():
         return jax.eval_shape(functools.partial(explained, mask), query, key, value)
-    late = programs.with_constants(mask)
-    return jax.eval_shape(explained, late, query, key, value)
+    late = constants.with_constants(mask)
+    return jax.eval_shape(*flattened(explained, late, query, key, value))
 
 
 def _attended(request: Request, where: Where, dtype: Any = None) -> Attended:
@@ -377,7 +379,7 @@ def _in_tiles(
 def _explained(
     platform: str, request_of: Any, mask: masks.Mask, query: Array, key: Array, value: Array
 ) -> describing.Choice:
-    request = request_of(query, key, value, mask=programs.without_constants(mask))
+    request = request_of(query, key, value, mask=constants.without_constants(mask))
     found = describing.describe(request, platform)
     operands(request)  # refuses what does not fit
     return found

@@ -17,6 +17,7 @@ from attention_jax.base.binding import BiasLike, Sliced, as_pytree, function_of,
 from attention_jax.base.matmul import Products, precision_in_force
 from attention_jax.base.parameters import Learned
 from attention_jax.base.sharded import is_sharded
+from attention_jax.base.trees import flattened
 from attention_jax.base.typing import (
     AnyNormalizer,
     AnyScore,
@@ -363,4 +364,4 @@ def of_first_head(request: Request, function: Any) -> Any:
 
 def shape_of(function: Callable[..., Any], *examples: Any) -> Any:
     """Return the shape of a result, without a cache: what the function closes over may change."""
-    return jax.eval_shape(lambda *arguments: function(*arguments), *examples)
+    return jax.eval_shape(*flattened(function, *examples))

@@ -47,6 +47,23 @@ def merge_floats(floats: list[Any], rest: Rest) -> Any:
     return jax.tree.unflatten(rest.structure, leaves)
 
 
+def flattened(function: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
+    """Return a function of the leaves of arguments, and these leaves.
+
+    JAX keeps the structures of the arguments of what it traces, and with them the functions in
+    such structures and all that these close over; those of leaves hold nothing.
+
+    >>> jax.eval_shape(*flattened(lambda pair: pair["first"], {"first": jnp.ones(3)})).shape
+    (3,)
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    return functools.partial(_of_leaves, function, structure), *leaves
+
+
+def _of_leaves(function: Callable[..., Any], structure: Any, *leaves: Any) -> Any:
+    return function(*jax.tree.unflatten(structure, leaves))
+
+
 def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Any]]:
     """Make the arrays that a function closes over its last arguments; return it and the arrays.
 
@@ -58,7 +75,8 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
     >>> look_up(jnp.int32(3), *values)
     Array(3, dtype=int32)
     """
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*examples)
+    flat, *leaves = flattened(function, *examples)
+    closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     result = jax.tree.structure(shape)
     return functools.partial(_evaluate, closed.jaxpr, result, len(examples)), closed.consts
 

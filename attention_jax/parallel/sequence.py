@@ -15,7 +15,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from attention_jax import attention
 from attention_jax.base.placement import Where, is_on_cpu
-from attention_jax.implementations import choice, programs
+from attention_jax.base.trees import flattened
+from attention_jax.implementations import choice, constants, programs
 from attention_jax.implementations.head import SAVED, Attended
 from attention_jax.masks import as_mask
 from attention_jax.normalizers import softmax
@@ -136,10 +137,10 @@ def explain(
     ring: 4 devices, at most 4 tiles of 512 x 512 on one, 1.067 times the mean
     1 transfers, at most 1 MiB received forward
     """
-    mask = programs.with_constants(as_mask(options.get("mask")))
+    mask = constants.with_constants(as_mask(options.get("mask")))
     platform = choice.known_platform(platform)
     explained = functools.partial(_explained, (axis, mesh, order), (method, platform), options)
-    return jax.eval_shape(explained, mask, query, key, value)
+    return jax.eval_shape(*flattened(explained, mask, query, key, value))
 
 
 def _explained(
@@ -149,7 +150,7 @@ def _explained(
     mask: Any,
     *arrays: Any,
 ) -> methods.Split:
-    options = options | {"mask": programs.without_constants(mask)}
+    options = options | {"mask": constants.without_constants(mask)}
     split, request = _split_of("parallel.explain", arrays, where, options)
     return methods.choose(request, split.placement(request), *how).split
 
@@ -184,7 +185,7 @@ def _split_of(
         for letter in "TS":
             axis.share(operation, letter, sizes[letter])
     orders = orders_of(operation, order, request.pairs)
-    orders = [programs.Constant.of(x) if isinstance(x, np.ndarray) else x for x in orders]
+    orders = [constants.Constant.of(x) if isinstance(x, np.ndarray) else x for x in orders]
     return _Split(axis, None, (orders[0], orders[1])), request
 
 
@@ -203,7 +204,7 @@ class _Split:
 
     def placement(self, request: Request) -> Placement:
         """Return who holds which positions."""
-        known = (x.array if isinstance(x, programs.Constant) else x for x in self.orders)
+        known = (x.array if isinstance(x, constants.Constant) else x for x in self.orders)
         first, second = known
         return Placement(self.axis, request.pairs, (first, second))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from attention_jax import attend, bind, masks, normalizers, per_head, scores, statistics
-from attention_jax.implementations import programs
+from attention_jax.implementations import constants, programs
 
 T, H = 12, 4
 TILED = {"implementation": "tiled", "tile_sizes": (4, 4)}
@@ -155,9 +155,9 @@ def test_a_global_that_a_score_names_may_change(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 def test_arrays_of_equal_bytes_are_told_apart_by_their_dtype(dtype):
     one, other = (np.full(1, 0x38, np.uint8).view(jnp.dtype(of)) for of in (dtype, "float8_e4m3fn"))
-    is_same = programs.Constant.of(one) == programs.Constant.of(other)
+    is_same = constants.Constant.of(one) == constants.Constant.of(other)
     assert is_same == (dtype == "float8_e4m3fn")
-    np.testing.assert_array_equal(programs.Constant.of(one).array, one)
+    np.testing.assert_array_equal(constants.Constant.of(one).array, one)
 
 
 @pytest.mark.slow
