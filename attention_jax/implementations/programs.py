@@ -5,7 +5,8 @@ caches them by the functions they are made of, and these are new. So a request i
 and what is static: that is the key of a program that takes the arrays. Arrays that functions close
 over are among them, so that a lambda which is written in a loop, over new weights at each turn, is
 the same at each; see `closures`. A function that needs the numbers of these arrays while it is
-traced, as `float(weight)` does, has a program for each of them.
+traced, as `float(weight)` does, or a `jax.custom_jvp` that closes over them, has a program for each
+of them.
 
 Where something that a function refers to can change in place (an object with attributes), there is
 no key, and the call is traced anew. It is one program too, and its derivative another, which both
@@ -43,12 +44,8 @@ MOST_OF_NUMBERS = 4
 _BY_OPERATION = {custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p}
 """Primitives of which JAX keeps nothing for good that is as new as what they compute."""
 
-_NUMBERS_NEEDED = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.NonConcreteBooleanIndexError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
+_NUMBERS_NEEDED = (TypeError, jax.errors.NonConcreteBooleanIndexError)
+"""Errors of JAX where a function needs numbers, and others: most of these are a TypeError."""
 
 
 def call(function: Callable[[Request, Where], Any], request: Request) -> Any:
@@ -60,16 +57,19 @@ def call(function: Callable[[Request, Where], Any], request: Request) -> Any:
         return function(request, Where(placement.known(*jax.tree.leaves(request))))
     same = dataclasses.replace(request, mask=with_constants(request.mask))
     try:
-        program, leaves = _program_for(_program, function, opened(same))
+        program, operands = _program_for(_program, function, opened(same))
         if not program.needs_numbers:
             try:
-                return program.run(leaves)
-            except _NUMBERS_NEEDED:
-                program.needs_numbers = True
-        program, leaves = _program_for(_program_of_numbers, function, opened(same, False))
+                return program.run(operands)
+            except _NUMBERS_NEEDED as error:
+                if isinstance(error, ChangeableError):
+                    raise
+        other, operands = _program_for(_program_of_numbers, function, opened(same, False))
+        found = other.run(operands)  # raises what is an error of the user
     except ChangeableError:
         return _once(function, same)
-    return program.run(leaves)
+    program.needs_numbers = True
+    return found
 
 
 class _Program:

@@ -37,7 +37,7 @@ _TRUSTED = {"attention_jax", "jax", "jaxlib", "numpy"} | sys.stdlib_module_names
 
 _EQUAL = (type(None), bool, int, str, bytes, range, np.dtype, enum.Enum, type(...))
 _NUMBERS = (float, complex, np.generic)
-_CUSTOM = (jax.custom_jvp, jax.custom_vjp)
+_CUSTOM: tuple[Any, ...] = (jax.custom_jvp, jax.custom_vjp)
 _METADATA = {*functools.WRAPPER_ASSIGNMENTS, "__wrapped__", "_fun", "_jit_info"}
 """Attributes of a function of `jax.jit` that are not marks of the user."""
 
@@ -95,8 +95,9 @@ class Reading:
             return self._of_container(value)
         if isinstance(value, (Mask, *_CUSTOM)) or _is_frozen(value):
             return self._of_object(value)
-        if is_trusted(type(value)) and hasattr(value, "__wrapped__"):  # of lru_cache, say
-            return recipes.Same(value, self._aside().of(value.__wrapped__))
+        wrapped = getattr(value, "__wrapped__", None)
+        if is_trusted(type(value)) and wrapped is not None:  # of lru_cache, say
+            return recipes.Same(value, self._aside().of(wrapped))
         raise ChangeableError(type(value).__name__)
 
     def of_classes(self) -> tuple[Any, ...]:
@@ -267,7 +268,7 @@ def _parts(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def unwrapped(function: Any) -> Any:
     """Return a partial application that a pytree holds in a wrapper."""
-    return function.fun if isinstance(function, recipes.SHIM) else function
+    return function.fun if type(function) is recipes.SHIM else function
 
 
 def _stays(value: Any) -> bool:
@@ -275,11 +276,16 @@ def _stays(value: Any) -> bool:
     if isinstance(value, types.BuiltinFunctionType):  # not a method of a list, say
         return value.__self__ is None or isinstance(value.__self__, types.ModuleType)
     if isinstance(value, (types.FunctionType, recipes.JITTED, *_CUSTOM)):
-        is_new = getattr(value, "__closure__", None) or "<locals>" in str(value.__qualname__)
+        is_new = getattr(value, "__closure__", None) or "<locals>" in _place(value)
         return not is_new and is_trusted(value)
     if isinstance(value, types.ModuleType | type):
         return is_trusted(value)
-    return type(value) is object or isinstance(value, np.ufunc | jnp.ufunc)
+    return type(value) is object or isinstance(value, (np.ufunc, jnp.ufunc))
+
+
+def _place(value: Any) -> str:
+    """Return the name by which it is found in its module, if it is."""
+    return str(getattr(value, "__qualname__", ""))
 
 
 def is_trusted(thing: Any) -> bool:
