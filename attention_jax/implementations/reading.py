@@ -42,6 +42,13 @@ _METADATA = {*functools.WRAPPER_ASSIGNMENTS, "__wrapped__", "_fun", "_jit_info"}
 """Attributes of a function of `jax.jit` that are not marks of the user."""
 
 
+_OF_PYTHON = ("__builtins__", "__name__", "__package__", "__spec__")
+"""Names of a module that Python looks up there by itself."""
+
+_ANY_NAME = {"globals", "eval", "exec"}
+"""Functions that look up names which are not in the code."""
+
+
 class Reading:
     """Reads recipes of values that refer to each other; collects their arrays, if into a list.
 
@@ -176,21 +183,22 @@ class Reading:
         return recipes.Instance(number, cls, attributes)
 
     def _of_function(self, function: types.FunctionType) -> Any:
-        code, module = function.__code__, function.__globals__
-        trusted = is_trusted(function)
-        read, writes = _globals(code)
-        if writes and not trusted:
-            raise ChangeableError(function.__name__)
+        code, module, outer = function.__code__, function.__globals__, None
         self.names |= _names(code)
         number = self._number(function)
-        named = () if trusted else read & module.keys()
+        if not is_trusted(function):
+            read, writes = _globals(code)
+            if writes or read & _ANY_NAME:
+                raise ChangeableError(function.__name__)
+            outer = self._named((name, module[name]) for name in sorted(read & module.keys()))
+            module = {name: module[name] for name in _OF_PYTHON if name in module}
         return recipes.Function(
             number,
             code,
             module,
             (function.__name__, function.__qualname__),
             tuple(map(self._of_cell, function.__closure__ or ())),
-            self._named((name, module[name]) for name in sorted(named)),
+            outer,
             self.of(function.__defaults__),
             self._named(sorted((function.__kwdefaults__ or {}).items())),
             self._named((name, vars(function)[name]) for name in _attributes(function)),
@@ -268,7 +276,7 @@ def _parts(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def unwrapped(function: Any) -> Any:
     """Return a partial application that a pytree holds in a wrapper."""
-    return function.fun if type(function) is recipes.SHIM else function
+    return getattr(function, "fun", function) if type(function) is recipes.SHIM else function
 
 
 def _stays(value: Any) -> bool:

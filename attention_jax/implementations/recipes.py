@@ -216,7 +216,8 @@ class Instance:
 class Function:
     """A function: its code, and the values of all names that the code refers to.
 
-    `outer` are those of the module around it, which is copied if there are any.
+    `outer` are those of the module around it, and `module` what Python itself needs of it, so that
+    nothing else of it is held; or, without `outer`, one that stays as it is.
     """
 
     number: int
@@ -224,14 +225,14 @@ class Function:
     module: dict[str, Any] = dataclasses.field(compare=False, repr=False)
     names: tuple[str, str]
     cells: tuple[Any, ...]
-    outer: tuple[tuple[str, Any], ...]
+    outer: tuple[tuple[str, Any], ...] | None
     defaults: Any
     keywords: Any
     attributes: tuple[tuple[str, Any], ...]
 
     def build(self, building: Building) -> Any:
         """Return another one, of which nobody else has the cells."""
-        module = dict(self.module) if self.outer else self.module
+        module = self.module if self.outer is None else dict(self.module)
         cells = tuple(types.CellType() for _ in self.cells)
         made = types.FunctionType(self.code, module, self.names[0], None, cells)
         made.__qualname__ = self.names[1]
@@ -239,7 +240,7 @@ class Function:
         for cell, part in zip(cells, self.cells, strict=True):
             if not isinstance(part, Empty):
                 cell.cell_contents = part.build(building)
-        for name, part in self.outer:
+        for name, part in self.outer or ():
             module[name] = part.build(building)
         made.__defaults__ = self.defaults.build(building)
         made.__kwdefaults__ = dict(_built(self.keywords, building)) or None

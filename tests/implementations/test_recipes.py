@@ -6,6 +6,7 @@ What is counted, over twenty calls: programs that are compiled, executables that
 import dataclasses
 import functools
 import gc
+import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -329,6 +330,38 @@ def test_what_a_function_writes_is_seen_by_the_user(content, monkeypatch):
     assert 0 < seen[0] < seen[1]
 
 
+MODULE = """
+import jax.numpy as jnp
+weight, other = jnp.eye(4), jnp.arange(7.0)
+def scaled(query):
+    return 2.0 * query
+def score(query, key):
+    return scaled(query) @ weight @ key.T
+def looked_up(query, key):
+    return globals()["scaled"](query) @ key.T
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["score", "looked_up"])
+def test_nothing_of_a_module_is_held_by_its_functions(name):
+    """Programs keep what a derivative needs, and this not all the rest of a notebook."""
+    module: dict[str, Any] = {"__name__": "notebook"}
+    exec(MODULE, module)
+    other = weakref.ref(module["other"])
+
+    def loss(x):
+        return jnp.sum(jnp.sin(attend(x, x, x, score=module[name], **TILED)))
+
+    found = jax.grad(loss)(X)
+    scaled = scores.scaled(scores.dot, 2.0)
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(attend(x, x, x, score=scaled, **TILED))))(X)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    module.clear()
+    gc.collect()
+    assert other() is None
+
+
 def variable(value):
     """Return a score that closes over a variable, and what assigns to it."""
     factor = value
@@ -459,6 +492,14 @@ def test_a_function_that_is_shared_now_may_be_another_one_then():
 def test_what_can_change_has_no_structure(changeable):
     with pytest.raises(ChangeableError):
         _structure(lambda query, key: changeable)
+
+
+def test_a_key_of_random_numbers_may_be_closed_over():
+    key = jax.random.key(0)
+    found = attend(
+        X, X, X, bias=lambda q, k: jax.random.normal(key, jnp.broadcast_shapes(q.shape, k.shape))
+    )
+    assert found.shape == X.shape
 
 
 def test_a_list_within_itself_has_no_structure():
