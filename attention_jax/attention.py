@@ -13,6 +13,7 @@ from attention_jax import masks
 from attention_jax.base import placement
 from attention_jax.base.binding import BiasLike, Sliced
 from attention_jax.base.placement import Where
+from attention_jax.base.remembering import one_call
 from attention_jax.base.trees import flattened
 from attention_jax.base.typing import AnyNormalizer, AnyScore, HeadMap
 from attention_jax.implementations import (
@@ -142,7 +143,8 @@ def attend(
         mix_logits=mix_logits,
         mix_weights=mix_weights,
     )
-    attended = programs.call(_attended, request)
+    with one_call():
+        attended = programs.call(_attended, request)
     return attended if return_weights or return_logsumexp or statistics else attended.context
 
 
@@ -246,7 +248,7 @@ def _attended(request: Request, where: Where, dtype: Any = None) -> Attended:
         if request.groups > 1:
             elsewhere = elsewhere._replace(spread=functools.partial(one_head, of_shared))
     elif name == "pallas":
-        plan = choice.plan_for(request, where.platform, name=name)
+        plan = choice.plan_of_kernels(request, where.platform)
         of_head = functools.partial(
             pallas,
             plan=plan,
@@ -380,7 +382,8 @@ def _explained(
     platform: str, request_of: Any, mask: masks.Mask, query: Array, key: Array, value: Array
 ) -> describing.Choice:
     request = request_of(query, key, value, mask=constants.without_constants(mask))
-    found = describing.describe(request, platform)
+    with one_call():
+        found = describing.describe(request, platform)
     operands(request)  # refuses what does not fit
     return found
 

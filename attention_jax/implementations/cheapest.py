@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from attention_jax.implementations.covering import Judged, cover
+from attention_jax.implementations.covering import BLOCK, Judged, cover
 from attention_jax.implementations.tiles import Plan, make_plan, pairs_together, units_of
 from attention_jax.masks import Lookup, Mask
 
@@ -62,12 +62,17 @@ def cheapest_tile(
     """
     tiles = {clipped(tile, pairs) for tile in _candidates(platform, heads)}
     sample = _bands(mask, pairs, max(rows for rows, _ in tiles))
-    fewest, cells = _fewest_pairs(*sample, tiles)
+    size, width = _common(tiles)
+    # Where tiles are clipped, cells may be too many.
+    judged = Judged.of(*sample, size) if math.prod(size) >= LEAST_CELL else None
+    fewest = _fewest_pairs(judged, size, width)
     share = sample[1][0] / pairs[0]
-    if fewest > SAMPLE_PAIRS * share or cells > SAMPLE_CELLS * share:
+    asked = 0 if judged is None else judged.within.size
+    if fewest > SAMPLE_PAIRS * share or asked > SAMPLE_CELLS * share:
         mask, pairs = sample
     elif sample[1] != pairs:
-        fewest, _ = _fewest_pairs(mask, pairs, tiles)
+        judged = None if judged is None else Judged.of(mask, pairs, size)
+        fewest = _fewest_pairs(judged, size, width)
     chosen, least = None, math.inf
     for tile in sorted(tiles, key=math.prod, reverse=True):
         # No plan has fewer pairs, nor more of them at a visit.
@@ -76,7 +81,8 @@ def cheapest_tile(
             continue
         if chosen is not None and fewest > MOST_TILES * math.prod(tile):
             continue
-        plan = dataclasses.replace(make_plan(mask, pairs, tile, is_static), platform=platform)
+        plan = make_plan(mask, pairs, tile, is_static, judged=_judged_for(tile, judged, size))
+        plan = dataclasses.replace(plan, platform=platform)
         if len(plan.starts) * math.prod(tile) >= least:  # whatever its visits cost
             continue
         cost = _cost(plan)
@@ -86,20 +92,36 @@ def cheapest_tile(
     return chosen
 
 
-def _fewest_pairs(
-    mask: Mask, pairs: tuple[int, int], tiles: set[tuple[int, int]]
-) -> tuple[int, int]:
-    """Return how many pairs the tiles have at least, of whichever size: those that divide all.
+def _common(tiles: set[tuple[int, int]]) -> tuple[tuple[int, int], int]:
+    """Return the largest cells, of [queries, keys], that tiles of every size consist of.
 
-    And how many cells were judged one by one to know it.
+    And of how many cells beside each other the smallest one that divides all tiles does.
     """
     rows, columns = (math.gcd(*sizes) for sizes in zip(*tiles, strict=True))
     unit = math.gcd(columns, *(tile[1] // units_of(tile[1]) for tile in tiles))
-    if rows * unit < LEAST_CELL:  # as where they are clipped
-        return 0, 0
-    judged = Judged.of(mask, pairs, (rows, unit))
-    row, _ = cover(judged.live, columns // unit)
-    return len(row) * rows * columns, judged.within.size
+    return (rows, unit), columns // unit
+
+
+def _judged_for(
+    tile: tuple[int, int], judged: Judged | None, size: tuple[int, int]
+) -> Judged | None:
+    """Return what the units of tiles are, of what their cells of a size are; None to ask the mask.
+
+    To ask for the smallest cells alone, and once, takes less than to ask for those of every tile.
+    """
+    whole = tile[0], tile[1] // units_of(tile[1])
+    many = [unit // cell for unit, cell in zip(whole, size, strict=True)]
+    if judged is None or any(BLOCK % number for number in many):
+        return None
+    return judged.joined(*many)
+
+
+def _fewest_pairs(judged: Judged | None, size: tuple[int, int], width: int) -> int:
+    """Return how many pairs the tiles have at least, of whichever size: those that divide all."""
+    if judged is None:
+        return 0
+    row, _ = cover(judged.live, width)
+    return len(row) * width * math.prod(size)
 
 
 def clipped(tile: tuple[int, int], pairs: tuple[int, int]) -> tuple[int, int]:

@@ -11,13 +11,15 @@ import jax
 import numpy as np
 
 from attention_jax.base.binding import function_of
+from attention_jax.base.remembering import remembered
 from attention_jax.head_maps import NO_HALO
 from attention_jax.implementations import cudnn, machine, mixed_choice
 from attention_jax.implementations.cheapest import cheapest_tile, clipped
 from attention_jax.implementations.lifting import Elsewhere
 from attention_jax.implementations.pallas import choosing
-from attention_jax.implementations.tiles import Plan, make_plan, plan_of_any_length
+from attention_jax.implementations.tiles import LatePlan, Plan, make_plan, plan_of_any_length
 from attention_jax.masks import PARTIAL, Mask, batch_axes
+from attention_jax.masks.algebra import is_constant
 from attention_jax.masks.intervals import Unknown
 from attention_jax.normalizers import Elementwise, LogSum, Ordered, is_queried
 from attention_jax.request import Request
@@ -175,12 +177,35 @@ def plan_for(request: Request, platform: str | None = None, name: str = "tiled")
         )
     tile = tile_for(request, platform)
     assert tile is not None  # that of lengths which are known
-    plan = make_plan(mask, pairs, clipped(tile, pairs), is_static)
-    plan = dataclasses.replace(plan, platform=platform, heads=_together(request))
+    plan = remembered(
+        _planned, mask, pairs, clipped(tile, pairs), is_static, platform, _together(request)
+    )
     if request.mixes and any(halo != NO_HALO for halo in request.halos):
         # Where all pairs of a tile may attend, their neighbours may not.
         plan = dataclasses.replace(plan, states=np.minimum(plan.states, PARTIAL))
     return plan
+
+
+def _planned(
+    mask: Mask,
+    pairs: tuple[int, int],
+    tile: tuple[int, int],
+    is_static: bool,
+    platform: str,
+    heads: int,
+) -> Plan:
+    plan = make_plan(mask, pairs, tile, is_static)
+    return dataclasses.replace(plan, platform=platform, heads=heads)
+
+
+def plan_of_kernels(request: Request, platform: str | None = None) -> Plan | LatePlan:
+    """Return the tiles of kernels: later, where the mask says the same then."""
+    platform = platform or jax.default_backend()
+    if not is_constant(request.mask):
+        return plan_for(request, platform, name="pallas")
+    mask, is_static = known_mask(request.mask, request.sizes)
+    pairs = max(request.sizes["T"], 1), max(request.sizes["S"], 1)
+    return LatePlan(mask, pairs, choosing.kernel_tile(request, platform), is_static)
 
 
 def tile_for(request: Request, platform: str) -> tuple[int, int] | None:
@@ -189,7 +214,7 @@ def tile_for(request: Request, platform: str) -> tuple[int, int] | None:
         return request.tile_sizes
     pairs = max(request.sizes["T"], 1), max(request.sizes["S"], 1)
     mask, is_static = known_mask(request.mask, request.sizes)
-    return cheapest_tile(mask, pairs, is_static, platform, _together(request))
+    return remembered(cheapest_tile, mask, pairs, is_static, platform, _together(request))
 
 
 def _together(request: Request) -> int:
@@ -223,7 +248,11 @@ def known_mask(mask: Mask, sizes: dict[str, int]) -> tuple[Mask, bool]:
 
     And whether that is the whole mask. Arrays of JAX count as known at run time.
     """
-    mask, letters = batch_axes.of_mask("attend", mask, sizes)
+    return remembered(_known, mask, tuple(sizes.items()))
+
+
+def _known(mask: Mask, sizes: tuple[tuple[str, int], ...]) -> tuple[Mask, bool]:
+    mask, letters = batch_axes.of_mask("attend", mask, dict(sizes))
     shared, known = (_of_all(part, letters) for part in (mask, mask.static()))
     is_static = not any(letters) and isinstance(shared.tiles(1, 1, 1, 1), np.ndarray)
     return known, is_static

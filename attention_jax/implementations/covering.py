@@ -1,11 +1,13 @@
 """Which cells of a grid over the T x S plane may be live, and the tiles that cover them.
 
-A mask is asked for blocks of many cells first, and for the cells of those blocks alone that are
-neither EMPTY nor FULL: the work follows the boundary of the mask, not its area.
+A mask is asked for blocks of many cells first, then for parts of those blocks alone that are
+neither EMPTY nor FULL, and then so for cells: the work follows the boundary of the mask, not its
+area.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +15,11 @@ import numpy as np
 from attention_jax.masks import EMPTY, PARTIAL, Mask, algebra
 from attention_jax.masks.intervals import Interval, judge
 
-BLOCK = 32
-"""A block has this many rows and this many cells of a row."""
+BLOCK, PART = 32, 4
+"""A block has this many rows and this many cells of a row, and a part of a block so many."""
+
+AT_ONCE = 2**20
+"""A mask is asked for at most so many cells at once: arrays of more are slow to come by."""
 
 
 class Runs(NamedTuple):
@@ -36,16 +41,20 @@ def runs_of(live: np.ndarray) -> Runs:
     >>> runs_of(np.array([[True, True, False], [False, False, True]]))[:3]
     (array([0, 1]), array([0, 2]), array([2, 3]))
     """
-    change = np.diff(live.astype(np.int8), axis=1, prepend=0, append=0)
-    row, begin = np.nonzero(change == 1)
-    return Runs(row, begin, np.nonzero(change == -1)[1], live.shape[1])
+    rows, cells = live.shape
+    apart = np.zeros(1 + rows * (cells + 1), bool)  # with one that is not live between rows
+    apart[1:].reshape(rows, cells + 1)[:, :cells] = live
+    change = np.flatnonzero(apart[1:] != apart[:-1])
+    row, begin = np.divmod(change[::2], cells + 1)
+    return Runs(row, begin, change[1::2] - row * (cells + 1), cells)
 
 
 class Judged(NamedTuple):
-    """What the cells of a grid are, as a mask says: a block of 32 x 32 cells at a time.
+    """What the cells of a grid are, as a mask says: a block of [h, w] cells at a time.
 
-    A block with a place in `within [p, 32, 32]` is told there cell by cell; the place is -1 where
-    all cells of a block are what `blocks` says, [rows / 32, cells / 32].
+    A block with a place in `within [p, h, w]` is told there cell by cell; the place is -1 where
+    all cells of a block are what `blocks` says, [rows / h, cells / w]. What `within` says of cells
+    beyond the last it says of the last.
     """
 
     rows: int
@@ -67,38 +76,73 @@ class Judged(NamedTuple):
             return cls(rows, cells, blocks, place, np.zeros((0, BLOCK, BLOCK), np.int8))
         block = np.nonzero(blocks == PARTIAL)
         place[block] = np.arange(len(block[0]))
-        row, cell = (BLOCK * of[:, None] + np.arange(BLOCK) for of in block)
-        row, cell = row[:, :, None], cell[:, None, :]
-        within = np.where(cell < cells, _states(mask, pairs, size, row, cell), EMPTY)
-        within = np.broadcast_to(within, (len(row), BLOCK, BLOCK))
+        many = BLOCK // PART
+        parts = _told(mask, pairs, [of * PART for of in size], block, many)
+        within = parts.repeat(PART, axis=1).repeat(PART, axis=2)
+        which, *inner = np.nonzero(parts == PARTIAL)
+        part = [many * of[which] + inside for of, inside in zip(block, inner, strict=True)]
+        of_parts = within.reshape(-1, many, PART, many, PART)
+        of_parts[which, inner[0], :, inner[1], :] = _told(mask, pairs, size, part, PART)
         return cls(rows, cells, blocks, place, within)
+
+    def joined(self, rows: int, cells: int) -> Judged:
+        """Return larger cells, of so many rows and cells each: what all of theirs are, or PARTIAL.
+
+        Blocks stay; they are of powers of two of cells, as `rows` and `cells` are.
+        """
+        least = most = self.within
+        for axis, many in ((1, rows), (2, cells)):
+            while many > 1:
+                ahead = (slice(None),) * axis
+                even, odd = (*ahead, slice(0, None, 2)), (*ahead, slice(1, None, 2))
+                least = np.minimum(least[even], least[odd])
+                most = np.maximum(most[even], most[odd])
+                many //= 2
+        within = np.where(least == most, least, np.int8(PARTIAL))
+        counts = -(-self.rows // rows), -(-self.cells // cells)
+        return Judged(*counts, self.blocks, self.place, within)
 
     def at(self, row: np.ndarray, cell: np.ndarray) -> np.ndarray:
         """Return what cells are, given in arrays that broadcast; beyond the last they are EMPTY."""
+        height, width = self.within.shape[1:]
         inside = np.minimum(cell, self.cells - 1)
-        block = row // BLOCK, inside // BLOCK
+        block = row // height, inside // width
         states = self.blocks[block]
         if len(self.within):
             place = self.place[block]
-            one = self.within[place, row % BLOCK, inside % BLOCK]
+            one = self.within[place, row % height, inside % width]
             states = np.where(place < 0, states, one)
         return np.where(cell < self.cells, states, EMPTY)
 
     @property
     def live(self) -> Runs:
         """The cells that are not EMPTY."""
+        height, width = self.within.shape[1:]
         whole = runs_of((self.blocks != EMPTY) & (self.place < 0))
-        row = whole.row[:, None] * BLOCK + np.arange(BLOCK)
+        row = whole.row[:, None] * height + np.arange(height)
         is_row = row < self.rows
-        of_whole = [np.broadcast_to(x[:, None] * BLOCK, row.shape)[is_row] for x in whole[1:3]]
-        part = runs_of((self.within != EMPTY).reshape(-1, BLOCK))
-        block, low = np.divmod(part.row, BLOCK)
-        first = [BLOCK * x[block] for x in np.nonzero(self.place >= 0)]
+        of_whole = [np.broadcast_to(x[:, None] * width, row.shape)[is_row] for x in whole[1:3]]
+        part = runs_of((self.within != EMPTY).reshape(-1, width))
+        block, low = np.divmod(part.row, height)
+        above, left = np.nonzero(self.place >= 0)
+        first = height * above[block], width * left[block]
         of_part = first[0] + low, first[1] + part.begin, first[1] + part.end
-        of_part = [x[of_part[0] < self.rows] for x in of_part]
+        is_part = (of_part[0] < self.rows) & (of_part[1] < self.cells)
+        of_part = [x[is_part] for x in of_part]
         begin, end = (np.concatenate(x) for x in zip(of_whole, of_part[1:], strict=True))
         row = np.concatenate([row[is_row], of_part[0]])
         return _joined(row, begin, np.minimum(end, self.cells), self.cells)
+
+
+def _told(mask: Mask, pairs: Any, size: Any, block: Sequence[np.ndarray], many: int) -> np.ndarray:
+    """Return what the `many` x `many` cells of blocks are, which are at a row and a column [n]."""
+    found = np.zeros((len(block[0]), many, many), np.int8)
+    step = AT_ONCE // many**2
+    for first in range(0, len(found), step):
+        those = slice(first, first + step)
+        row, cell = (many * of[those, None] + np.arange(many) for of in block)
+        found[those] = _states(mask, pairs, size, row[:, :, None], cell[:, None, :])
+    return found
 
 
 def states_at(

@@ -124,7 +124,8 @@ class _Lifted:
             return self.without_constants(arguments, given)(*rest)
         sizes = self.sizes(arguments)
         spread = placement.known(*arguments) if self.where.spread is None else self.where.spread
-        alike = sharded.aligned(arguments, self.axes, self.order)
+        # Of NumPy's arrays `vmap` would make constants that `custom_jvp` does not take.
+        alike = sharded.aligned([*map(jnp.asarray, arguments)], self.axes, self.order)
         if spread or any(sizes[letter] == 0 for letter in self.order):  # no loop could be traced
             return self.way(self.when_spread, {})(*alike)
         free = [x for x in self.order if not sharded.is_sharded(x, self.axes, arguments)]

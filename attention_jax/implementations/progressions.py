@@ -20,8 +20,9 @@ from jax import lax
 SHORT = 64
 """A table of so many numbers is held as it is: to compute it takes as long a program."""
 
-SAMPLE = 4096
-"""The most frequent step is looked for among so many."""
+SAMPLE, SAMPLES = 4096, 8
+"""The most frequent step is looked for among so many rows; whether a table has an order is told by
+so many that lie in so many places."""
 
 PERIODS = (1, 2, 3, 4, 5, 6)
 """Rows that take turns are in order if so many are taken together, as the tiles of each row are."""
@@ -171,21 +172,43 @@ def _runs(table: np.ndarray) -> _Runs | None:
     return _Runs(table[0], _without_runs(starts), step, len(table))
 
 
+def _breaks(values: np.ndarray) -> np.ndarray:
+    """Return which rows do not go on in the quadratic of the three before them."""
+    return np.flatnonzero(np.diff(values, 3, axis=0).any(axis=1)) + 3
+
+
+def _may_be_pieces(values: np.ndarray) -> bool:
+    """Tell from some of the rows whether pieces may hold much less than the table.
+
+    Of more breaks than half the rows there is a piece every six rows, which holds half as much.
+    """
+    if len(values) < 2 * SAMPLE:
+        return True
+    samples = np.linspace(0, len(values) - SAMPLE // SAMPLES, SAMPLES, dtype=int)
+    rows = samples[:, None] + np.arange(SAMPLE // SAMPLES)
+    breaks = sum(len(_breaks(values[part].astype(np.int64))) for part in rows)
+    return 2 * breaks < rows.size
+
+
 def _pieces(table: np.ndarray, period: int, most: int) -> _Pieces | None:
     """Return the pieces of quadratics of so many rows at a time, if they hold less than `most`."""
     length = len(table) // period
-    values = table[: length * period].reshape(length, period * table.shape[1]).astype(np.int64)
-    if not length:
+    values = table[: length * period].reshape(length, period * table.shape[1])
+    if not length or not _may_be_pieces(values):
         return None
-    breaks = np.flatnonzero(np.diff(values, 3, axis=0).any(axis=1)) + 3
-    starts, start = [], 0
-    while start < length:
-        starts.append(start)
-        if len(starts) * (1 + 3 * values.shape[1]) >= most:
-            return None
+    values = values.astype(np.int64)
+    breaks = _breaks(values)
+    of_piece = 1 + 3 * values.shape[1]
+    if len(breaks) * of_piece >= 3 * most:  # a piece ends at the third of them at the latest
+        return None
+    starts, start = [0], 0
+    for following in breaks.tolist():
         # Three rows are a quadratic whatever they are; the next one that is not begins a piece.
-        following = np.searchsorted(breaks, start + 3)
-        start = int(breaks[following]) if following < len(breaks) else length
+        if following >= start + 3:
+            start = following
+            starts.append(start)
+    if len(starts) * of_piece >= most:
+        return None
     begin = np.array(starts)
     past = np.diff(begin, append=length)
     one, two = (values[np.minimum(begin + n, length - 1)] for n in (1, 2))

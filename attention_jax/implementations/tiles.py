@@ -166,6 +166,32 @@ def pairs_together(platform: str) -> int:
     return machine.pairs_of_cpu() if platform == "cpu" else 0
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatePlan:
+    """The tiles of a grid, of a mask that says the same at any time, found when first asked for.
+
+    Kernels for an accelerator may be a branch of a program that is never lowered, and of small
+    tiles there are more than of those that run instead.
+    """
+
+    mask: Mask
+    pairs: tuple[int, int]
+    tile: tuple[int, int]
+    is_static: bool
+
+    @property
+    def outline(self) -> Plan:
+        """The plan without its tiles."""
+        covered = -(-self.pairs[1] // self.tile[1]) * self.tile[1]
+        nothing = np.zeros((0, 2), np.int32), np.zeros(0, np.int8)
+        return Plan(self.pairs, self.tile, self.tile[1], *nothing, covered, is_static=True)
+
+    @functools.cached_property
+    def whole(self) -> Plan:
+        """The plan."""
+        return make_plan(self.mask, self.pairs, self.tile, self.is_static, on_grid=True)
+
+
 class AllVisits(NamedTuple):
     """Every tile of a plane whose sizes may be symbols of `jax.export`, row by row, as `Visits`.
 
@@ -240,6 +266,7 @@ def make_plan(
     tile: tuple[int, int],
     is_static: bool = True,
     on_grid: bool = False,
+    judged: Judged | None = None,
 ) -> Plan:
     """Cover what may be live of each row of tiles by as few tiles as possible.
 
@@ -252,10 +279,11 @@ def make_plan(
       tile: queries and keys of a tile, [bt, bk].
       is_static: whether the whole mask is known while tracing.
       on_grid: whether tiles begin at multiples of their width alone, as those of kernels do.
+      judged: what the units of tiles are, if that is known.
     """
     per_tile = 1 if on_grid else units_of(tile[1])
     unit = tile[1] // per_tile
-    judged = Judged.of(mask, pairs, (tile[0], unit))
+    judged = judged or Judged.of(mask, pairs, (tile[0], unit))
     runs = judged.live
     rows, units = cover(runs, per_tile)
     if units.min(initial=0) < 0:  # whole tiles do not fit

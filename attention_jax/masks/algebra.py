@@ -392,6 +392,18 @@ def owners(mask: Mask) -> Iterator[tuple[Mask, str, int | None, Any]]:
         yield owner, path[-1].name, coarse, leaf
 
 
+def is_constant(mask: Mask) -> bool:
+    """Tell whether a mask says the same at any time, but for what its arrays hold.
+
+    A function may read what changes, and so may a mask of another library.
+    """
+    if not type(mask).__module__.startswith("attention_jax."):
+        return False
+    fields = [getattr(mask, field.name) for field in dataclasses.fields(mask)]  # type: ignore[arg-type]
+    parts = [part for field in fields for part in (field if isinstance(field, tuple) else [field])]
+    return all(is_constant(x) if isinstance(x, Mask) else not callable(x) for x in parts)
+
+
 def leading_axes(mask: Mask) -> list[tuple[Any, int]]:
     """Return every leaf of a mask with the number of axes it has beyond one example's."""
     found = []

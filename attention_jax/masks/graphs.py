@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.base.remembering import remembered
 from attention_jax.masks.algebra import Mask
 from attention_jax.masks.intervals import Interval, Truth, indices, known
 
 __all__ = ["Edges", "edges"]
 
 Array = jax.Array
+
+LARGEST_TABLE = 2**26
+"""Pieces of the plane whose edges are counted in one table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +57,80 @@ class Edges(Mask):
 
     def _of_tiles(self, q_idx: Interval, kv_idx: Interval) -> Truth:
         """Count the edges within each tile: none, all that there can be, or some."""
-        count = _count(*_distinct(self.neighbors), q_idx, kv_idx)
+        queries, keys = remembered(Edges._listed, self)
         possible = (q_idx.high - q_idx.low + 1) * (kv_idx.high - kv_idx.low + 1)
+        limits = q_idx.low, q_idx.high, kv_idx.low, kv_idx.high
+        if not any(isinstance(array, jax.Array) for array in (queries, *limits)):
+            # No row of a tile that is wider than there are neighbors is full.
+            may_be_full = bool(np.any(kv_idx.high - kv_idx.low < self.neighbors.shape[-1]))
+            count = _count_pieces(queries, keys, q_idx, kv_idx, may_be_full)
+            if count is not None:
+                return known(count == 0, may_be_full & (count == possible))
+        count = _count(queries, keys, q_idx, kv_idx)
         return known(count == 0, count == possible)
+
+    def _listed(self) -> tuple[Any, Any]:
+        """List every edge once, its query and its key, [E]."""
+        return _distinct(self.neighbors)
 
 
 def _distinct(neighbors: Any) -> tuple[Any, Any]:
     """List every edge once, its query and its key, [E]; the key -1 is none, known only in `jit`."""
     if isinstance(neighbors, np.ndarray):
-        queries, places = np.nonzero(neighbors >= 0)
-        width = neighbors.max(initial=0) + 1
-        codes = np.sort(queries * width + neighbors[queries, places], kind="stable")
-        codes = codes[np.diff(codes, prepend=-1) > 0]
-        return np.divmod(codes, width)
+        keys = np.sort(neighbors, axis=1)
+        is_edge = keys >= 0
+        is_edge[:, 1:] &= keys[:, 1:] != keys[:, :-1]
+        return np.nonzero(is_edge)[0].astype(np.int32), keys[is_edge]
     keys = jnp.sort(neighbors.astype(jnp.int32), axis=-1)
     again = jnp.pad(keys[:, 1:] == keys[:, :-1], ((0, 0), (1, 0)))
     queries = jnp.broadcast_to(indices(len(keys))[:, None], keys.shape)
     return queries.ravel(), jnp.where(again, -1, keys).ravel()
+
+
+def _count_pieces(
+    queries: np.ndarray, keys: np.ndarray, q_idx: Interval, kv_idx: Interval, exactly: bool
+) -> np.ndarray | None:
+    """Count the edges within each tile in one step each; unless `exactly`, 1 stands for some.
+
+    None where a tile has a limit of another one inside. Else all edges between the same two limits
+    are in the same tiles, and counted in one table.
+    """
+    rows = _pieces(queries, q_idx)
+    columns = _pieces(keys, kv_idx)
+    if rows is None or columns is None or rows.number * columns.number > LARGEST_TABLE:
+        return None
+    piece = rows.of_node * np.int32(columns.number) + columns.of_node
+    table = np.zeros(rows.number * columns.number, np.int32 if exactly else np.int8)
+    if exactly:
+        piece, many = np.unique(piece, return_counts=True)
+        table[piece] = many
+    else:
+        table[piece] = 1
+    count = table[rows.of_tile * np.int32(columns.number) + columns.of_tile]
+    return np.where(rows.is_empty | columns.is_empty, 0, count)
+
+
+class _Pieces(NamedTuple):
+    """An axis, cut wherever a tile begins or ends: the piece of each node, and of each tile."""
+
+    number: int
+    of_node: np.ndarray
+    of_tile: np.ndarray
+    is_empty: np.ndarray
+
+
+def _pieces(nodes: np.ndarray, tiles: Interval) -> _Pieces | None:
+    """Cut an axis; None if a tile is more than one piece."""
+    length = int(nodes.max(initial=-1)) + 1
+    begin, end = (np.clip(limit, 0, length) for limit in (tiles.low, tiles.high + 1))
+    is_cut = np.zeros(length + 1, bool)
+    is_cut[begin] = is_cut[end] = True
+    piece = is_cut.cumsum(dtype=np.int32)
+    of_tile = piece[begin]
+    many = piece[end] - of_tile
+    if many.max(initial=0) > 1:
+        return None
+    return _Pieces(int(piece[-1]) + 1, piece[nodes], of_tile, many < 1)
 
 
 def _count(queries: Any, keys: Any, q_idx: Interval, kv_idx: Interval) -> Any:

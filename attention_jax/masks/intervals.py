@@ -12,6 +12,7 @@ EMPTY are always true; PARTIAL may be said of a tile that is neither when an ind
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -101,11 +102,12 @@ def _defers_to_unknown(operator: Callable[..., Any]) -> Callable[..., Any]:
     return deferring
 
 
-def _exact(operator: Callable[..., Any], *, may_wrap: bool = True) -> Callable[..., Any]:
+def _exact(operator: Callable[..., Any], *, largest: Callable[[int, int], int]) -> Any:
     """Return Unknown where bounds could be rounded or wrap around.
 
     Fractions of an index are rounded, sums and products beyond int32 wrap around: the smallest
-    and the largest index then need not give the smallest and the largest result.
+    and the largest index then need not give the smallest and the largest result. `largest` says
+    how large a result may be, given how large both operands are.
     """
 
     @_defers_to_unknown
@@ -116,9 +118,11 @@ def _exact(operator: Callable[..., Any], *, may_wrap: bool = True) -> Callable[.
         if _is_fractional(self):
             return operator(self, other)
         if _module(*bounds(self), *bounds(other)) is np:
+            if _is_int32(self) and _is_int32(other) and largest(*map(_size, (self, other))) < 2**31:
+                return operator(self, other)
             return _narrow(operator(_wide(self), _wide(other)))
         found = operator(self, other)
-        if not may_wrap:
+        if largest is _of_division:
             return found
         return _unless_wrapped(found, operator(_rounded(self), _rounded(other)))
 
@@ -128,6 +132,21 @@ def _exact(operator: Callable[..., Any], *, may_wrap: bool = True) -> Callable[.
 def _is_fractional(value: Any) -> bool:
     one = bounds(value)[0]
     return isinstance(one, float) or jnp.issubdtype(getattr(one, "dtype", np.int32), jnp.floating)
+
+
+def _of_division(dividend: int, divisor: int) -> int:
+    """Return how large what a division computes may be; its results do not wrap around."""
+    return dividend + divisor
+
+
+def _is_int32(value: Any) -> bool:
+    return all(isinstance(x, int) or getattr(x, "dtype", None) == np.int32 for x in bounds(value))
+
+
+def _size(value: Any) -> int:
+    """Return the largest absolute value of an integer, or of the bounds of an interval."""
+    least, most = bounds(value)
+    return max(-int(np.min(least, initial=0)), int(np.max(most, initial=0)))
 
 
 def _wide(value: Any) -> Any:
@@ -176,7 +195,7 @@ class Interval:
     def __init__(self, low: Any, high: Any, cut: tuple[int, int] | None = None):
         self.low, self.high, self.cut = low, high, cut
 
-    @_exact
+    @functools.partial(_exact, largest=operator.add)
     def __add__(self, other: Any) -> Interval:
         low, high = bounds(other)
         return Interval(self.low + low, self.high + high)
@@ -184,7 +203,7 @@ class Interval:
     def __neg__(self) -> Interval:
         return Interval(-self.high, -self.low)
 
-    @_exact
+    @functools.partial(_exact, largest=operator.add)
     def __sub__(self, other: Any) -> Interval:
         low, high = bounds(other)
         return Interval(self.low - high, self.high - low)
@@ -192,7 +211,7 @@ class Interval:
     def __rsub__(self, other: Any) -> Interval:
         return -self + other
 
-    @_exact
+    @functools.partial(_exact, largest=operator.mul)
     def __mul__(self, other: Any) -> Interval:
         corners = [a * b for a in (self.low, self.high) for b in bounds(other)]
         module = _module(*corners)
@@ -201,12 +220,12 @@ class Interval:
             low, high = module.minimum(low, corner), module.maximum(high, corner)
         return Interval(low, high)
 
-    @functools.partial(_exact, may_wrap=False)
+    @functools.partial(_exact, largest=_of_division)
     def __floordiv__(self, divisor: Any) -> Interval:
         _check_divisor("//", divisor)
         return Interval(self.low // divisor, self.high // divisor)
 
-    @functools.partial(_exact, may_wrap=False)
+    @functools.partial(_exact, largest=_of_division)
     def __mod__(self, divisor: Any) -> Interval:
         _check_divisor("%", divisor)
         least, most = self.low // divisor, self.high // divisor

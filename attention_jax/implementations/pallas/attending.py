@@ -33,14 +33,14 @@ from attention_jax.implementations.tile_passes import (
     one_pass,
 )
 from attention_jax.implementations.tiled import prepared, with_sink
-from attention_jax.implementations.tiles import Plan, group
+from attention_jax.implementations.tiles import LatePlan, Plan, Visits, group
 
 Array = jax.Array
 
 
 def pallas(
     head: Head,
-    plan: Plan,
+    plan: Plan | LatePlan,
     products: Products = PLAIN,
     shares_keys: bool = False,
     only_on: str | None = None,
@@ -49,20 +49,19 @@ def pallas(
 
     The context is in the dtype of the values, the log-sum-exp in float32. `shares_keys` tells that
     other heads have the same keys and values, and `only_on` names the platform whose branch of a
-    program this is.
+    program this is. The tiles of a `LatePlan` are found when the kernels are lowered.
     """
     dtype = at_least_float32(head.value.dtype)
     head = with_rows_mapped(head, products)
-    if not (len(head.query) and len(head.key) and len(plan.starts)):
+    late, plan = (plan, plan.outline) if isinstance(plan, LatePlan) else (None, plan)
+    if not (len(head.query) and len(head.key) and (late or len(plan.starts))):
         context = jnp.zeros((len(head.query), head.value.shape[1]), head.value.dtype)
         logsumexp = jnp.full(len(head.query), -jnp.inf, dtype)
         context, logsumexp = varying_like((context, logsumexp), head)
         return with_sink(head.normalizer, context, logsumexp)
-    visits = group(plan, tall=1, together=1) if plan.is_static else plan.visits
-    tiles, operands, given = prepared(head, plan, visits, products)
-    context, logsumexp = _attend(
-        _Static(tiles, plan, shares_keys, only_on), *split_floats(operands), given
-    )
+    tiles, operands, given = prepared(head, plan, _visits(plan, late is not None), products)
+    static = _Static(tiles, late or plan, shares_keys, only_on)
+    context, logsumexp = _attend(static, *split_floats(operands), given)
     length = plan.pairs[0]
     context, logsumexp = context[:length], online.with_empty(logsumexp[:length])
     if getattr(one_pass(head.normalizer), "sink", None) is not None:
@@ -70,17 +69,46 @@ def pallas(
     return with_sink(head.normalizer, context, logsumexp)
 
 
+def _visits(plan: Plan, is_outline: bool = False) -> list[Visits]:
+    """Return the visits of a plan; of an outline one that stands for all."""
+    if is_outline:
+        return [Visits(True, plan.tile[0], 1, plan.starts[:, 0], plan.starts[:, 1:])]
+    return group(plan, tall=1, together=1) if plan.is_static else plan.visits
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Static:
     """What is known while tracing: how tiles are computed, and which there are."""
 
-    tiles: Tiles
-    plan: Plan
+    outlined: Tiles
+    planned: Plan | LatePlan
     shares_keys: bool
     only_on: str | None
 
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The tiles to visit."""
+        return self.planned.whole if isinstance(self.planned, LatePlan) else self.planned
+
+    @functools.cached_property
+    def tiles(self) -> Tiles:
+        """How they are computed."""
+        if not isinstance(self.planned, LatePlan):
+            return self.outlined
+        visits = _visits(self.plan)
+        is_masked = any(each.masked for each in visits)
+        allowed = self.outlined.allowed if is_masked else {}
+        return dataclasses.replace(self.outlined, visits=visits, allowed=allowed)
+
+    def given(self, given: Given) -> Given:
+        """Add what the tiles are, where only run time knows."""
+        if not isinstance(self.planned, LatePlan) or not self.plan.looks_up:
+            return given
+        return given._replace(states=jnp.asarray(self.plan.states_of(given.mask)))
+
     def head(self, operands: Operands, given: Given) -> parts.Head:
         """Trace the functions of a head."""
+        given = self.given(given)
         return parts.Head.of(self.tiles, operands, given, self.shares_keys, self.only_on)
 
 
@@ -148,6 +176,7 @@ class _Sums:
             for x, move in zip(floats, self.moves, strict=True)
         ]
         operands = merge_floats(floats, rest), merge_floats(change, rest)
+        given = self.static.given(given)
         return Tangent(self.static.tiles, operands, given, base, list(self.moves))()
 
     def transposed(self, leaves: list[Array], cotangents: tuple[Array, Array]) -> list[Array]:

@@ -54,7 +54,9 @@ def add_states(inputs: Inputs, live: Live, head: Head) -> int | None:
     states = head.given.states
     if states is None:
         return None
-    if not np.array_equal(live.number, np.arange(len(states))):
+    if not len(states):
+        states = jnp.zeros(len(live.number), jnp.int32)
+    elif not np.array_equal(live.number, np.arange(len(states))):
         states = jnp.where(live.number < 0, 0, states[live.number])
     return inputs.add(states.astype(jnp.int32)[None, :], Block((1, len(live.number)), ".."))
 
