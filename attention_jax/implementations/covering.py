@@ -200,9 +200,13 @@ def cover(runs: Runs, width: int) -> tuple[np.ndarray, np.ndarray]:
         run, past = run[goes_on], past[goes_on]
         begin = np.maximum(past, runs.begin[run])
     row, begin, many = np.concatenate(found, axis=1)
-    order = np.lexsort((begin, row))
-    row, begin, many = (np.repeat(x[order], many[order]) for x in (row, begin, many))
-    number = np.arange(len(row))
-    begin = begin + width * (number - np.searchsorted(row * wide + begin, row * wide + begin))
-    following = np.searchsorted(row, row, side="right") - number  # itself and those after it
-    return row, np.minimum(begin, runs.cells - following * width)
+    order = np.argsort(row * wide + begin)
+    row, begin, many = (x[order] for x in (row, begin, many))
+    past = many.cumsum()  # the number of the interval after those of each run
+    last = np.flatnonzero(np.diff(row, append=-1))  # the last run of every row
+    of_row = np.repeat(past[last], np.diff(last, prepend=-1))
+    number = np.arange(past[-1] if len(past) else 0)
+    first = begin - width * (past - many)
+    begin = np.repeat(first, many) + width * number
+    following = np.repeat(of_row, many) - number  # itself and those after it
+    return np.repeat(row, many), np.minimum(begin, runs.cells - following * width)
