@@ -190,22 +190,25 @@ def cover(runs: Runs, width: int) -> tuple[np.ndarray, np.ndarray]:
     run = np.flatnonzero(np.diff(runs.row, prepend=-1))  # where every row is now
     begin = runs.begin[run]
     row_of_run = np.append(runs.row, -1)  # that of no run, after the last
-    found = [np.zeros((3, 0), int)]
+    found = []
     while len(run):
-        row, many = runs.row[run], -(-(runs.end[run] - begin) // width)
-        found.append(np.stack([row, begin, many]))
+        row, many = runs.row[run], -((begin - runs.end[run]) // width)
+        found.append((row, begin, many))
         past = begin + many * width
-        run = np.searchsorted(ends, row * wide + past, side="right")
+        run = ends.searchsorted(row * wide + past, side="right")
         goes_on = row_of_run[run] == row
-        run, past = run[goes_on], past[goes_on]
+        if not goes_on.all():
+            run, past = run[goes_on], past[goes_on]
         begin = np.maximum(past, runs.begin[run])
-    row, begin, many = np.concatenate(found, axis=1)
+    if not found:
+        return runs.row, runs.begin
+    row, begin, many = (np.concatenate(x) for x in zip(*found, strict=True))
     order = np.argsort(row * wide + begin)
     row, begin, many = (x[order] for x in (row, begin, many))
     past = many.cumsum()  # the number of the interval after those of each run
     last = np.flatnonzero(np.diff(row, append=-1))  # the last run of every row
     of_row = np.repeat(past[last], np.diff(last, prepend=-1))
-    number = np.arange(past[-1] if len(past) else 0)
+    number = np.arange(past[-1])
     first = begin - width * (past - many)
     begin = np.repeat(first, many) + width * number
     following = np.repeat(of_row, many) - number  # itself and those after it
