@@ -106,12 +106,12 @@ class Judged(NamedTuple):
         """Return what cells are, given in arrays that broadcast; beyond the last they are EMPTY."""
         height, width = self.within.shape[1:]
         inside = np.minimum(cell, self.cells - 1)
-        block = row // height, inside // width
-        states = self.blocks[block]
+        block = row // height * self.blocks.shape[1] + inside // width
+        states = self.blocks.ravel().take(block)
         if len(self.within):
-            place = self.place[block]
-            one = self.within[place, row % height, inside % width]
-            states = np.where(place < 0, states, one)
+            place = self.place.ravel().take(block)
+            one = (place * height + row % height) * width + inside % width
+            states = np.where(place < 0, states, self.within.ravel().take(one))
         return np.where(cell < self.cells, states, EMPTY)
 
     @property
@@ -169,7 +169,7 @@ def _states(mask: Mask, pairs: Any, size: Any, row: Any, cell: Any) -> np.ndarra
 
 def _joined(row: np.ndarray, begin: np.ndarray, end: np.ndarray, cells: int) -> Runs:
     """Order runs, and join those that touch."""
-    order = np.lexsort((begin, row))
+    order = np.argsort(row * (cells + 1) + begin, kind="stable")
     row, begin, end = row[order], begin[order], end[order]
     touches = (row[1:] == row[:-1]) & (begin[1:] == end[:-1])
     is_first, is_last = np.append(True, ~touches), np.append(~touches, True)
