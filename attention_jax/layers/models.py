@@ -262,7 +262,7 @@ class EncoderDecoderMethods:
         x = self.source(source, **given)
         return self.encoder(x, mask=mask, deterministic=deterministic, **options)
 
-    def keys(self, memory: Array) -> list[ProjectedMemory]:
+    def keys(self, memory: Array) -> list[ProjectedMemory | None]:
         """Project a memory for every block, once for all the steps of `decode`."""
         return self.decoder.keys(memory)
 
@@ -274,7 +274,7 @@ class EncoderDecoderMethods:
         self,
         tokens: Array,
         caches: Sequence[Cache],
-        memory: Array | Sequence[ProjectedMemory],
+        memory: Array | Sequence[ProjectedMemory | None],
         *,
         source_mask: Any = None,
         mask: Any = None,

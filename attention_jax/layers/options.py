@@ -36,7 +36,8 @@ class BlockOptions:
 
     Args:
       hidden_features: of the feed-forward layer; its own default (4 D) unless given.
-      memory_features: of the memory that a decoder attends to; None for a block without.
+      memory_features: of the memory that a decoder attends to; None for a block without, which in
+        a stack may be some of them.
       attention: builds the self-attention, `MultiHeadAttention` unless given;
         `functools.partial(MultiHeadAttention, score=...)` for any score, bias, position or
         normalizer. Where no dropout is asked for, any layer called as `attention(x, mask=...)`

@@ -224,14 +224,14 @@ class StackMethods:
     def __call__(
         self,
         x: Array,
-        memory: Array | Sequence[ProjectedMemory] | None = None,
+        memory: Array | Sequence[ProjectedMemory | None] | None = None,
         **options: Any,
     ) -> Any:
         """Apply the blocks to [B, T, features]; options are those of a block's call.
 
-        The memory is one array for all blocks, or what `keys` made of it. `mask`, `memory_mask`
-        and `bias` are one for all blocks, a list or tuple with one for each, or
-        `attention_jax.layers.by_layer(function)`. With `return_weights` or `statistics` a list
+        The memory is one array for all blocks that attend to one, or what `keys` made of it.
+        `mask`, `memory_mask` and `bias` are one for all blocks, a list or tuple with one for each,
+        or `attention_jax.layers.by_layer(function)`. With `return_weights` or `statistics` a list
         with the `BlockWeights` of every block comes with the result.
 
         Raises:
@@ -244,9 +244,14 @@ class StackMethods:
         ]
         return _apply_blocks(stack, x, memory, calls)
 
-    def keys(self, memory: Array) -> list[ProjectedMemory]:
-        """Project a memory [B, S, memory_features] for every block, once for all calls."""
-        return [block.keys(memory) for block in self._stack().blocks]
+    def keys(self, memory: Array) -> list[ProjectedMemory | None]:
+        """Project a memory [B, S, memory_features] for every block, once for all calls.
+
+        None is for blocks that do not attend to it, in a stack where others do.
+        """
+        blocks = self._stack().blocks
+        memories = zip(blocks, _memories(blocks, memory), strict=True)
+        return [None if own is None else block.keys(own) for block, own in memories]
 
     def init_cache(self, batch: int, capacity: Any, **options: Any) -> list[Cache]:
         """Return an empty cache for every block; see `attention_jax.cache.init`.
@@ -264,7 +269,7 @@ class StackMethods:
         self,
         x: Array,
         caches: Sequence[Cache],
-        memory: Array | Sequence[ProjectedMemory] | None = None,
+        memory: Array | Sequence[ProjectedMemory | None] | None = None,
         **options: Any,
     ) -> tuple[Array, list[Cache]]:
         """Apply the blocks to the next tokens; options are those of a block's `decode`.
@@ -307,13 +312,22 @@ def _apply_blocks(
     Returns:
       x [B, T, D]; with it a list of the extras of every block, where there are any.
     """
-    memories = memory if isinstance(memory, list) else [memory] * len(stack.blocks)
+    memories = _memories(stack.blocks, memory)
     extras = []
     for call, block, *others in zip(calls, stack.blocks, memories, *each, strict=True):
         x, *more = output_and_extras(call(block, x, *others))
         extras += more
     x = _normed(stack.norm, x)
     return (x, extras) if extras else x
+
+
+def _memories(blocks: Sequence[Any], memory: Any) -> list[Any]:
+    """Return the memory of each block: none for blocks without attention to it, if others have."""
+    each = memory if isinstance(memory, list) else [memory] * len(blocks)
+    attend = [block.memory_features is not None for block in blocks]
+    if not any(attend):
+        return each
+    return [own if attends else None for own, attends in zip(each, attend, strict=True)]
 
 
 def _call_block(options: dict[str, Any], block: Any, x: Array, memory: Any) -> Any:

@@ -119,6 +119,7 @@ class TransformerBlock(transformer.BlockMethods, nnx.Module):
         }
         dropped = attention_options(given)
         self.parallel = given.parallel
+        self.memory_features = given.memory_features
         attention = given.attention or MultiHeadAttention
         self.attention = attention(num_heads, features, **dropped, **dtypes)
         self._add_norms("attention", given, features, dtypes)

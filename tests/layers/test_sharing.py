@@ -152,6 +152,35 @@ class LinenReader(nn.Module):
         return nn.Dense(self.features, name="linear")(sound)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_a_memory_for_some_layers():
+    """Those without attention to it are given none, in the full pass and token by token."""
+    options = {"memory_features": by_layer(lambda n: 6 if n == 1 else None)}
+    build = functools.partial(attention_nnx.TransformerStack, 2, 8, num_heads=2, **options)
+    stack = drawn_anew(build(rngs=nnx.Rngs(0)))
+    twin = attention_linen.TransformerStack(2, 8, num_heads=2, **options)
+    x, memory = (jax.random.normal(jax.random.key(n), (2, 4, 8 - 2 * n)) for n in range(2))
+
+    @nnx.jit
+    def run(stack):
+        mask = masks.Causal()
+        expected = stack.norm(stack.block_1(stack.block_0(x, mask=mask), memory, mask=mask))
+        decoded, _ = stack.decode(x, stack.init_cache(2, 4), stack.keys(memory))
+        found = twin.apply({"params": params(stack)}, x, memory, mask=mask)
+        return expected, decoded, found, stack(x, memory, mask=mask)
+
+    expected, *others = run(stack)
+    for other in others:
+        chex.assert_trees_all_close(other, expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"it attends to a memory, and none was given"):
+        stack(x)
+    none = attention_nnx.TransformerStack(2, 8, num_heads=2, rngs=nnx.Rngs(0))
+    for use in (lambda: none(x, memory), lambda: none.keys(memory)):
+        with pytest.raises(ValueError, match=r"it was built without attention to a memory"):
+            use()
+
+
 SOUND = jax.random.normal(jax.random.key(0), (2, 6, 3))
 
 

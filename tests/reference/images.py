@@ -90,6 +90,31 @@ def perceiver():
     return Perceiver(5, 6, rngs=nnx.Rngs(0))
 
 
+class QueryingTransformer(nnx.Module):
+    """A few vectors attend to each other and, in every other layer, to those of an image."""
+
+    def __init__(self, features, *, rngs):
+        norm = functools.partial(layer_norm, epsilon=1e-12)
+        self.norm = norm(D, param_dtype=jnp.float64, rngs=rngs)
+        self.stack = TransformerStack(
+            features=D,
+            **SIZES,
+            memory_features=by_layer(lambda n: features if n % 2 == 0 else None),
+            hidden_features=24,
+            activation=exact_gelu,
+            norm=norm,
+            norm_placement="after",
+            rngs=rngs,
+        )
+
+    def __call__(self, queries, image):
+        return self.stack(self.norm(queries), image)
+
+
+def qformer():
+    return QueryingTransformer(6, rngs=nnx.Rngs(0))
+
+
 class Swin(nnx.Module):
     """Patches, and attention within windows of them that every other layer shifts."""
 

@@ -259,3 +259,22 @@ def test_perceiver():
         lambda: other(comparing.tensor(inputs)).last_hidden_state,
         lambda ours: ours(jnp.asarray(inputs)),
     )
+
+
+def test_qformer():
+    config = transformers.Blip2QFormerConfig(
+        **OF_BERT, cross_attention_frequency=2, encoder_hidden_size=6
+    )
+    other = comparing.drawn(transformers.Blip2QFormerModel(config))
+    draw = np.random.default_rng(0).standard_normal
+    queries, image = draw((2, 5, D)), draw((2, 9, 6))
+    given = {"query_embeds": queries, "encoder_hidden_states": image}
+    given = {name: comparing.tensor(x) for name, x in given.items()}
+    comparing.agree(
+        "BLIP-2's Q-Former",
+        other,
+        images.qformer(),
+        more.qformer,
+        lambda: other(**given).last_hidden_state,
+        lambda ours: ours(jnp.asarray(queries), jnp.asarray(image)),
+    )

@@ -44,6 +44,7 @@ RECIPES = {
     "Swin v2": [images.swin2, images.Swin, images.ContinuousBias, images.capped_cosine],
     "DINOv2": [images.dinov2, images.LayerScale],
     "Perceiver": [images.perceiver, images.Perceiver],
+    "BLIP-2's Q-Former": [images.qformer, images.QueryingTransformer],
     "RoFormer": [encoders.bert, encoders.roformer],
     "ALBERT": [encoders.bert, encoders.albert],
     "ModernBERT": [encoders.bert, encoders.modernbert, encoders.mask_of_modernbert],
@@ -114,6 +115,6 @@ def test_recipes_build():
     """Without the packages of others, so that no recipe goes stale unseen."""
     builds = {part for parts in RECIPES.values() for part in parts if needs_nothing(part)}
     builds.remove(variants.heads)  # a layer, not a model
-    assert len(builds) == 42
+    assert len(builds) == 43
     for build in builds:
         assert jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param))

@@ -146,3 +146,22 @@ def perceiver(state, offset=0.0):
         "feed_forward": feed_forward(at),
         "blocks": blocks,
     }
+
+
+def qformer(state, offset=0.0):
+    state, stack = State("qformer", state, ""), {}
+    for n in range(LAYERS):
+        at = f"encoder.layer.{n}"
+        block = stack[f"block_{n}"] = {
+            "feed_forward": {
+                "hidden": state.linear(f"{at}.intermediate_query.dense"),
+                "out": state.linear(f"{at}.output_query.dense"),
+            },
+            "feed_forward_norm": state.norm(f"{at}.output_query.LayerNorm"),
+        }
+        attentions = {"attention": "attention", "cross_attention": "crossattention"}
+        for own, name in list(attentions.items())[: 2 - n % 2]:
+            names = [f"{at}.{name}.attention.{x}" for x in ("query", "key", "value")]
+            block[own] = state.attention([*names, f"{at}.{name}.output.dense"])
+            block[f"{own}_norm"] = state.norm(f"{at}.{name}.output.LayerNorm")
+    return {"norm": state.norm("layernorm"), "stack": stack}
