@@ -27,7 +27,7 @@ Array = jax.Array
 class Memory(NamedTuple):
     """An encoded source: its keys and values for every layer, and its lengths [B]."""
 
-    projected: list[ProjectedMemory]
+    projected: list[ProjectedMemory | None]
     lengths: Array
 
 
