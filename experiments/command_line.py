@@ -84,6 +84,11 @@ def parse_flags(
         raise UsageError(f"--flagfile: {file} includes itself; take --flagfile out of it.")
     if values["help"].value:
         raise HelpRequested(help())
+    if rest and rest[0].startswith("\ufeff"):
+        raise UsageError(
+            "--flagfile: the file begins with a byte order mark, which is no flag; save it as "
+            "UTF-8 without one."
+        )
     if rest:
         raise UsageError(f"{rest[0]!r} is no flag; write --name=value, and --help lists all flags.")
     return {name: values[name].value for name in names}

@@ -94,5 +94,11 @@ def _checked(options: Options) -> Options:
         raise UsageError("--suites: name at least one suite, or all.")
     if options.repeats < 1:
         raise UsageError(f"--repeats: expected at least 1 turn, got {options.repeats}.")
+    suites = SUITES if "all" in options.suites else options.suites
+    if options.data and "translate" not in suites:
+        raise UsageError(
+            "--data is for the suite translate, which --suites does not name; add it, or leave "
+            "--data out."
+        )
     check_folder("out", options.out)
-    return options._replace(suites=SUITES if "all" in options.suites else options.suites)
+    return options._replace(suites=suites)

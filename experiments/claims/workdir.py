@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.claims.claim import SETTINGS, Claim, Data, Setting
 from experiments.command_line import UsageError
-from experiments.files import write_json
+from experiments.files import unsealed, write_sealed
 from experiments.leases import visible
 
 # Written before the results.
@@ -85,9 +85,12 @@ class Cache:
         self.folder = folder
 
     def get(self, claim: Claim, setting: Setting) -> tuple[Data, float] | None:
-        """Return data and seconds of a claim measured by the same code, or None."""
+        """Return data and seconds of a claim measured by the same code, or None.
+
+        A file that is not as it was written counts as none: the claim is measured again.
+        """
         try:
-            held = json.loads(self._path(claim, setting).read_text(encoding="utf-8"))
+            held = unsealed(json.loads(self._path(claim, setting).read_text(encoding="utf-8")))
             return held["data"], held["seconds"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -98,7 +101,7 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob(f"{claim.number}-{setting.name}-*.json"):
             old.unlink()
-        write_json(path, {"data": data, "seconds": seconds})
+        write_sealed(path, {"data": data, "seconds": seconds})
 
     def has(self, claim: Claim, setting: Setting) -> bool:
         """Tell whether this process or another one has measured a claim by the same code."""

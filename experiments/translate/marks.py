@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.command_line import UsageError
-from experiments.translate.workdir import LOST, MARK, Record, read_json, write_sealed
+from experiments.files import write_sealed
+from experiments.translate.workdir import LOST, MARK, Record, read_json
 
 
 def mark_of(folder: Path) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import metrics
-from experiments.command_line import UsageError, check_folder, show, terminal
+from experiments.command_line import UsageError, check_folder, reason, show, terminal
 from experiments.data.alignments import all_aligned, is_alignment
 from experiments.data.corpus import DataError, Pair, shortened
 from experiments.data.files import BARS, Reader, separator_of
@@ -38,6 +38,7 @@ from experiments.translate.translators import Translators, load, load_ensemble, 
 from experiments.translate.workdir import Record
 
 _STDIN = "standard input"
+_NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 # Characters of an input file's name in the name of its evaluation.
 _PREFIX = 40
 
@@ -82,7 +83,8 @@ def _evaluate(config: Config) -> None:
     about = {"set": name, "pairs": len(pairs), "signatures": signatures}
     if config.ensemble:
         about["ensemble"] = loaded[0].score
-    show(report_evaluation(config, about, records).absolute())
+    if path := report_evaluation(config, about, records):
+        show(path.absolute())
 
 
 def _references(config: Config, tokenizer: Tokenizer, name: str, count: int) -> list[list[Words]]:
@@ -103,8 +105,10 @@ def _references(config: Config, tokenizer: Tokenizer, name: str, count: int) -> 
     return found
 
 
-def report_evaluation(config: Config, about: Record, records: Sequence[Record]) -> Path:
+def report_evaluation(config: Config, about: Record, records: Sequence[Record]) -> Path | None:
     """Print the metrics of each score, write them as JSON, and return its path.
+
+    None, and a sentence is told, where the run is not to be written to.
 
     The file keeps earlier evaluations of the run's other scores.
 
@@ -122,11 +126,17 @@ def report_evaluation(config: Config, about: Record, records: Sequence[Record]) 
     table.show_evaluation(terminal(), evaluation)
     how = "-ensemble" * config.ensemble + "-references" * bool(config.references)
     path = config.directory / "evaluations" / f"{about['set']}{how}{_decoding(config)}.json"
-    path.parent.mkdir(exist_ok=True)
     every = [*rows, *_other_rows(path, config.directory, [row["score"] for row in rows])]
     scores = {"scores": [row["score"] for row in every]}
     record = {**evaluation, "config": config.identity | scores, "scores": every}
-    write_marked(path, config.directory, record)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_marked(path, config.directory, record)
+    except OSError as error:
+        if error.errno not in _NOT_TO_BE_WRITTEN:
+            raise
+        tell(f"{reason(error)}; the evaluation is printed and not kept.")
+        return None
     return path
 
 

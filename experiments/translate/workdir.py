@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.command_line import UsageError, check_folder
-from experiments.files import write_json
+from experiments.files import unsealed, write_sealed
 from experiments.translate.config import SWEPT, Config, group_of
 from experiments.translate.environment import environment
 
@@ -33,9 +32,6 @@ _GLOB = re.compile(r"[*?\[]")
 
 # Groups of flags that may differ from those of the training.
 _FREE = ("Decoding", "Output", "After training")
-
-# The field of a record with its SHA-256.
-_SEAL = "sha256"
 
 # The field with the mark of a run.
 MARK = "run"
@@ -66,27 +62,6 @@ def is_first() -> bool:
     import jax
 
     return jax.process_index() == 0
-
-
-def write_sealed(path: Path, record: Record) -> None:
-    """Write a record as JSON with its SHA-256, atomically."""
-    write_json(path, {**record, _SEAL: _checksum(record)})
-
-
-def unsealed(record: Any) -> Record:
-    """Return a record that was read, without its seal.
-
-    Raises:
-      ValueError: it is not as it was written.
-    """
-    held = dict(record)
-    if held.pop(_SEAL, None) != _checksum(held):
-        raise ValueError(f"{_SEAL}: the record is not as it was written.")
-    return held
-
-
-def _checksum(record: Record) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def check(owner: Owner) -> None:

@@ -65,13 +65,32 @@ def run_sweep(sweep: Sweep) -> None:
             ),
             "pairs": {name: len(of_set.pairs) for name, of_set in task.sets.items()},
         }
-        others = table.other_rows(folder, records)
+        others = _other_rows(folder, records)
         files.write_text(folder / "sweep.csv", table.csv_table(summary, records, others))
         files.write_json(folder / "results.json", summary)
         figures.draw_all(summary, folder / "figures")
     table.show(console, summary)
     path = folder / "results.json"
     show(path.absolute())
+
+
+def _other_rows(folder: Path, records: list[Record]) -> list[table.Row]:
+    """Return the rows of sweep.csv of the runs in the folder that are not among these records.
+
+    They are read from the sealed files of the runs, not from the table, which anybody may edit.
+    """
+    now, rows = {Path(record["folder"]).name for record in records}, []
+    for path in sorted(folder.glob("runs/*/config.json")):
+        run = path.parent
+        if run.name in now:
+            continue
+        config = workdir.read_json(path, folder, workdir.LOST)["config"]
+        (score,) = config["scores"]
+        files = _files(run, score)
+        if any(file.exists() for file in files):
+            about = {"score": score, "point": {}, RATE: config[RATE]}
+            rows += table.rows_of_run(about | _outcome(run, score), config)
+    return rows
 
 
 def _check(trials: list[Trial]) -> None:
@@ -117,7 +136,7 @@ def _run(
         number = trials.index(trial)
         head = f"{number + 1}/{len(trials)} {trial}"
         if lease is None:
-            found = _outcome(trial)
+            found = _outcome(trial.config.directory, trial.score)
             text = f"{_described(found)}; done {'elsewhere' if trial in missing else 'before'}"
         else:
             say(f"{head}: training")
@@ -149,13 +168,12 @@ def _told(shard: Shard, trials: list[Trial]) -> str:
 
 
 def _is_done(trial: Trial) -> bool:
-    return any(visible(path) for path in _files(trial))
+    return any(visible(path) for path in _files(trial.config.directory, trial.score))
 
 
-def _outcome(trial: Trial) -> Record:
+def _outcome(folder: Path, score: str) -> Record:
     """Return the outcome of a trial that is done: its metrics, or why it diverged."""
-    folder = trial.config.directory
-    measured, diverged = _files(trial)
+    measured, diverged = _files(folder, score)
     if diverged.exists():
         return {"folder": str(folder), **run_results.read_outcome(diverged, folder)}
     found = run_results.read_outcome(measured, folder)
@@ -163,9 +181,8 @@ def _outcome(trial: Trial) -> Record:
     return {"folder": str(folder), **kept, "metrics": run_results.measured(found)}
 
 
-def _files(trial: Trial) -> tuple[Path, Path]:
-    folder = trial.config.directory
-    return folder / "outcomes" / f"{trial.score}.json", folder / "diverged.json"
+def _files(folder: Path, score: str) -> tuple[Path, Path]:
+    return folder / "outcomes" / f"{score}.json", folder / "diverged.json"
 
 
 def _train(trial: Trial, console: Console, orphaned: bool) -> Record:
@@ -185,11 +202,11 @@ def _train(trial: Trial, console: Console, orphaned: bool) -> Record:
         try:
             train_and_measure(trial.score, run)
         except Diverged as error:
-            _, diverged = _files(trial)
+            _, diverged = _files(folder, trial.score)
             write_marked(diverged, folder, {"diverged": str(error)})
         finally:
             jax.clear_caches()
-    return _outcome(trial)
+    return _outcome(trial.config.directory, trial.score)
 
 
 def _prepared(trial: Trial, console: Console | None = None) -> Run:

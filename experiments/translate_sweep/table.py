@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -89,41 +87,26 @@ def _comparisons(results: Record) -> Table:
     return table
 
 
-def other_rows(folder: Path, records: Sequence[Record]) -> list[Row]:
-    """Return the rows of sweep.csv for runs that are not among these records."""
-    path = folder / "sweep.csv"
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("folder")]
-    now = {Path(record["folder"]).name for record in records}
-    names = {Path(row["folder"]).name for row in rows} - now
-    fields = {name: _fields(folder / "runs" / name) for name in names}
-    return [
-        {**row, **found, "chosen": "false"}
-        for row in rows
-        if (found := fields.get(Path(row["folder"]).name))
-    ]
+def rows_of_run(record: Record, config: Record) -> list[Row]:
+    """Return the rows of sweep.csv, one for each seed, of a run that is not of this command.
+
+    Args:
+      record: of the run, as `results.summarize` takes them, with an empty point.
+      config: the values of its flags.
+    """
+    shared = {name: config[name] for name in LISTED}
+    return [_csv_row(record, seed, shared, set()) for seed in range(config["seeds"])]
 
 
-def _fields(run: Path) -> Row:
-    """Return the fields of a run that may be swept; nothing if the run is gone."""
-    try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
-        return {name: config[name] for name in LISTED}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def csv_table(results: Record, records: Sequence[Record], earlier: Sequence[Row] = ()) -> str:
+def csv_table(results: Record, records: Sequence[Record], others: Sequence[Row] = ()) -> str:
     """Return a CSV table with a row for every score, point, learning rate and seed.
 
     Args:
       results: from `results.summarize`.
       records: of all runs, as passed to it.
-      earlier: rows of other runs, which are not in the results.
+      others: rows of other runs, which are not in the results.
     """
-    rows = [*_csv_rows(results, records), *earlier]
+    rows = [*_csv_rows(results, records), *others]
     listed = [name for name in LISTED if name != RATE]
     axes = [name for name in listed if name in results["axes"] or _differs(name, rows)]
     first = ("score", *axes, RATE, "seed", "chosen", "diverged", "parameters")

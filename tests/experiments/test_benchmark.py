@@ -25,6 +25,7 @@ from experiments.benchmark import (
 )
 from experiments.benchmark.patterns import Point
 from experiments.benchmark.run import run
+from experiments.command_line import UsageError
 from tests.contract import examples
 from tests.statistics.examples import STATISTICS
 
@@ -277,3 +278,15 @@ def test_errors_are_relative_to_numbers_beyond_one_and_alike_where_infinite():
     assert inside.largest(theirs, theirs) == 0.0
     assert inside.largest(theirs + np.array([0.0, 0.25, 50.0]), theirs) == 0.5
     assert np.isnan(inside.largest(theirs * np.nan, theirs))
+
+
+def test_data_that_no_suite_reads_are_refused(tmp_path):
+    flags = [f"--data={tmp_path}", f"--out={tmp_path}"]
+    with pytest.raises(
+        UsageError,
+        match=r"^--data is for the suite translate, which --suites does not name; add it, or leave "
+        r"--data out\.$",
+    ):
+        command_line.parse(["--suites=memory,compile", *flags])
+    for suites in ("memory,translate", "all"):
+        assert command_line.parse([f"--suites={suites}", *flags]).data == str(tmp_path)

@@ -188,6 +188,10 @@ def test_what_was_measured_is_measured_again_only_if_its_code_changed(two_claims
     held = next((tmp_path / "work" / "cache").glob("901-quick-*.json"))
     held.write_text("{")
     assert measured() == 4, "a damaged file is no measurement"
+    held = next((tmp_path / "work" / "cache").glob("901-quick-*.json"))
+    held.write_text(held.read_text().replace("3.0", "9.0"))
+    assert measured() == 5, "nor is one with a number that somebody changed"
+    assert measured() == 5, "found again"
 
 
 def test_the_key_of_a_claim_follows_what_it_imports():

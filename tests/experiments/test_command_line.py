@@ -90,6 +90,16 @@ def test_a_file_of_flags_that_is_no_text_is_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize("text", ["--seeds=2\n", "# a comment\n--seeds=2\n", "seeds\n", ""])
+def test_a_file_of_flags_with_a_byte_order_mark_is_refused(text, tmp_path):
+    file = tmp_path / "some.flags"
+    file.write_text(text, "utf-8-sig")
+    assert refusal(f"--flagfile={file}") == (
+        "--flagfile: the file begins with a byte order mark, which is no flag; save it as UTF-8 "
+        "without one."
+    )
+
+
 def test_a_file_of_flags_that_includes_itself_is_refused(tmp_path, capsys):
     first, second = tmp_path / "first.flags", tmp_path / "second.flags"
     first.write_text(f"--flagfile={second}\n")

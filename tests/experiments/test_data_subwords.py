@@ -15,9 +15,9 @@ from experiments.data.corpus import Corpus, DataError, Pair
 from experiments.data.subwords import KINDS, Subwords, pooled, vocabulary_of, with_subwords
 from experiments.data.text import detokenize, tokenize
 from experiments.data.vocabulary import EOS, SPECIAL, UNK, Vocabulary
+from experiments.files import write_sealed
 from experiments.translate.config import Config
 from experiments.translate.data import bucketed, load_tokenizer, save_tokenizer
-from experiments.translate.workdir import write_sealed
 
 ENGLISH = [
     ("the", "lower", "houses", "of", "the", "newest", "towns", "are", "lowest"),

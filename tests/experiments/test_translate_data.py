@@ -9,9 +9,9 @@ import pytest
 from experiments.command_line import UsageError
 from experiments.data import Sizes, load
 from experiments.data.vocabulary import PAD
+from experiments.files import unsealed, write_sealed
 from experiments.translate.config import Config
 from experiments.translate.data import load_task, load_tokenizer, save_tokenizer
-from experiments.translate.workdir import unsealed, write_sealed
 
 
 @pytest.mark.parametrize(

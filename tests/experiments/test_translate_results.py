@@ -8,6 +8,7 @@ import pytest
 
 from experiments.command_line import UsageError
 from experiments.data.corpus import Pair
+from experiments.files import write_sealed
 from experiments.metrics import CLASSES
 from experiments.significance import holm, sign_flip_p_value
 from experiments.translate import report, results
@@ -16,7 +17,6 @@ from experiments.translate.looking import pictured
 from experiments.translate.marks import write_marked
 from experiments.translate.prepare import Run
 from experiments.translate.results import speed
-from experiments.translate.workdir import write_sealed
 
 HIGH = [90.0, 91.0, 92.0, 90.0, 91.0, 92.0, 93.0, 90.0]
 LOW = [40.0, 42.0, 41.0, 44.0, 40.0, 41.0, 42.0, 45.0]

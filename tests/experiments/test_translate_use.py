@@ -1,7 +1,9 @@
 """A trained run evaluates, translates and scores; what it says is what training measured."""
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.command_line import UsageError
+from experiments.files import unsealed, write_sealed
 from experiments.metrics import signatures
 from experiments.translate import use, workdir
 from experiments.translate.config import Config
@@ -186,8 +189,8 @@ def test_a_table_is_cut_into_words_as_the_training_was(
     folder, table = tmp_path / "run", tmp_path / "table.tsv"
     shutil.copytree(done[1], folder)
     held = json.loads((folder / "vocabularies.json").read_text("utf-8"))
-    changed = {**workdir.unsealed(held), "at_spaces": at_spaces}
-    workdir.write_sealed(folder / "vocabularies.json", changed)
+    changed = {**unsealed(held), "at_spaces": at_spaces}
+    write_sealed(folder / "vocabularies.json", changed)
     lines = ["One, two three\tthree one Two", "four five five\tFive four five."]
     table.write_text("".join(f"{a}{b}\n" for a, b in zip(lines, links, strict=True)))
     scores = ask("score", f"--input={table}", folder=folder)[1].split()
@@ -251,8 +254,33 @@ def test_evaluations_of_other_scores_share_a_file(tmp_path, capsys):
     path.write_text("{")
     assert len(report(5, "none")[1]["scores"]) == 1
     assert len(report(5, "dot")[1]["scores"]) == 2
-    workdir.write_sealed(tmp_path / "config.json", {"run": "the mark of another run"})
+    write_sealed(tmp_path / "config.json", {"run": "the mark of another run"})
     assert len(report(5, "additive")[1]["scores"]) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["write_marked", "Path.mkdir"])
+def test_an_evaluation_of_a_run_that_is_not_to_be_written_to_is_printed(
+    number, call, tmp_path, monkeypatch, capsys
+):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), str(tmp_path / "evaluations"))
+
+    owner = use if call == "write_marked" else Path
+    monkeypatch.setattr(owner, call.rpartition(".")[2], refuse)
+    config = Config(seeds=1, scores=("dot",), workdir=str(tmp_path))
+    record = {"score": "dot", "step": 7, **{name: [0.5] for name, _, _ in EVALUATION_COLUMNS}}
+    about = {"set": "test", "pairs": 3, "signatures": signatures()}
+    if number == errno.ENOSPC:
+        with pytest.raises(OSError, match="No space left"):
+            report_evaluation(config, about, [record])
+        return
+    assert report_evaluation(config, about, [record]) is None
+    said = capsys.readouterr()
+    assert "dot" in said.out and said.err == (
+        f"translate: {tmp_path}/evaluations: {os.strerror(number)}; the evaluation is printed and "
+        "not kept.\n"
+    )
 
 
 @pytest.mark.slow
@@ -354,9 +382,9 @@ def unfinished(done, tmp_path):
     """A run of two scores, of which one was trained, as a sweep of matched scores has them."""
     folder = tmp_path / "run"
     shutil.copytree(done[1], folder, ignore=shutil.ignore_patterns("evaluations"))
-    held = workdir.unsealed(json.loads((folder / "config.json").read_text("utf-8")))
+    held = unsealed(json.loads((folder / "config.json").read_text("utf-8")))
     held["config"]["scores"] = ["additive", "dot"]
-    workdir.write_sealed(folder / "config.json", held)
+    write_sealed(folder / "config.json", held)
     return folder
 
 

@@ -10,10 +10,10 @@ import shutil
 import pytest
 
 from experiments.command_line import UsageError
-from experiments.files import write_text
+from experiments.files import write_sealed, write_text
 from experiments.translate.config import Config
 from experiments.translate.log import Log
-from experiments.translate.workdir import check, write_sealed
+from experiments.translate.workdir import check
 
 
 def sentence(call):
