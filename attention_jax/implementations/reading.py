@@ -11,6 +11,7 @@ import dataclasses
 import dis
 import enum
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Hashable, Iterable, Iterator
@@ -228,7 +229,7 @@ def _attributes_of_class(cls: type, name: str) -> Iterator[Any]:
         yield value.__func__
     elif isinstance(value, functools.cached_property):
         yield value.func
-    elif not isinstance(value, types.MemberDescriptorType):  # of a field in a slot
+    elif not (inspect.isdatadescriptor(value) and is_trusted(type(value))):  # of a field or slot
         yield value
 
 
