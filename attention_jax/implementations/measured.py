@@ -17,6 +17,7 @@ from attention_jax.base.trees import Rest, merge_floats, split_floats, varying_l
 from attention_jax.base.typing import at_least_float32
 from attention_jax.implementations import online
 from attention_jax.implementations.head import SAVED, Head
+from attention_jax.implementations.moving import Moving, is_symbolic_zero
 from attention_jax.implementations.passes import Pass, over_visits
 from attention_jax.implementations.tile_passes import (
     Given,
@@ -24,7 +25,6 @@ from attention_jax.implementations.tile_passes import (
     Tangent,
     Tiles,
     arrays_of,
-    is_symbolic_zero,
     one_pass,
     rows_from,
     tangents_of,
@@ -163,7 +163,8 @@ def _with_context_jvp(how: tuple[Tiles, Measures], primals: Any, tangents: Any) 
     change = widened(change)
     base, normalizer = online.finite_or_zero(logsumexp), one_pass(operands.functions.normalizer)
     both = operands, change
-    tangent = MeasuredTangent(tiles, both, given, base, moves, measures, asked, sums)
+    asked_moving = Moving.of(asked, tangents[3])
+    tangent = MeasuredTangent(tiles, both, given, base, moves, measures, asked, asked_moving, sums)
     log_change, context_change, moved = tangent()
     changes = online.changes(normalizer, log_change, context_change, context)
     if isinstance(normalizer, LogSum):
@@ -217,6 +218,7 @@ class FinalTangent(Tangent):
     base_change: Any
     measures: Measures
     asked: Asked
+    asked_moving: Moving
     merged: Any
     queries: int
 
@@ -240,13 +242,18 @@ class FinalTangent(Tangent):
             for leaves in (floats, split_floats(change)[0])
         )
         measure = functools.partial(self.measure, (floats, rest), (masked, i, j))
-        return j, jax.jvp(measure, (primal, base), (direction, base_change))[1]
+        asked = self.asked_moving
+        moving = primal, base, asked.primal
+        return j, jax.jvp(measure, moving, (direction, base_change, asked.direction))[1]
 
-    def measure(self, here: Any, where: Any, moving: Any, base: Any) -> list[Array]:
+    def measure(
+        self, here: Any, where: Any, moving: Any, base: Any, asked_moving: Any
+    ) -> list[Array]:
         """Return what a tile adds, as a function of what moves, with the merged sums held fixed."""
         operands, (_, i, j) = self.moved(here, moving), where
         pairs = given_pairs(self.tiles, operands, self.given, base, where, self.queries)
-        return self.measures.moving(self.asked, pairs, self.part(operands, i, j))
+        merged = self.part(operands, i, j)
+        return self.measures.moving(self.asked_moving.moved(asked_moving), pairs, merged)
 
     def of_empty_tile(  # type: ignore[override]
         self, here: Operands, change: Operands, rows: Any, i: Any, j: Any
@@ -287,9 +294,8 @@ def _with_final_weights_jvp(how: tuple[Tiles, Measures, int], primals: Any, tang
     both = merge_floats(floats, rest), change
     of_base, structure = jax.tree.flatten(tangents[4], is_leaf=is_symbolic_zero)
     base_change = structure.unflatten(arrays_of(of_base)[0])
-    moved = FinalTangent(
-        tiles, both, given, base, moves, base_change, measures, asked, sums, queries
-    )()
+    of_asked = measures, asked, Moving.of(asked, tangents[3])
+    moved = FinalTangent(tiles, both, given, base, moves, base_change, *of_asked, sums, queries)()
     return sums, with_integers(moved, sums)
 
 

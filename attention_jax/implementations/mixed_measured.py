@@ -29,6 +29,7 @@ from attention_jax.implementations.mixed_heads import Heads, repeated
 from attention_jax.implementations.mixed_passes import Sums, added
 from attention_jax.implementations.mixed_statistics import MixedPairs, of_all_heads, of_pairs
 from attention_jax.implementations.mixed_tiles import Given, MixedTiles, Operands, widened
+from attention_jax.implementations.moving import Moving
 from attention_jax.implementations.passes import over_visits
 from attention_jax.implementations.tile_passes import tangents_of
 from attention_jax.implementations.tile_statistics import Asked, Measures
@@ -81,6 +82,7 @@ class MeasuredContexts:
     how: Measured
     asked: Asked
     merged: Any = None
+    asked_moving: Moving | None = None
 
     @property
     def tiles(self) -> MixedTiles:
@@ -97,6 +99,16 @@ class MeasuredContexts:
             return context, measures.of_pairs(self.asked, pairs)
         merged = self.part(len(pairs.q_idx), i, j)
         return context, measures.moving(self.asked, pairs, merged)
+
+    def with_asked(
+        self, masked: bool, here: Operands, given: Given, where: tuple[Any, Any], moved: list[Array]
+    ) -> list[Array]:
+        """Add to the tangents of a tile those that the statistics themselves cause."""
+        if self.asked_moving is None or not self.asked_moving.primal:
+            return moved
+        _, pairs = self.weighed(masked, here, given, *where)
+        merged = self.part(len(pairs.q_idx), *where)
+        return self.how.measures.with_asked(self.asked_moving, pairs, merged, moved)
 
     def weighed(
         self, masked: bool, here: Operands, given: Given, i: Any, j: Any
@@ -159,7 +171,10 @@ class MeasuredSums(Sums):
         return jnp.zeros_like(sums[0][:, :rows])
 
     def of_tile(self, masked: bool, *tile: Any) -> Any:
-        return tile[-1], super().of_tile(masked, *tile)
+        here, where = widened(tile[0]), tile[-2:]
+        context, found = super().of_tile(masked, *tile)
+        found = self.contributed.with_asked(masked, here, self.given, where, found)
+        return tile[-1], (context, found)
 
     def of_empty_tile(self, *tile: Any) -> Any:
         *_, zeros, i, j = tile
@@ -189,6 +204,7 @@ def _measure_jvp(how: Measured, primals: Any, tangents: Any) -> Any:
     sums = jax.tree.map(functools.partial(checkpoint_name, name=SAVED[2]), sums)
     change, moves = tangents_of(tangents[0], rest)
     both = merge_floats(floats, rest), widened(change)
-    of_tangents = MeasuredSums(MeasuredContexts(how, asked, sums), both, given, moves)
+    contributed = MeasuredContexts(how, asked, sums, Moving.of(asked, tangents[3]))
+    of_tangents = MeasuredSums(contributed, both, given, moves)
     context_change, moved = of_tangents()
     return (context, sums), (context_change, with_integers(moved, sums))

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 
 from attention_jax.implementations.mixed_heads import OfHeads
@@ -108,9 +107,9 @@ def _of_all_heads(of: OfHeads, dtype: Any) -> Statistic:
     )
 
 
-def _like_one(leaf: Any, axis: int | None) -> np.ndarray:
+def _like_one(leaf: Any, axis: int | None) -> jax.ShapeDtypeStruct:
     shape = jnp.shape(leaf)
-    return np.zeros(shape if axis is None else shape[1:], jnp.result_type(leaf))
+    return jax.ShapeDtypeStruct(shape if axis is None else shape[1:], jnp.result_type(leaf))
 
 
 def _of_tile(of: OfHeads, pairs: MixedPairs, of_logits: bool) -> Any:

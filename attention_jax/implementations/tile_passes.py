@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.base.finite import finite
 from attention_jax.base.matmul import PLAIN, Products, times
@@ -22,6 +21,7 @@ from attention_jax.base.trees import Rest, hoisted, merge_floats, split_floats, 
 from attention_jax.base.typing import AnyNormalizer, Bias, at_least_float32
 from attention_jax.implementations import online
 from attention_jax.implementations.head import kept
+from attention_jax.implementations.moving import is_symbolic_zero
 from attention_jax.implementations.passes import Pass, over_visits, tangent_of_tile
 from attention_jax.implementations.tiles import Visits
 from attention_jax.masks import Mask
@@ -367,11 +367,6 @@ def by_query_head(change: Operands, base: Any) -> Operands:
     always = (first == 0) | (first != 0)
     key, value = (jnp.where(always, x, 0.0) for x in (change.key, change.value))
     return change._replace(key=key, value=value)
-
-
-def is_symbolic_zero(tangent: Any) -> bool:
-    """Tell whether a tangent stands for zeros."""
-    return isinstance(tangent, SymbolicZero)
 
 
 def arrays_of(tangents: list[Any]) -> tuple[list[Array], list[bool]]:

@@ -26,7 +26,8 @@ from attention_jax.base.trees import (
 )
 from attention_jax.base.typing import at_least_float32
 from attention_jax.implementations import online
-from attention_jax.implementations.passes import over_visits
+from attention_jax.implementations.moving import Moving
+from attention_jax.implementations.passes import over_visits, tangent_of_tile
 from attention_jax.implementations.tile_passes import (
     Forward,
     Given,
@@ -120,6 +121,19 @@ class Measures:
         given = varying_over(self.axes, (pairs, merged))
         return self.moved[shape](asked.statistics, *given, *asked.moved[shape])
 
+    def with_asked(self, asked: Moving, pairs: Any, merged: Any, moved: list[Array]) -> list[Array]:
+        """Add the tangents of what a tile adds, as a function of the statistics themselves."""
+        if not asked.primal:
+            return moved
+        of_asked = functools.partial(self._moving_with, asked, pairs, merged)
+        more = tangent_of_tile(of_asked, asked.primal, asked.direction)[1]
+        return jax.tree.map(jnp.add, moved, more)
+
+    def _moving_with(
+        self, asked: Moving, pairs: Any, merged: Any, primal: list[Array]
+    ) -> list[Array]:
+        return self.moving(asked.moved(primal), pairs, merged)
+
 
 class AnyTiles(Protocol):
     """Tiles of one head, or of all heads together."""
@@ -191,11 +205,13 @@ class MeasuredTangent(Tangent):
     """Sum what `Tangent` does, and the tangents of what tiles add to statistics.
 
     Both with the log-sum-exp held fixed, and the latter with the `merged` sums held fixed too, so
-    that a tile is computed once for all of them.
+    that a tile is computed once for all of them. `asked_moving` are the statistics that are asked
+    for, with the tangents of their parameters and of what their functions close over.
     """
 
     measures: Measures
     asked: Asked
+    asked_moving: Moving
     merged: Any
 
     def __call__(self) -> tuple[Array, Array, list[Array]]:  # type: ignore[override]
@@ -213,20 +229,21 @@ class MeasuredTangent(Tangent):
     ) -> tuple[Array, Array, list[Array]]:
         base, merged = rows
         measure = functools.partial(self.measure, merged=merged, where=(base, i, j), masked=masked)
-        (weights, _), changed, tile = self.along(measure, here, change)
+        (weights, _), changed, (tile, pairs) = self.along(measure, here, change)
         weights_change, moved = changed or (None, self.zeros_of(merged))
+        moved = self.measures.with_asked(self.asked_moving, pairs, merged, moved)
         return *self.summed(here, change, weights, weights_change, tile), moved
 
     def measure(
         self, here: Any, moving: Any, merged: Any, where: Any, masked: bool
-    ) -> tuple[tuple[Array, list[Array]], online.Tile]:
-        """Return weights and what they add, and the tile, as a function of what moves."""
+    ) -> tuple[tuple[Array, list[Array]], tuple[online.Tile, Pairs]]:
+        """Return weights and what they add, the tile and its pairs, as a function of what moves."""
         weights, tile = self.weigh(here, moving, where, masked)
         base, i, j = where
         how = streamed(self.moved(here, moving).functions.normalizer)
         at = self.given.at(i, j, len(weights), self.tiles.key_size)
         pairs = _pairs(tile, (weights, _log_weights(how, tile, weights, base)), at)
-        return (weights, self.measures.moving(self.asked, pairs, merged)), tile
+        return (weights, self.measures.moving(self.asked, pairs, merged)), (tile, pairs)
 
     def of_empty_tile(  # type: ignore[override]
         self, here: Operands, change: Operands, rows: Any, *where: Any

@@ -240,10 +240,19 @@ def fields_read(statistic: Statistic, dtype: Any = jnp.float32) -> frozenset[str
     ['kv_idx', 'q_idx', 'weights']
     """
     pairs = jax.eval_shape(functools.partial(Pairs.none, 3, 5, dtype))
-    sums = jax.eval_shape(statistic.of_tile, pairs)
+    leaves, structure = jax.tree.flatten(statistic)
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+
+    def of_tile(pairs: Pairs, leaves: list[Array]) -> Any:
+        return structure.unflatten(leaves).of_tile(pairs)
+
+    def moved(pairs: Pairs, leaves: list[Array], sums: Any) -> Any:
+        return structure.unflatten(leaves).moved(pairs, sums)
+
+    sums = jax.eval_shape(of_tile, pairs, shapes)
     found: frozenset[str] = frozenset()
-    for function, given in ((statistic.of_tile, (pairs,)), (statistic.moved, (pairs, sums))):
-        program = jax.make_jaxpr(functools.partial(function))(*given).jaxpr
+    for function, given in ((of_tile, (pairs, shapes)), (moved, (pairs, shapes, sums))):
+        program = jax.make_jaxpr(function)(*given).jaxpr
         used = [x for equation in program.eqns for x in equation.invars] + program.outvars
         names = zip(Pairs._fields, program.invars, strict=False)
         found |= {name for name, variable in names if any(variable is x for x in used)}

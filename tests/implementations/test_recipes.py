@@ -238,8 +238,6 @@ def cases():
             for kind, implementation in (("dense", DENSE), ("tiled", TILED)):
                 if kind == "tiled" and name in ONLY_DENSE:
                     continue
-                if (kind, name, how) == ("tiled", "statistic", CLOSED):
-                    continue  # tiles give no derivative of what a statistic closes over
                 is_quick = kind == "dense" and how == "value" and name in QUICK
                 is_cheap = kind == "dense" and how == CLOSED and name in CHEAP
                 is_cheap |= kind == "tiled" and how == CLOSED and name == "lambda"
