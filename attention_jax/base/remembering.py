@@ -18,7 +18,9 @@ _found = contextvars.ContextVar("_found", default=None)
 
 @contextlib.contextmanager
 def one_call() -> Iterator[None]:
-    """Let `remembered` remember until this ends, or the outermost of those it is within.
+    """Let `remembered` remember until this ends.
+
+    Within another it starts anew: what is found while a program is traced ends with the trace.
 
     >>> asked = []
     >>> with one_call():
@@ -27,9 +29,6 @@ def one_call() -> Iterator[None]:
     >>> asked
     [1, 2]
     """
-    if _found.get() is not None:
-        yield
-        return
     token = _found.set({})
     try:
         yield

@@ -30,6 +30,7 @@ from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit
 
 from attention_jax.base import placement
 from attention_jax.base.placement import Where
+from attention_jax.base.remembering import one_call
 from attention_jax.implementations.closures import closed, opened
 from attention_jax.implementations.constants import with_constants, without_constants
 from attention_jax.implementations.recipes import ChangeableError
@@ -142,7 +143,9 @@ def _of_leaves(
 ) -> Any:
     building: list[Any] = []
     request = closed(jax.tree.unflatten(structure, leaves), building)
-    found = function(dataclasses.replace(request, mask=without_constants(request.mask)), where)
+    request = dataclasses.replace(request, mask=without_constants(request.mask))
+    with one_call():
+        found = function(request, where)
     for built in building:
         built.require_unchanged()
     return found

@@ -115,12 +115,15 @@ def test_edges_are_listed_once_a_call(monkeypatch):
 def test_what_is_remembered_ends_with_the_call():
     asked = []
     with one_call():
+        remembered(asked.append, "outer")
         with one_call():
-            remembered(asked.append, 1)
-        remembered(asked.append, 1)
-    remembered(asked.append, 1)
-    remembered(asked.append, 1)
-    assert asked == [1, 1, 1]
+            remembered(asked.append, "inner")
+            remembered(asked.append, "inner")
+            remembered(asked.append, "outer")
+        remembered(asked.append, "inner")
+        remembered(asked.append, "outer")
+    remembered(asked.append, "outer")
+    assert asked == ["outer", "inner", "outer", "inner", "outer"]
 
 
 MASKS = {
