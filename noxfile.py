@@ -33,6 +33,6 @@ def reference(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def aot(session: nox.Session) -> None:
     """Compile kernels for TPUs and a GPU that need not be there."""
-    session.install("-e", ".[aot,aot_gpu]", "-c", "constraints.txt")
+    session.install("-e", ".[aot,aot-gpu]", "-c", "constraints.txt")
     session.env["JAX_PLATFORMS"] = "cpu"
     session.run("python", "-m", "pytest", "-m", "aot", *session.posargs)

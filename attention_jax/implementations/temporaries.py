@@ -58,12 +58,14 @@ def expected(name: str, request: Request, plan: Plan, at_once: int, platform: st
     rows = heads * length * computed * (3 + 2 * (len(plan.visits) > 1) + 4 * plan.looks_up)
     fits = _fits(platform, tiles + sums)
     read = _Rows.of(request, name)
-    copies = 0 if fits else read.read(request) + _of_branches(request, plan, at_once, read)
+    # Some heads at a time are sliced out of copies in which heads come first.
+    copies = 0 if fits and at_once == heads else read.read(request)
+    copies += 0 if fits else _of_branches(request, plan, at_once, read)
     if at_once == heads:  # the context is written where the sums or a copy were
         sums -= heads * length * sizes["V"] * (computed + request.value.dtype.itemsize)
     adds_features = separate(function_of(request.score)).adds_features
     if fits and plan.looks_up:  # a loop within a branch writes its result to device memory
-        return rows + RESERVED + pairs * computed * adds_features
+        return rows + copies + RESERVED + pairs * computed * adds_features
     least = RESERVED if fits and adds_features else 0
     return max(rows + copies + (0 if fits else tiles + sums), least)
 

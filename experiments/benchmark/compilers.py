@@ -44,7 +44,7 @@ def lacks(name: str) -> str | None:
         needed, install = "libtpu", "pip install 'attention_jax[aot]'"
     else:
         needed = "jax_cuda12_plugin"
-        install = "pip install 'attention_jax[aot_gpu]'"
+        install = "pip install 'attention_jax[aot-gpu]'"
     if importlib.util.find_spec(needed) is None:
         return f"compiling for {name} needs {needed}: {install}"
     try:

@@ -200,7 +200,7 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch):
         "compiling for v5e needs libtpu: pip install 'attention_jax[aot]'"
     )
     assert compilers.lacks("H100") == (
-        "compiling for H100 needs jax_cuda12_plugin: pip install 'attention_jax[aot_gpu]'"
+        "compiling for H100 needs jax_cuda12_plugin: pip install 'attention_jax[aot-gpu]'"
     )
 
 

@@ -77,6 +77,14 @@ def test_a_tpu_keeps_rows_in_vector_memory_as_long_as_they_fit():
     assert found.gradient_bytes < 2**20
 
 
+def test_a_tpu_copies_rows_whose_heads_it_takes_some_at_a_time():
+    halves = [jax.ShapeDtypeStruct((4, 2 * LENGTH, 2 * HEADS, DEPTH), jnp.bfloat16)] * 3
+    given = [*halves, jax.ShapeDtypeStruct((2 * LENGTH,), jnp.int32)]
+    found = told("tpu", "tiled", "scaled dot", "causal", given)
+    copies = 3 * 2 * DEPTH * 16 * ROWS
+    assert found.at_once < found.heads and copies < found.bytes < 1.1 * copies
+
+
 def test_gradients_of_keys_that_heads_share_are_added_up():
     alone, shared = (told("gpu", "pallas", "scaled dot", "none", arrays(n)) for n in (HEADS, 2))
     assert shared.gradient_bytes - alone.gradient_bytes == 4 * 2 * ROWS * DEPTH
