@@ -138,6 +138,7 @@ def test_bias_functions(implementation):
         is_close(attend(QUERY, KEY, VALUE, bias=bias, **implementation), expected)
 
 
+@pytest.mark.slow
 def test_a_score_with_parameters_per_head(implementation):
     weights = np.random.default_rng(4).normal(size=(N, H, H))
     score = per_head(bind(scores.bilinear, weight=weights))

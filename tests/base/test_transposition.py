@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from attention_jax.base.transposition import linear_call
 
@@ -38,6 +39,7 @@ def derivatives(function, scale, x):
     ]
 
 
+@pytest.mark.slow
 def test_every_derivative_is_that_of_the_plain_function():
     scale, x = jnp.arange(3.0) + 1, jnp.arange(3.0) / 2 - 0.3
     ours = functools.partial(linear_call, weighted, weighted_back)

@@ -18,6 +18,7 @@ NORMALIZERS = {name: example.normalizer for name, example in examples.NORMALIZER
 }
 MERGES = {"softmax", "softmax_with_sink", "softmax_plus_one", "signed_softmax", "odd_power"}
 WITH_SINK = {"softmax_with_sink", "softmax_plus_one"}
+QUICK = {"softmax", "softmax_with_sink"}
 T, S, ENDS = 4, 7, (0, 3, 5, 7)
 
 
@@ -45,7 +46,9 @@ def test_every_normalizer_says_whether_it_merges():
     } == MERGES
 
 
-@pytest.mark.parametrize("name", sorted(MERGES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x not in QUICK)) for x in sorted(MERGES)]
+)
 def test_parts_that_merge_are_the_whole_row(name, x64):
     """A sink belongs to one of the parts; the others are of softmax."""
     of_others = normalizers.softmax if name in WITH_SINK else NORMALIZERS[name]

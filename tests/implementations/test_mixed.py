@@ -252,6 +252,7 @@ def pair(scale=0.5):
     return bind(head_maps.difference, scale=scale)
 
 
+@pytest.mark.slow
 def test_differential_attention_is_two_calls_less_one_and_runs_as_heads_that_stand_alone():
     query, key, value = map(jnp.asarray, qkv(4, 2, 2))
     one = attend(query, key, value, mix_weights=pair(), mask=masks.Causal())

@@ -339,6 +339,7 @@ def test_it_lowers_under_shard_map(name, score):
     assert gradient.trace(x).lower(lowering_platforms=(name,)).as_text()
 
 
+@pytest.mark.slow
 def test_nothing_to_attend():
     query, key, value = qkv()
     for mask, keys in ((masks.Full(), 0), (masks.Causal(-9), S)):

@@ -35,7 +35,7 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", ["a product", pytest.param("other maps", marks=pytest.mark.slow)])
 def test_no_number_of_a_mapped_row_of_nan_is_finite_nor_its_derivative_anything(name):
     key = normal(S, H).at[1, 2].set(jnp.nan).at[3, 0].set(jnp.inf)
     usable = jnp.delete(key, jnp.asarray([1, 3]), axis=0)

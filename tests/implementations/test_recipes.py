@@ -192,7 +192,7 @@ KINDS: dict[str, Any] = {
 }
 ONLY_DENSE = ("normalizer",)
 OF_MASKS = ("mask", "part of a mask", "masks of heads")
-QUICK = ("lambda", "partial", "method of a frozen object")
+QUICK = ("lambda",)
 CHEAP = ("dict", "vmap", "per head", "bias", "part of a mask", "statistic", "map across heads")
 CLOSED = "gradient of what it closes over"
 TRANSFORMED = {
@@ -269,9 +269,8 @@ def test_a_function_that_is_new_at_each_call_compiles_once(
     assert np.allclose(found[0], found[1]) == (name in OF_MASKS and how == CLOSED)
 
 
-@pytest.mark.parametrize(
-    "implementation", [pytest.param(DENSE), pytest.param(TILED, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", [DENSE, TILED])
 def test_methods_of_an_object_that_may_change_leave_nothing_behind(implementation):
     def step(i):
         weight = normal(H, H, seed=i)

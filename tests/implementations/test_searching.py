@@ -229,6 +229,7 @@ def test_alpha_out_of_range_is_refused(alpha):
         attend(*inputs(), normalizer=bind(normalizers.entmax, alpha=alpha))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalizer", [normalizers.sparsemax, normalizers.stick_breaking])
 def test_a_row_of_many_tiles_is_one_program(normalizer):
     x = normal(1, 96, 1, 2)

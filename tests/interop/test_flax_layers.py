@@ -171,6 +171,7 @@ def test_complex_numbers_are_left_to_flax():
         np.testing.assert_array_equal(attention_fn()(*operands, mask=ALLOWED), expected)
 
 
+@pytest.mark.slow
 def test_a_complex_layer_equals_flax():
     layers = [
         linen.MultiHeadDotProductAttention(
@@ -285,6 +286,7 @@ def test_broadcast_dropout_drops_the_same_everywhere(make):
     assert (factors != what_is_dropped(make(1), True)).any()
 
 
+@pytest.mark.slow
 def test_broadcast_dropout_of_tiles():
     key = jax.random.key(0)
     is_close(what_is_dropped(key, True, implementation="tiled"), what_is_dropped(key, True))

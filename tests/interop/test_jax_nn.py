@@ -144,6 +144,7 @@ def test_tiled_with_everything():
     )
 
 
+@pytest.mark.slow
 def test_several_tiles():
     query, key, value = normal(1, 130, 2, 4), normal(1, 300, 1, 4), normal(1, 300, 1, 4)
     options = {
@@ -155,6 +156,7 @@ def test_several_tiles():
     is_close(context, compiled(jax.nn.dot_product_attention, query, key, value, **options))
 
 
+@pytest.mark.slow
 def test_three_axes():
     """The batch may be left out, also of some operands if it is one."""
     operands = QUERY[0], KEY[:1], VALUE[0]

@@ -184,6 +184,7 @@ def test_a_memory_for_some_layers():
 SOUND = jax.random.normal(jax.random.key(0), (2, 6, 3))
 
 
+@pytest.mark.slow
 def test_a_reader_of_the_source():
     build = functools.partial(attention_nnx.EncoderDecoder, features=8, **LAYERS)
     twin = functools.partial(attention_linen.EncoderDecoder, features=8, **LAYERS)

@@ -211,7 +211,7 @@ def test_lookup_inside_jit_equals_outside():
     np.testing.assert_array_equal(outside.low, [1, 1, 9])
 
 
-@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("computed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("entries", [1, 6, 7, 20])
 @pytest.mark.parametrize(("length", "size"), [(7, 7), (7, 3), (7, 20), (129, 8)])
 def test_lookup_gives_the_range_of_each_tile_of_a_sequence(length, size, entries, computed):

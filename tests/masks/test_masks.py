@@ -151,6 +151,7 @@ def grows_fast(q_idx, kv_idx):
     return (q_idx * 60_000 * kv_idx + 2**30) * 3 - kv_idx * 2**25 >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "predicate", [grows_fast, lambda q_idx, kv_idx: ~grows_fast(q_idx, kv_idx)]
 )

@@ -387,6 +387,7 @@ def test_a_query_attends_to_as_many_keys_as_the_docstring_says(mask, count):
     assert mask.to_dense(40)[20].sum() == count
 
 
+@pytest.mark.slow
 def test_bigbird_with_the_first_and_the_last_blocks_global():
     mask = masks.bigbird(jax.random.key(0), 22, size=2, num_global=1, num_random=1, num_last=2)
     dense = np.asarray(mask.to_dense(22))

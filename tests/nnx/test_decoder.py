@@ -225,7 +225,9 @@ def test_learns_to_find_the_key_that_the_state_names():
 
 
 @pytest.mark.parametrize(
-    "score", [scores.dot, scores.bilinear, scores.concat], ids=["dot", "general", "concat"]
+    "score",
+    [pytest.param(scores.dot, marks=pytest.mark.slow), scores.bilinear, scores.concat],
+    ids=["dot", "general", "concat"],
 )
 def test_luongs_attentional_vector(score):
     state, memory = data()

@@ -269,12 +269,13 @@ def test_a_sink_is_declared_and_asked_for():
 @pytest.mark.parametrize(
     "normalizer",
     [
-        pytest.param(bind(normalizers.top_k, k=2), marks=pytest.mark.slow),
-        pytest.param(bind(normalizers.top_p, p=0.5), marks=pytest.mark.slow),
+        bind(normalizers.top_k, k=2),
+        bind(normalizers.top_p, p=0.5),
         normalizers.hard,
     ],
     ids=["top_k", "top_p", "hard"],
 )
+@pytest.mark.slow
 def test_a_selection_streams_as_over_whole_rows(normalizer):
     x = jax.random.normal(jax.random.key(0), (1, 7, 1, 3))
     found, expected = (

@@ -55,7 +55,7 @@ def weighted(logits, allowed, alpha, implementation):
     return context[0, :, 0]
 
 
-@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+@pytest.mark.parametrize("implementation", ["dense", pytest.param("tiled", marks=pytest.mark.slow)])
 def test_weights_are_those_of_bisection_for_every_alpha(implementation, x64):
     """Above 2, where only a learned alpha gets, powers below one are steep at the threshold."""
     logits, allowed = rows()
@@ -66,7 +66,7 @@ def test_weights_are_those_of_bisection_for_every_alpha(implementation, x64):
         np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-12 ** (1.0 / steep))
 
 
-@pytest.mark.parametrize("alpha", [1.1, 1.5, 2.0])
+@pytest.mark.parametrize("alpha", [1.1, 1.5, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_rows_sum_to_one_in_float32(alpha):
     logits, allowed = rows()
     single = jnp.asarray(logits, jnp.float32), jnp.asarray(allowed), jnp.float32(alpha)
