@@ -25,7 +25,7 @@ OF_POSITIONS = {
     "relative_key": "score",
     "t5_bias": "bias",
 }
-UNLIKE = {"cosine", "entmax", "relative_key", "t5_bias"}
+UNLIKE = {"cosine", "t5_bias"}
 UNLIKE_IN_KERNELS = {"bilinear", "entmax", "softmax_with_sink", "t5_bias", "top_p"}
 IN_KERNELS = {"softmax_with_sink", "sigmoid"}
 compiled = functools.partial(

@@ -262,6 +262,7 @@ def test_tables_of_normalizers_and_statistics_are_pages(tmp_path, monkeypatch, c
     assert written["long"]["entropy"] == {"seconds": 3.25, "mebibytes": 40.0}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_costs_and_errors_are_of_data_of_their_own_lengths():
     def few(length):

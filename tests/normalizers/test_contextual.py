@@ -207,8 +207,9 @@ def inputs():
     [
         pytest.param("all", gradients, 6, marks=pytest.mark.exhaustive),
         ("window", gradients, 6),
-        ("causal", along, 3),  # of which most keys share the last
-        ("causal", of_examples, 2),
+        # Most keys share the last position.
+        pytest.param("causal", along, 3, marks=pytest.mark.exhaustive),
+        pytest.param("causal", of_examples, 2, marks=pytest.mark.exhaustive),
         pytest.param("segments", gradients, 1, marks=pytest.mark.exhaustive),
         pytest.param("all", second, 6, marks=pytest.mark.exhaustive),
     ],

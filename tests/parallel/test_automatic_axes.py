@@ -52,8 +52,8 @@ def test_each_device_does_its_share():
     ("group", "number"),
     [
         pytest.param("masks", 19, marks=pytest.mark.exhaustive),
-        ("scores", 17),
-        ("options", 10),
+        pytest.param("scores", 17, marks=pytest.mark.exhaustive),
+        pytest.param("options", 10, marks=pytest.mark.exhaustive),
         ("dense", 9),
         pytest.param("linear", 9, marks=pytest.mark.exhaustive),
         ("cache", 4),

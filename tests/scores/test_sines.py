@@ -96,6 +96,7 @@ def test_tiles_are_products_and_agree_with_dense_in_value_and_gradients():
     assert "tanh" not in text
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_derivatives_of_both_orders():
     query, key = rows(2, 0.3), rows(3, 0.3, seed=2)

@@ -133,6 +133,7 @@ def penalty(of, *arrays):
     return total
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_all_derivatives_are_those_of_the_matrix_with_everything_else():
     arrays = mixed_arrays()

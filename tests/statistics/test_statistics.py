@@ -154,6 +154,7 @@ def test_gradients_of_every_statistic_are_those_of_the_matrix(x64):
         np.testing.assert_allclose(first, second, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_every_derivative_is_that_of_the_matrix(x64):
     operands, directions = tuple(arrays()), tuple(arrays(seed=1))
