@@ -728,7 +728,10 @@ def test_what_a_mask_holds_may_be_traced(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LATE_MASKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.exhaustive] * (x not in QUICK_LATE)) for x in LATE_MASKS],
+)
 def test_what_a_mask_holds_may_be_an_array_or_known_inside_jit_alone(name):
     expected = attend(QUERY, KEY, VALUE, mask=LATE_MASKS[name](2), implementation="dense")
     tiled = {"implementation": "tiled", "tile_sizes": (2, 3)}

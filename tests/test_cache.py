@@ -28,8 +28,6 @@ from tests.contract import examples
 LENGTH = 11
 X = jax.random.normal(jax.random.key(0), (2, LENGTH, 12))
 WINDOW = masks.Window(3, 0)
-# A few masks of different kinds, whenever tests run; the others among the slow tests.
-QUICK = {"Causal", "Heads", "Lengths", "Segment", "Table", "bigbird", "swin"}
 
 
 def slope_times_distance(q_idx, kv_idx, slope):
@@ -92,7 +90,10 @@ def check_both_layouts(module, chunks, capacity=LENGTH, window=None, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in examples.MASKS],
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] * (turn % 2))
+        for turn, name in enumerate(examples.MASKS)
+    ],
 )
 def test_every_exported_mask(name):
     """Pieces of a sequence, as long in all examples and not, are parts of one full pass."""

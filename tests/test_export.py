@@ -73,6 +73,8 @@ DEAR = {
     ("tiled second order", "b, t"),
     ("tiled by arrays", "b, t"),
     ("linear", "b, 12"),
+    ("model", "b, t"),
+    ("one token", "b, t"),
     ("gradient", "b, 12"),
 }
 

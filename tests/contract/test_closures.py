@@ -66,13 +66,16 @@ TRANSFORMED = {
 }
 
 
-LIKE_ANOTHER = ("part of a mask", "bias", "mask of a normalizer without sum")
+MEETS = {
+    "mask": ("vmap of grad", "Hessian-vector product"),
+    "score": ("grad of vmap", "jit of jvp"),
+}
 PAIRS = [
     pytest.param(
         options,
         transformed,
         id=f"{name}-{how}",
-        marks=[pytest.mark.exhaustive] * (name in LIKE_ANOTHER and how != "jit of grad"),
+        marks=[pytest.mark.exhaustive] * (how not in ("jit of grad", *MEETS.get(name, ()))),
     )
     for name, options in CLOSING_OVER_INTEGERS.items()
     for how, transformed in TRANSFORMED.items()

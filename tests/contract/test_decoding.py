@@ -1,6 +1,7 @@
 """Every exported normalizer, one token after another, in every kind of cache."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -23,16 +24,17 @@ CACHES = {
     "ring": {"capacity": WINDOW + 2, "window": WINDOW},
     "ragged ring": {"capacity": WINDOW + 2, "window": WINDOW, "ragged": True},
 }
-CASES = [
-    pytest.param(
-        name,
-        kind,
-        marks=[] if (name, kind) == ("stick_breaking", "ring") else pytest.mark.slow,
-        id=name + " " + kind,
-    )
-    for name in examples.NORMALIZERS
-    for kind in CACHES
-]
+
+
+def cases():
+    """Every normalizer with every cache; with one, in turn, outside the exhaustive tests."""
+    kinds_in_turn = itertools.cycle(CACHES)
+    for name in examples.NORMALIZERS:
+        chosen = "ring" if name == "stick_breaking" else next(kinds_in_turn)
+        for kind in CACHES:
+            marks = [pytest.mark.slow] * ((name, kind) != ("stick_breaking", "ring"))
+            marks += [pytest.mark.exhaustive] * (kind != chosen)
+            yield pytest.param(name, kind, marks=marks, id=name + " " + kind)
 
 
 def whole_numbers():
@@ -61,7 +63,7 @@ def decoded(normalizer, options, operands):
     return prompt, [x[:, :, 0].swapaxes(0, 1) for x in steps]
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), list(cases()))
 def test_tokens_one_by_one_are_the_whole_sequence(name, kind, x64):
     """In a ring, slots are not in the order of positions; contexts and weights know these."""
     normalizer, of_row = examples.NORMALIZERS[name]

@@ -154,6 +154,7 @@ def everything(implementation, query, key, value, parameters):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_all_derivatives_are_the_dense_ones_with_everything_else_and_nan_behind_the_mask():
     query, key, value = map(jnp.asarray, qkv(2, 1, 3))
