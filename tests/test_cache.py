@@ -224,7 +224,13 @@ def test_every_module_decodes_causally_by_default(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=name, marks=[pytest.mark.exhaustive] * (turn % 2))
+        for turn, (name, kind) in enumerate(KINDS.items())
+    ],
+)
 def test_every_kind_of_position(kind):
     check_both_layouts(layer(**kind), [10, 1], mask=masks.Causal())
 

@@ -74,6 +74,7 @@ DEAR = {
     ("tiled by arrays", "b, t"),
     ("linear", "b, 12"),
     ("model", "b, t"),
+    ("gradient", "b, t"),
     ("one token", "b, t"),
     ("gradient", "b, 12"),
 }

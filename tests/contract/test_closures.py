@@ -205,7 +205,14 @@ TWO_MASKS = masks.Causal(), masks.Window(3, 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec(None, None, "data")])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PartitionSpec("data"),
+        pytest.param(PartitionSpec(None, None, "data"), marks=pytest.mark.exhaustive),
+    ],
+    ids=["examples", "heads"],
+)
 @pytest.mark.parametrize("function", OVER_A_MESH.values(), ids=OVER_A_MESH)
 def test_axes_sharded_over_an_explicit_mesh_stay_sharded(function, spec):
     mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,))

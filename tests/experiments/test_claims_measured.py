@@ -33,7 +33,7 @@ DERIVED = {
     77: lambda claim, data: claim.shares(data).values(),
 }
 # Those whose models take longest to compile; others train models of the same kinds.
-TRAINED_LONGEST = {39, 41, 49, 50, 51, 52, 55, 56, 57, 58, 62, 69, 71, 72, *range(73, 80)}
+TRAINED_LONGEST = {*range(39, 43), *range(46, 53), *range(55, 59), 60, 61, 62, 69, *range(71, 80)}
 # Without attention all weights are alike, and correlate with nothing.
 UNDEFINED = {62: ("without attention", "correlation")}
 

@@ -293,9 +293,9 @@ NOTHING_KEPT: dict[str, dict[str, Any]] = {
     ("name", "with_gradient"),
     [
         ("operations", False),
-        ("a loop over tiles", False),
+        pytest.param("a loop over tiles", False, marks=pytest.mark.exhaustive),
         ("a loop over tiles", True),
-        ("a loop within a score", False),
+        pytest.param("a loop within a score", False, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_call_that_is_traced_anew_leaves_nothing_compiled_behind(name, with_gradient):

@@ -193,7 +193,7 @@ KINDS: dict[str, Any] = {
 ONLY_DENSE = ("normalizer",)
 OF_MASKS = ("mask", "part of a mask", "masks of heads")
 QUICK = ("lambda",)
-CHEAP = ("dict", "vmap", "per head", "bias", "part of a mask", "statistic", "map across heads")
+CHEAP = ("vmap", "bias", "part of a mask", "statistic")
 CLOSED = "gradient of what it closes over"
 TRANSFORMED = {
     "value": lambda loss: loss,

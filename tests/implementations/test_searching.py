@@ -101,7 +101,7 @@ def second_derivatives(options, implementation, arrays, normalizer):
         pytest.param("entmax15", gradients, marks=pytest.mark.exhaustive),
         ("top_k", gradients),
         pytest.param("top_p", gradients, marks=pytest.mark.exhaustive),
-        ("entmax", gradients),
+        pytest.param("entmax", gradients, marks=pytest.mark.exhaustive),
         pytest.param("top_k", second_derivatives, marks=pytest.mark.exhaustive),
         pytest.param("entmax", second_derivatives, marks=pytest.mark.exhaustive),
         pytest.param("stick_breaking", second_derivatives, marks=pytest.mark.exhaustive),

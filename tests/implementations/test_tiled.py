@@ -115,12 +115,14 @@ LIKE_ANOTHER = (
     "causal with offset",
     "boolean array",
     "bias of keys",
+    "bias of heads",
     "bilinear per head",
     "soft-capped",
     "additive",
     "packed segments",
     "learned sink",
     "ragged lengths",
+    "sigmoid with learned shift",
 )
 LIKE_ANOTHER_MARKS = [pytest.mark.slow, pytest.mark.exhaustive]
 NAMES = [pytest.param(name, marks=LIKE_ANOTHER_MARKS * (name in LIKE_ANOTHER)) for name in CASES]

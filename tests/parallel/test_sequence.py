@@ -163,14 +163,15 @@ def close(got, expected):
 
 CAUSAL, WINDOW, SEGMENTS, LENGTHS, PAIRS, SIGMOID, CAPTURED = CASES
 COMBINATIONS = [  # of two devices, no keys travel on
-    (CAUSAL, "ring", 4, ORDER, TILES),
-    (WINDOW, "ring", 2, None, TILES),
+    pytest.param(CAUSAL, "ring", 4, ORDER, TILES, marks=pytest.mark.exhaustive),
+    pytest.param(WINDOW, "ring", 2, None, TILES, marks=pytest.mark.exhaustive),
     (SEGMENTS, "ring", 4, ORDER, TILES),
     (LENGTHS, "ring", 2, ORDER, CHUNKED),
     pytest.param(PAIRS, "ring", 2, None, CHUNKED, marks=pytest.mark.exhaustive),
     (SIGMOID, "ring", 2, None, CHUNKED),
     (CAPTURED, "ring", 2, None, TILES),
-    (LENGTHS, "all_gather", 2, ORDER, TILES),
+    pytest.param(LENGTHS, "all_gather", 2, ORDER, TILES, marks=pytest.mark.exhaustive),
+    (CAUSAL, "all_gather", 2, ORDER, TILES),
     (WINDOW, "all_to_all", 2, ORDER, None),
     (PAIRS, "all_to_all", 2, None, None),
 ]

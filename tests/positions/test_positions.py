@@ -236,7 +236,7 @@ def dense_bias(bias, length):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BIASES)
-@pytest.mark.parametrize("length", [1, 33])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.exhaustive), 33])
 def test_a_bias_in_tiles_is_the_dense_bias(name, length):
     bias = BIASES[name]
     query, key, value = (normal(seed, 2, length, 3, 4) for seed in range(3))

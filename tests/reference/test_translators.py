@@ -12,7 +12,7 @@ from tests.reference.sizes import LAYERS, WORDS, D, N
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 comparing = pytest.importorskip("tests.reference.comparing")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 TOKENS = np.array([[5, 9, 2, 30, 14, 7, 7, 21], [3, 3, 11, 36, 8, 1, 19, 4]])
 LENGTHS = np.array([8, 5])

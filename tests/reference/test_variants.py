@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 comparing = pytest.importorskip("tests.reference.comparing")
 decoders = pytest.importorskip("tests.reference.test_decoders")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 LLAMA = {**decoders.LLAMA, "tie_word_embeddings": False}
 TIED = {**LLAMA, "tie_word_embeddings": True}

@@ -60,7 +60,6 @@ def normal(*shape, seed):
 
 
 CHEAP = (
-    ("causal", "streams", "bound"),
     ("segments", "final weights", "closed over"),
     ("mixed", "keys", "closed over"),
 )
